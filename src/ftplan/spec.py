@@ -1,0 +1,319 @@
+"""What a user writes: the plan of one job, as plain dataclasses.
+
+A field that is ``None`` was not given. :func:`ftplan.defaults.complete` fills it from the stack's
+own defaults and lists what it filled. These classes are the plan file's schema too: the reader
+hands its mappings to pydantic, which knows them from here, and there is no second definition.
+
+Bytes are integers (``512GiB`` is parsed before), dtypes and names are the strings of the
+catalogues, degrees and counts are per job unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+__all__ = [
+    "Batch",
+    "Budget",
+    "Checkpointing",
+    "Hardware",
+    "Loss",
+    "Method",
+    "Model",
+    "OptimizerChoice",
+    "Plan",
+    "Precision",
+    "Rollout",
+    "Sharding",
+]
+
+_CONFIG: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
+
+MethodKind = Literal[
+    "full", "partial", "lora", "qlora", "dora", "ia3", "vera", "loha", "lokr", "oft", "boft",
+    "ln_tuning", "prompt_tuning", "prefix_tuning", "p_tuning", "houlsby", "pfeiffer", "bitfit",
+]  # fmt: skip
+Task = Literal[
+    "serve", "sft", "pt", "rm", "dpo", "kto", "orpo", "ppo", "grpo", "distill", "classify", "embed"
+]
+ShardingKind = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp"]
+Offload = Literal["none", "optimizer", "params", "activations", "nvme"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """The model to finetune or serve: exactly one of ``name``, ``config``, ``params``."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+
+    name: str | None = None
+    """Catalogue name, alias or hub id (`llama-3.1-8b`)."""
+    config: str | None = None
+    """Path of a Hugging Face `config.json`, or of a folder that holds one."""
+    params: int | None = None
+    """Parameter count, when nothing else is known: the textbook's sums."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """Which parameters are trained, and through what."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+
+    kind: MethodKind
+    """`full`, `partial`, or the name of the adapter."""
+    rank: int | None = None
+    """Rank of the adapter's matrices."""
+    alpha: int | None = None
+    """LoRA's alpha. Moves no memory."""
+    targets: tuple[str, ...] | str | None = None
+    """Module names, one regular expression, `attention`, or `all-linear` (PEFT's rule)."""
+    dropout: float | None = None
+    """Dropout on the adapter's input."""
+    adapter_dtype: str | None = None
+    """Storage of the adapter's parameters: `fp32` or `bf16`."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Modules trained in full beside the adapter (`embed_tokens`, `lm_head`)."""
+    rank_pattern: dict[str, int] | None = None
+    """Ranks of single modules, by name or regular expression, as in PEFT."""
+    layers_to_transform: tuple[int, ...] | None = None
+    """Only these layer indices get an adapter."""
+    target_parameters: tuple[str, ...] | None = None
+    """Expert parameters that are no modules, adapted by name (PEFT's `target_parameters`)."""
+    use_dora: bool | None = None
+    """Weight-decomposed adapters; kind `dora` is `lora` with this."""
+    use_rslora: bool | None = None
+    """Rank-stabilised scaling. Moves no memory."""
+    double_quant: bool | None = None
+    """NF4's quantised block scales."""
+    prepare_kbit: bool | None = None
+    """`prepare_model_for_kbit_training`: what is not quantised is cast to fp32."""
+    compute_dtype: str | None = None
+    """What quantised weights are expanded to for a matmul."""
+    last_layers: int | None = None
+    """`partial`: train the last K blocks and nothing else."""
+    trainable: int | None = None
+    """`partial` of a bare parameter count: how many parameters are trained."""
+    virtual_tokens: int | None = None
+    """Prompt and prefix tuning: how many tokens are learned."""
+    bottleneck: int | None = None
+    """Houlsby and Pfeiffer adapters: width of the bottleneck."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """How numbers are stored and computed."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+
+    weights: str | None = None
+    """Storage of the base weights (`bf16`, `nf4`, ...)."""
+    mixed: Literal["no", "bf16", "fp16"] | None = None
+    """Autocast."""
+    kv_cache: str | None = None
+    """Storage of the key-value cache when serving."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What goes through the model at once, on one GPU."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+
+    micro: int | None = None
+    """Sequences per GPU per forward pass. Serving: concurrent sequences."""
+    seq_len: int | None = None
+    """Tokens per sequence. Serving: the context held in the cache."""
+    accumulation: int | None = None
+    """Micro batches per optimizer step."""
+    padding: Literal["none", "right"] | None = None
+    """`none`: no mask reaches attention."""
+    packing: bool | None = None
+    """Samples are joined so that every sequence is full."""
+    eval_micro: int | None = None
+    """Sequences per GPU in evaluation; left out: evaluation is not sized."""
+    images: int | None = None
+    """Images per sequence, for vision-language models."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerChoice:
+    """The optimizer: a name of the catalogue, and how it is run."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+
+    name: str
+    """A `optim` name of transformers (`adamw_torch_fused`) or an alias (`adamw`)."""
+    implementation: Literal["fused", "foreach", "loop"] | None = None
+    """How PyTorch runs it: decides the temporaries of the step."""
+    momentum: float | None = None
+    """SGD: above zero there is a momentum buffer."""
+    state_dtype: str | None = None
+    """Storage of the states where the optimizer lets you choose."""
+    rank: int | None = None
+    """GaLore, APOLLO: rank of the projection."""
+    in_backward: bool | None = None
+    """Step each parameter as its gradient arrives: no gradient is kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpointing:
+    """Activation (gradient) checkpointing."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+
+    kind: Literal["none", "full", "selective", "offload"] = "full"
+    """`offload`: the boundaries wait in host memory."""
+    every: int = 1
+    """Checkpoint every n-th block."""
+    reentrant: bool | None = None
+    """PyTorch's older implementation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """How the loss meets the logits."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+
+    kind: Literal["full", "chunked", "fused"] = "full"
+    """`full`: all logits at once. `chunked`: some tokens at a time. `fused`: never whole."""
+    chunk: int | None = None
+    """Tokens per chunk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """Where the job runs."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+
+    gpu: str | None = None
+    """Catalogue name (`a100-80gb`)."""
+    count: int | None = None
+    """GPUs per node."""
+    nodes: int | None = None
+    """Machines."""
+    host_ram: int | None = None
+    """Bytes of host memory per node (`512GiB`)."""
+    reserved: int | None = None
+    """Bytes that other processes hold on each GPU (`1.2GiB`)."""
+    disk: int | None = None
+    """Bytes of disk for checkpoints and offload."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharding:
+    """How the job is spread over GPUs, and what is moved off them."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+
+    kind: ShardingKind | None = None
+    """`none`, `ddp`, DeepSpeed's `zero1` to `zero3`, or PyTorch's `fsdp`."""
+    version: Literal[1, 2] | None = None
+    """FSDP's version."""
+    wrap: Literal["block", "model"] | None = None
+    """FSDP: what is one unit."""
+    param_dtype: str | None = None
+    """FSDP: what is gathered and computed in."""
+    reduce_dtype: str | None = None
+    """FSDP: what gradients are reduced in."""
+    reshard_after_forward: bool | None = None
+    """FSDP: free the gathered weights between forward and backward."""
+    use_orig_params: bool | None = None
+    """FSDP1: keep the original parameters beside the flat one."""
+    offload: Offload | None = None
+    """What waits in host memory or on NVMe."""
+    tp: int | None = None
+    """Tensor parallel degree."""
+    pp: int | None = None
+    """Pipeline parallel degree."""
+    cp: int | None = None
+    """Context parallel degree."""
+    ep: int | None = None
+    """Expert parallel degree."""
+    dp_replicate: int | None = None
+    """Hybrid sharding: how many replicas of the sharded group."""
+    bucket_elements: int | None = None
+    """DeepSpeed: `reduce_bucket_size`. DDP counts bytes instead: `bucket_bytes`."""
+    bucket_bytes: int | None = None
+    """DDP: `bucket_cap_mb`, in bytes."""
+    prefetch_elements: int | None = None
+    """DeepSpeed ZeRO-3: `stage3_prefetch_bucket_size`."""
+    max_live_elements: int | None = None
+    """DeepSpeed ZeRO-3: `stage3_max_live_parameters`."""
+    persistence_elements: int | None = None
+    """DeepSpeed ZeRO-3: `stage3_param_persistence_threshold`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """Reinforcement finetuning: what is generated, and by whom."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+
+    generations: int | None = None
+    """Completions per prompt (GRPO's group)."""
+    prompt_tokens: int | None = None
+    """Longest prompt."""
+    completion_tokens: int | None = None
+    """Longest completion."""
+    sampler: Literal["colocate", "server", "trainer"] | None = None
+    """`colocate`: a vLLM engine shares the card and reserves `sampler_share` of it."""
+    sampler_share: float | None = None
+    """`vllm_gpu_memory_utilization`, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What the answer is held against."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+
+    headroom: float | None = None
+    """Share of the card that must stay free (`5%`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One job. ``method`` None is inference."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+
+    version: Literal[1] = 1
+    """Version of this format."""
+    model: Model
+    """Which model."""
+    stack: str | None = None
+    """The trainer whose defaults and kernels hold (`transformers`, `trl`, `axolotl`, ...)."""
+    task: Task | None = None
+    """What is done with the model."""
+    method: Method | None = None
+    """How it is trained; left out: it is served."""
+    precision: Precision = field(default_factory=Precision)
+    """Number formats."""
+    batch: Batch = field(default_factory=Batch)
+    """Sizes of a step."""
+    optimizer: OptimizerChoice | None = None
+    """The optimizer."""
+    gradient_checkpointing: Checkpointing | None = None
+    """Recompute activations instead of keeping them."""
+    attention: Literal["eager", "sdpa", "flash"] | None = None
+    """Attention implementation."""
+    loss: Loss | None = None
+    """Loss implementation."""
+    kernels: Literal["none", "liger", "unsloth"] | None = None
+    """Fused kernels that replace the model's own."""
+    hardware: Hardware = field(default_factory=Hardware)
+    """GPUs and host."""
+    sharding: Sharding = field(default_factory=Sharding)
+    """Spread over GPUs."""
+    reference: Literal["none", "adapter", "model", "precomputed"] | None = None
+    """Preference and RL tasks: where the reference's log-probabilities come from."""
+    rollout: Rollout | None = None
+    """Reinforcement finetuning."""
+    teacher: str | None = None
+    """Distillation: catalogue name of a teacher that is resident."""
+    budget: Budget = field(default_factory=Budget)
+    """Headroom."""
