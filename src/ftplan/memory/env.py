@@ -1,0 +1,34 @@
+"""The conditions under which a network runs: what decides kernels and dtypes, and no sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Environment"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What the operations look at. Everything here may change what is saved, nothing how much."""
+
+    autocast: str | None = None
+    """Dtype that autocast computes matmuls in, or None."""
+    attention: Literal["eager", "sdpa", "flash"] = "sdpa"
+    """The implementation that was asked for."""
+    capability: tuple[int, int] | None = (8, 0)
+    """CUDA compute capability: below 8.0 there is no flash kernel. None: no NVIDIA GPU."""
+    padding_mask: bool = False
+    """A mask reaches attention: no flash kernel, keys and values expanded to all heads."""
+    attention_dropout: bool = False
+    """Dropout inside attention is active."""
+    kernels: Literal["none", "liger", "unsloth"] = "none"
+    """Fused kernels that replace the model's own."""
+    loss: Literal["full", "chunked", "fused"] = "full"
+    """How the loss meets the logits."""
+    keep_outputs: bool = False
+    """The caller holds the model's outputs until backward has ended."""
+    reentrant: bool = False
+    """Which implementation of checkpointing recomputes a block."""
+    training: bool = True
+    """Dropout acts and a graph may be built."""

@@ -1,0 +1,281 @@
+"""Modules: weights with names, and the forward code that runs on the tape.
+
+A module mirrors the one of the same name in PyTorch, transformers or peft: the same parameters
+under the same names (so that counts, adapter targets and checkpoints agree), and a forward in the
+same order of operations (so that what is kept agrees). Local variables live as long as they do
+there: a tensor that a forward still names is a tensor that still occupies memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftplan.memory import ops
+from ftplan.memory.tape import ONE, SEQ, TOKENS, Parameter, Size, Tape, Tensor
+
+__all__ = [
+    "Embedding",
+    "LayerNorm",
+    "Linear",
+    "Module",
+    "Network",
+    "RMSNorm",
+    "Shared",
+    "Stack",
+    "Stage",
+    "activation",
+]
+
+
+class Module:
+    """A named tree of parameters. Subclasses define ``forward``."""
+
+    def __init__(self) -> None:
+        self.children: dict[str, Module] = {}
+        self.parameters: dict[str, Parameter] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Module):
+            self.children[name] = value
+        elif isinstance(value, Parameter):
+            self.parameters[name] = value
+        super().__setattr__(name, value)
+
+    def parameter(self, name: str, *shape: int, dtype: str = "fp32") -> Parameter:
+        """A new weight of this module."""
+        weight = Parameter(name, shape, dtype, True)
+        setattr(self, name, weight)
+        return weight
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """This module and all below it, with dotted names, parents first."""
+        yield prefix, self
+        for name, child in self.children.items():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
+        """All weights below this module, with dotted names."""
+        for path, module in self.named_modules(prefix):
+            for name, parameter in module.parameters.items():
+                yield (f"{path}.{name}" if path else name), parameter
+
+    def child(self, path: str) -> Module:
+        """The module at a dotted path."""
+        module = self
+        for name in path.split("."):
+            module = module.children[name]
+        return module
+
+    def replace(self, path: str, module: Module) -> None:
+        """Put ``module`` where another one is."""
+        parent, _, name = path.rpartition(".")
+        setattr(self.child(parent) if parent else self, name, module)
+
+
+class Linear(Module):
+    """A matrix, kept as (out x in). ``Conv1D`` of GPT-2 holds the same numbers transposed."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = False, transposed: bool = False
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.transposed = transposed
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        self.weight = self.parameter("weight", *shape)
+        self.bias = self.parameter("bias", out_features) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        tape = x.tape
+        weight = tape.leaf(self.weight)
+        if self.transposed:
+            weight = _transposed(weight)
+        return ops.linear(x, weight, tape.leaf(self.bias) if self.bias else None)
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    turned = weight.alias(ONE * weight.width, weight.rows[0])
+    turned.requires_grad, turned.node = weight.requires_grad, weight.node
+    return turned
+
+
+class Embedding(Module):
+    """A table of (count x width)."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.weight = self.parameter("weight", count, width)
+
+    def forward(self, tape: Tape, rows: Size = TOKENS) -> Tensor:
+        return ops.embedding(tape, tape.leaf(self.weight), rows)
+
+
+class RMSNorm(Module):
+    """The RMSNorm of transformers: in fp32, written out in elementwise steps.
+
+    ``offset``: Gemma's, whose weight is stored around zero and multiplied before the cast back.
+    """
+
+    def __init__(self, width: int, *, offset: bool = False, weight: bool = True) -> None:
+        super().__init__()
+        self.offset = offset
+        self.weight = self.parameter("weight", width) if weight else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        weight = x.tape.leaf(self.weight) if self.weight else None
+        hidden = ops.to(x, "fp32")
+        del x
+        hidden = ops.mul(hidden, _inverse_root(hidden))
+        if self.offset:
+            hidden = ops.mul(hidden, ops.shift(ops.to(weight, "fp32"))) if weight else hidden
+            return ops.to(hidden, dtype)
+        hidden = ops.to(hidden, dtype)
+        return ops.mul(weight, hidden) if weight else hidden
+
+
+def _inverse_root(hidden: Tensor) -> Tensor:
+    variance = ops.mean_square(hidden)
+    return ops.unary(ops.shift(variance), "rsqrt", "output")
+
+
+class LayerNorm(Module):
+    """PyTorch's fused layer norm."""
+
+    def __init__(self, width: int, *, bias: bool = True, weight: bool = True) -> None:
+        super().__init__()
+        self.weight = self.parameter("weight", width) if weight else None
+        self.bias = self.parameter("bias", width) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        tape = x.tape
+        weight = tape.leaf(self.weight) if self.weight else None
+        return ops.layer_norm(x, weight, tape.leaf(self.bias) if self.bias else None)
+
+
+_KEEPS_OUTPUT = {"relu", "sigmoid", "tanh"}
+
+
+def activation(x: Tensor, name: str) -> Tensor:
+    """An activation function by the name that config.json uses (``ACT2FN``)."""
+    if name in ("gelu_new", "gelu_fast", "gelu_python"):
+        return _written_out_gelu(x)
+    if name == "relu2":
+        relu = ops.unary(x, "relu", "output")
+        return ops.unary(relu, "square", "input")
+    if name == "quick_gelu":
+        return ops.mul(x, ops.unary(ops.scale(x), "sigmoid", "output"))
+    return ops.unary(x, name, "output" if name in _KEEPS_OUTPUT else "input")
+
+
+def _written_out_gelu(x: Tensor) -> Tensor:
+    """``0.5 x (1 + tanh(c (x + 0.044715 x^3)))`` in elementwise steps (``NewGELUActivation``)."""
+    half = ops.scale(x)
+    inner = ops.scale(ops.add(x, ops.scale(ops.unary(x, "pow", "input"))))
+    return ops.mul(half, ops.shift(ops.unary(inner, "tanh", "output")))
+
+
+@dataclass(slots=True)
+class Shared:
+    """What the model computes once and hands to every block."""
+
+    rope: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Cosines and sines by the name of the layer type."""
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    """A position bias with a gradient (T5)."""
+    memory: Tensor | None = None
+    """The encoder's output, for cross attention."""
+
+
+class Stack:
+    """Blocks in a row. Only one of each kind is built; the others are like it."""
+
+    def __init__(
+        self,
+        name: str,
+        count: int,
+        build: Callable[[int], Module],
+        kind: Callable[[int], Hashable] = lambda _layer: 0,
+    ) -> None:
+        self.name = name
+        self.count = count
+        self.kinds: list[Module] = []
+        self.pattern: list[int] = []
+        seen: dict[Hashable, int] = {}
+        for layer in range(count):
+            key = kind(layer)
+            if key not in seen:
+                seen[key] = len(self.kinds)
+                self.kinds.append(build(layer))
+            self.pattern.append(seen[key])
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """The weights of every layer, by full name."""
+        for layer, kind in enumerate(self.pattern):
+            yield from self.kinds[kind].named_parameters(f"{self.name}.{layer}")
+
+
+class Stage:
+    """A stack with what stands before and after it. A decoder-only model is one stage."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        enter: Callable[[Tape, Shared], Tensor],
+        leave: Callable[[Tensor, Shared], Tensor],
+    ) -> None:
+        self.stack = stack
+        self.enter = enter
+        """From ids (and an earlier stage's output, in ``shared``) to the first block's input."""
+        self.leave = leave
+        """From the last block's output to the stage's: the final norm, usually."""
+
+
+class Network(Module):
+    """A whole model. Parameters outside the blocks are its own; those of blocks are the stacks'.
+
+    An encoder-decoder has two stages; the first one's output becomes ``shared.memory``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages: list[Stage] = []
+        self.tied: dict[str, str] = {}
+        """Names of weights that are another weight: no bytes of their own."""
+        self.embedding_names: tuple[str, ...] = ("model.embed_tokens",)
+        """Modules that quantisation and `all-linear` leave alone, beside the head."""
+        self.head_name: str = "lm_head"
+
+    def tie(self, name: str, to: str) -> None:
+        """Make the weight ``name`` the same one as ``to``."""
+        path, _, attribute = name.rpartition(".")
+        to_path, _, to_attribute = to.rpartition(".")
+        weight = self.child(to_path).parameters[to_attribute]
+        setattr(self.child(path), attribute, weight)
+        self.tied[name] = to
+
+    def head(self, x: Tensor) -> Tensor:
+        """From the last stage's output to the logits."""
+        raise NotImplementedError
+
+    def all_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Every weight of the model once, by the name transformers gives it."""
+        for name, parameter in self.named_parameters():
+            if name not in self.tied:
+                yield name, parameter
+        for stage in self.stages:
+            yield from stage.stack.named_parameters()
+
+
+def rope_table(tape: Tape, width: int, dtype: str) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of ``width`` for each position, computed in fp32 and cast."""
+    angles = tape.tensor(SEQ, width, "fp32", "rope")
+    cos, sin = (
+        ops.to(ops.scale(angles, "rope"), dtype),
+        ops.to(ops.scale(angles, "rope"), dtype),
+    )
+    return cos, sin

@@ -1,0 +1,316 @@
+"""A tape of what is allocated and freed while a network runs forward and backward.
+
+The calculator does what PyTorch does, with sizes in place of numbers. A :class:`Tensor` has a
+size and a dtype but no values; when its last reference goes, its bytes are freed, as in PyTorch,
+because Python counts references here just as it does there. Every operation (:mod:`ops`) says
+what autograd keeps for the way back, and :func:`backward` walks the graph in autograd's order.
+What comes out is a tape of events: so many bytes come alive, so many bytes are freed.
+
+Sizes are kept as expressions in the batch (:class:`Size`), so a tape is recorded once for a
+network and a way of training it, and is then played for any micro batch and sequence length.
+Each event is rounded up to 512 bytes, the granularity of PyTorch's caching allocator
+(c10/cuda/CUDACachingAllocator.cpp, ``kMinBlockSize``).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from sys import getrefcount
+
+from ftplan.memory.env import Environment
+
+__all__ = [
+    "BATCH",
+    "CHUNK",
+    "ONE",
+    "SCORES",
+    "SEQ",
+    "SQUARE",
+    "TOKENS",
+    "Label",
+    "Node",
+    "Parameter",
+    "Size",
+    "Storage",
+    "Tape",
+    "Tensor",
+    "backward",
+]
+
+BLOCK_BYTES = 512
+ITEM_BYTES = {
+    "fp64": 8, "int64": 8, "fp32": 4, "int32": 4, "bf16": 2, "fp16": 2, "int8": 1,
+    "bool": 1, "fp8": 1,
+}  # fmt: skip
+
+
+class Size(tuple[int, ...]):
+    """A number of elements or bytes, as coefficients of what the batch is made of.
+
+    The basis is (1, s, b, b s, b s^2, s^2, c) with b the micro batch (sequences), s the sequence
+    length (tokens) and c the tokens of one chunk of the loss.
+    """
+
+    __slots__ = ()
+
+    def __add__(self, other: object) -> Size:
+        assert isinstance(other, Size)
+        return Size(a + b for a, b in zip(self, other, strict=True))
+
+    def __mul__(self, factor: object) -> Size:
+        assert isinstance(factor, int)
+        return Size(a * factor for a in self)
+
+    __rmul__ = __mul__
+
+    def at(self, point: Sequence[int]) -> int:
+        """The value where the basis has the values ``point`` (see :func:`basis`)."""
+        return sum(a * x for a, x in zip(self, point, strict=True))
+
+
+def basis(micro: int, seq_len: int, chunk: int = 0) -> tuple[int, ...]:
+    """The values of the basis for a micro batch, sequence length and loss chunk (tokens)."""
+    tokens = micro * seq_len
+    return (1, seq_len, micro, tokens, tokens * seq_len, seq_len * seq_len, min(chunk, tokens))
+
+
+ONE, SEQ, BATCH, TOKENS, SCORES, SQUARE, CHUNK = (
+    Size(int(i == j) for j in range(7)) for i in range(7)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What a storage is, for the terms of the answer."""
+
+    group: str
+    """``activations``, ``gradients``, ``logits``, ``temporary`` ...: a group of the contract."""
+    name: str
+    """The operation or module that made it."""
+
+
+@dataclass(slots=True)
+class Tape:
+    """Events in order. An event is ``+k`` where storage k-1 is born and ``-k`` where it dies."""
+
+    env: Environment
+    events: list[int] = field(default_factory=list)
+    sizes: list[Size] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)
+    grad_enabled: bool = True
+    scope: str = ""
+    weight_cache: dict[int, Tensor] = field(default_factory=dict)
+    sequence: int = 0
+
+    def allocate(self, size: Size, name: str) -> Storage:
+        """A storage of ``size`` bytes comes alive."""
+        self.sizes.append(size)
+        self.labels.append(Label(self.scope or "activations", name))
+        index = len(self.sizes)
+        self.events.append(index)
+        return Storage(self, index)
+
+    def tensor(self, rows: Size, width: int, dtype: str, name: str) -> Tensor:
+        """A fresh tensor of ``rows`` x ``width`` elements."""
+        storage = self.allocate(rows * (width * ITEM_BYTES[dtype]), name)
+        return Tensor(self, storage, rows, width, dtype)
+
+    def leaf(self, parameter: Parameter) -> Tensor:
+        """A weight as an operand: a view of static bytes."""
+        *lead, width = parameter.shape
+        rows = 1
+        for extent in lead:
+            rows *= extent
+        tensor = Tensor(self, None, ONE * rows, width, parameter.dtype)
+        tensor.requires_grad = parameter.trainable
+        tensor.node = parameter if parameter.trainable else None
+        return tensor
+
+    @contextmanager
+    def no_grad(self) -> Iterator[None]:
+        """Run without building a graph."""
+        before, self.grad_enabled = self.grad_enabled, False
+        try:
+            yield
+        finally:
+            self.grad_enabled = before
+
+    @contextmanager
+    def scoped(self, group: str) -> Iterator[None]:
+        """Name the group of the storages that are born inside."""
+        before, self.scope = self.scope, group
+        try:
+            yield
+        finally:
+            self.scope = before
+
+
+class Storage:
+    """Bytes that are alive while something refers to them."""
+
+    __slots__ = ("index", "tape")
+
+    def __init__(self, tape: Tape, index: int) -> None:
+        self.tape = tape
+        self.index = index
+
+    def __del__(self) -> None:
+        self.tape.events.append(-self.index)
+
+
+class Tensor:
+    """A tensor without values: ``rows`` x ``width`` elements of ``dtype`` in a storage."""
+
+    __slots__ = ("dtype", "node", "output_nr", "requires_grad", "rows", "storage", "tape", "width")
+
+    def __init__(
+        self, tape: Tape, storage: Storage | None, rows: Size, width: int, dtype: str
+    ) -> None:
+        self.tape = tape
+        self.storage = storage
+        self.rows = rows
+        self.width = width
+        self.dtype = dtype
+        self.requires_grad = False
+        self.node: Node | Parameter | None = None
+        self.output_nr = 0
+
+    @property
+    def numel(self) -> Size:
+        """Number of elements."""
+        return self.rows * self.width
+
+    def alias(self, rows: Size | None = None, width: int | None = None) -> Tensor:
+        """The same storage, seen with another shape, outside autograd."""
+        return Tensor(
+            self.tape,
+            self.storage,
+            self.rows if rows is None else rows,
+            self.width if width is None else width,
+            self.dtype,
+        )
+
+
+class Parameter:
+    """A weight, or any leaf that collects a gradient.
+
+    Weights are static, so they are no part of the tape; their gradients are.
+    ``dtype`` is a name of :mod:`ftplan.dtypes` (a weight may be stored in ``nf4``).
+    """
+
+    __slots__ = ("dtype", "grad", "name", "shape", "trainable")
+
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: str, trainable: bool) -> None:
+        self.name = name
+        self.shape = shape
+        self.dtype = dtype
+        self.trainable = trainable
+        self.grad: Tensor | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+
+Grads = tuple["Tensor | None", ...]
+
+
+class Node:
+    """One step of the way back: what it keeps, and what it does with the gradient."""
+
+    __slots__ = ("apply", "buffers", "edges", "name", "pending", "sequence")
+
+    def __init__(
+        self,
+        tape: Tape,
+        name: str,
+        edges: Sequence[tuple[Node, int] | Parameter | None],
+        apply: Callable[..., Grads],
+        outputs: int = 1,
+    ) -> None:
+        tape.sequence += 1
+        self.sequence = tape.sequence
+        self.name = name
+        self.edges = tuple(edges)
+        self.apply: Callable[..., Grads] | None = apply
+        self.buffers: list[Tensor | None] = [None] * outputs
+        self.pending = 0
+
+
+def _count_dependencies(root: Node) -> None:
+    seen = {id(root)}
+    stack = [root]
+    root.pending = 0
+    while stack:
+        node = stack.pop()
+        for edge in node.edges:
+            if isinstance(edge, tuple):
+                child = edge[0]
+                if id(child) not in seen:
+                    seen.add(id(child))
+                    child.pending = 0
+                    stack.append(child)
+                child.pending += 1
+
+
+def _accumulate(parameter: Parameter, grad: Tensor) -> None:
+    """A parameter's gradient is the incoming buffer; a second one is added in place."""
+    if parameter.grad is None:
+        parameter.grad = grad
+        if grad.storage is not None and parameter.name:
+            grad.tape.labels[grad.storage.index - 1] = Label("gradients", parameter.name)
+
+
+def _sum(old: Tensor, new: Tensor) -> Tensor:
+    """Two gradients of one tensor: added in place unless somebody else holds the first one."""
+    # references here: the caller's list and variable, this argument, getrefcount's own
+    if getrefcount(old) <= 4 and getrefcount(old.storage) <= 2:
+        return old
+    return old.tape.tensor(old.rows, old.width, new.dtype, "gradient sum")
+
+
+def backward(root: Tensor, grad: Tensor) -> None:
+    """Walk the graph from ``root`` in autograd's order: the latest made node first.
+
+    The references of the caller count: pass ``grad`` without keeping it
+    (torch/csrc/autograd/engine.cpp, ``evaluate_function``).
+    """
+    start = root.node
+    assert isinstance(start, Node), "backward from something without a graph"
+    _count_dependencies(start)
+    start.buffers[root.output_nr] = grad
+    del grad
+    ready = [(-start.sequence, start)]
+    while ready:
+        _, node = heapq.heappop(ready)
+        grads = node.buffers
+        node.buffers = []
+        assert node.apply is not None, f"{node.name} ran backward twice"
+        results = node.apply(*grads)
+        del grads
+        node.apply = None  # what was saved for this node is released
+        edges, node.edges = node.edges, ()
+        for edge, result in zip(edges, results, strict=True):
+            if edge is None:
+                continue
+            if isinstance(edge, Parameter):
+                if result is not None:
+                    _accumulate(edge, result)
+                continue
+            child, number = edge
+            held = child.buffers[number]
+            if result is not None:
+                child.buffers[number] = result if held is None else _sum(held, result)
+            held = None
+            child.pending -= 1
+            if child.pending == 0:
+                heapq.heappush(ready, (-child.sequence, child))
+        results = ()
+        result = None
