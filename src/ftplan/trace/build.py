@@ -1,0 +1,228 @@
+"""The model, its adapters and its optimizer, built from the real classes without any memory.
+
+Everything is built on the meta device, then every parameter and buffer is swapped for an empty
+fake CPU tensor: what a checkpoint would have filled, with its dtype and shape.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftplan.errors import UnsupportedError
+from ftplan.trace.job import Job
+
+__all__ = ["build_model", "build_optimizer", "family_of", "materialize", "model_config"]
+
+
+def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
+    """The transformers config of a ``config.json`` mapping; ``layers`` cuts its depth."""
+    from transformers import AutoConfig
+
+    data = copy.deepcopy(config)
+    for key in ("torch_dtype", "dtype", "transformers_version", "quantization_config", "auto_map"):
+        data.pop(key, None)
+    model_type = data.pop("model_type")
+    if layers is not None:
+        for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers"):
+            if key in data:
+                data[key] = layers
+        for key in ("layer_types", "mlp_layer_types", "no_rope_layers"):
+            if isinstance(data.get(key), list):
+                data[key] = data[key][:layers]
+    return AutoConfig.for_model(model_type, **data)
+
+
+def family_of(config: Any) -> str:
+    """``causal``, ``masked`` or ``seq2seq``: which head the model is finetuned with."""
+    named = " ".join(getattr(config, "architectures", None) or ())
+    if "ForMaskedLM" in named:
+        return "masked"
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    encoders = {
+        "bert", "roberta", "distilbert", "albert", "electra", "deberta", "deberta-v2",
+        "xlm-roberta", "modernbert", "camembert", "mpnet", "xlm-roberta-xl", "eurobert", "nomic_bert",
+    }  # fmt: skip
+    if not named and config.model_type in encoders:
+        return "masked"
+    return "causal"
+
+
+def _auto_class(family: str, task: str) -> Any:
+    import transformers
+
+    if task in ("classify", "rm"):
+        return transformers.AutoModelForSequenceClassification
+    return {
+        "causal": transformers.AutoModelForCausalLM,
+        "masked": transformers.AutoModelForMaskedLM,
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    }[family]
+
+
+def build_model(job: Job, config: Any) -> Any:
+    """The model on the meta device, adapted and ready to train; nothing is allocated."""
+    dtype = getattr(torch, job.compute_dtype if job.quantized else job.weights)
+    attention = {"flash": "sdpa"}.get(job.attention, job.attention)
+    if job.task in ("classify", "rm"):
+        config.num_labels = 1 if job.task == "rm" else config.num_labels
+        config.pad_token_id = config.pad_token_id if config.pad_token_id is not None else 0
+    with torch.device("meta"):
+        model = _auto_class(family_of(config), job.task).from_config(
+            config, dtype=dtype, attn_implementation=attention
+        )
+        model.train()
+        model.config.use_cache = False
+        if job.quantized:
+            from ftplan.trace.quantized import quantize, prepare_kbit
+
+            quantize(model, job)
+            if job.prepare_kbit:
+                prepare_kbit(model, job)
+        model = _adapt(model, job)
+    model.train()
+    return model
+
+
+def _blocks(model: Any) -> nn.ModuleList:
+    """The longest list of blocks: the decoder's (or the encoder's) layers."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    candidates = [m for m in lists if sum(p.numel() for p in m[0].parameters())]
+    return max(candidates, key=lambda m: sum(p.numel() for p in m.parameters()))
+
+
+def _attention_targets(model: Any) -> list[str]:
+    """Names of the linear layers inside attention."""
+    names = set()
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if _is_linear(module) and any(re.search(r"att", part) for part in parts[:-1]):
+            names.add(parts[-1])
+    return sorted(names)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear4bit")
+
+
+def _targets(model: Any, job: Job) -> list[str] | str:
+    if job.targets == "attention":
+        return _attention_targets(model)
+    if isinstance(job.targets, str):
+        return job.targets
+    return list(job.targets)
+
+
+def _adapt(model: Any, job: Job) -> Any:
+    """Freeze and adapt as the plan's method says."""
+    if job.method == "full":
+        return model
+    if job.method == "partial":
+        model.requires_grad_(False)
+        for block in list(_blocks(model))[-job.last_layers :]:
+            block.requires_grad_(True)
+        return model
+    if job.method == "bitfit":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+        return model
+    import peft
+
+    family = family_of(model.config)
+    task = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(family)
+    if job.task in ("classify", "rm"):
+        task = "SEQ_CLS"
+    common: dict[str, Any] = {"task_type": task}
+    save = list(job.modules_to_save) or None
+    targets = _targets(model, job)
+    if job.method in ("lora", "qlora", "dora"):
+        configuration = peft.LoraConfig(
+            **common, r=job.rank, lora_alpha=job.alpha, target_modules=targets,
+            lora_dropout=job.dropout, modules_to_save=save, rank_pattern=job.rank_pattern,
+            layers_to_transform=list(job.layers_to_transform) or None,
+            target_parameters=list(job.target_parameters) or None,
+            use_dora=job.use_dora, use_rslora=job.use_rslora,
+        )  # fmt: skip
+    elif job.method == "ia3":
+        named = () if job.targets == "all-linear" else job.targets
+        configuration = peft.IA3Config(
+            **common, target_modules=list(named) or None, modules_to_save=save
+        )
+    elif job.method == "vera":
+        configuration = peft.VeraConfig(
+            **common, r=job.rank, target_modules=targets, vera_dropout=job.dropout,
+            modules_to_save=save,
+        )  # fmt: skip
+    elif job.method in ("loha", "lokr"):
+        kind = peft.LoHaConfig if job.method == "loha" else peft.LoKrConfig
+        configuration = kind(
+            **common, r=job.rank, alpha=job.alpha, target_modules=targets, modules_to_save=save
+        )
+    elif job.method == "oft":
+        configuration = peft.OFTConfig(**common, target_modules=targets, modules_to_save=save)
+    elif job.method == "boft":
+        configuration = peft.BOFTConfig(**common, target_modules=targets, modules_to_save=save)
+    elif job.method == "ln_tuning":
+        configuration = peft.LNTuningConfig(**common, modules_to_save=save)
+    elif job.method == "prompt_tuning":
+        configuration = peft.PromptTuningConfig(**common, num_virtual_tokens=job.virtual_tokens)
+    elif job.method == "prefix_tuning":
+        configuration = peft.PrefixTuningConfig(**common, num_virtual_tokens=job.virtual_tokens)
+    elif job.method == "p_tuning":
+        configuration = peft.PromptEncoderConfig(**common, num_virtual_tokens=job.virtual_tokens)
+    else:
+        raise UnsupportedError(
+            f"tracing the method {job.method!r}", remedy="trace it with peft's own adapters"
+        )
+    return peft.get_peft_model(
+        model, configuration, autocast_adapter_dtype=job.adapter_dtype == "fp32"
+    )
+
+
+def materialize(model: Any) -> None:
+    """Swap every parameter and buffer for an empty tensor of the mode that is on; ties are kept."""
+    swapped: dict[int, Any] = {}
+
+    def empty(old: Any) -> Any:
+        new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device="cpu")
+        if isinstance(old, nn.Parameter):
+            parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+            parameter.__dict__.update(old.__dict__)
+            return parameter
+        return new
+
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, old in store.items():
+                if old is None:
+                    continue
+                if id(old) not in swapped:
+                    swapped[id(old)] = (empty(old), old)
+                store[name] = swapped[id(old)][0]
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor) and value.device.type == "meta":
+                setattr(module, name, empty(value))
+        if getattr(module, "rope_type", None) is not None:
+            # the values decide which frequencies are used, never how large anything is
+            if isinstance(module.rope_type, str) and "dynamic" in module.rope_type:
+                module.rope_type = "default"
+
+
+def build_optimizer(job: Job, model: Any) -> Any:
+    """The optimizer of the plan over what is trained, in Trainer's two groups."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: Any = trained
+    if job.stack != "pytorch":
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.0},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+    from ftplan.trace.optimizers import make_optimizer
+
+    return make_optimizer(job, groups)

@@ -1,0 +1,333 @@
+"""Run a job for two steps on fake tensors and say what was allocated: ground truth, no GPU.
+
+Use it as a library::
+
+    from ftplan.trace.core import trace
+    from ftplan.trace.job import plan_from
+    result = trace(plan_from({"model": "x", "method": {"kind": "lora", "targets": ["q_proj"]},
+                              "batch": {"micro": 2, "seq_len": 2048}}), config, layers=4)
+    result.allocated_bytes          # the peak of the second step
+    result.peak_phase               # forward | backward | step
+    result.phases                   # {phase: peak bytes}
+    result.at_peak()                # {group: bytes} alive at that moment
+    result.saved("layers.1.")       # storages alive at the end of forward, born in that module
+    result.alive()                  # storages alive at the peak, largest first
+
+or from a shell (``--help`` says more)::
+
+    python -m ftplan.trace plan.yaml --config config.json --layers 4 --saved layers.1 --alive
+
+``config`` is the mapping of a Hugging Face ``config.json``; ``layers`` cuts its depth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ftplan.spec import Plan
+from ftplan.trace import build, cuda
+from ftplan.trace.job import Job, resolve
+from ftplan.trace.ledger import Entry, Ledger
+
+__all__ = ["TraceResult", "trace"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceResult:
+    """What a traced job allocated, in bytes; the second step is the one that counts."""
+
+    allocated_bytes: int
+    peak_phase: str
+    phases: dict[str, int]
+    """Peak bytes of each phase of the second step."""
+    total_params: int
+    trainable_params: int
+    versions: dict[str, str]
+    entries: list[Entry] = field(repr=False)
+    peak_clock: int
+    forward_end_clock: int
+    curve: list[tuple[int, int]] = field(repr=False)
+    """(clock, live bytes) of the whole run."""
+    marks: list[tuple[int, int, str]] = field(repr=False)
+    """(clock, step, phase) at each change of phase."""
+
+    def _at(self, clock: int) -> list[Entry]:
+        return [
+            entry
+            for entry in self.entries
+            if entry.birth <= clock
+            and (entry.death is None or entry.death > clock)
+            and entry.bytes
+        ]
+
+    def group_of(self, entry: Entry) -> str:
+        """The term a storage belongs to, at the peak."""
+        if entry.kind:
+            return entry.kind
+        if entry.phase == "forward":
+            return "activations" if entry.death is None or self._survives(entry) else "temporary"
+        return "recompute" if entry.recompute else "temporary"
+
+    def _survives(self, entry: Entry) -> bool:
+        ends = [
+            self.marks[i + 1][0]
+            for i in range(len(self.marks) - 1)
+            if self.marks[i][2] == "forward" and self.marks[i][0] <= entry.birth
+        ]
+        return bool(ends) and (entry.death is None or entry.death > ends[-1])
+
+    def at_peak(self) -> dict[str, int]:
+        """Bytes alive at the peak by group; they add up to ``allocated_bytes``."""
+        groups: dict[str, int] = {}
+        for entry in self._at(self.peak_clock):
+            group = self.group_of(entry)
+            groups[group] = groups.get(group, 0) + entry.bytes
+        return dict(sorted(groups.items(), key=lambda item: -item[1]))
+
+    def alive(self) -> list[Entry]:
+        """Every storage alive at the peak, largest first."""
+        return sorted(self._at(self.peak_clock), key=lambda entry: -entry.bytes)
+
+    def saved(self, module: str = "") -> list[Entry]:
+        """Storages born in the second step's forward and alive at its end, in order of birth.
+
+        ``module`` keeps those whose module path contains it.
+        """
+        return [
+            entry
+            for entry in self._at(self.forward_end_clock)
+            if entry.step == 2
+            and entry.phase == "forward"
+            and entry.kind != "inputs"
+            and module in entry.module + "."
+        ]
+
+
+def trace(
+    plan: Plan,
+    config: dict[str, Any],
+    *,
+    layers: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> TraceResult:
+    """Trace one job. Raises UnsupportedError for what cannot be run on fake tensors."""
+    job = resolve(plan)
+    return trace_job(job, config, layers=layers, progress=progress)
+
+
+def trace_job(
+    job: Job,
+    config: dict[str, Any],
+    *,
+    layers: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> TraceResult:
+    """:func:`trace` of a resolved job."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    say = progress or (lambda text: None)
+    torch.set_num_threads(1)
+    ledger = Ledger()
+    with _quiet():
+        say("building the model")
+        model_config = build.model_config(config, layers)
+        model = build.build_model(job, model_config)
+        with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+            build.materialize(model)
+            _mark_model(ledger, model)
+            with cuda.as_on_cuda(ledger, job.capability):
+                forward_end = _run(job, model, ledger, say)
+    return _result(job, model, ledger, forward_end)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Libraries warn about what a trace does on purpose."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    transformers.logging.set_verbosity(level)
+
+
+def _mark_model(ledger: Ledger, model: Any) -> None:
+    ledger.mark(model.buffers(), "buffers")
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            kind = "weights/frozen"
+        elif any(part in name for part in ("lora_", "ia3_", "vera_", "hada_", "lokr_", "oft_")):
+            kind = "adapters"
+        else:
+            kind = "weights/trainable"
+        ledger.mark([parameter], kind)
+        entry = ledger.entry_of(parameter)
+        if entry is not None:
+            entry.module = name
+
+
+def _run(job: Job, model: Any, ledger: Ledger, say: Callable[[str], None]) -> int:
+    """Two steps; returns the clock at the end of the second step's (last) forward."""
+    _prepare(job, model)
+    optimizer = build.build_optimizer(job, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(
+                lambda p: ledger.mark([p.grad], "gradients")
+            )
+    ledger.watch_modules(model)
+    forward = _forward_of(job, model)
+    forward_end = 0
+    for step in (1, 2):
+        for _ in range(min(job.accumulation, 2)):
+            say(f"step {step}: forward")
+            gc.collect()
+            ledger.enter("forward", step)
+            batch = _batch(job, model)
+            ledger.mark([t for t in batch.values() if t is not None], "inputs")
+            outputs = forward(**batch)
+            loss = outputs["loss"]
+            if job.stack != "pytorch":
+                del outputs
+                del batch
+            if job.accumulation > 1:
+                loss = loss / job.accumulation
+            forward_end = ledger.clock - 1
+            say(f"step {step}: backward")
+            ledger.enter("backward", step)
+            loss.backward()
+            loss = loss.detach()
+            outputs = batch = None
+        say(f"step {step}: optimizer")
+        gc.collect()
+        ledger.enter("step", step)
+        if job.stack != "pytorch":
+            torch.nn.utils.clip_grad_norm_(
+                [p for p in model.parameters() if p.requires_grad], 1.0
+            )
+        optimizer.step()
+        for tensor in _state_tensors(optimizer):
+            ledger.mark([tensor], "optimizer")
+        from ftplan.trace.optimizers import host_scalars
+
+        for scalar in host_scalars(job, optimizer):
+            ledger.forget(scalar)
+        ledger.enter("zero_grad", step)
+        optimizer.zero_grad(set_to_none=True)
+    ledger.enter("end", 3)
+    return forward_end
+
+
+def _state_tensors(optimizer: Any) -> Iterator[Any]:
+    stack: list[Any] = [state for state in optimizer.state.values()]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            stack.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            stack.extend(value)
+
+
+def _prepare(job: Job, model: Any) -> None:
+    """What the trainer does to the model before the first step."""
+    if job.checkpointing in ("full", "offload"):
+        # the random state a checkpoint stows is host memory
+        kwargs = {"use_reentrant": job.reentrant, "preserve_rng_state": False}
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=kwargs, every_n_layers=job.every
+        )
+
+
+def _forward_of(job: Job, model: Any) -> Callable[..., Any]:
+    """The model's forward as the stack calls it: autocast around it, outputs cast to fp32."""
+    if job.mixed == "no":
+        return model  # type: ignore[no-any-return]
+    dtype = getattr(torch, job.mixed)
+
+    def autocast_forward(**batch: Any) -> Any:
+        with torch.autocast("cpu", dtype=dtype):
+            return model(**batch)
+
+    if job.stack == "pytorch":
+        return autocast_forward
+    from accelerate.utils import convert_outputs_to_fp32
+
+    return convert_outputs_to_fp32(autocast_forward)  # type: ignore[no-any-return]
+
+
+def _batch(job: Job, model: Any) -> dict[str, Any]:
+    """Token ids and labels, and a mask where the plan pads; int64, shape (micro, seq_len)."""
+    shape = (job.micro, job.seq_len)
+    ids = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.zeros(shape, dtype=torch.int64)
+    batch = {"input_ids": ids, "labels": labels}
+    if job.padding != "none":
+        batch["attention_mask"] = torch.ones(shape, dtype=torch.int64)
+    return batch
+
+
+def _result(job: Job, model: Any, ledger: Ledger, forward_end: int) -> TraceResult:
+    marks = ledger.marks
+    second = next(clock for clock, step, _ in marks if step == 2)
+    curve = ledger.curve()
+    phases: dict[str, int] = {}
+    peak, peak_clock = 0, 0
+    where = ""
+    index = 0
+    before = 0
+    for clock, live in curve:
+        while index < len(marks) and marks[index][0] <= clock:
+            index += 1
+            _, step, phase = marks[index - 1]
+            if step == 2:
+                phases[phase] = max(phases.get(phase, 0), before)
+        before = live
+        if clock < second or index == 0:
+            continue
+        phase = marks[index - 1][2]
+        if phase in ("zero_grad", "end"):
+            continue
+        phases[phase] = max(phases.get(phase, 0), live)
+        if live > peak:
+            peak, peak_clock, where = live, clock, phase
+    phases = {name: phases[name] for name in ("forward", "backward", "step") if name in phases}
+    parameters = {id(p): p for p in model.parameters()}.values()
+    return TraceResult(
+        allocated_bytes=peak,
+        peak_phase=where,
+        phases=phases,
+        total_params=sum(p.numel() for p in parameters),
+        trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
+        versions=versions(),
+        entries=ledger.entries,
+        peak_clock=peak_clock,
+        forward_end_clock=forward_end,
+        curve=curve,
+        marks=marks,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what was run."""
+    import accelerate
+    import peft
+    import transformers
+
+    return {
+        "torch": str(torch.__version__).partition("+")[0],
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "accelerate": accelerate.__version__,
+    }

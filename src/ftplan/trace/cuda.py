@@ -1,0 +1,300 @@
+"""What a CUDA device would do where a CPU does something else, told to fake CPU tensors.
+
+- scaled_dot_product_attention picks flash, memory-efficient or math as the CUDA dispatcher does
+  (torch 2.13, ATen/native/transformers/cuda/sdp_utils.cpp), and each keeps what its kernel keeps.
+- dropout keeps a one-byte mask (``native_dropout``), where a CPU keeps noise in the input's dtype.
+- autocast's list of fp32 ops is the one of CUDA (layer norm, softmax, pow ...).
+- a mask for packed sequences is looked for, and none is found.
+
+Kernel workspaces of cuBLAS are left out: ``max_memory_allocated`` shows them as 8 to 32 MiB more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from ftplan.trace.ledger import Ledger
+
+__all__ = ["AutocastLists", "as_on_cuda", "pick_sdpa"]
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def pick_sdpa(
+    query: Any, key: Any, value: Any, mask: Any, dropout: float, causal: bool,
+    capability: tuple[int, int],
+) -> str:  # fmt: skip
+    """``flash``, ``efficient`` or ``math``: the dispatcher's order and conditions on CUDA."""
+    head = query.shape[-1]
+    same_head = head == key.shape[-1] == value.shape[-1]
+    grouped = query.shape[1] != key.shape[1]
+    contiguous = all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in (query, key, value))
+    needs_grad = any(t.requires_grad for t in (query, key, value))
+    consumer = capability in ((8, 6), (8, 9), (12, 0), (12, 1))
+    flash = (
+        mask is None
+        and same_head
+        and head <= 256
+        and capability >= (8, 0)
+        and query.dtype in LOW_PRECISION
+        and contiguous
+        and not (causal and query.shape[2] != key.shape[2])
+        and not (needs_grad and consumer and (192 < head <= 224 or (head > 224 and dropout > 0)))
+    )
+    if flash:
+        return "flash"
+    alignment = 8 if query.dtype in LOW_PRECISION else 4
+    efficient = (
+        not grouped
+        and query.shape[0] == key.shape[0]
+        and head == key.shape[-1]
+        and head % alignment == 0
+        and value.shape[-1] % alignment == 0
+        and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and (query.dtype != torch.bfloat16 or capability >= (8, 0))
+        and (contiguous)
+    )
+    return "efficient" if efficient else "math"
+
+
+def _round(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+class _Flash(torch.autograd.Function):
+    """FlashAttention 2 inside PyTorch: saves q, k, v, out, fp32 log-sum-exp, philox state."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, ledger: Ledger) -> Any:
+        with ledger.named_op("sdpa_flash"):
+            out = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
+            lse = torch.empty(query.shape[:3], dtype=torch.float32)
+            state = torch.empty(2, dtype=torch.int64)
+            unused = torch.empty((), dtype=torch.int64)
+        ctx.save_for_backward(query, key, value, out, lse, state, unused)
+        ctx.ledger = ledger
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        query, key, value, out, *_ = ctx.saved_tensors
+        with ctx.ledger.named_op("sdpa_flash_backward"):
+            grad = grad.transpose(1, 2).contiguous()
+            out = out.transpose(1, 2).contiguous()
+            batch, heads, length, head = query.shape
+            kv_heads, kv_length = key.shape[1], key.shape[2]
+            grad_q = torch.empty_like(query.transpose(1, 2))
+            grad_k = torch.empty_like(key.transpose(1, 2))
+            grad_v = torch.empty_like(value.transpose(1, 2))
+            rounded = _round(length, 128)
+            softmax_d = torch.empty(batch, heads, rounded, dtype=torch.float32)
+            head_rounded = _round(head, 32) if head <= 192 else 256
+            accumulator = torch.empty(batch, rounded, heads, head_rounded, dtype=torch.float32)
+            if kv_heads != heads:
+                shape = (batch, kv_length, heads, head)
+                wide_k = torch.empty(shape, dtype=key.dtype)
+                wide_v = torch.empty(shape, dtype=key.dtype)
+                del wide_k, wide_v
+            del softmax_d, accumulator
+        return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2), None
+
+
+class _Efficient(torch.autograd.Function):
+    """The memory-efficient (CUTLASS) kernel: any of fp32, fp16, bf16, and additive masks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Any, key: Any, value: Any, bias: Any, ledger: Ledger
+    ) -> Any:
+        batch, heads, length, _ = query.shape
+        with ledger.named_op("sdpa_efficient"):
+            out = torch.empty(batch, length, heads, value.shape[-1], dtype=query.dtype)
+            lse = torch.empty(batch, heads, _round(length, 32), dtype=torch.float32)
+            seed = torch.empty((), dtype=torch.int64)
+            offset = torch.empty((), dtype=torch.int64)
+            if value.shape[-1] > 128 and query.dtype != torch.float32:
+                accumulator = torch.empty(out.shape, dtype=torch.float32)
+                del accumulator
+        out = out.transpose(1, 2)
+        ctx.save_for_backward(query, key, value, bias, out, lse, seed, offset)
+        ctx.ledger = ledger
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        query, key, value, bias, out, *_ = ctx.saved_tensors
+        with ctx.ledger.named_op("sdpa_efficient_backward"):
+            batch, heads, length, head = query.shape
+            grad_q, grad_k, grad_v = (
+                torch.empty(t.transpose(1, 2).shape, dtype=t.dtype).transpose(1, 2)
+                for t in (query, key, value)
+            )
+            grad_bias = None
+            if bias is not None and ctx.needs_input_grad[3]:
+                grad_bias = torch.empty_like(bias)
+            delta = torch.empty(batch, heads, _round(length, 32), dtype=torch.float32)
+            workspace = None
+            if query.dtype != torch.float32:
+                workspace = torch.empty(
+                    batch * heads * _round(length, 64) * _round(head, 32), dtype=torch.float32
+                )
+            del delta, workspace
+        return grad_q, grad_k, grad_v, grad_bias, None
+
+
+def _sdpa(ledger: Ledger, capability: tuple[int, int]) -> Any:
+    math_path = torch.ops.aten._scaled_dot_product_attention_math
+
+    def scaled_dot_product_attention(
+        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Any:  # fmt: skip
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            cast = [t.to(dtype) if t.dtype == torch.float32 else t for t in (query, key, value)]
+            query, key, value = cast
+            if attn_mask is not None and attn_mask.dtype == torch.float32:
+                attn_mask = attn_mask.to(dtype)
+            with torch.autocast("cpu", enabled=False):
+                return scaled_dot_product_attention(
+                    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+                )
+        kernel = pick_sdpa(query, key, value, attn_mask, dropout_p, is_causal, capability)
+        if kernel == "math":
+            return math_path(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+                enable_gqa=enable_gqa,
+            )[0]  # fmt: skip
+        head = query.shape[-1]
+        if kernel == "flash":
+            if head % 8:
+                query, key, value = (F.pad(t, (0, 8 - head % 8)) for t in (query, key, value))
+            out = _Flash.apply(query, key, value, ledger)
+            return out[..., :head] if head % 8 else out
+        bias = attn_mask
+        if bias is not None:
+            if bias.dtype == torch.bool:
+                bias = torch.where(
+                    bias.logical_not(), float("-inf"), torch.zeros((), dtype=query.dtype)
+                )
+            if bias.shape[-1] % 16:
+                last = bias.shape[-1]
+                bias = F.pad(bias, (0, 16 - last % 16))[..., :last]
+            bias = bias.expand(*query.shape[:3], key.shape[2])
+        return _Efficient.apply(query, key, value, bias, ledger)
+
+    return scaled_dot_product_attention
+
+
+def _dropout(original: Any) -> Any:
+    def dropout(
+        input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Any:
+        if not training or p <= 0.0 or p >= 1.0 or inplace:
+            return original(input, p, training, inplace)
+        return torch.native_dropout(input, p, True)[0]
+
+    return dropout
+
+
+class AutocastLists(TorchFunctionMode):
+    """Adds what CUDA's autocast runs in fp32 and a CPU's does not.
+
+    torch 2.13, ATen/autocast_mode.h: AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE.
+    """
+
+    names = (
+        "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p",
+        "reciprocal", "rsqrt", "sinh", "tan", "pow", "softplus", "layer_norm", "native_layer_norm",
+        "group_norm", "norm", "nuclear_norm", "cosine_similarity", "poisson_nll_loss",
+        "cosine_embedding_loss", "nll_loss", "hinge_embedding_loss", "kl_div", "l1_loss",
+        "smooth_l1_loss", "huber_loss", "mse_loss", "margin_ranking_loss", "multilabel_margin_loss",
+        "soft_margin_loss", "triplet_margin_loss", "multi_margin_loss",
+        "binary_cross_entropy_with_logits", "dist", "pdist", "cdist", "renorm", "logsumexp",
+        "rms_norm", "cross_entropy", "__pow__", "__rpow__",
+    )  # fmt: skip
+    with_dtype = ("prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum")
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if (name in _FP32 or name in _FP32_DTYPE) and torch.is_autocast_enabled("cpu"):
+            if name in _FP32:
+                args = tuple(_up(value) for value in args)
+                kwargs = {key: _up(value) for key, value in kwargs.items()}
+            elif _low(args[0] if args else kwargs.get("input")) and kwargs.get("dtype") is None:
+                kwargs = {**kwargs, "dtype": torch.float32}
+        return func(*args, **kwargs)
+
+
+_FP32 = frozenset(AutocastLists.names)
+_FP32_DTYPE = frozenset(AutocastLists.with_dtype)
+
+
+def _low(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in LOW_PRECISION
+
+
+def _up(value: Any) -> Any:
+    return value.to(torch.float32) if _low(value) else value
+
+
+@contextlib.contextmanager
+def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _no_packed_sequences(original: Any) -> Any:
+    def find_packed_sequence_indices(position_ids: Any) -> None:
+        # the GPU computes the indices, finds one sequence and drops them: nothing stays
+        return None
+
+    return find_packed_sequence_indices
+
+
+@contextlib.contextmanager
+def as_on_cuda(ledger: Ledger, capability: tuple[int, int] = (8, 0)) -> Iterator[None]:
+    """Run the block as if the fake CPU tensors were on a CUDA device of that capability."""
+    from transformers import masking_utils
+    from transformers.utils import import_utils
+
+    ledger.scalar_answer = _scalar
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        enter(_patched(F, "scaled_dot_product_attention", _sdpa(ledger, capability)))
+        enter(_patched(F, "dropout", _dropout(F.dropout)))
+        enter(_patched(import_utils, "is_fake_tensor", lambda tensor: False))
+        enter(
+            _patched(
+                masking_utils,
+                "find_packed_sequence_indices",
+                _no_packed_sequences(masking_utils.find_packed_sequence_indices),
+            )
+        )
+        enter(AutocastLists())
+        yield
+
+
+def _scalar(tensor: Any) -> Any:
+    """What ``tensor.item()`` says: no value is known, and zero (false) is the useful answer.
+
+    It makes 'is nothing padded?' false, so that a mask is built whenever one is passed.
+    """
+    if tensor.dtype == torch.bool:
+        return False
+    return 0.0 if tensor.dtype.is_floating_point else 0
+
+

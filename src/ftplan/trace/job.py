@@ -1,0 +1,197 @@
+"""The plan as the annex needs it: every choice made, nothing left to a default further down."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ftplan.errors import UnsupportedError
+from ftplan.spec import Plan
+
+__all__ = ["Job", "resolve"]
+
+QUANTIZED = ("nf4", "fp4", "int8", "int4")
+_FLOATS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_FP16_ONLY_GPUS = {"t4": (7, 5), "v100": (7, 0), "p100": (6, 0), "rtx-20": (7, 5), "titan": (7, 5)}
+_CAPABILITIES = {
+    "a100": (8, 0), "a30": (8, 0), "a800": (8, 0), "h100": (9, 0), "h200": (9, 0), "h20": (9, 0),
+    "gh200": (9, 0), "h800": (9, 0), "b200": (10, 0), "gb200": (10, 0), "b300": (10, 0),
+    "a10": (8, 6), "a40": (8, 6), "a16": (8, 6), "a2": (8, 6), "rtx-30": (8, 6), "rtx-a": (8, 6),
+    "l4": (8, 9), "l40": (8, 9), "rtx-40": (8, 9), "rtx-50": (12, 0),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One finetuning job, resolved. Names of dtypes are torch's (``bfloat16``)."""
+
+    stack: str
+    task: str
+    method: str
+    rank: int
+    alpha: int
+    targets: tuple[str, ...] | str
+    dropout: float
+    adapter_dtype: str
+    """``fp32`` or ``bf16`` (the base's dtype)."""
+    modules_to_save: tuple[str, ...]
+    rank_pattern: dict[str, int]
+    layers_to_transform: tuple[int, ...]
+    target_parameters: tuple[str, ...]
+    use_dora: bool
+    use_rslora: bool
+    double_quant: bool
+    prepare_kbit: bool
+    compute_dtype: str
+    last_layers: int
+    virtual_tokens: int
+    weights: str
+    """Storage of the base weights: a float dtype of torch, or a quantised format's name."""
+    mixed: str
+    """``no``, ``bfloat16`` or ``float16``."""
+    micro: int
+    seq_len: int
+    accumulation: int
+    padding: str
+    optimizer: str
+    implementation: str
+    momentum: float
+    checkpointing: str
+    every: int
+    reentrant: bool
+    attention: str
+    loss: str
+    chunk: int
+    kernels: str
+    capability: tuple[int, int]
+    reference: str
+    world: int
+    sharding: str
+    fsdp_version: int
+    wrap: str
+    param_dtype: str
+    reduce_dtype: str
+    reshard_after_forward: bool
+    offload: str
+
+    @property
+    def quantized(self) -> bool:
+        """The base weights are stored in a 4- or 8-bit format."""
+        return self.weights in QUANTIZED
+
+
+def _capability(gpu: str | None) -> tuple[int, int]:
+    """Compute capability by the card's name; Ampere where no card is named."""
+    if gpu is None:
+        return (8, 0)
+    best = ""
+    table = {**_CAPABILITIES, **_FP16_ONLY_GPUS}
+    for name in table:
+        if re.match(rf"{re.escape(name)}", gpu) and len(name) > len(best):
+            best = name
+    return table.get(best, (8, 0))
+
+
+_IMPLEMENTATIONS = {
+    "adamw_torch_fused": ("adamw", "fused"),
+    "adamw_torch": ("adamw", "foreach"),
+    "adamw": ("adamw", "fused"),
+    "adam": ("adamw", "fused"),
+    "sgd_momentum": ("sgd", "foreach"),
+}
+
+
+def resolve(plan: Plan) -> Job:
+    """Fill what the plan leaves out with the stack's defaults (contract, section 3)."""
+    method = plan.method
+    if method is None:
+        raise UnsupportedError(
+            "tracing inference", remedy="give the plan a method, as {kind: lora}"
+        )
+    stack = plan.stack or "transformers"
+    kind = method.kind
+    precision, batch, sharding = plan.precision, plan.batch, plan.sharding
+    choice = plan.optimizer
+    name = choice.name if choice else "adamw_torch_fused"
+    momentum = (choice.momentum if choice else None) or 0.0
+    if name == "sgd_momentum":
+        momentum = momentum or 0.9
+    name, implementation = _IMPLEMENTATIONS.get(name, (name, "foreach"))
+    if choice and choice.implementation:
+        implementation = choice.implementation
+    checkpointing = plan.gradient_checkpointing
+    weights = precision.weights or ("nf4" if kind == "qlora" else "bf16")
+    mixed = precision.mixed or "no"
+    loss = plan.loss
+    world = (plan.hardware.count or 1) * (plan.hardware.nodes or 1)
+    param_dtype = sharding.param_dtype or (mixed if mixed != "no" else "")
+    return Job(
+        stack=stack,
+        task=plan.task or "sft",
+        method=kind,
+        rank=method.rank or 16,
+        alpha=method.alpha or 2 * (method.rank or 16),
+        targets=method.targets or "all-linear",
+        dropout=method.dropout or 0.0,
+        adapter_dtype=method.adapter_dtype or "fp32",
+        modules_to_save=tuple(method.modules_to_save or ()),
+        rank_pattern=dict(method.rank_pattern or {}),
+        layers_to_transform=tuple(method.layers_to_transform or ()),
+        target_parameters=tuple(method.target_parameters or ()),
+        use_dora=bool(method.use_dora) or kind == "dora",
+        use_rslora=bool(method.use_rslora),
+        double_quant=bool(method.double_quant),
+        prepare_kbit=method.prepare_kbit if method.prepare_kbit is not None else kind == "qlora",
+        compute_dtype=_FLOATS[method.compute_dtype or "bf16"],
+        last_layers=method.last_layers or 1,
+        virtual_tokens=method.virtual_tokens or 20,
+        weights=_FLOATS.get(weights, weights),
+        mixed=_FLOATS.get(mixed, "no"),
+        micro=batch.micro or 1,
+        seq_len=batch.seq_len or 2048,
+        accumulation=batch.accumulation or 1,
+        padding=batch.padding or "none",
+        optimizer=name,
+        implementation=implementation,
+        momentum=momentum,
+        checkpointing=checkpointing.kind if checkpointing else "none",
+        every=checkpointing.every if checkpointing else 1,
+        reentrant=bool(checkpointing and checkpointing.reentrant),
+        attention=plan.attention or "sdpa",
+        loss=loss.kind if loss else "full",
+        chunk=(loss.chunk if loss else None) or 256,
+        kernels=plan.kernels or "none",
+        capability=_capability(plan.hardware.gpu),
+        reference=plan.reference or "none",
+        world=world,
+        sharding=sharding.kind or ("ddp" if world > 1 else "none"),
+        fsdp_version=sharding.version or 2,
+        wrap=sharding.wrap or "block",
+        param_dtype=_FLOATS.get(param_dtype, ""),
+        reduce_dtype=_FLOATS.get(sharding.reduce_dtype or param_dtype, ""),
+        reshard_after_forward=(
+            True if sharding.reshard_after_forward is None else sharding.reshard_after_forward
+        ),
+        offload=sharding.offload or "none",
+    )
+
+
+def plan_from(mapping: dict[str, Any]) -> Plan:
+    """A plan from the mapping of a plan file, without the strict reader (for scripts here)."""
+    from pydantic import TypeAdapter
+
+    data = dict(mapping)
+    if isinstance(data.get("model"), str):
+        data["model"] = {"name": data["model"]}
+    if isinstance(data.get("optimizer"), str):
+        data["optimizer"] = {"name": data["optimizer"]}
+    if isinstance(data.get("loss"), str):
+        data["loss"] = {"kind": data["loss"]}
+    checkpointing = data.get("gradient_checkpointing")
+    if isinstance(checkpointing, bool):
+        data["gradient_checkpointing"] = {"kind": "full" if checkpointing else "none"}
+    precision = data.get("precision")
+    if isinstance(precision, dict) and precision.get("mixed") is False:
+        data["precision"] = {**precision, "mixed": "no"}
+    return TypeAdapter(Plan).validate_python(data)

@@ -1,0 +1,263 @@
+"""The ledger of a run on fake tensors: when each storage is born, by which op, and when it dies.
+
+A storage is what the CUDA caching allocator would hand out: its size is rounded up to 512 bytes,
+views share it, and it dies when its last holder (a variable, a saved tensor, a gradient) lets go.
+The clock ticks once per birth and per death, so that any moment of the run can be asked for later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["ALLOCATION_GRANULE_BYTES", "Entry", "Ledger"]
+
+ALLOCATION_GRANULE_BYTES = 512
+"""The caching allocator's smallest unit (kMinBlockSize of CUDACachingAllocator.cpp)."""
+
+_HOST = "host"
+
+
+@dataclass(slots=True)
+class Entry:
+    """One storage. ``death`` is None while it lives; ``kind`` is refined as the run goes on."""
+
+    number: int
+    bytes: int
+    """Rounded up to the allocator's granule."""
+    shape: tuple[int, ...]
+    dtype: str
+    op: str
+    """The op whose output it first was (``mm``, ``_to_copy``), with ``[backward]`` in backward."""
+    module: str
+    """Dotted path of the module that was running, empty outside the model."""
+    phase: str
+    step: int
+    birth: int
+    kind: str = ""
+    death: int | None = None
+    recompute: bool = False
+    """Made by the recomputation of a checkpointed block."""
+
+
+def _round_up(size: int) -> int:
+    return -(-size // ALLOCATION_GRANULE_BYTES) * ALLOCATION_GRANULE_BYTES
+
+
+class Ledger(TorchDispatchMode):
+    """Account for every storage that passes through the dispatcher while the mode is on.
+
+    ``phase`` and ``step`` are set by the loop that runs the job. ``module_stack`` is kept by the
+    hooks of :meth:`watch_modules`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[Entry] = []
+        self.phase = "load"
+        self.step = 0
+        self.clock = 0
+        self.live_bytes = 0
+        self.marks: list[tuple[int, int, str]] = []
+        """(clock, step, phase) at each change of phase."""
+        self.module_stack: list[str] = []
+        self._by_storage: dict[int, tuple[Entry, Any]] = {}
+        self._module_of_node: dict[int, str] = {}
+        self._op_override: list[str] = []
+        self._on_host = 0
+        self.scalar_answer: Callable[[Any], Any] | None = None
+
+    # -- the loop's side ---------------------------------------------------------------------
+
+    def enter(self, phase: str, step: int) -> None:
+        """Say which phase of which step runs from now on."""
+        self.phase, self.step = phase, step
+        self.marks.append((self.clock, step, phase))
+
+    @contextlib.contextmanager
+    def named_op(self, name: str) -> Iterator[None]:
+        """Births inside belong to one op of that name (an emulated kernel)."""
+        self._op_override.append(name)
+        try:
+            yield
+        finally:
+            self._op_override.pop()
+
+    @contextlib.contextmanager
+    def on_host(self) -> Iterator[None]:
+        """Births inside are host memory: not counted."""
+        self._on_host += 1
+        try:
+            yield
+        finally:
+            self._on_host -= 1
+
+    def mark(self, tensors: Iterable[Any], kind: str) -> None:
+        """Give the storages of these tensors a kind (``weights``, ``gradients`` ...)."""
+        for tensor in tensors:
+            entry = self.entry_of(tensor)
+            if entry is not None:
+                entry.kind = kind
+
+    def entry_of(self, tensor: Any) -> Entry | None:
+        """The living entry behind a tensor, or None if it is not on the device."""
+        found = self._by_storage.get(tensor.untyped_storage()._cdata)
+        return found[0] if found else None
+
+    def forget(self, tensor: Any) -> None:
+        """The tensor lives on the host after all: it is taken off the books."""
+        found = self._by_storage.pop(tensor.untyped_storage()._cdata, None)
+        if found is not None:
+            entry = found[0]
+            entry.kind = _HOST
+            self.live_bytes -= entry.bytes
+            entry.bytes = 0
+
+    def resize(self, storage: Any, size: int) -> None:
+        """A storage was resized in place (FSDP2 frees and refills gathered units so)."""
+        found = self._by_storage.get(storage._cdata)
+        if found is None:
+            return
+        entry, reference = found
+        if _round_up(size) == entry.bytes:
+            return
+        self._die(entry)
+        if size:
+            reborn = self._born(size, entry.shape, entry.dtype, entry.op)
+            reborn.kind, reborn.module = entry.kind, entry.module
+        else:
+            reborn = Entry(
+                number=len(self.entries), bytes=0, shape=entry.shape, dtype=entry.dtype,
+                op=entry.op, module=entry.module, phase=self.phase, step=self.step,
+                birth=self.clock, kind=entry.kind,
+            )  # fmt: skip
+        self._by_storage[storage._cdata] = (reborn, reference)
+
+    def watch_modules(self, model: Any) -> list[Any]:
+        """Keep ``module_stack`` by forward hooks; returns the hooks' handles."""
+        handles = []
+        for name, module in model.named_modules():
+            handles.append(
+                module.register_forward_pre_hook(self._push(name), with_kwargs=False, prepend=True)
+            )
+            handles.append(module.register_forward_hook(self._pop(), always_call=True))
+        return handles
+
+    def _push(self, name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any) -> None:
+            self.module_stack.append(name)
+
+        return hook
+
+    def _pop(self) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            if self.module_stack:
+                self.module_stack.pop()
+
+        return hook
+
+    # -- the dispatcher's side ---------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.prim.device.default:
+            return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default and self.scalar_answer is not None:
+            return self.scalar_answer(args[0])
+        result = func(*args, **(kwargs or {}))
+        if self._on_host:
+            return result
+        for tensor in _tensors(result):
+            self._see(tensor, func)
+        if func is torch.ops.inductor.resize_storage_bytes_.default:
+            self.resize(args[0].untyped_storage(), args[1])
+        return result
+
+    def _see(self, tensor: Any, func: Any) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._by_storage:
+            return
+        size = storage.nbytes()
+        entry = self._born(
+            size, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), self._op(func)
+        )
+        self._by_storage[key] = (entry, weakref.ref(storage, self._burial(key)))
+
+    def _op(self, func: Any) -> str:
+        if self._op_override:
+            return self._op_override[-1]
+        return str(func._schema.name).rpartition("::")[2]
+
+    def _born(self, size: int, shape: tuple[int, ...], dtype: str, op: str) -> Entry:
+        node = torch._C._current_autograd_node()
+        module = self.module_stack[-1] if self.module_stack else ""
+        recompute = False
+        if node is None:
+            self._module_of_node[torch._C._autograd._get_sequence_nr() - 1] = module
+        elif self.module_stack and module:
+            recompute = True
+            self._module_of_node[torch._C._autograd._get_sequence_nr() - 1] = module
+        else:
+            module = self._module_of_node.get(node._sequence_nr(), "")
+            op = f"{op}[{node.name().removesuffix('0')}]"
+        entry = Entry(
+            number=len(self.entries), bytes=_round_up(size), shape=shape, dtype=dtype, op=op,
+            module=module, phase=self.phase, step=self.step, birth=self.clock,
+            recompute=recompute,
+        )  # fmt: skip
+        self.clock += 1
+        self.entries.append(entry)
+        self.live_bytes += entry.bytes
+        return entry
+
+    def _die(self, entry: Entry) -> None:
+        entry.death = self.clock
+        self.clock += 1
+        self.live_bytes -= entry.bytes
+
+    def _burial(self, key: int) -> Callable[[Any], None]:
+        def bury(_: Any) -> None:
+            found = self._by_storage.pop(key, None)
+            if found is not None:
+                self._die(found[0])
+
+        return bury
+
+    # -- asking afterwards -------------------------------------------------------------------
+
+    def curve(self) -> list[tuple[int, int]]:
+        """(clock, live bytes after that tick) for the whole run."""
+        change: dict[int, int] = {}
+        for entry in self.entries:
+            change[entry.birth] = change.get(entry.birth, 0) + entry.bytes
+            if entry.death is not None:
+                change[entry.death] = change.get(entry.death, 0) - entry.bytes
+        live, points = 0, []
+        for clock in sorted(change):
+            live += change[clock]
+            points.append((clock, live))
+        return points
+
+    def alive_at(self, clock: int) -> list[Entry]:
+        """What lived right after the tick ``clock``."""
+        return [
+            entry
+            for entry in self.entries
+            if entry.birth <= clock and (entry.death is None or entry.death > clock)
+        ]
+
+
+def _tensors(result: Any) -> Iterator[Any]:
+    if isinstance(result, torch.Tensor):
+        yield result
+    elif isinstance(result, (list, tuple)):
+        for item in result:
+            yield from _tensors(item)
