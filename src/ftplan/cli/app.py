@@ -55,7 +55,7 @@ class Command:
         return getattr(importlib.import_module(f"ftplan.cli.{name}"), name)
 
 
-COMMANDS: tuple[Command, ...] = ()
+COMMANDS: tuple[Command, ...] = (Command(name="memory", panel="Memory"),)
 
 
 class _Grouped(TyperCommand):
