@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--alive", type=int, nargs="?", const=40, help="the largest at the peak")
     parser.add_argument("--job", action="store_true", help="print the resolved job")
     parser.add_argument("--json", action="store_true", help="print totals as JSON")
+    parser.add_argument("--full", action="store_true", help="run the first step as well")
     options = parser.parse_args()
 
     from ftplan.trace.core import trace
@@ -50,7 +51,7 @@ def main() -> None:
         config = json.loads(Path(options.shapes).read_text())[options.arch]["config"]
     plan = plan_from(_mapping(options.plan))
     started = time.time()
-    result = trace(plan, config, layers=options.layers)
+    result = trace(plan, config, layers=options.layers, full=options.full)
     tokens = (plan.batch.micro or 1) * (plan.batch.seq_len or 2048)
     if options.job:
         print(resolve(plan))
