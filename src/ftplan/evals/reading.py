@@ -1,4 +1,4 @@
-"""A result file -> :class:`~ftplan.evals.run.EvalRun`, recognised by what is in it."""
+"""A result file -> :class:`~ftplan.results.EvalRun`, recognised by what is in it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ftplan.errors import InputError, Location, UnknownNameError
 from ftplan.evals.document import Document, parse_document
+from ftplan.evals.options import ReadOptions
 from ftplan.evals.readers import Reader, all_readers
-from ftplan.evals.run import EvalRun, ReadOptions, ResultRow
+from ftplan.results import EvalRun, ResultRow
 
 __all__ = ["is_result_file", "parse_results", "read_results"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ftplan.evals.run import Check, ResultRow
 from ftplan.evals.values import as_number, as_text, as_verdict, metric_key, threshold_for
+from ftplan.results import Check, ResultRow
 
 __all__ = ["DEFAULT_THRESHOLD", "judged_check", "lower_is_better", "threshold_note"]
 

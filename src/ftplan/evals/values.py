@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ftplan.evals.document import python_literal
-from ftplan.evals.run import Check
+from ftplan.results import Check
 
 __all__ = [
     "as_contexts",
@@ -126,7 +126,9 @@ def _messages(messages: Iterable[dict[str, Json]]) -> str:
 
 
 def _is_part(value: Json) -> bool:
-    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("type"), str))
+    return isinstance(value, str) or (
+        isinstance(value, dict) and isinstance(value.get("type"), str)
+    )
 
 
 def _part(value: Json) -> str:

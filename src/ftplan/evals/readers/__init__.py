@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ftplan.evals.document import Document
-from ftplan.evals.run import EvalRun, ReadOptions
+from ftplan.evals.options import ReadOptions
+from ftplan.results import EvalRun
 
 __all__ = ["Reader", "all_readers"]
 

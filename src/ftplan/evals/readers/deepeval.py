@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from ftplan.evals.document import Document
+from ftplan.evals.options import ReadOptions
 from ftplan.evals.readers import Reader
-from ftplan.evals.run import Check, EvalRun, ReadOptions, ResultRow
 from ftplan.evals.values import (
     as_contexts,
     as_list,
@@ -22,6 +22,7 @@ from ftplan.evals.values import (
     decide,
     snake_keys,
 )
+from ftplan.results import Check, EvalRun, ResultRow
 
 Json = Any
 _LISTS = ("test_cases", "conversational_test_cases", "test_results", "test_cases_mllm")

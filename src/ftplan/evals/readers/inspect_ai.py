@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ftplan.evals.document import Document
+from ftplan.evals.options import ReadOptions
 from ftplan.evals.readers import Reader
-from ftplan.evals.run import Check, EvalRun, ReadOptions, ResultRow
 from ftplan.evals.scores import judged_check, threshold_note
 from ftplan.evals.values import (
     as_contexts,
@@ -31,6 +31,7 @@ from ftplan.evals.values import (
     decide,
     is_missing,
 )
+from ftplan.results import Aggregate, Check, EvalRun, ResultRow
 
 Json = Any
 _ZSTANDARD = 93
@@ -144,19 +145,17 @@ def _check(name: str, value: Json, reason: str, options: ReadOptions, signal: st
         return Check(name=name, signal=signal, reason=reason)
     if isinstance(value, str) and value.strip().upper() in _LETTERS:
         letter = value.strip().upper()
-        passed, number = _LETTERS[letter]
+        passed, worth = _LETTERS[letter]
         because = f"partially correct. {reason}".strip() if letter == "P" else reason
         return Check(
-            name=name, signal=signal, passed=passed, score=number, threshold=1.0, reason=because
+            name=name, signal=signal, passed=passed, score=worth, threshold=1.0, reason=because
         )
     if isinstance(value, str) and as_number(value) is None and as_verdict(value) is not None:
         return Check(name=name, signal=signal, passed=as_verdict(value), reason=reason)
     number = as_number(value)
     exact = number in (0.0, 1.0)
     if exact and number is not None and name not in options.thresholds:
-        return Check(
-            name=name, signal=signal, passed=number == 1.0, score=number, reason=reason
-        )
+        return Check(name=name, signal=signal, passed=number == 1.0, score=number, reason=reason)
     return judged_check(
         name=name, value=value, thresholds=options.thresholds, reason=reason, signal=signal
     )
@@ -204,14 +203,13 @@ def _resolved(text: str, attachments: Mapping[str, Json]) -> str:
     return text
 
 
-def _aggregates(log: Mapping[str, Json]) -> tuple[Any, ...]:
-    from ftplan.evals.run import Aggregate
-
+def _aggregates(log: Mapping[str, Json]) -> tuple[Aggregate, ...]:
     task = as_text(as_dict(log.get("eval")).get("task"))
     found = []
     for score in as_list(as_dict(log.get("results")).get("scores")):
         fields = as_dict(score)
         metrics = as_dict(fields.get("metrics"))
+        scored = as_number(fields.get("scored_samples"))
         spread = as_number(as_dict(metrics.get("stderr")).get("value"))
         for name, metric in metrics.items():
             value = as_number(as_dict(metric).get("value"))
@@ -222,6 +220,8 @@ def _aggregates(log: Mapping[str, Json]) -> tuple[Any, ...]:
                         metric=f"{as_text(fields.get('name'))}/{name}",
                         value=value,
                         stderr=spread,
+                        samples=int(scored) if scored is not None else None,
+                        share_right=name == "accuracy" and 0 <= value <= 1,
                     )
                 )
     return tuple(found)

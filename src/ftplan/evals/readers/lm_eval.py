@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ftplan.evals.document import Document
+from ftplan.evals.options import ReadOptions
 from ftplan.evals.readers import Reader
-from ftplan.evals.run import Aggregate, Check, EvalRun, ReadOptions, ResultRow
 from ftplan.evals.scores import judged_check, threshold_note
 from ftplan.evals.values import (
     as_dict,
@@ -26,6 +26,7 @@ from ftplan.evals.values import (
     metric_key,
     threshold_for,
 )
+from ftplan.results import Aggregate, Check, EvalRun, ResultRow
 
 Json = Any
 _EXACT = {
@@ -186,7 +187,10 @@ def _read_results(document: Document) -> EvalRun:
     run = as_dict(document.value)
     counts = as_dict(run.get("n-samples"))
     aggregates: list[Aggregate] = []
+    groups = {str(name) for name, tasks in as_dict(run.get("group_subtasks")).items() if tasks}
     for task, numbers in as_dict(run["results"]).items():
+        if task in groups:
+            continue  # the mean over tasks that are listed too
         scores = as_dict(numbers)
         counted = as_number(as_dict(counts.get(task)).get("effective"))
         counted = counted if counted is not None else as_number(scores.get("sample_len"))
@@ -205,6 +209,7 @@ def _read_results(document: Document) -> EvalRun:
                     value=number,
                     stderr=as_number(stderr) if not isinstance(stderr, str) else None,
                     samples=int(counted) if counted is not None else None,
+                    share_right=metric_key(metric) in _EXACT and 0 <= number <= 1,
                 )
             )
     return EvalRun(

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ftplan.evals.document import Document, python_literal
+from ftplan.evals.options import ReadOptions
 from ftplan.evals.readers import Reader
-from ftplan.evals.run import Check, EvalRun, ReadOptions, ResultRow
 from ftplan.evals.scores import judged_check, threshold_note
 from ftplan.evals.tables import column_oriented
 from ftplan.evals.values import (
@@ -28,6 +28,7 @@ from ftplan.evals.values import (
     is_missing,
     metric_key,
 )
+from ftplan.results import Check, EvalRun, ResultRow
 
 Json = Any
 _LABELS = ("expected_response", "expected_answer", "expected_output", "ground_truth")

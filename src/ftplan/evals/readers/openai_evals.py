@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ftplan.evals.document import Document
+from ftplan.evals.options import ReadOptions
 from ftplan.evals.readers import Reader
-from ftplan.evals.run import Aggregate, Check, EvalRun, ReadOptions, ResultRow
 from ftplan.evals.scores import judged_check, threshold_note
 from ftplan.evals.values import (
     as_contexts,
@@ -26,6 +26,7 @@ from ftplan.evals.values import (
     as_verdict,
     decide,
 )
+from ftplan.results import Aggregate, Check, EvalRun, ResultRow
 
 Json = Any
 Event = tuple[int | None, dict[str, Json]]

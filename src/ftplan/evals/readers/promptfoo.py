@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from ftplan.evals.document import Document
+from ftplan.evals.options import ReadOptions
 from ftplan.evals.readers import Reader
-from ftplan.evals.run import Check, EvalRun, ReadOptions, ResultRow
 from ftplan.evals.values import (
     as_contexts,
     as_dict,
@@ -24,6 +24,7 @@ from ftplan.evals.values import (
     as_verdict,
     is_missing,
 )
+from ftplan.results import Check, EvalRun, ResultRow
 
 Json = Any
 _ERROR = 2
@@ -178,8 +179,8 @@ def _read_table(document: Document) -> EvalRun:
     if not starts:
         raise document.error("a promptfoo table without an output column", line=1)
     rows: list[ResultRow] = []
-    for number, (line, cells) in enumerate(document.table[1:]):
-        cells = cells + ("",) * (len(header) - len(cells))
+    for number, (line, written) in enumerate(document.table[1:]):
+        cells = written + ("",) * (len(header) - len(written))
         before = dict(zip(header[: starts[0]], cells, strict=False))
         described = before.pop("Description", "")
         for block, start in enumerate(starts):
@@ -206,7 +207,7 @@ _MARK = re.compile(r"^\[(PASS|FAIL|ERROR)\]\s*(?:\([\d.]+\)\s*)?(.*)$", re.S)
 
 
 def _marked_columns(document: Document) -> list[int]:
-    """Columns of older tables, whose cells begin with their verdict: `[FAIL] reason\\n---\\n...`."""
+    """Columns of older tables, whose cells begin with their verdict: `[FAIL] reason`, `---`, ..."""
     if len(document.table) < 2:
         return []
     return [index for index, cell in enumerate(document.table[1][1]) if _MARK.match(cell)]

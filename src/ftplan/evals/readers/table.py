@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ftplan.evals.document import Document
+from ftplan.evals.options import ReadOptions
 from ftplan.evals.readers import Reader
-from ftplan.evals.run import Check, EvalRun, ReadOptions, ResultRow
 from ftplan.evals.scores import judged_check, threshold_note
 from ftplan.evals.tables import column_oriented
 from ftplan.evals.values import (
@@ -26,6 +26,7 @@ from ftplan.evals.values import (
     is_missing,
     snake,
 )
+from ftplan.results import Check, EvalRun, ResultRow
 
 Json = Any
 FIELDS: dict[str, tuple[str, ...]] = {

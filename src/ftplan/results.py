@@ -1,16 +1,23 @@
-"""What an evaluation tool reported, in one shape for every tool.
+"""What evaluation tools reported, in one shape for every tool, and how two runs compare.
 
-A reader turns a result file into an :class:`EvalRun`. Nothing is concluded here that the tool did
-not say: ``passed`` is ``None`` where it judged nothing, a score without a threshold stays a score
-unless one was assumed, and an assumed threshold is marked as such.
+A reader of :mod:`ftplan.evals` turns a result file into an :class:`EvalRun`. Nothing is concluded
+here that the tool did not say: ``passed`` is ``None`` where it judged nothing, a score without a
+threshold stays a score unless one was assumed, and an assumed threshold is marked as such.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-__all__ = ["Aggregate", "Check", "EvalRun", "ReadOptions", "ResultRow"]
+__all__ = [
+    "Aggregate",
+    "Check",
+    "EvalRun",
+    "ItemChange",
+    "ResultRow",
+    "RunComparison",
+    "Suggestion",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +85,8 @@ class Aggregate:
     value: float
     stderr: float | None = None
     samples: int | None = None
+    share_right: bool = False
+    """``value`` is a share of right answers, so ``value x samples`` of them were right."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,12 +124,71 @@ class EvalRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReadOptions:
-    """What the user tells a reader."""
+class Suggestion:
+    """What the checks of one row suggest. A person's label always replaces it."""
 
-    columns: Mapping[str, str] = field(default_factory=dict)
-    """Field of a row -> column of the file, for tables of unknown origin (`input: question`)."""
-    thresholds: Mapping[str, float] = field(default_factory=dict)
-    """Metric -> smallest passing score (largest, where lower is better)."""
-    tool: str = ""
-    """Read as this tool's file; empty: recognised by content."""
+    kind: str | None
+    """None: the checks do not say."""
+    checks: tuple[str, ...]
+    """The checks on which it rests."""
+    reason: str
+    ask: str = ""
+    """The test or question that would settle it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemChange:
+    """One item in two runs. With repeats the shares are over the repeats."""
+
+    item: str
+    before_id: str
+    after_id: str
+    before: float
+    """Share of its judged answers that passed, 0..1."""
+    after: float
+    repeats_before: int = 1
+    repeats_after: int = 1
+    before_output: str = ""
+    after_output: str = ""
+    reason: str = ""
+    """Why the side that fails does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunComparison:
+    """The same items answered before and after a change."""
+
+    before: str
+    """The file, and the variant where one was picked."""
+    after: str
+    fixed: tuple[ItemChange, ...]
+    """Items that pass more often than before (with one answer each: failed, now pass)."""
+    broke: tuple[ItemChange, ...]
+    unchanged_pass: int
+    unchanged_fail: int
+    """Items as good as before of which some answer fails."""
+    only_before: tuple[str, ...]
+    """Items that the other run does not have."""
+    only_after: tuple[str, ...]
+    not_judged: tuple[str, ...]
+    """Items in both runs without a verdict on either side (crashed, timed out, unscored)."""
+    before_rate: float | None
+    """Share of passes over the paired items, 0..1; None when nothing is paired."""
+    after_rate: float | None
+    difference: float | None
+    """``after_rate - before_rate``, items weighing the same."""
+    low: float | None
+    """95 % interval of the difference; the item is the unit, so repeats do not narrow it alone."""
+    high: float | None
+    p_value: float | None
+    """Exact two-sided McNemar (with repeats: sign test over items), None when nothing is paired."""
+    repeated: bool
+    verdict: str
+    """`better`, `worse`, `no significant change`, `not comparable`."""
+    sentence: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def paired(self) -> int:
+        """Items with a verdict on both sides."""
+        return len(self.fixed) + len(self.broke) + self.unchanged_pass + self.unchanged_fail
