@@ -288,13 +288,13 @@ def as_on_cuda(ledger: Ledger, capability: tuple[int, int] = (8, 0)) -> Iterator
         yield
 
 
-def _scalar(tensor: Any) -> Any:
+def _scalar(tensor: Any, phase: str) -> Any:
     """What ``tensor.item()`` says: no value is known, and zero (false) is the useful answer.
 
-    It makes 'is nothing padded?' false, so that a mask is built whenever one is passed.
+    It makes 'is nothing padded?' false, so that a mask is built whenever one is passed. In the
+    optimizer's step it is one: the counter of steps.
     """
     if tensor.dtype == torch.bool:
         return False
-    return 0.0 if tensor.dtype.is_floating_point else 0
-
-
+    value = 1 if phase == "step" else 0
+    return float(value) if tensor.dtype.is_floating_point else value

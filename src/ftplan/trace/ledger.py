@@ -71,7 +71,7 @@ class Ledger(TorchDispatchMode):
         self._module_of_node: dict[int, str] = {}
         self._op_override: list[str] = []
         self._on_host = 0
-        self.scalar_answer: Callable[[Any], Any] | None = None
+        self.scalar_answer: Callable[[Any, str], Any] | None = None
 
     # -- the loop's side ---------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class Ledger(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return func(*args, **(kwargs or {}))
         if func is torch.ops.aten._local_scalar_dense.default and self.scalar_answer is not None:
-            return self.scalar_answer(args[0])
+            return self.scalar_answer(args[0], self.phase)
         result = func(*args, **(kwargs or {}))
         if self._on_host:
             return result
