@@ -3,6 +3,7 @@
     FtplanError (ValueError)
     |-- UnitError          a quantity without a unit, or one that cannot be read
     |-- UnknownNameError   a model, GPU, optimizer, rule ... that is not in a catalogue
+    |-- AmbiguousNameError a short name that several catalogue rows answer to
     |-- InputError         a file that cannot be read or does not say what it must
     |-- UnsupportedError   a job that is understood but not modelled: a refusal with a name
     `-- MissingExtraError  an optional package is needed for this command
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = [
+    "AmbiguousNameError",
     "FtplanError",
     "InputError",
     "Location",
@@ -89,6 +91,27 @@ class UnknownNameError(FtplanError):
         self.kind = kind
         self.name = name
         self.suggestions = tuple(suggestions)
+
+
+class AmbiguousNameError(FtplanError):
+    """A short name that several catalogue rows answer to; ``candidates`` holds their names."""
+
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        *,
+        candidates: Sequence[str],
+        location: Location | None = None,
+    ) -> None:
+        super().__init__(
+            f"{kind} {name!r} is ambiguous",
+            remedy=f"write one of {', '.join(candidates)}",
+            location=location,
+        )
+        self.kind = kind
+        self.name = name
+        self.candidates = tuple(candidates)
 
 
 class InputError(FtplanError):

@@ -1,0 +1,147 @@
+"""One way to look a name up: exact, in any usual spelling, ambiguous, or unknown.
+
+A shelf holds the rows of one data file. Rows are parsed when the shelf is first asked, once.
+"""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Generic, Protocol, TypeVar
+
+from ftplan.errors import AmbiguousNameError, UnknownNameError
+
+__all__ = ["Named", "Shelf", "canonical", "read_rows"]
+
+
+class Named(Protocol):
+    """What every catalogue row has."""
+
+    @property
+    def name(self) -> str:
+        """Canonical name: lower case, words joined by `-`."""
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Other names the row answers to."""
+
+
+RowT = TypeVar("RowT", bound=Named)
+
+
+def canonical(name: str) -> str:
+    """``name`` in the form in which names are compared: lower case, `_` and spaces as `-`."""
+    return name.strip().lower().replace("_", "-").replace(" ", "-")
+
+
+def read_rows(file: str) -> list[Mapping[str, Any]]:
+    """The rows of ``data/<file>``, in the order of the file."""
+    # pkgutil, because importlib.resources costs more to import than all rows to parse
+    data = pkgutil.get_data("ftplan.catalog", f"data/{file}")
+    assert data is not None, file
+    rows: list[Mapping[str, Any]] = json.loads(data)
+    return rows
+
+
+class Shelf(Generic[RowT]):
+    """The rows of one kind, found by name.
+
+    ``ids`` gives further names a row answers to exactly (hub ids). ``spellings`` gives those it
+    answers to when nothing does exactly (a hub id without its owner); two rows may share such a
+    key, and then the name is ambiguous.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        command: str,
+        load: Callable[[], Iterable[RowT]],
+        ids: Callable[[RowT], Iterable[str]] = lambda row: (),
+        spellings: Callable[[RowT], Iterable[str]] = lambda row: (),
+    ) -> None:
+        self.kind = kind
+        self.command = command
+        self._load = load
+        self._ids = ids
+        self._spellings = spellings
+
+    @cached_property
+    def rows(self) -> tuple[RowT, ...]:
+        """All rows, in the order of the data file."""
+        return tuple(self._load())
+
+    def __iter__(self) -> Iterator[RowT]:
+        return iter(self.rows)
+
+    @cached_property
+    def _exact(self) -> dict[str, list[RowT]]:
+        return _group(
+            (canonical(known), row)
+            for row in self.rows
+            for known in (row.name, *row.aliases, *self._ids(row))
+        )
+
+    @cached_property
+    def _loose(self) -> dict[str, list[RowT]]:
+        return _group((canonical(n), row) for row in self.rows for n in self._spellings(row))
+
+    @cached_property
+    def _names(self) -> dict[str, RowT]:
+        return {canonical(row.name): row for row in self.rows}
+
+    def lookup(self, name: str) -> Sequence[RowT]:
+        """The rows that answer to ``name``: one, several when it is ambiguous, or none."""
+        key = canonical(name)
+        if key in self._names:
+            return (self._names[key],)
+        return self._exact.get(key) or self._loose.get(key) or ()
+
+    def find(self, name: str) -> RowT:
+        """The row called ``name``. ``UnknownNameError`` or ``AmbiguousNameError`` otherwise."""
+        return self.only(name, self.lookup(name))
+
+    def only(self, name: str, found: Sequence[RowT]) -> RowT:
+        """The single row in ``found``, or the error that says why there is not one."""
+        if len(found) > 1:
+            raise AmbiguousNameError(self.kind, name, candidates=[row.name for row in found])
+        if not found:
+            raise UnknownNameError(
+                self.kind,
+                name,
+                suggestions=self.suggestions(name),
+                remedy=f"`ftplan {self.command}` lists them all",
+            )
+        return found[0]
+
+    def suggestions(self, name: str) -> tuple[str, ...]:
+        """Up to three canonical names close to ``name``, nearest first."""
+        key = canonical(name).rsplit("/", 1)[-1]
+        # difflib is worth its import only after a mistake
+        from difflib import get_close_matches
+
+        near = get_close_matches(key, self._names, n=3, cutoff=0.6)
+        if len(near) < 3:
+            near += get_close_matches(key, self._exact, n=6, cutoff=0.6)
+        if not near and len(key) > 2:
+            near = [spelling for spelling in self._exact if key in spelling]
+        named = dict.fromkeys(row.name for match in near for row in self._exact[match])
+        return tuple(named)[:3]
+
+    def search(self, query: str = "") -> tuple[RowT, ...]:
+        """Rows whose names hold every word of ``query``, in the order of the file."""
+        words = canonical(query).split("-") if query.strip() else []
+        return tuple(row for row in self.rows if all(w in self._haystack(row) for w in words))
+
+    def _haystack(self, row: RowT) -> str:
+        return " ".join(canonical(n) for n in (row.name, *row.aliases, *self._ids(row)))
+
+
+def _group(pairs: Iterable[tuple[str, RowT]]) -> dict[str, list[RowT]]:
+    groups: dict[str, list[RowT]] = {}
+    for key, row in pairs:
+        rows = groups.setdefault(key, [])
+        if row not in rows:
+            rows.append(row)
+    return groups
