@@ -28,6 +28,10 @@ class Environment:
     """How the loss meets the logits."""
     keep_outputs: bool = False
     """The caller holds the model's outputs until backward has ended."""
+    outputs_to_fp32: bool = False
+    """Accelerate's mixed precision casts what the model returns to fp32."""
+    seq_len: int | None = None
+    """Sequence length in tokens, only for decisions (is it longer than the window), not sizes."""
     reentrant: bool = False
     """Which implementation of checkpointing recomputes a block."""
     training: bool = True

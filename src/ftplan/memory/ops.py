@@ -413,12 +413,12 @@ def embedding(tape: Tape, weight: Tensor, rows: Size) -> Tensor:
     return out
 
 
-def cross_entropy(logits: Tensor) -> Tensor:
-    """``log_softmax`` (keeps its output) and ``nll_loss``: a scalar comes out."""
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """``log_softmax`` (keeps its output) and ``nll_loss`` (its targets): a scalar comes out."""
     log_probs = unary(autocast_fp32(logits), "log_softmax", "output")
     tape = logits.tape
     loss = tape.tensor(Size((1, 0, 0, 0, 0, 0, 0)), 1, log_probs.dtype, "loss")
-    saved = log_probs
+    saved = (log_probs, targets)
     make = like(log_probs.rows, log_probs.width, log_probs.dtype, log_probs.requires_grad)
 
     def apply(grad: Tensor) -> Grads:

@@ -225,7 +225,7 @@ Grads = tuple["Tensor | None", ...]
 class Node:
     """One step of the way back: what it keeps, and what it does with the gradient."""
 
-    __slots__ = ("apply", "buffers", "edges", "name", "pending", "sequence")
+    __slots__ = ("apply", "buffers", "edges", "name", "pending", "recompute", "sequence")
 
     def __init__(
         self,
@@ -242,9 +242,12 @@ class Node:
         self.apply: Callable[..., Grads] | None = apply
         self.buffers: list[Tensor | None] = [None] * outputs
         self.pending = 0
+        self.recompute: Callable[[], Tensor] | None = None
+        """A checkpoint: builds the graph that stands in for this node."""
 
 
-def _count_dependencies(root: Node) -> None:
+def _count_dependencies(root: Node, since: int = 0) -> None:
+    """How many gradients each node waits for, in the part of the graph made after ``since``."""
     seen = {id(root)}
     stack = [root]
     root.pending = 0
@@ -253,11 +256,27 @@ def _count_dependencies(root: Node) -> None:
         for edge in node.edges:
             if isinstance(edge, tuple):
                 child = edge[0]
-                if id(child) not in seen:
+                if child.sequence > since and id(child) not in seen:
                     seen.add(id(child))
                     child.pending = 0
                     stack.append(child)
                 child.pending += 1
+
+
+def _expand(node: Node, tape_sequence: int) -> Node:
+    """Recompute a checkpointed block: its graph takes the place of ``node``."""
+    assert node.recompute is not None
+    output = node.recompute()
+    root = output.node
+    assert isinstance(root, Node), "a checkpointed block whose output asks for no gradient"
+    _count_dependencies(root, tape_sequence)
+    for edge in node.edges:
+        if isinstance(edge, tuple):
+            edge[0].pending -= 1
+    root.buffers[output.output_nr] = node.buffers[0]
+    node.buffers = []
+    node.recompute = None
+    return root
 
 
 def _accumulate(parameter: Parameter, grad: Tensor) -> None:
@@ -276,20 +295,26 @@ def _sum(old: Tensor, new: Tensor) -> Tensor:
     return old.tape.tensor(old.rows, old.width, new.dtype, "gradient sum")
 
 
-def backward(root: Tensor, grad: Tensor) -> None:
+def backward(
+    root: Tensor, grad: Tensor, on_node: Callable[[Node], None] = lambda _node: None
+) -> None:
     """Walk the graph from ``root`` in autograd's order: the latest made node first.
 
     The references of the caller count: pass ``grad`` without keeping it
-    (torch/csrc/autograd/engine.cpp, ``evaluate_function``).
+    (torch/csrc/autograd/engine.cpp, ``evaluate_function``). ``on_node`` sees each node before it
+    runs.
     """
-    start = root.node
+    start, tape = root.node, root.tape
     assert isinstance(start, Node), "backward from something without a graph"
     _count_dependencies(start)
     start.buffers[root.output_nr] = grad
-    del grad
+    del grad, root
     ready = [(-start.sequence, start)]
     while ready:
         _, node = heapq.heappop(ready)
+        on_node(node)
+        if node.recompute is not None:
+            node = _expand(node, tape.sequence)
         grads = node.buffers
         node.buffers = []
         assert node.apply is not None, f"{node.name} ran backward twice"

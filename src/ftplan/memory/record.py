@@ -1,0 +1,251 @@
+"""One micro batch on tape: each distinct block once, forward and backward, cut into segments.
+
+The blocks of a stack that are alike leave the same events, so the tape holds a short network: one
+block of each kind, in order, between the real embedding and the real head. Its events are cut at
+the borders of the blocks; :mod:`replay` then plays the segments as often as the model has layers.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+from ftplan.memory import ops
+from ftplan.memory.env import Environment
+from ftplan.memory.nn import Module, Network, Shared, Stack, Stage
+from ftplan.memory.tape import ONE, TOKENS, Label, Node, Parameter, Tape, Tensor, backward
+
+__all__ = ["Recording", "Segment", "record_step"]
+
+
+BOUNDARY = Label("activations", "block inputs")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of events ``[start, stop)`` of the tape."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(slots=True)
+class Recording:
+    """The events of a micro batch, and the order in which a model of full depth runs them."""
+
+    tape: Tape
+    forward: list[Segment] = field(default_factory=list)
+    backward: list[Segment] = field(default_factory=list)
+    forward_order: list[int] = field(default_factory=list)
+    """Indices into ``forward``, one for each block and each part between blocks."""
+    backward_order: list[int] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    """The model's outputs, where the caller keeps them until backward has ended."""
+    saved: set[int] = field(default_factory=set)
+    """Storages that are alive between forward and backward."""
+
+
+@dataclass(slots=True)
+class _Region:
+    """What was recorded between two borders; its nodes have sequence numbers up to ``last``."""
+
+    name: str
+    last: int
+    segment: int
+
+
+class _Recorder:
+    def __init__(self, network: Network, env: Environment) -> None:
+        self.network = network
+        self.recording = Recording(Tape(env))
+        self.tape = self.recording.tape
+        self.regions: list[_Region] = []
+        self.start = 0
+
+    def cut(self, name: str) -> int:
+        """End a forward segment here."""
+        stop = len(self.tape.events)
+        self.recording.forward.append(Segment(name, self.start, stop))
+        self.start = stop
+        index = len(self.recording.forward) - 1
+        self.regions.append(_Region(name, self.tape.sequence, index))
+        return index
+
+
+def record_step(
+    network: Network,
+    env: Environment,
+    *,
+    checkpoint_every: int = 0,
+    input_grads: bool = False,
+    accumulated: bool = False,
+) -> Recording:
+    """Forward, loss and backward of one micro batch.
+
+    ``checkpoint_every`` n > 0 recomputes every n-th block. ``input_grads`` makes the embedding's
+    output ask for a gradient (``enable_input_require_grads``). ``accumulated``: gradients of
+    earlier micro batches are there already.
+    """
+    recorder = _Recorder(network, env)
+    tape = recorder.tape
+    if accumulated:
+        _hold_gradients(network, tape)
+    inputs = _inputs(tape)
+    recorder.recording.forward_order.append(recorder.cut("inputs"))
+    shared = Shared()
+    x: Tensor | None = None
+    for number, stage in enumerate(network.stages):
+        if x is not None:
+            shared.memory = x
+        x = _run_stage(recorder, stage, shared, checkpoint_every, input_grads and number == 0)
+    assert x is not None
+    if len(network.stages) == 1:
+        del shared  # the inner model has returned; what blocks keep of it lives on
+    root = _loss(recorder, x)
+    del x
+    tape.weight_cache.clear()
+    recorder.recording.forward_order.append(recorder.cut("autocast ends"))
+    recorder.recording.saved = _alive(tape)
+    del inputs
+    if root.requires_grad:
+        _run_backward(recorder, root)
+    return recorder.recording
+
+
+def _hold_gradients(network: Network, tape: Tape) -> None:
+    """Gradients of earlier micro batches: static bytes, added to in place."""
+    for _, parameter in network.all_parameters():
+        if parameter.trainable:
+            parameter.grad = tape.leaf(parameter)
+
+
+def _inputs(tape: Tape) -> list[Tensor]:
+    names = (
+        ("token ids", "labels", "padding mask")
+        if tape.env.padding_mask
+        else ("token ids", "labels")
+    )
+    with tape.scoped("activations"):
+        return [tape.tensor(TOKENS, 1, "int64", name) for name in names]
+
+
+def _alive(tape: Tape) -> set[int]:
+    alive: set[int] = set()
+    for event in tape.events:
+        alive.add(event) if event > 0 else alive.discard(-event)
+    return alive
+
+
+def _run_stage(
+    recorder: _Recorder, stage: Stage, shared: Shared, checkpoint_every: int, input_grads: bool
+) -> Tensor:
+    order = recorder.recording.forward_order
+    x = stage.enter(recorder.tape, shared)
+    if input_grads and not x.requires_grad:
+        x.requires_grad, x.node = True, Parameter("", (), x.dtype, True)
+    _name_boundary(x)
+    order.append(recorder.cut("embedding"))
+    seen: dict[tuple[int, bool, bool], int] = {}
+    for layer, kind in enumerate(stage.stack.pattern):
+        checkpointed = checkpoint_every > 0 and layer % checkpoint_every == 0
+        key = (kind, x.requires_grad, checkpointed)
+        last = len(recorder.network.stages) > 1 and _is_last(stage.stack, layer)
+        if key in seen and not last:
+            order.append(seen[key])
+            continue
+        block = stage.stack.kinds[kind]
+        block = copy.deepcopy(block) if key in seen else block
+        # the caller's name for the input lives until the block returns
+        x = _checkpoint(block, x, shared) if checkpointed else block.forward(x, shared)
+        _name_boundary(x)
+        seen[key] = recorder.cut("block")
+        order.append(seen[key])
+    x = stage.leave(x, shared)
+    order.append(recorder.cut("final norm"))
+    return x
+
+
+def _name_boundary(x: Tensor) -> None:
+    """What passes from block to block has one name, whichever block made it."""
+    if x.storage is not None:
+        x.tape.labels[x.storage.index - 1] = BOUNDARY
+
+
+def _is_last(stack: Stack, layer: int) -> bool:
+    return stack.pattern[layer] not in stack.pattern[layer + 1 :]
+
+
+def _checkpoint(block: Module, x: Tensor, shared: Shared) -> Tensor:
+    """``torch.utils.checkpoint``: keep the input, run again on the way back."""
+    tape = x.tape
+    if not tape.grad_enabled:
+        return block.forward(x, shared)
+    with tape.no_grad():
+        out = block.forward(x, shared)
+    gradient_inputs = [t for t in (x, shared.memory, shared.bias) if t is not None]
+    if not any(t.requires_grad for t in gradient_inputs) and not _trains(block):
+        return out
+
+    def forward_again() -> Tensor:
+        cache, tape.weight_cache = tape.weight_cache, {}
+        again = block.forward(x, shared)
+        tape.weight_cache = cache
+        return again
+
+    node = Node(tape, "checkpoint", [ops.edge(t) for t in gradient_inputs], _never)
+    node.recompute = forward_again
+    out.requires_grad, out.node = True, node
+    return out
+
+
+def _trains(block: Module) -> bool:
+    return any(parameter.trainable for _, parameter in block.named_parameters())
+
+
+def _never(*_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise AssertionError("a checkpoint is recomputed, not applied")
+
+
+def _loss(recorder: _Recorder, x: Tensor) -> Tensor:
+    """Logits and loss, as the model class computes them inside its forward."""
+    tape, network = recorder.tape, recorder.network
+    with tape.scoped("logits"):
+        logits = network.head(x)
+        loss = _full_loss(logits)
+        if tape.env.outputs_to_fp32:
+            logits = ops.to(logits, "fp32")
+    if tape.env.keep_outputs:
+        recorder.recording.outputs.append(logits)
+    del logits
+    recorder.recording.forward_order.append(recorder.cut("loss"))
+    return loss
+
+
+def _full_loss(logits: Tensor) -> Tensor:
+    """``ForCausalLMLoss``: all logits in fp32, labels shifted by one."""
+    full = ops.to(logits, "fp32")
+    labels = full.tape.tensor(TOKENS, 1, "int64", "shifted labels")
+    return ops.cross_entropy(full, labels)
+
+
+def _run_backward(recorder: _Recorder, root: Tensor) -> None:
+    tape, recording = recorder.tape, recorder.recording
+    regions = recorder.regions
+    current = len(regions) - 1
+    cuts: dict[int, Segment] = {}
+    start = len(tape.events)
+
+    def on_node(node: Node) -> None:
+        nonlocal current, start
+        while current > 0 and node.sequence <= regions[current - 1].last:
+            stop = len(tape.events)
+            cuts[regions[current].segment] = Segment(f"{regions[current].name}", start, stop)
+            start = stop
+            current -= 1
+
+    backward(root, tape.tensor(ONE, 1, "fp32", "loss gradient"), on_node)
+    cuts[regions[current].segment] = Segment(regions[current].name, start, len(tape.events))
+    empty = Segment("", 0, 0)
+    recording.backward = [cuts.get(i, empty) for i in range(len(recording.forward))]
+    recording.backward_order = list(reversed(recording.forward_order))

@@ -1,0 +1,166 @@
+"""The step played: segments of tape in order, and the largest moment among them.
+
+A :class:`Program` is made once for a network and a way of training it. :meth:`Program.peak` plays
+it for a micro batch and a sequence length; :meth:`Program.moment` says what is alive at the peak.
+Both read the same events, so they give the same integer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from ftplan.memory.record import BOUNDARY, Recording, Segment
+from ftplan.memory.tape import BLOCK_BYTES, Label, Size, basis
+
+__all__ = ["Moment", "Phase", "Program", "Run", "rounded"]
+
+
+def rounded(size: int) -> int:
+    """Bytes as the caching allocator hands them out: whole blocks of 512."""
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A segment played ``times`` times in a row."""
+
+    segment: int
+    times: int
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A phase of the step: its segments in order."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The worst moment: how much is alive on top of what is static, and what it is."""
+
+    phase: str
+    peak_bytes: int
+    alive: Mapping[Label, int]
+    """Bytes alive by label."""
+
+
+class Program:
+    """The dynamic part of a step as a function of micro batch and sequence length."""
+
+    def __init__(
+        self, recording: Recording, phases: Sequence[tuple[str, Sequence[Segment]]]
+    ) -> None:
+        tape = recording.tape
+        self._sizes: list[Size] = []
+        self._labels = _final_labels(recording)
+        index_of: dict[Size, int] = {}
+        storage_size: list[int] = []
+        for size in tape.sizes:
+            if size not in index_of:
+                index_of[size] = len(self._sizes)
+                self._sizes.append(size)
+            storage_size.append(index_of[size])
+        self._events: list[tuple[int, ...]] = []
+        """Per segment: the event's storage, negative where it dies (storages count from 1)."""
+        self._steps: list[tuple[int, ...]] = []
+        """Per segment: index into the table of signed sizes."""
+        self._storage_size = storage_size
+        count = len(self._sizes)
+        segments: dict[tuple[int, int], int] = {}
+        self.phases: list[Phase] = []
+        for name, parts in phases:
+            runs: list[Run] = []
+            for part in parts:
+                key = (part.start, part.stop)
+                if part.stop == part.start:
+                    continue
+                if key not in segments:
+                    segments[key] = len(self._steps)
+                    events = tuple(tape.events[part.start : part.stop])
+                    self._events.append(events)
+                    self._steps.append(
+                        tuple(storage_size[abs(e) - 1] + (count if e < 0 else 0) for e in events)
+                    )
+                if runs and runs[-1].segment == segments[key]:
+                    runs[-1] = Run(segments[key], runs[-1].times + 1)
+                else:
+                    runs.append(Run(segments[key], 1))
+            self.phases.append(Phase(name, tuple(runs)))
+
+    def _bytes(self, micro: int, seq_len: int, chunk: int) -> list[int]:
+        point = basis(micro, seq_len, chunk)
+        sizes = [rounded(size.at(point)) for size in self._sizes]
+        return sizes + [-size for size in sizes]
+
+    def phase_peaks(self, micro: int, seq_len: int, chunk: int = 0) -> list[tuple[str, int]]:
+        """The most that is alive in each phase, in bytes on top of what is static."""
+        table = self._bytes(micro, seq_len, chunk)
+        shapes: list[tuple[int, int]] = []
+        for steps in self._steps:
+            levels = list(accumulate(map(table.__getitem__, steps)))
+            shapes.append((max(levels), levels[-1]))
+        level = 0
+        peaks: list[tuple[str, int]] = []
+        for phase in self.phases:
+            peak = level
+            for run in phase.runs:
+                top, net = shapes[run.segment]
+                peak = max(peak, level + top, level + (run.times - 1) * net + top)
+                level += run.times * net
+            peaks.append((phase.name, peak))
+        return peaks
+
+    def peak(self, micro: int, seq_len: int, chunk: int = 0) -> int:
+        """The largest moment, in bytes on top of what is static."""
+        return max(peak for _, peak in self.phase_peaks(micro, seq_len, chunk))
+
+    def moment(self, micro: int, seq_len: int, chunk: int = 0) -> Moment:
+        """What is alive at the largest moment."""
+        table = self._bytes(micro, seq_len, chunk)
+        best, level = -1, 0
+        where: tuple[int, int, int, int] = (0, 0, 0, 0)
+        for number, phase in enumerate(self.phases):
+            for position, run in enumerate(phase.runs):
+                levels = list(accumulate(map(table.__getitem__, self._steps[run.segment])))
+                top, net = max(levels), levels[-1]
+                for repeat in {0, run.times - 1}:
+                    if level + repeat * net + top > best:
+                        best = level + repeat * net + top
+                        where = (number, position, repeat, levels.index(top))
+                level += run.times * net
+        return Moment(self.phases[where[0]].name, best, self._alive_at(where, table))
+
+    def _alive_at(self, where: tuple[int, int, int, int], table: list[int]) -> dict[Label, int]:
+        alive: dict[Label, int] = {}
+        for events, times in self._until(where):
+            for event in events:
+                storage = abs(event) - 1
+                size = table[self._storage_size[storage]] * times
+                label = self._labels[storage]
+                alive[label] = alive.get(label, 0) + (size if event > 0 else -size)
+        return {label: size for label, size in alive.items() if size}
+
+    def _until(self, where: tuple[int, int, int, int]) -> Iterator[tuple[tuple[int, ...], int]]:
+        """Every segment that ran before the moment with its repeats, then the part of the last."""
+        last_phase, last_run, repeat, event = where
+        for number, phase in enumerate(self.phases[: last_phase + 1]):
+            for position, run in enumerate(phase.runs):
+                if (number, position) == (last_phase, last_run):
+                    yield self._events[run.segment], repeat
+                    yield self._events[run.segment][: event + 1], 1
+                    return
+                yield self._events[run.segment], run.times
+
+
+def _final_labels(recording: Recording) -> list[Label]:
+    """Storages that outlive forward are activations (or logits); the rest is temporary."""
+    labels: list[Label] = []
+    for number, label in enumerate(recording.tape.labels, start=1):
+        named = label.group in ("gradients", "logits") or label == BOUNDARY
+        keep = named or number in recording.saved
+        labels.append(label if keep else Label("temporary", label.name))
+    return labels
