@@ -109,6 +109,19 @@ class Document:
             line, column = marks.get(path, (1, 1))
         return Location(file=self.file, line=line, column=column)
 
+    def source_text(self, path: tuple[Key, ...]) -> str:
+        """A scalar as it is written in the file (``1e3`` stays ``1e3``)."""
+        node = self._root
+        for step in path:
+            if isinstance(node, yaml.MappingNode):
+                entry = (self._entries.get(id(node)) or {}).get(str(step))
+                node = entry[1] if entry is not None else None
+            elif isinstance(node, yaml.SequenceNode) and isinstance(step, int):
+                node = node.value[step]
+        if isinstance(node, yaml.ScalarNode):
+            return str(node.value)
+        return json.dumps(self.get(*path), ensure_ascii=False)
+
     def line_text(self, line: int | None) -> str:
         """The source line with this number (from 1); empty when there is none."""
         if line is None:

@@ -16,6 +16,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
+from ftplan.errors import FtplanError
 from ftplan.files.document import Document, Key, describe
 
 __all__ = ["Bounds", "adapter", "build", "name_of", "nearest"]
@@ -57,8 +58,9 @@ def adapter(cls: Any) -> Any:
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
+    """Annotation by key in files: a field named like a word of Python (``class_``) drops its _."""
     hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    return {f.name.rstrip("_"): hints[f.name] for f in dataclasses.fields(cls)}
 
 
 class _Checker:
@@ -104,20 +106,16 @@ class _Checker:
                     f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(hints)}",
                 )
         for field in dataclasses.fields(cls):
+            name = field.name.rstrip("_")
             missing = (
                 field.default is dataclasses.MISSING
                 and field.default_factory is dataclasses.MISSING
             )
-            if field.name in value:
-                self.check(hints[field.name], value[field.name], (*path, field.name))
+            if name in value:
+                self.check(hints[name], value[name], (*path, name))
             elif missing:
-                raise self._refuse(
-                    path,
-                    f"{name_of(path)} has no {field.name!r}"
-                    if path
-                    else f"no {field.name!r} given",
-                    f"add {field.name}: ...",
-                )
+                where = f"{name_of(path)} has no {name!r}" if path else f"no {name!r} given"
+                raise self._refuse(path, where, f"add {name}: ...")
 
     def _union(self, arguments: Sequence[Any], value: Any, path: tuple[Key, ...]) -> None:
         """Check against the one branch that was meant, so that one error is shown and not four."""
@@ -249,4 +247,7 @@ def _translate(error: Exception, document: Document) -> Exception:
     if not callable(errors):
         return error
     first = errors(include_url=False)[0]
+    ours = first.get("ctx", {}).get("error")
+    if isinstance(ours, FtplanError):  # a class refuses a combination of its own fields
+        return document.error(ours.message, first["loc"], remedy=ours.remedy)
     return document.error(f"{name_of(first['loc'])}: {first['msg'].lower()}", first["loc"])
