@@ -20,6 +20,7 @@ __all__ = [
     "as_verdict",
     "decide",
     "metric_key",
+    "reasons",
     "snake",
 ]
 
@@ -187,6 +188,12 @@ def threshold_for(check_name: str, thresholds: Mapping[str, float]) -> float | N
         if metric_key(name) == wanted:
             return threshold
     return None
+
+
+def reasons(checks: Iterable[Check]) -> str:
+    """Why the failing checks fail, each reason once."""
+    said = (each.reason for each in checks if each.passed is False and each.reason)
+    return "; ".join(dict.fromkeys(said))
 
 
 def decide(checks: Iterable[Check]) -> bool | None:

@@ -20,6 +20,7 @@ from ftplan.evals.values import (
     as_text,
     as_verdict,
     decide,
+    reasons,
     snake_keys,
 )
 from ftplan.results import Check, EvalRun, ResultRow
@@ -83,7 +84,7 @@ def _row(case: dict[str, Json], number: int) -> ResultRow:
         output=as_text(case.get("actual_output")) or answered,
         expected=as_text(case.get("expected_output") or case.get("expected_outcome")),
         contexts=as_contexts(case.get("retrieval_context") or case.get("context")),
-        reason="; ".join(each.reason for each in checks if each.passed is False and each.reason),
+        reason=reasons(checks),
         error=wholly,
         description=as_text(case.get("scenario") or case.get("comments")),
     )

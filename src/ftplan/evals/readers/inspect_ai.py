@@ -30,6 +30,7 @@ from ftplan.evals.values import (
     as_verdict,
     decide,
     is_missing,
+    reasons,
 )
 from ftplan.results import Aggregate, Check, EvalRun, ResultRow
 
@@ -118,7 +119,7 @@ def _row(sample: dict[str, Json], number: int, options: ReadOptions) -> ResultRo
         output=_resolved(_output(sample), attachments),
         expected=_target(sample),
         contexts=_contexts(sample),
-        reason="; ".join(each.reason for each in checks if each.passed is False and each.reason),
+        reason=reasons(checks),
         error=message,
     )
 

@@ -27,6 +27,7 @@ from ftplan.evals.values import (
     decide,
     is_missing,
     metric_key,
+    reasons,
 )
 from ftplan.results import Check, EvalRun, ResultRow
 
@@ -117,7 +118,7 @@ def _genai_row(
         output=as_text(_nested(row.get("response") or row.get("outputs"))),
         expected=_expected(row, labels),
         contexts=_retrieved(row, trace),
-        reason="; ".join(each.reason for each in checks if each.passed is False and each.reason),
+        reason=reasons(checks),
         error=error,
         line=line,
     )
@@ -234,7 +235,7 @@ def _legacy_row(
         output=_first(row, ("outputs", "predictions", "prediction", "response", "output")),
         expected=_first(row, ("targets", "target", "ground_truth", "expected_response")),
         contexts=as_contexts(_nested(row.get("context") or row.get("retrieved_context"))),
-        reason="; ".join(each.reason for each in checks if each.passed is False and each.reason),
+        reason=reasons(checks),
         line=line,
     )
 
