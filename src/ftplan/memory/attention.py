@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from ftplan.memory import ops
 from ftplan.memory.env import Environment
-from ftplan.memory.tape import ONE, SCORES, Grads, Tensor
+from ftplan.memory.tape import ONE, SCORES, SQUARE, Grads, Size, Tape, Tensor
 
-__all__ = ["Heads", "attend", "kernel"]
+__all__ = ["Heads", "additive", "attend", "kernel", "make_mask"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,10 @@ class Heads:
     value_size: int
     dropout: float = 0.0
     causal: bool = True
+    softcap: bool = False
+    """Scores go through a tanh (Gemma 2)."""
+    unscaled: bool = False
+    """Scores are not multiplied by anything (T5)."""
 
     @property
     def groups(self) -> int:
@@ -49,37 +53,113 @@ def kernel(env: Environment, heads: Heads, dtype: str, *, masked: bool) -> str:
     return "math" if heads.groups > 1 and not masked else "efficient"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: Heads, mask: Tensor | None = None) -> Tensor:
-    """Attention of all heads: tokens x (heads x value size) comes out."""
+def make_mask(
+    tape: Tape, dtype: str, *, window: int | None = None, causal: bool = True
+) -> Tensor | None:
+    """The mask of transformers' ``masking_utils``, or None where a kernel's own flag will do.
+
+    ``dtype``: of the embeddings. A sliding ``window`` needs a mask from that length on. Eager
+    attention has an additive one, (b, 1, s, s); SDPA a boolean one, shared by the sequences
+    unless they are padded.
+    """
+    env = tape.env
+    cut = window is not None and env.seq_len is not None and env.seq_len >= window
+    if env.attention == "flash":
+        return None
+    if not (env.padding_mask or cut) and (env.attention == "sdpa" or not causal):
+        return None
+    mask = tape.tensor(SCORES if env.padding_mask else SQUARE, 1, "bool", "mask")
+    if env.attention == "eager":
+        mask = tape.tensor(SCORES, 1, dtype, "mask")
+    return mask
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: Heads,
+    mask: Tensor | None = None,
+    *,
+    eager: bool = False,
+    held: list[Tensor] | None = None,
+) -> Tensor:
+    """Attention of all heads: tokens x (heads x value size) comes out.
+
+    ``eager``: the model has no other implementation. ``held`` receives the attention weights that
+    eager attention returns beside its output, for blocks that hold them until they return.
+    """
     env = q.tape.env
+    if eager or env.attention == "eager":
+        return _eager(q, k, v, heads, mask, held)
     q, k, v = (ops.autocast(t) for t in (q, k, v))
     masked = mask is not None or env.padding_mask
     choice = kernel(env, heads, q.dtype, masked=masked)
-    if choice == "eager":
-        return _eager(q, k, v, heads, mask)
     if choice == "math":
         return _math(q, k, v, heads)
-    if masked:
+    if masked and choice != "flash":
         k, v = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
+        mask = additive(mask, q.tape, q.dtype)
     return _fused(q, k, v, heads, mask, choice)
+
+
+def additive(mask: Tensor | None, tape: Tape, dtype: str) -> Tensor:
+    """SDPA turns a boolean mask into an additive one of (b, 1, s, s), in every layer anew.
+
+    Source: aten/src/ATen/native/transformers/attention.cpp, ``convert_boolean_attn_mask``.
+    """
+    if mask is not None and mask.dtype != "bool":
+        return mask
+    inverse = tape.tensor(SCORES, 1, "bool", "inverted mask")
+    bias = tape.tensor(SCORES, 1, dtype, "additive mask")
+    del inverse
+    return bias
 
 
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, heads: Heads, mask: Tensor | None, choice: str
 ) -> Tensor:
-    """Flash and memory-efficient kernels: keep q, k, v, the output and a log-sum-exp a head."""
+    """Flash and memory-efficient kernels: keep q, k, v, the output and a log-sum-exp a head.
+
+    Backward: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, ``mha_bwd``, and
+    attention_backward.cu, ``_efficient_attention_backward``.
+    """
     tape = q.tape
     out = tape.tensor(q.rows, heads.count * heads.value_size, q.dtype, choice)
     log_sum_exp = tape.tensor(q.rows, heads.count, "fp32", f"{choice} log-sum-exp")
-    saved = (q, k, v, mask, out.alias(), log_sum_exp)
-    makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in (q, k, v)]
+    random_state = [tape.allocate(ONE * 16, choice), tape.allocate(ONE * 8, choice)]
+    saved = (q, k, v, mask, out.alias(), log_sum_exp, random_state)
+    inputs = [q, k, v]
+    makers = [ops.like(t.rows, t.width, t.dtype, True) for t in inputs]
+    wants = [t.requires_grad for t in inputs]
+    if mask is not None and mask.requires_grad:
+        inputs.append(mask)
+        makers.append(ops.like(mask.rows, mask.width, mask.dtype, True))
+        wants.append(True)
+    rows, dtype = q.rows, q.dtype
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved
-        return tuple(make(grad) for make in makers)
+        tape = grad.tape
+        grads = [make(grad) for make in makers]
+        _workspace(tape, rows, dtype, heads, choice)
+        return tuple(g if wanted else None for g, wanted in zip(grads, wants, strict=True))
 
-    ops.record([out], choice, [q, k, v], apply)
+    ops.record([out], choice, inputs, apply)
     return out
+
+
+def _workspace(tape: Tape, rows: Size, dtype: str, heads: Heads, choice: str) -> None:
+    """What the kernel's backward needs for a moment: row sums and an fp32 query gradient."""
+    count = heads.count
+    held = [tape.tensor(rows, count, "fp32", f"{choice} row sums")]
+    if choice == "flash" or dtype != "fp32":
+        size = -(-heads.size // 32) * 32
+        size = 256 if choice == "flash" and size > 192 else size
+        held.append(tape.tensor(rows, count * size, "fp32", f"{choice} accumulator"))
+    if choice == "flash" and heads.groups > 1:
+        for name in ("key", "value"):
+            held.append(tape.tensor(rows, count * heads.size, dtype, f"flash {name} gradient"))
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
@@ -94,20 +174,33 @@ def _math(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
     return ops.matmul(weights, v, q.rows, heads.count * heads.value_size, "attention")
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, heads: Heads, mask: Tensor | None) -> Tensor:
+def _eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: Heads,
+    mask: Tensor | None,
+    held: list[Tensor] | None = None,
+) -> Tensor:
     """transformers' ``eager_attention_forward``."""
     rows = SCORES * heads.count
-    keys, values = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
-    weights = ops.scale(ops.matmul(q, keys, rows, 1, "scores"))
-    if mask is not None or heads.causal:
-        weights = ops.shift(weights)
     dtype = q.dtype
+    keys, values = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
+    if heads.unscaled:
+        weights = ops.matmul(q, keys, rows, 1, "scores")
+    else:
+        weights = ops.scale(ops.matmul(q, keys, rows, 1, "scores"))
+    if heads.softcap:
+        weights = ops.scale(weights)
+        weights = ops.unary(weights, "tanh", "output")
+        weights = ops.scale(weights)
+    if mask is not None:
+        weights = ops.add(weights, mask)
+    elif heads.causal:
+        weights = ops.shift(weights)
     weights = ops.to(ops.softmax(weights, "fp32"), dtype)
     weights = ops.dropout(weights, heads.dropout)
+    if held is not None:
+        held.append(weights)
     out = ops.matmul(weights, values, q.rows, heads.count * heads.value_size, "attention")
     return ops.copy(out)
-
-
-def causal_mask(tape_tensor: Tensor) -> Tensor:
-    """Placeholder shape of a causal mask, s x s."""
-    return tape_tensor.alias(ONE, 1)

@@ -32,6 +32,8 @@ __all__ = [
 class Module:
     """A named tree of parameters. Subclasses define ``forward``."""
 
+    forward: Callable[..., Any]
+
     def __init__(self) -> None:
         self.children: dict[str, Module] = {}
         self.parameters: dict[str, Parameter] = {}
@@ -117,11 +119,15 @@ class RMSNorm(Module):
     """The RMSNorm of transformers: in fp32, written out in elementwise steps.
 
     ``offset``: Gemma's, whose weight is stored around zero and multiplied before the cast back.
+    ``late``: OLMo 2's, whose weight is multiplied before the cast back too, but as it is.
     """
 
-    def __init__(self, width: int, *, offset: bool = False, weight: bool = True) -> None:
+    def __init__(
+        self, width: int, *, offset: bool = False, weight: bool = True, late: bool = False
+    ) -> None:
         super().__init__()
         self.offset = offset
+        self.late = late
         self.weight = self.parameter("weight", width) if weight else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,6 +139,8 @@ class RMSNorm(Module):
         if self.offset:
             hidden = ops.mul(hidden, ops.shift(ops.to(weight, "fp32"))) if weight else hidden
             return ops.to(hidden, dtype)
+        if self.late and weight:
+            return ops.to(ops.mul(weight, hidden), dtype)
         hidden = ops.to(hidden, dtype)
         return ops.mul(weight, hidden) if weight else hidden
 
@@ -184,6 +192,8 @@ class Shared:
 
     rope: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cosines and sines by the name of the layer type."""
+    masks: dict[str, Tensor | None] = field(default_factory=dict)
+    """Attention masks by the name of the layer type, where a kernel needs one."""
     mask: Tensor | None = None
     bias: Tensor | None = None
     """A position bias with a gradient (T5)."""
@@ -203,14 +213,23 @@ class Stack:
     ) -> None:
         self.name = name
         self.count = count
+        self._build = build
+        self._kind = kind
         self.kinds: list[Module] = []
         self.pattern: list[int] = []
+        self.split(lambda _layer: 0)
+
+    def split(self, difference: Callable[[int], Hashable]) -> None:
+        """Build anew with one more difference between layers (trained or not, rank, ...)."""
+        before = self._kind
+        self._kind = lambda layer: (before(layer), difference(layer))
+        self.kinds, self.pattern = [], []
         seen: dict[Hashable, int] = {}
-        for layer in range(count):
-            key = kind(layer)
+        for layer in range(self.count):
+            key = self._kind(layer)
             if key not in seen:
                 seen[key] = len(self.kinds)
-                self.kinds.append(build(layer))
+                self.kinds.append(self._build(layer))
             self.pattern.append(seen[key])
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
@@ -246,6 +265,8 @@ class Network(Module):
         self.stages: list[Stage] = []
         self.tied: dict[str, str] = {}
         """Names of weights that are another weight: no bytes of their own."""
+        self.loss_in_fp32 = True
+        """The loss casts logits to fp32 first (``ForCausalLMLoss``); else it takes them as is."""
         self.embedding_names: tuple[str, ...] = ("model.embed_tokens",)
         """Modules that quantisation and `all-linear` leave alone, beside the head."""
         self.head_name: str = "lm_head"

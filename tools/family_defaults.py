@@ -1,0 +1,115 @@
+"""Write src/ftplan/memory/families/defaults.py from transformers' configuration classes.
+
+A config.json may leave out what its class fills in. This reads each class's own defaults, so that
+the calculator fills in the same. Needs transformers; run it when a new version is followed::
+
+    python tools/family_defaults.py            # write
+    python tools/family_defaults.py --check    # exit 1 if the file would change
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import CONFIG_MAPPING
+
+TARGET = Path(__file__).parents[1] / "src/ftplan/memory/families/defaults.py"
+TYPES = """
+llama mistral ministral ministral3 qwen2 qwen3 smollm3 gemma gemma2 gemma3_text phi phi3 olmo olmo2
+olmo3 granite stablelm starcoder2 internlm3 glm glm4 cohere cohere2 exaone4 nemotron arcee seed_oss
+helium persimmon ernie4_5 hunyuan_v1_dense apertus falcon gpt2 gptj gpt_neo gpt_neox gpt_bigcode
+opt bloom mpt codegen xglm biogpt bert roberta xlm-roberta camembert distilbert electra albert
+deberta-v2 modernbert mpnet t5 mt5 umt5 bart mbart pegasus
+""".split()
+# what moves neither a shape nor an operation
+IGNORED = {
+    "transformers_version", "architectures", "output_hidden_states", "return_dict", "dtype", "chunk_size_feed_forward",
+    "is_encoder_decoder", "id2label", "label2id", "problem_type", "initializer_range",
+    "initializer_factor", "use_cache", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
+    "layernorm_epsilon", "norm_eps", "norm_epsilon", "rope_parameters", "init_std", "init_device",
+    "initializer_cutoff_factor", "pretraining_tp", "deterministic_flash_attn", "logit_scale",
+    "sparse_prediction", "sparse_pred_ignore_index", "logits_scaling", "query_pre_attn_scalar",
+    "is_decoder", "add_cross_attention", "attn_config", "alibi_bias_max", "rope_theta",
+    "relative_attention_max_distance", "classifier_dropout", "position_embedding_type",
+    "summary_type", "summary_use_proj", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_last_dropout", "original_max_position_embeddings",
+}  # fmt: skip
+
+
+def defaults_of(model_type: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The class's own defaults that matter, and other names of its fields."""
+    cls = CONFIG_MAPPING[model_type]
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        name = field.name
+        if name in IGNORED or name.endswith(("token_id", "token_ids")) or name.startswith("_"):
+            continue
+        value = field.default
+        if isinstance(value, (bool, int, float, str)) or value is None:
+            found[name] = value
+    instance = cls()
+    rope = getattr(instance, "rope_parameters", None) or {}
+    if "partial_rotary_factor" in rope:
+        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return found, dict(getattr(cls, "attribute_map", None) or {})
+
+
+def rendered() -> str:
+    """The whole file."""
+    lines = [
+        '"""Defaults of the configuration classes: what a config.json may leave out.',
+        "",
+        "Written by tools/family_defaults.py from the classes in models/*/configuration_*.py of",
+        f"transformers {transformers.__version__}. Do not edit.",
+        '"""',
+        "",
+        "from __future__ import annotations",
+        "",
+        "from typing import Any",
+        "",
+        '__all__ = ["ALIASES", "DEFAULTS"]',
+        "",
+        "# fmt: off",
+        "DEFAULTS: dict[str, dict[str, Any]] = {",
+    ]
+    aliases = {}
+    for model_type in TYPES:
+        found, names = defaults_of(model_type)
+        if names:
+            aliases[model_type] = names
+        lines.append(f'    "{model_type}": {{')
+        line = "       "
+        for name, value in found.items():
+            item = f' "{name}": {_literal(value)},'
+            if len(line) + len(item) > 99:
+                lines.append(line)
+                line = "       "
+            line += item
+        lines += [line, "    },"]
+    lines += [
+        "}",
+        '"""Fields and their values, by ``model_type``."""',
+        "",
+        "ALIASES: dict[str, dict[str, str]] = {",
+    ]
+    for model_type, names in aliases.items():
+        lines.append(f'    "{model_type}": {{')
+        lines += [f'        "{name}": "{real}",' for name, real in names.items()]
+        lines.append("    },")
+    lines += ["}", '"""Other names of fields (``attribute_map``), by ``model_type``."""', ""]
+    return "\n".join(lines)
+
+
+def _literal(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+if __name__ == "__main__":
+    text = rendered()
+    if "--check" in sys.argv[1:]:
+        sys.exit(TARGET.read_text() != text)
+    TARGET.write_text(text)
