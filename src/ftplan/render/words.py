@@ -10,6 +10,7 @@ from ftplan.units import GB, GIB, format_count
 
 __all__ = [
     "GROUPS",
+    "VERDICTS",
     "both_units",
     "change_text",
     "gb",
@@ -18,6 +19,7 @@ __all__ = [
     "headline",
     "is_textbook",
     "job_line",
+    "wrapped_value",
 ]
 
 GROUPS = {
@@ -36,13 +38,9 @@ GROUPS = {
 """Groups of terms in the order in which a step meets them."""
 
 
-def _decimal(value: float) -> str:
-    return f"{value:,.1f}" if value >= 10 else f"{value:.2f}"
-
-
 def gib(count: int) -> str:
     """Bytes in GiB, as a number without its unit."""
-    return _decimal(count / GIB)
+    return f"{count / GIB:,.2f}"
 
 
 def gb(count: int) -> str:
@@ -150,3 +148,8 @@ def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(str, value))}]"
     return str(value)
+
+
+def wrapped_value(value: Any) -> str:
+    """An assumption's value for the screen."""
+    return "none" if value is None else _value(value)
