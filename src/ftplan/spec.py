@@ -239,6 +239,8 @@ class Sharding:
     """DeepSpeed: `reduce_bucket_size`. DDP counts bytes instead: `bucket_bytes`."""
     bucket_bytes: int | None = None
     """DDP: `bucket_cap_mb`, in bytes."""
+    auto_buckets: bool | None = None
+    """DeepSpeed under transformers: sizes called `auto` come from the hidden size (its square)."""
     prefetch_elements: int | None = None
     """DeepSpeed ZeRO-3: `stage3_prefetch_bucket_size`."""
     max_live_elements: int | None = None
