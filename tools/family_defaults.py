@@ -24,6 +24,16 @@ olmo3 granite stablelm starcoder2 internlm3 glm glm4 cohere cohere2 exaone4 nemo
 helium persimmon ernie4_5 hunyuan_v1_dense apertus falcon gpt2 gptj gpt_neo gpt_neox gpt_bigcode
 opt bloom mpt codegen xglm biogpt bert roberta xlm-roberta camembert distilbert electra albert
 deberta-v2 modernbert mpnet t5 mt5 umt5 bart mbart pegasus
+mixtral qwen2_moe qwen3_moe olmoe flex_olmo deepseek_v2 deepseek_v3 gpt_oss llama4_text granitemoe
+granitemoehybrid granitemoeshared qwen3_next qwen3_5_text qwen3_5_moe_text dbrx phimoe glm4_moe
+glm4_moe_lite minimax minimax_m2 jamba mamba mamba2 falcon_mamba falcon_h1 bamba nemotron_h
+ernie4_5_moe hunyuan_v1_moe lfm2 lfm2_moe recurrent_gemma bitnet gemma3n_text gemma4_text dots1
+clip_vision_model siglip_vision_model pixtral qwen2_vl qwen2_vl_text qwen2_vl_vision qwen2_5_vl
+qwen2_5_vl_text qwen2_5_vl_vision qwen3_vl qwen3_vl_text qwen3_vl_vision qwen3_vl_moe
+qwen3_vl_moe_text qwen3_vl_moe_vision qwen3_5 qwen3_5_moe qwen3_5_vision qwen3_5_moe_vision llama4
+llama4_vision_model mllama mllama_text_model mllama_vision_model mistral3 llava llava_next
+paligemma gemma3 idefics3 idefics3_vision smolvlm smolvlm_vision internvl internvl_vision glm4v
+glm4v_text glm4v_vision glm4v_moe glm4v_moe_text glm4v_moe_vision
 """.split()
 # what moves neither a shape nor an operation
 IGNORED = {
