@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "Aggregate",
+    "Agreement",
     "Check",
     "EvalRun",
     "ItemChange",
@@ -148,6 +149,7 @@ class ItemChange:
     after: float
     repeats_before: int = 1
     repeats_after: int = 1
+    input: str = ""
     before_output: str = ""
     after_output: str = ""
     reason: str = ""
@@ -158,9 +160,15 @@ class ItemChange:
 class RunComparison:
     """The same items answered before and after a change."""
 
+    schema_version: int = 1
     before: str
     """The file, and the variant where one was picked."""
     after: str
+    verdict: str
+    """`better`, `worse`, `no significant change`, `not comparable`."""
+    sentence: str
+    paired: int
+    """Items with a verdict on both sides."""
     fixed: tuple[ItemChange, ...]
     """Items that pass more often than before (with one answer each: failed, now pass)."""
     broke: tuple[ItemChange, ...]
@@ -183,12 +191,24 @@ class RunComparison:
     p_value: float | None
     """Exact two-sided McNemar (with repeats: sign test over items), None when nothing is paired."""
     repeated: bool
-    verdict: str
-    """`better`, `worse`, `no significant change`, `not comparable`."""
-    sentence: str
     notes: tuple[str, ...] = ()
 
-    @property
-    def paired(self) -> int:
-        """Items with a verdict on both sides."""
-        return len(self.fixed) + len(self.broke) + self.unchanged_pass + self.unchanged_fail
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """Two annotators on the same failures."""
+
+    names: tuple[str, str]
+    items: int
+    """Failures that both labelled."""
+    only_first: int
+    only_second: int
+    same_kind: int
+    same_class: int
+    kappa_kind: float | None
+    """Cohen's kappa over kinds, -1..1; None where it is not defined."""
+    kappa_class: float | None
+    ac1_kind: float | None
+    """Gwet's AC1 over kinds: does not collapse where one kind dominates."""
+    disagreements: tuple[tuple[str, str, str], ...] = ()
+    """(id, first's kind, second's kind)."""

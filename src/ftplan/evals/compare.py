@@ -60,6 +60,9 @@ def compare_runs(before: EvalRun, after: EvalRun) -> RunComparison:
     return RunComparison(
         before=before.source,
         after=after.source,
+        verdict=verdict,
+        sentence=_sentence(verdict, len(fixed), len(broke), len(changes), p_value),
+        paired=len(changes),
         fixed=fixed,
         broke=broke,
         unchanged_pass=sum(each.after == 1 for each in same),
@@ -74,8 +77,6 @@ def compare_runs(before: EvalRun, after: EvalRun) -> RunComparison:
         high=difference.high if difference else None,
         p_value=p_value,
         repeated=repeated,
-        verdict=verdict,
-        sentence=_sentence(verdict, len(fixed), len(broke), len(changes), p_value),
         notes=_notes(before, after, repeated=repeated, unpaired=len(changes) == 0),
     )
 
@@ -105,6 +106,7 @@ def _change(
         after=new_rate,
         repeats_before=len(old),
         repeats_after=len(new),
+        input=new[0].input or old[0].input,
         before_output=old[0].output,
         after_output=new[0].output,
         reason=_reason(failing) if failing else "",

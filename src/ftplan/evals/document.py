@@ -75,8 +75,7 @@ def parse_document(data: bytes, name: str) -> Document:
             raise where.error("a zip archive that is cut short", remedy="copy the file again")
         return Document(name=name, archive=data)
     text = _decode(data, where)
-    stripped = text.lstrip()
-    if stripped[:1] in ("{", "["):
+    if text.lstrip()[:1] in ("{", "["):
         return _json_document(text, name)
     return _table_document(text, name)
 

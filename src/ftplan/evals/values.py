@@ -88,7 +88,7 @@ def as_text(value: Json) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, str):
-        return value
+        return _encodable(value)
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -97,18 +97,27 @@ def as_text(value: Json) -> str:
         if value and all(_is_message(each) for each in value):
             return _messages(value)
         if len(value) == 1 and isinstance(value[0], str):
-            return value[0]
+            return _encodable(value[0])
         if value and all(_is_part(each) for each in value):
             return "\n".join(filter(None, (_part(each) for each in value)))
     if isinstance(value, dict):
         if _is_message(value):
             return _messages([value])
         if len(value) == 1 and isinstance(only := next(iter(value.values())), str):
-            return only
+            return _encodable(only)
     try:
-        return json.dumps(value, ensure_ascii=False, default=str)
+        return _encodable(json.dumps(value, ensure_ascii=False, default=str))
     except (ValueError, RecursionError):
         return str(type(value).__name__)
+
+
+def _encodable(text: str) -> str:
+    """Half of a surrogate pair is legal in JSON, and can never be written out again."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _is_message(value: Json) -> bool:
@@ -135,11 +144,11 @@ def _is_part(value: Json) -> bool:
 def _part(value: Json) -> str:
     """One part of a message; a picture or a hidden thought is named, not printed."""
     if isinstance(value, str):
-        return value
+        return _encodable(value)
     for key in ("text", "output_text", "input_text"):
         if isinstance(value.get(key), str):
-            return str(value[key])
-    return f"[{value['type']}]"
+            return as_text(value[key])
+    return f"[{as_text(value['type'])}]"
 
 
 def as_contexts(value: Json) -> tuple[str, ...]:
@@ -157,7 +166,7 @@ def _passage(value: Json) -> str:
     if isinstance(value, dict):
         for key in ("page_content", "content", "text", "doc_content", "document"):
             if isinstance(value.get(key), str):
-                return str(value[key])
+                return as_text(value[key])
     return as_text(value)
 
 

@@ -105,7 +105,7 @@ def _row(sample: dict[str, Json], number: int, options: ReadOptions) -> ResultRo
     checks = tuple(
         check
         for scorer, score in as_dict(scores).items()
-        for check in _checks(str(scorer), score, options)
+        for check in _checks(as_text(scorer), score, options)
     )
     name = as_text(sample.get("id")) or f"sample-{number + 1}"
     epoch = sample.get("epoch")
@@ -130,7 +130,7 @@ def _checks(scorer: str, score: Json, options: ReadOptions) -> list[Check]:
     reason = as_text(fields.get("explanation"))
     if isinstance(value, dict):
         return [
-            _check(f"{scorer}/{key}", each, reason, options, signal=str(key))
+            _check(f"{scorer}/{as_text(key)}", each, reason, options, signal=as_text(key))
             for key, each in value.items()
         ]
     if isinstance(value, list):

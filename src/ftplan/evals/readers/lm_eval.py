@@ -204,8 +204,8 @@ def _read_results(document: Document) -> EvalRun:
             stderr = scores.get(f"{metric}_stderr,{filtered}" if filtered else f"{metric}_stderr")
             aggregates.append(
                 Aggregate(
-                    task=str(task),
-                    metric=metric if filtered in ("", "none") else str(key),
+                    task=as_text(task),
+                    metric=as_text(metric) if filtered in ("", "none") else as_text(key),
                     value=number,
                     stderr=as_number(stderr) if not isinstance(stderr, str) else None,
                     samples=int(counted) if counted is not None else None,

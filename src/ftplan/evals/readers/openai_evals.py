@@ -83,7 +83,7 @@ def _read_record(document: Document, options: ReadOptions) -> EvalRun:
     if not report:
         notes.append("the record has no final report: the run was interrupted")
     aggregates = tuple(
-        Aggregate(task=task, metric=str(name), value=number)
+        Aggregate(task=task, metric=as_text(name), value=number)
         for name, value in report.items()
         if (number := as_number(value)) is not None and not isinstance(value, str)
     )
@@ -144,7 +144,7 @@ def _metric_checks(
         elif as_number(value) is not None and not isinstance(value, str):
             checks.append(
                 judged_check(
-                    name=str(name), value=value, thresholds=options.thresholds, decides=decides
+                    name=as_text(name), value=value, thresholds=options.thresholds, decides=decides
                 )
             )
     return checks

@@ -203,7 +203,7 @@ def _checks(value: Json, name: str, reason: str, options: ReadOptions) -> Iterab
             score = fields.get("score", fields.get("value", fields.get("avg"))) if fields else each
             if not is_missing(score):
                 yield judged_check(
-                    name=str(metric),
+                    name=as_text(metric),
                     value=score,
                     thresholds=options.thresholds,
                     reason=as_text(
