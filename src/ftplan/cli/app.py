@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ftplan.errors import FtplanError
 
-__all__ = ["COMMANDS", "Command", "build_app", "run"]
+__all__ = ["COMMANDS", "Command", "build_app", "help_text", "run"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,13 @@ class Command:
         return getattr(importlib.import_module(f"ftplan.cli.{name}"), name)
 
 
-COMMANDS: tuple[Command, ...] = (Command(name="memory", panel="Memory"),)
+COMMANDS: tuple[Command, ...] = (
+    Command(name="memory", panel="Memory"),
+    Command(name="label", panel="Advice"),
+    Command(name="compare-runs", panel="Advice", function="compare_runs"),
+    Command(name="init", panel="Files"),
+    Command(name="schema", panel="Files"),
+)
 
 
 class _Grouped(TyperCommand):
@@ -66,6 +73,8 @@ class _Grouped(TyperCommand):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
+                # the range of a count says no more than its name does
+                record = (record[0], re.sub(r"  \[\d+<=x(<=\d+)?\]", "", record[1]))
                 is_argument = parameter.param_type_name == "argument"
                 panel = "Arguments" if is_argument else "Options"
                 panel = getattr(parameter, "rich_help_panel", None) or panel
@@ -132,6 +141,19 @@ def build_app(only: str | None = None) -> typer.Typer:
         if only is None or command.name == only:
             app.command(command.name, cls=_Grouped)(command.load())
     return app
+
+
+def help_text(command: str | None) -> str:
+    """The help page of a command, or the overview, for docs/cli.md: 80 columns, no colour."""
+    root: Any = typer.main.get_command(build_app(command))
+    context = root.make_context("ftplan", [], resilient_parsing=True, terminal_width=80)
+    if command is None:
+        return f"{context.get_help()}\n"
+    leaf = root.commands[command]
+    below = leaf.make_context(
+        command, [], parent=context, resilient_parsing=True, terminal_width=80
+    )
+    return f"{below.get_help()}\n"
 
 
 def run(arguments: Sequence[str]) -> int:

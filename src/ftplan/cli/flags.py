@@ -76,7 +76,10 @@ class JobFlags:
             "--kv-dtype", "Storage of the key-value cache (serving).", _MODEL, metavar="FORMAT"
         ),
     ] = None
-    task: Annotated[Task | None, _option("--task", "What is done with the model.", _MODEL)] = None
+    task: Annotated[
+        Task | None,
+        _option("--task", f"One of {', '.join(typing.get_args(Task))}.", _MODEL, metavar="TASK"),
+    ] = None
     stack: Annotated[
         str | None,
         _option(
@@ -87,7 +90,13 @@ class JobFlags:
         ),
     ] = None
     method: Annotated[
-        MethodKind | None, _option("--method", "How it is trained (none: inference).", _METHOD)
+        MethodKind | None,
+        _option(
+            "--method",
+            f"How it is trained: {', '.join(typing.get_args(MethodKind))}. Left out: inference.",
+            _METHOD,
+            metavar="KIND",
+        ),
     ] = None
     trainable: Annotated[
         str | None,
@@ -167,10 +176,22 @@ class JobFlags:
         _option("--headroom", "Share of the GPU to keep free: 5%.", _WHERE, metavar="PERCENT"),
     ] = None
     sharding: Annotated[
-        ShardingKind | None, _option("--sharding", "How the job is spread over GPUs.", _WHERE)
+        ShardingKind | None,
+        _option(
+            "--sharding",
+            f"How it is spread: {', '.join(typing.get_args(ShardingKind))}.",
+            _WHERE,
+            metavar="KIND",
+        ),
     ] = None
     offload: Annotated[
-        Offload | None, _option("--offload", "What waits in host memory or on NVMe.", _WHERE)
+        Offload | None,
+        _option(
+            "--offload",
+            f"What leaves the GPU: {', '.join(typing.get_args(Offload))}.",
+            _WHERE,
+            metavar="WHAT",
+        ),
     ] = None
     tp: Annotated[int | None, _count("--tp", "Tensor parallel degree.", _WHERE)] = None
     pp: Annotated[int | None, _count("--pp", "Pipeline parallel degree.", _WHERE)] = None

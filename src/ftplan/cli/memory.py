@@ -18,7 +18,7 @@ def memory(
     file: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[FILE]", help="A plan file or a trainer's config.", show_default=False
+            metavar="FILE", help="A plan file or a trainer's config.", show_default=False
         ),
     ] = None,
     explain: Annotated[

@@ -24,6 +24,8 @@ from ftplan.units import parse_bytes, parse_count, parse_percent
 
 __all__ = [
     "SCHEMA_LINE",
+    "SIZE_KEYS",
+    "WORD_KEYS",
     "dump_plan",
     "looks_like_plan",
     "parse_plan",
@@ -60,10 +62,10 @@ BOUNDS = {
 }
 """Keys that are not simply a count from 1. The upper ends are generous: they catch slips."""
 
-_SIZES = (("hardware", "host_ram"), ("hardware", "reserved"), ("hardware", "disk"),
+SIZE_KEYS = (("hardware", "host_ram"), ("hardware", "reserved"), ("hardware", "disk"),
           ("sharding", "bucket_bytes"))  # fmt: skip
 _SHARES = (("budget", "headroom"), ("rollout", "sampler_share"))
-_SHORT = {
+WORD_KEYS = {
     "model": "name",
     "method": "kind",
     "optimizer": "name",
@@ -122,7 +124,7 @@ class _Speller:
 
     def spell_out(self, data: Mapping[str, Any]) -> dict[str, Any]:
         plan: dict[str, Any] = copy.deepcopy(dict(data))
-        for section, key in _SHORT.items():
+        for section, key in WORD_KEYS.items():
             value = plan.get(section)
             if isinstance(value, str):
                 plan[section] = {key: value}
@@ -137,7 +139,7 @@ class _Speller:
         for section in ("model", "precision", "batch", "hardware", "sharding", "budget"):
             if section in plan and plan[section] is None:
                 plan[section] = {}
-        for path in _SIZES:
+        for path in SIZE_KEYS:
             self._convert(plan, path, parse_bytes, "a size has a unit, as in 512GiB")
         for path in _SHARES:
             self._convert(plan, path, _share(path), "a share is written as in 5%")
@@ -306,13 +308,13 @@ def _section(value: Any, name: str) -> Any:
         given[field.name] = _written(name, field.name, item)
     if name == "gradient_checkpointing" and set(given) == {"kind"}:
         return {"full": True, "none": False}.get(given["kind"], given["kind"])
-    if name in ("model", "optimizer", "loss") and set(given) == {_SHORT[name]}:
-        return given[_SHORT[name]]
+    if name in ("model", "optimizer", "loss") and set(given) == {WORD_KEYS[name]}:
+        return given[WORD_KEYS[name]]
     return given
 
 
 def _written(section: str, key: str, value: Any) -> Any:
-    if (section, key) in _SIZES:
+    if (section, key) in SIZE_KEYS:
         return _exact_bytes(value)
     if (section, key) == ("budget", "headroom"):
         return _exact_percent(value)
@@ -397,7 +399,7 @@ def _put_null(data: dict[str, Any], path: list[str]) -> None:
         data.setdefault(key, None)
         return
     if section in data and not isinstance(data[section], dict):
-        data[section] = {_SHORT[section]: data[section]}
+        data[section] = {WORD_KEYS[section]: data[section]}
     data.setdefault(section, {}).setdefault(key, None)
 
 
