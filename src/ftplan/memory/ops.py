@@ -39,6 +39,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "matmul",
+    "mean",
     "mean_square",
     "mul",
     "neg",
@@ -48,6 +49,7 @@ __all__ = [
     "to",
     "unary",
     "view",
+    "where",
 ]
 
 _RANK = {
@@ -330,10 +332,15 @@ def dropout(x: Tensor, probability: float, name: str = "dropout") -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``native_layer_norm``: keeps its input and an fp32 mean and rstd a row."""
+    """``layer_norm``: in fp32 under autocast."""
     x = autocast_fp32(x)
     weight = None if weight is None else autocast_fp32(weight)
     bias = None if bias is None else autocast_fp32(bias)
+    return native_layer_norm(x, weight, bias)
+
+
+def native_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Keeps its input and an fp32 mean and rstd a row."""
     tape = x.tape
     out = tape.tensor(x.rows, x.width, x.dtype, "layer_norm")
     statistics = (
@@ -349,6 +356,28 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return tuple(make(grad) for make in makers)
 
     record([out], "layer_norm", [x, *affine], apply)
+    return out
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of each row keeps nothing; the way back is a full tensor."""
+    out = x.tape.tensor(x.rows, 1, x.dtype, "mean")
+    make = like(x.rows, x.width, x.dtype, x.requires_grad)
+    record([out], "mean", [x], lambda grad: (make(grad),))
+    return out
+
+
+def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """A choice between two tensors keeps the condition."""
+    out = a.tape.tensor(a.rows, a.width, promote(a.dtype, b.dtype), "where")
+    saved = condition
+    makers = [like(t.rows, t.width, t.dtype, t.requires_grad) for t in (a, b)]
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved
+        return tuple(make(grad) for make in makers)
+
+    record([out], "where", [a, b], apply)
     return out
 
 

@@ -36,14 +36,26 @@ class Recording:
 
     tape: Tape
     forward: list[Segment] = field(default_factory=list)
+    autocast_exit: list[Segment] = field(default_factory=list)
+    """Per forward segment: what dies when autocast ends."""
     backward: list[Segment] = field(default_factory=list)
+    """Per forward segment: its way back."""
     forward_order: list[int] = field(default_factory=list)
     """Indices into ``forward``, one for each block and each part between blocks."""
-    backward_order: list[int] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     """The model's outputs, where the caller keeps them until backward has ended."""
     saved: set[int] = field(default_factory=set)
     """Storages that are alive between forward and backward."""
+
+    def phases(self) -> list[tuple[str, list[Segment]]]:
+        """Forward and backward of the model at full depth, as segments in order."""
+        order = self.forward_order
+        forward = [self.forward[index] for index in order]
+        forward += [self.autocast_exit[index] for index in order]
+        phases = [("forward", forward)]
+        if self.backward:
+            phases.append(("backward", [self.backward[index] for index in reversed(order)]))
+        return phases
 
 
 @dataclass(slots=True)
@@ -61,6 +73,7 @@ class _Recorder:
         self.recording = Recording(Tape(env))
         self.tape = self.recording.tape
         self.regions: list[_Region] = []
+        self.casts: list[dict[int, Tensor]] = []
         self.start = 0
 
     def cut(self, name: str) -> int:
@@ -70,7 +83,18 @@ class _Recorder:
         self.start = stop
         index = len(self.recording.forward) - 1
         self.regions.append(_Region(name, self.tape.sequence, index))
+        self.casts.append(self.tape.weight_cache)
+        self.tape.weight_cache = {}
         return index
+
+    def end_autocast(self) -> None:
+        """Autocast drops its casts of weights, those of each block when the model is deep."""
+        recording, tape = self.recording, self.tape
+        for cached in self.casts:
+            start = len(tape.events)
+            cached.clear()
+            recording.autocast_exit.append(Segment("autocast ends", start, len(tape.events)))
+        self.start = len(tape.events)
 
 
 def record_step(
@@ -100,16 +124,14 @@ def record_step(
             shared.memory = x
         x = _run_stage(recorder, stage, shared, checkpoint_every, input_grads and number == 0)
     assert x is not None
-    if len(network.stages) == 1:
-        del shared  # the inner model has returned; what blocks keep of it lives on
     root = _loss(recorder, x)
     del x
-    tape.weight_cache.clear()
-    recorder.recording.forward_order.append(recorder.cut("autocast ends"))
+    recorder.end_autocast()
     recorder.recording.saved = _alive(tape)
     del inputs
     if root.requires_grad:
         _run_backward(recorder, root)
+    del shared  # every block of the real model holds these: they outlive the first one
     return recorder.recording
 
 
@@ -157,7 +179,8 @@ def _run_stage(
         block = stage.stack.kinds[kind]
         block = copy.deepcopy(block) if key in seen else block
         # the caller's name for the input lives until the block returns
-        x = _checkpoint(block, x, shared) if checkpointed else block.forward(x, shared)
+        run = _checkpoint if checkpointed else _run
+        x = run(block, x, shared)
         _name_boundary(x)
         seen[key] = recorder.cut("block")
         order.append(seen[key])
@@ -176,20 +199,25 @@ def _is_last(stack: Stack, layer: int) -> bool:
     return stack.pattern[layer] not in stack.pattern[layer + 1 :]
 
 
+def _run(block: Module, x: Tensor, shared: Shared) -> Tensor:
+    out: Tensor = block.forward(x, shared)
+    return out
+
+
 def _checkpoint(block: Module, x: Tensor, shared: Shared) -> Tensor:
     """``torch.utils.checkpoint``: keep the input, run again on the way back."""
     tape = x.tape
     if not tape.grad_enabled:
-        return block.forward(x, shared)
+        return _run(block, x, shared)
     with tape.no_grad():
-        out = block.forward(x, shared)
+        out = _run(block, x, shared)
     gradient_inputs = [t for t in (x, shared.memory, shared.bias) if t is not None]
     if not any(t.requires_grad for t in gradient_inputs) and not _trains(block):
         return out
 
     def forward_again() -> Tensor:
         cache, tape.weight_cache = tape.weight_cache, {}
-        again = block.forward(x, shared)
+        again = _run(block, x, shared)
         tape.weight_cache = cache
         return again
 
@@ -248,4 +276,3 @@ def _run_backward(recorder: _Recorder, root: Tensor) -> None:
     cuts[regions[current].segment] = Segment(regions[current].name, start, len(tape.events))
     empty = Segment("", 0, 0)
     recording.backward = [cuts.get(i, empty) for i in range(len(recording.forward))]
-    recording.backward_order = list(reversed(recording.forward_order))

@@ -103,6 +103,7 @@ class Tape:
     grad_enabled: bool = True
     scope: str = ""
     weight_cache: dict[int, Tensor] = field(default_factory=dict)
+    """Autocast's casts of weights, by the weight: alive until autocast ends."""
     sequence: int = 0
 
     def allocate(self, size: Size, name: str) -> Storage:

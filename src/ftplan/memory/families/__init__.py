@@ -11,18 +11,32 @@ from importlib import import_module
 from typing import Any
 
 from ftplan.errors import UnsupportedError
+from ftplan.memory.families.defaults import ALIASES, DEFAULTS
 from ftplan.memory.nn import Network
 
-__all__ = ["build", "model_types"]
+__all__ = ["build", "complete", "model_types"]
 
 _FILES: dict[str, tuple[str, ...]] = {
-    "llama": ("llama", "mistral"),
-}
+    "llama": (
+        "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3", "granite",
+        "internlm3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo", "olmo2", "olmo3",
+        "starcoder2", "glm", "glm4", "cohere", "cohere2", "exaone4", "nemotron", "arcee", "apertus",
+        "seed_oss", "helium", "ernie4_5", "hunyuan_v1_dense",
+    ),
+}  # fmt: skip
 
 
 def model_types() -> tuple[str, ...]:
     """Every ``model_type`` that is modelled."""
     return tuple(sorted(name for names in _FILES.values() for name in names))
+
+
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with what it leaves out, as its configuration class fills it in."""
+    model_type = config.get("model_type", "")
+    names = ALIASES.get(model_type, {})
+    given = {names.get(key, key): value for key, value in config.items()}
+    return {**DEFAULTS.get(model_type, {}), **given}
 
 
 def build(config: Mapping[str, Any]) -> Network:
@@ -34,7 +48,7 @@ def build(config: Mapping[str, Any]) -> Network:
     for file, names in _FILES.items():
         if model_type in names:
             module = import_module(f"ftplan.memory.families.{file}")
-            network: Network = module.MODEL_TYPES[model_type](config)
+            network: Network = module.MODEL_TYPES[model_type](complete(config))
             return network
     raise UnsupportedError(
         f"model_type {model_type!r}",

@@ -1,0 +1,257 @@
+"""Mixtures of experts: routers, and the experts as transformers 5 runs them.
+
+Modelled is the default path on CUDA, ``grouped_mm`` (transformers ``integrations/moe.py``,
+``get_correct_experts_implementation``): every token is copied once for each of its ``top_k``
+experts, the copies are sorted by expert, two grouped matrix products run over them, and the
+weighted results are sorted back and summed. How evenly tokens spread over experts changes no
+size: there are tokens x ``top_k`` rows in all. ``torch.nn.functional.grouped_mm`` is not on
+autocast's list: under autocast with fp32 weights the experts run in fp32.
+"""
+
+from __future__ import annotations
+
+from ftplan.memory import ops
+from ftplan.memory.nn import Module, activation
+from ftplan.memory.tape import ONE, TOKENS, Grads, Size, Tensor
+
+__all__ = ["Experts", "Router", "Routing", "gather_rows", "grouped_linear", "topk"]
+
+
+def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest of each row and their indices (kept); backward scatters into zeros."""
+    tape = x.tape
+    values = tape.tensor(x.rows, k, x.dtype, "topk")
+    index = tape.tensor(x.rows, k, "int64", "topk indices")
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+    saved = index
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved
+        return (make(grad),)
+
+    ops.record([values], "topk", [x], apply)
+    return values, index
+
+
+def gather_rows(x: Tensor, index: Tensor, rows: Size, width: int, name: str = "index") -> Tensor:
+    """``x[index]``: a copy; keeps the index; backward adds into zeros of the whole of ``x``."""
+    out = x.tape.tensor(rows, width, x.dtype, name)
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+    saved = index
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved
+        return (make(grad),)
+
+    ops.record([out], name, [x], apply)
+    return out
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, offsets: Tensor, out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    """``grouped_mm``: rows sorted by expert, each times its expert's matrix.
+
+    The weight's gradient is as large as all experts together. The input follows the weight's
+    dtype (``input.to(weight.dtype)``); a bias is added in place.
+    """
+    x = ops.to(x, weight.dtype) if weight.dtype in ("fp32", "bf16", "fp16") else x
+    out = x.tape.tensor(x.rows, out_features, x.dtype, "grouped_mm")
+    saved_x = x if weight.requires_grad else None
+    saved_weight = weight if x.requires_grad else None
+    make_x = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+    weight_rows, weight_width, weight_dtype = weight.rows, weight.width, weight.dtype
+    wants_weight = weight.requires_grad
+    inputs = [x, weight]
+    if bias is not None:
+        inputs.append(bias)
+    wants_bias = bias is not None and bias.requires_grad
+    cast = None if bias is None or bias.dtype == out.dtype else bias.dtype
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved_x, saved_weight, offsets
+        grad_weight = None
+        if wants_weight:
+            grad_weight = grad.tape.tensor(weight_rows, weight_width, weight_dtype, "expert grad")
+        grads = (make_x(grad), grad_weight)
+        if len(inputs) < 3:
+            return grads
+        return (*grads, (ops.to(grad, cast) if cast else grad) if wants_bias else None)
+
+    ops.record([out], "grouped_mm", inputs, apply)
+    return out
+
+
+def sum_of_groups(x: Tensor, group: int) -> Tensor:
+    """``view(tokens, group, width).sum(1)``; backward copies the gradient to each of the group."""
+    out = x.tape.tensor(TOKENS, x.width, x.dtype, "sum over experts")
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+    assert x.rows == TOKENS * group
+    ops.record([out], "sum", [x], lambda grad: (make(grad),))
+    return out
+
+
+def normalize_(x: Tensor) -> Tensor:
+    """``x /= x.sum(-1, keepdim=True)``: keeps a copy of x, and the sums."""
+    tape = x.tape
+    sums = tape.tensor(x.rows, 1, x.dtype, "sum")
+    saved = None
+    if ops.records(x):
+        saved = (tape.tensor(x.rows, x.width, x.dtype, "normalize"), sums)
+    out = x.alias()
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved
+        return (make(grad),)
+
+    ops.record([out], "normalize", [x], apply)
+    return out
+
+
+class Routing:
+    """What a router says of each token: ``weights`` and ``index`` (tokens x top_k)."""
+
+    __slots__ = ("index", "logits", "weights")
+
+    def __init__(self, logits: Tensor, weights: Tensor, index: Tensor) -> None:
+        self.logits = logits
+        """Tokens x experts; they live as long as the block's forward."""
+        self.weights = weights
+        self.index = index
+
+
+class Router(Module):
+    """A linear layer over the experts, then scores and the ``top_k`` of them.
+
+    ``scoring``: ``softmax`` (of all, then top k), ``top_softmax`` (of the top k only),
+    ``sigmoid`` (DeepSeek-V3: grouped choice, then gathered scores). ``upcast`` computes the
+    logits from fp32 copies. ``keep_fp32`` leaves the weights in fp32; otherwise they return to
+    the dtype of the logits. ``masked`` keeps a mask of experts (group-limited choice).
+    """
+
+    def __init__(
+        self, hidden: int, experts: int, top_k: int, *, scoring: str = "softmax",
+        normalize: bool = False, keep_fp32: bool = False, upcast: bool = False,
+        masked: bool = False, scaled: bool = False, bias: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.weight = self.parameter("weight", experts, hidden)
+        self.bias = self.parameter("bias", experts) if bias else None
+        self.top_k = top_k
+        self.scoring = scoring
+        self.normalize = normalize
+        self.keep_fp32 = keep_fp32
+        self.upcast = upcast
+        self.masked = masked
+        self.scaled = scaled
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = self._logits(x)
+        if self.scoring == "top_softmax":
+            values, index = topk(logits, self.top_k)
+            dtype = "fp32" if self.keep_fp32 else values.dtype
+            weights = ops.softmax(values, dtype)
+            return Routing(logits, ops.to(weights, logits.dtype), index)
+        if self.scoring == "sigmoid":
+            weights, index = self._sigmoid(logits)
+        else:
+            scores = ops.softmax(logits, "fp32")
+            if self.masked:
+                scores = _masked(scores)
+            weights, index = topk(scores, self.top_k)
+        if self.normalize:
+            weights = normalize_(weights)
+        if self.scaled:
+            weights = ops.scale(weights)
+        return Routing(logits, weights if self.keep_fp32 else ops.to(weights, logits.dtype), index)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        weight = x.tape.leaf(self.weight)
+        bias = x.tape.leaf(self.bias) if self.bias else None
+        if self.upcast:
+            return ops.linear(ops.to(x, "fp32"), ops.to(weight, "fp32"), bias)
+        return ops.linear(x, weight, bias)
+
+    def _sigmoid(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        scores = ops.unary(logits, "sigmoid", "output")
+        tape = logits.tape
+        with tape.no_grad():  # what chooses has no way to the result: it dies with the router
+            choice = ops.scale(scores)
+            index = topk(choice, self.top_k)[1]
+        return gather_rows(scores, index, scores.rows, self.top_k, "gather"), index
+
+
+def _masked(scores: Tensor) -> Tensor:
+    mask = scores.tape.tensor(scores.rows, scores.width, "bool", "group mask")
+    out = scores.tape.tensor(scores.rows, scores.width, scores.dtype, "masked_fill")
+    make = ops.like(scores.rows, scores.width, scores.dtype, scores.requires_grad)
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = mask
+        return (make(grad),)
+
+    ops.record([out], "masked_fill", [scores], apply)
+    return out
+
+
+class Experts(Module):
+    """All experts of a layer as 3D weights: ``gate_up_proj`` and ``down_proj``.
+
+    ``transposed``: stored (expert, in, out) as in GPT-OSS, else (expert, out, in).
+    ``gated`` False: only an ``up_proj``.
+    """
+
+    def __init__(
+        self, hidden: int, inner: int, count: int, *, act: str = "silu", bias: bool = False,
+        transposed: bool = False, gated: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.hidden, self.inner, self.count, self.act = hidden, inner, count, act
+        self.transposed, self.gated = transposed, gated
+        self.names = ("gate_up_proj" if gated else "up_proj", "down_proj")
+        self.has_bias = bias
+        wide = 2 * inner if gated else inner
+        for name, shape in zip(self.names, ((hidden, wide), (inner, hidden)), strict=True):
+            width_in, width_out = shape
+            self.parameter(name, count, *(shape if transposed else (width_out, width_in)))
+            if bias:
+                self.parameter(f"{name}_bias", count, width_out)
+
+    def gate(self, both: Tensor) -> Tensor:
+        """``act(gate) * up``."""
+        gate, up = ops.split(both, [self.inner, self.inner])
+        return ops.mul(activation(gate, self.act), up)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        tape = x.tape
+        top_k = routing.index.width
+        rows = TOKENS * top_k
+        index = _index(routing.index, rows, "sorted experts")
+        order = _index(routing.index, rows, "sort order")
+        picked = gather_rows(x, _index(routing.index, rows, "token order"), rows, x.width)
+        weights = gather_rows(routing.weights, order, rows, 1)
+        counts = tape.tensor(rows, 1, "int32", "experts of rows")
+        offsets = tape.tensor(ONE, self.count, "int32", "expert offsets")
+        out = self._linear(picked, self.names[0], index, offsets)
+        out = self.gate(out) if self.gated else activation(out, self.act)
+        out = self._linear(out, self.names[1], index, offsets)
+        weighted = ops.mul(out, weights, "weighted experts")
+        back = _index(routing.index, rows, "inverse order")
+        weighted = gather_rows(weighted, back, rows, weighted.width)
+        total = sum_of_groups(weighted, top_k)
+        del counts
+        return ops.to(total, x.dtype)
+
+    def _linear(self, x: Tensor, name: str, index: Tensor, offsets: Tensor) -> Tensor:
+        tape = x.tape
+        weight = self.parameters[name]
+        width = weight.shape[2 if self.transposed else 1]
+        bias = None
+        if self.has_bias:
+            bias = gather_rows(tape.leaf(self.parameters[f"{name}_bias"]), index, x.rows, width)
+        return grouped_linear(x, tape.leaf(weight), offsets, width, bias)
+
+
+def _index(like: Tensor, rows: Size, name: str) -> Tensor:
+    return like.tape.tensor(rows, 1, "int64", name)

@@ -1,0 +1,67 @@
+"""The network as the job trains it: storage dtypes, what is frozen, adapters in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ftplan.memory.adapters import adapt
+from ftplan.memory.families import build
+from ftplan.memory.job import Job
+from ftplan.memory.nn import Network
+from ftplan.memory.quantized import quantize
+from ftplan.memory.tape import ITEM_BYTES, Parameter
+
+__all__ = ["counted_parameters", "prepare"]
+
+
+def prepare(job: Job) -> Network:
+    """Build the model of the job and bring every weight to the state it is trained in."""
+    network = build(job.config)
+    if job.method == "partial":
+        last = network.stages[-1].stack
+        last.split(lambda layer: layer >= last.count - job.last_layers)
+    quantized = job.weights.name not in ITEM_BYTES
+    plain = ("fp32" if job.prepare_kbit else job.base_dtype) if quantized else job.weights.name
+    for parameter in _everything(network):
+        parameter.dtype = plain
+        parameter.trainable = job.method == "full"
+    if job.method == "partial":
+        _train_last(network, job.last_layers)
+    if quantized:
+        for stage in network.stages:
+            for block in stage.stack.kinds:
+                quantize(block, job.weights, job.compute_dtype)
+    if job.adapter is not None:
+        adapt(network, job.adapter)
+    if job.trainable_dtype is not None:
+        for parameter in _everything(network):
+            if parameter.trainable:
+                parameter.dtype = job.trainable_dtype
+    return network
+
+
+def _train_last(network: Network, count: int) -> None:
+    stack = network.stages[-1].stack
+    for kind in set(stack.pattern[stack.count - count :]):
+        for _, parameter in stack.kinds[kind].named_parameters():
+            parameter.trainable = True
+
+
+def _everything(network: Network) -> Iterator[Parameter]:
+    """Each parameter object once, of one block of each kind."""
+    for parameter, _ in counted_parameters(network):
+        yield parameter
+
+
+def counted_parameters(network: Network) -> list[tuple[Parameter, int]]:
+    """Every parameter object with the number of tensors of the model it stands for."""
+    counted: dict[int, tuple[Parameter, int]] = {}
+    for _, parameter in network.named_parameters():
+        counted[id(parameter)] = (parameter, 1)
+    for stage in network.stages:
+        stack = stage.stack
+        for kind, block in enumerate(stack.kinds):
+            times = stack.pattern.count(kind)
+            for _, parameter in block.named_parameters():
+                counted[id(parameter)] = (parameter, times)
+    return list(counted.values())
