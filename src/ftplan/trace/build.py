@@ -34,7 +34,13 @@ def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
         for key in ("layer_types", "mlp_layer_types", "no_rope_layers"):
             if isinstance(data.get(key), list):
                 data[key] = data[key][:layers]
-    return AutoConfig.for_model(model_type, **data)
+    made = AutoConfig.for_model(model_type, **data)
+    if getattr(made, "is_encoder_decoder", False):
+        if getattr(made, "decoder_start_token_id", None) is None:
+            made.decoder_start_token_id = 0
+        if getattr(made, "pad_token_id", None) is None:
+            made.pad_token_id = 0
+    return made
 
 
 def family_of(config: Any) -> str:
@@ -68,12 +74,13 @@ def _auto_class(family: str, task: str) -> Any:
 def build_model(job: Job, config: Any) -> Any:
     """The model on the meta device, adapted and ready to train; nothing is allocated."""
     dtype = getattr(torch, job.compute_dtype if job.quantized else job.weights)
-    attention = {"flash": "sdpa"}.get(job.attention, job.attention)
+    kind = _auto_class(family_of(config), job.task)
+    attention = _attention(job, kind, config)
     if job.task in ("classify", "rm"):
         config.num_labels = 1 if job.task == "rm" else config.num_labels
         config.pad_token_id = config.pad_token_id if config.pad_token_id is not None else 0
     with torch.device("meta"):
-        model = _auto_class(family_of(config), job.task).from_config(
+        model = kind.from_config(
             config, dtype=dtype, attn_implementation=attention
         )
         model.train()
@@ -87,6 +94,27 @@ def build_model(job: Job, config: Any) -> Any:
         model = _adapt(model, job)
     model.train()
     return model
+
+
+def _attention(job: Job, kind: Any, config: Any) -> str:
+    """The implementation that transformers runs; without SDPA support it is the eager one."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from ftplan.trace import cuda
+
+    classes = kind._model_mapping[type(config)]
+    model_class = classes[0] if isinstance(classes, (list, tuple)) else classes
+    if job.attention == "flash":
+        if not model_class._supports_flash_attn:
+            raise UnsupportedError(
+                f"flash attention for {config.model_type}", remedy="use attention: eager"
+            )
+        AttentionInterface.register(cuda.FLASH, lambda *a, **k: None)
+        AttentionMaskInterface.register(cuda.FLASH, lambda *a, **k: None)
+        return cuda.FLASH
+    if job.attention == "sdpa" and not model_class._supports_sdpa:
+        return "eager"
+    return job.attention
 
 
 def _blocks(model: Any) -> nn.ModuleList:
@@ -225,4 +253,4 @@ def build_optimizer(job: Job, model: Any) -> Any:
         groups = [group for group in groups if group["params"]]
     from ftplan.trace.optimizers import make_optimizer
 
-    return make_optimizer(job, groups)
+    return make_optimizer(job, groups, model)

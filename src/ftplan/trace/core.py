@@ -308,7 +308,10 @@ def _batch(job: Job, model: Any) -> dict[str, Any]:
     """Token ids and labels, and a mask where the plan pads; int64, shape (micro, seq_len)."""
     shape = (job.micro, job.seq_len)
     ids = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.zeros(shape, dtype=torch.int64)
+    if job.task in ("classify", "rm"):
+        labels = torch.zeros(job.micro, dtype=torch.int64)
+    else:
+        labels = torch.zeros(shape, dtype=torch.int64)
     batch = {"input_ids": ids, "labels": labels}
     if job.padding != "none":
         batch["attention_mask"] = torch.ones(shape, dtype=torch.int64)

@@ -12,6 +12,7 @@ Kernel workspaces of cuBLAS are left out: ``max_memory_allocated`` shows them as
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +22,11 @@ from torch.overrides import TorchFunctionMode
 
 from ftplan.trace.ledger import Ledger
 
-__all__ = ["AutocastLists", "as_on_cuda", "pick_sdpa"]
+__all__ = ["FLASH", "AutocastLists", "as_on_cuda", "flash_attention", "pick_sdpa"]
 
+FLASH = "ftplan_varlen"
+"""Name under which the emulated ``flash_attention_2`` is registered with transformers (which asks
+for a kernel package when it reads "flash" in a name)."""
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -192,6 +196,102 @@ def _sdpa(ledger: Ledger, capability: tuple[int, int]) -> Any:
     return scaled_dot_product_attention
 
 
+class _GroupedMM(torch.autograd.Function):
+    """``grouped_mm`` for the dtypes that its CUDA kernel takes and its shape function refuses."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Any, weight: Any, ledger: Ledger) -> Any:
+        with ledger.named_op("_grouped_mm"):
+            out = torch.empty(input.shape[0], weight.shape[-1], dtype=input.dtype)
+        ctx.save_for_backward(input, weight)
+        ctx.ledger = ledger
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        input, weight = ctx.saved_tensors
+        grad_input = grad_weight = None
+        with ctx.ledger.named_op("_grouped_mm"):
+            if ctx.needs_input_grad[0]:
+                grad_input = torch.empty(input.shape, dtype=input.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weight = torch.empty_strided(
+                    weight.shape, weight.stride(), dtype=weight.dtype
+                )
+        return grad_input, grad_weight, None
+
+
+def _grouped_mm(original: Any, ledger: Ledger) -> Any:
+    def grouped_mm(mat_a: Any, mat_b: Any, *, offs: Any = None, **rest: Any) -> Any:
+        if mat_a.dtype == torch.bfloat16:
+            return original(mat_a, mat_b, offs=offs, **rest)
+        return _GroupedMM.apply(mat_a, mat_b, ledger)
+
+    return grouped_mm
+
+
+class _HalfSoftmax(torch.autograd.Function):
+    """softmax(fp16, dtype=fp32): one CUDA kernel, no fp32 copy of the input, fp16 gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Any, ledger: Ledger) -> Any:
+        with ledger.named_op("_softmax"):
+            out = torch.empty(input.shape, dtype=torch.float32)
+        ctx.save_for_backward(out)
+        ctx.ledger = ledger
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        (out,) = ctx.saved_tensors
+        with ctx.ledger.named_op("_softmax_backward_data"):
+            return torch.empty(out.shape, dtype=torch.float16), None
+
+
+def _softmax(original: Any, ledger: Ledger) -> Any:
+    def softmax(
+        input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
+    ) -> Any:
+        if input.dtype == torch.float16 and dtype == torch.float32:
+            return _HalfSoftmax.apply(input, ledger)
+        return original(input, dim, _stacklevel, dtype)
+
+    return softmax
+
+
+def flash_attention(ledger: Ledger) -> Any:
+    """The attention function of transformers' ``flash_attention_2``, its kernel emulated."""
+
+    def forward(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any,
+        dropout: float = 0.0, scaling: float | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        if query.dtype == torch.float32:
+            dtype = torch.bfloat16
+            if torch.is_autocast_enabled("cpu"):
+                dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = (t.to(dtype) for t in (query, key, value))
+        batch, heads, length, head = query.shape
+        if attention_mask is not None:
+            # unpad: the valid tokens are gathered, attended and scattered back
+            index = torch.empty(batch * length, dtype=torch.int64)
+            query, key, value = (
+                t.transpose(1, 2).reshape(batch * length, -1, head)[index]
+                .view(batch, length, -1, head).transpose(1, 2)
+                for t in (query, key, value)
+            )  # fmt: skip
+        if head % 8:
+            query, key, value = (F.pad(t, (0, 8 - head % 8)) for t in (query, key, value))
+        out = _Flash.apply(query, key, value, ledger)[..., :head].transpose(1, 2)
+        if attention_mask is not None:
+            flat = torch.zeros(batch * length, heads, head, dtype=out.dtype)
+            out = flat.index_put((index,), out.reshape(batch * length, heads, head))
+            out = out.view(batch, length, heads, head)
+        return out, None
+
+    return forward
+
+
 def _dropout(original: Any) -> Any:
     def dropout(
         input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -265,17 +365,26 @@ def _no_packed_sequences(original: Any) -> Any:
     return find_packed_sequence_indices
 
 
+def _flash_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+    return attention_mask
+
+
 @contextlib.contextmanager
 def as_on_cuda(ledger: Ledger, capability: tuple[int, int] = (8, 0)) -> Iterator[None]:
     """Run the block as if the fake CPU tensors were on a CUDA device of that capability."""
-    from transformers import masking_utils
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
     from transformers.utils import import_utils
+
+    AttentionInterface.register(FLASH, flash_attention(ledger))
+    AttentionMaskInterface.register(FLASH, _flash_mask)
 
     ledger.scalar_answer = _scalar
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(_patched(F, "scaled_dot_product_attention", _sdpa(ledger, capability)))
         enter(_patched(F, "dropout", _dropout(F.dropout)))
+        enter(_patched(F, "softmax", _softmax(F.softmax, ledger)))
+        enter(_patched(F, "grouped_mm", _grouped_mm(F.grouped_mm, ledger)))
         enter(_patched(import_utils, "is_fake_tensor", lambda tensor: False))
         enter(
             _patched(
@@ -292,9 +401,20 @@ def _scalar(tensor: Any, phase: str) -> Any:
     """What ``tensor.item()`` says: no value is known, and zero (false) is the useful answer.
 
     It makes 'is nothing padded?' false, so that a mask is built whenever one is passed. In the
-    optimizer's step it is one: the counter of steps.
+    optimizer's step it is one: the counter of steps. peft asks whether a random number is above
+    its module dropout, which is zero: true.
     """
     if tensor.dtype == torch.bool:
-        return False
+        return _asked_by_peft()
     value = 1 if phase == "step" else 0
     return float(value) if tensor.dtype.is_floating_point else value
+
+
+def _asked_by_peft() -> bool:
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "peft" in name or "transformers" in name:
+            return "transformers" not in name
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
