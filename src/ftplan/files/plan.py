@@ -291,8 +291,9 @@ def plan_to_mapping(plan: Plan) -> dict[str, Any]:
             continue
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             section = _section(value, field.name)
-            if section or field.name == "model":
-                data[field.name] = section or None
+            nothing = isinstance(section, dict) and not section
+            if not nothing or field.name == "model":
+                data[field.name] = None if nothing else section
         elif value is not None:
             data[field.name] = value
     return data

@@ -211,7 +211,7 @@ class _Checker:
             raise self._refuse(
                 path,
                 f"{name} is a whole number, this is {value:g}",
-                f"write {name}: {round(value)}",
+                f"write {leaf}: {round(value)}",
             )
 
 
