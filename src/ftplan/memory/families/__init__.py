@@ -23,6 +23,7 @@ _FILES: dict[str, tuple[str, ...]] = {
         "starcoder2", "glm", "glm4", "cohere", "cohere2", "exaone4", "nemotron", "arcee", "apertus",
         "seed_oss", "helium", "ernie4_5", "hunyuan_v1_dense",
     ),
+    "mixture": ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
 }  # fmt: skip
 
 

@@ -1,0 +1,178 @@
+"""Mixtures of experts with ordinary attention: Mixtral, Qwen MoE, OLMoE, Granite MoE and others.
+
+Source: transformers 5.23.0, models/<type>/modeling_<type>.py.
+"""
+
+from __future__ import annotations
+
+from ftplan.memory import ops
+from ftplan.memory.experts import Experts, Router
+from ftplan.memory.families.decoder import (
+    MLP,
+    Attention,
+    Block,
+    Config,
+    Decoder,
+    Rope,
+    filled,
+    head_size,
+)
+from ftplan.memory.nn import LayerNorm, Linear, Module, Network
+from ftplan.memory.tape import Tensor
+
+
+class Mixture(Module):
+    """Router and experts, with experts that every token passes, where the model has them.
+
+    ``shared``: the module's name and itself; ``shared_first`` runs it before the router (Qwen),
+    ``shared_gate`` weighs it by a sigmoid.
+    """
+
+    def __init__(
+        self, router: Router, experts: Experts, *, router_name: str = "gate",
+        shared: tuple[str, Module] | None = None, shared_gate: int | None = None,
+        shared_first: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.router_name = router_name
+        setattr(self, router_name, router)
+        self.experts = experts
+        self.shared_name = shared[0] if shared else None
+        if shared:
+            setattr(self, *shared)
+        if shared_gate:
+            self.shared_expert_gate = Linear(shared_gate, 1)
+        self.shared_gate = shared_gate is not None
+        self.shared_first = shared_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        router = self.children[self.router_name]
+        assert isinstance(router, Router)
+        every = self.children[self.shared_name].forward(x) if self.shared_first else None
+        routing = router.forward(x)
+        out = self.experts.forward(x, routing)
+        if self.shared_gate:
+            weight = ops.unary(self.shared_expert_gate.forward(x), "sigmoid", "output")
+            every = ops.mul(weight, every)
+            del weight
+        if every is not None:
+            return ops.add(out, every)
+        if self.shared_name is not None:
+            return ops.add(out, self.children[self.shared_name].forward(x))
+        return out
+
+
+def act(config: Config) -> str:
+    """The activation function's name."""
+    return str(config.get("hidden_act") or "silu")
+
+
+def mixtral(raw: Config) -> Network:
+    """``MixtralForCausalLM``."""
+    config = filled(raw)
+
+    def block(config: Config, layer: int) -> Module:
+        hidden, count = config["hidden_size"], config["num_local_experts"]
+        router = Router(
+            hidden, count, config["num_experts_per_tok"], normalize=True, keep_fp32=True
+        )
+        experts = Experts(hidden, config["intermediate_size"], count, act=act(config))
+        return Block(config, Attention(config, bias=False), Mixture(router, experts))
+
+    return Decoder(config, block, windows={"": config.get("sliding_window")})
+
+
+def qwen_kind(config: Config, layer: int) -> bool:
+    """Whether a layer of a Qwen mixture has experts."""
+    dense = config.get("mlp_only_layers") or ()
+    step = config.get("decoder_sparse_step") or 1
+    return layer not in dense and config["num_experts"] > 0 and (layer + 1) % step == 0
+
+
+def qwen_mixture(config: Config) -> Module:
+    """``Qwen2MoeSparseMoeBlock`` and its successors."""
+    hidden, count = config["hidden_size"], config["num_experts"]
+    router = Router(
+        hidden, count, config["num_experts_per_tok"], normalize=bool(config["norm_topk_prob"])
+    )
+    experts = Experts(hidden, config["moe_intermediate_size"], count, act=act(config))
+    inner = config.get("shared_expert_intermediate_size")
+    if not inner:
+        return Mixture(router, experts)
+    return Mixture(
+        router, experts, shared=("shared_expert", MLP(hidden, inner, act(config))),
+        shared_gate=hidden, shared_first=True,
+    )  # fmt: skip
+
+
+def layer_types(config: Config, sliding_from: int | None = None) -> list[str]:
+    """The kind of attention in each layer."""
+    types = config.get("layer_types")
+    if types:
+        return list(types)
+    count = config["num_hidden_layers"]
+    if sliding_from is None:
+        return ["full_attention"] * count
+    return [
+        "sliding_attention" if layer >= sliding_from else "full_attention"
+        for layer in range(count)
+    ]
+
+
+def qwen_moe(raw: Config) -> Network:
+    """``Qwen2MoeForCausalLM``, ``Qwen3MoeForCausalLM``."""
+    config = filled(raw)
+    old = config["model_type"] == "qwen2_moe"
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    if old:
+        types = layer_types(config, config.get("max_window_layers") if window else None)
+    else:
+        types = ["sliding_attention" if window else "full_attention"]
+        types *= config["num_hidden_layers"]
+        config.pop("shared_expert_intermediate_size", None)
+
+    def block(config: Config, layer: int) -> Module:
+        if old:
+            bias = bool(config["qkv_bias"])
+            attention = Attention(config, bias=bias, out_bias=False, mask=types[layer])
+        else:
+            attention = Attention(config, qk_norm="head", mask=types[layer])
+        if qwen_kind(config, layer):
+            return Block(config, attention, qwen_mixture(config))
+        mlp = MLP(config["hidden_size"], config["intermediate_size"], act(config))
+        return Block(config, attention, mlp)
+
+    return Decoder(
+        config, block, kind=lambda layer: (types[layer], qwen_kind(config, layer)),
+        windows={
+            name: window if name == "sliding_attention" else None for name in dict.fromkeys(types)
+        },
+    )  # fmt: skip
+
+
+class ClippedAttention(Attention):
+    """OLMoE's: queries, keys and values may be clamped in place, which keeps copies."""
+
+
+def olmoe(raw: Config) -> Network:
+    """``OlmoeForCausalLM``."""
+    config = filled(raw)
+
+    def block(config: Config, layer: int) -> Module:
+        hidden, count = config["hidden_size"], config["num_experts"]
+        router = Router(
+            hidden, count, config["num_experts_per_tok"], normalize=bool(config["norm_topk_prob"])
+        )
+        experts = Experts(hidden, config["intermediate_size"], count, act=act(config))
+        attention = Attention(config, qk_norm="full")
+        return Block(config, attention, Mixture(router, experts))
+
+    return Decoder(config, block)
+
+
+MODEL_TYPES = {
+    "mixtral": mixtral,
+    "qwen2_moe": qwen_moe,
+    "qwen3_moe": qwen_moe,
+    "olmoe": olmoe,
+}
