@@ -60,6 +60,8 @@ COMMANDS: tuple[Command, ...] = (
     Command(name="memory", panel="Memory"),
     Command(name="label", panel="Advice"),
     Command(name="compare-runs", panel="Advice", function="compare_runs"),
+    Command(name="models", panel="Catalogues"),
+    Command(name="gpus", panel="Catalogues"),
     Command(name="init", panel="Files"),
     Command(name="schema", panel="Files"),
 )

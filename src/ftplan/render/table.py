@@ -353,9 +353,15 @@ def render_rows(
     if title:
         page.line((title, "bold"))
         page.blank()
-    numeric = {c for c in columns if all(isinstance(r.get(c), int | float | None) for r in rows)}
+    numeric = {c for c in columns if all(_is_numeric(row.get(c)) for row in rows)}
     table = _columns(*((c.replace("_", " "), "right" if c in numeric else "left") for c in columns))
+    for column in table.columns:
+        column.overflow = "fold"  # an address is shown whole
     for row in rows:
         table.add_row(*("" if row.get(c) is None else str(row[c]) for c in columns))
     page.add(table, indent=0)
     return page.text()
+
+
+def _is_numeric(value: Any) -> bool:
+    return value is None or re.fullmatch(r"~?[0-9][0-9.,]*( [KMBT%])?", str(value)) is not None
