@@ -65,7 +65,7 @@ def grouped_linear(
     inputs = [x, weight]
     if bias is not None:
         inputs.append(bias)
-    wants_bias = bias is not None and bias.requires_grad
+    has_bias, wants_bias = bias is not None, bias is not None and bias.requires_grad
     cast = None if bias is None or bias.dtype == out.dtype else bias.dtype
 
     def apply(grad: Tensor) -> Grads:
@@ -74,7 +74,7 @@ def grouped_linear(
         if wants_weight:
             grad_weight = grad.tape.tensor(weight_rows, weight_width, weight_dtype, "expert grad")
         grads = (make_x(grad), grad_weight)
-        if len(inputs) < 3:
+        if not has_bias:
             return grads
         return (*grads, (ops.to(grad, cast) if cast else grad) if wants_bias else None)
 

@@ -292,10 +292,11 @@ def mean_square(x: Tensor) -> Tensor:
 
     def apply_pow(grad: Tensor) -> Grads:
         _kept = saved
-        # grad * (exponent * x): two steps, the first one's result dies with the second
+        # grad * (exponent * x.pow(1)): each step a tensor, all of them alive until the last
+        power = grad.tape.tensor(rows, width, dtype, "gradient")
         scaled = grad.tape.tensor(rows, width, dtype, "gradient")
         result = grad.tape.tensor(rows, width, dtype, "gradient")
-        del scaled
+        del power, scaled
         return (result,)
 
     record([square], "pow", [x], apply_pow)
