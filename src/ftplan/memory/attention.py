@@ -54,22 +54,28 @@ def kernel(env: Environment, heads: Heads, dtype: str, *, masked: bool) -> str:
 
 
 def make_mask(
-    tape: Tape, dtype: str, *, window: int | None = None, causal: bool = True
+    tape: Tape,
+    dtype: str,
+    *,
+    window: int | None = None,
+    causal: bool = True,
+    eager: bool = False,
 ) -> Tensor | None:
     """The mask of transformers' ``masking_utils``, or None where a kernel's own flag will do.
 
     ``dtype``: of the embeddings. A sliding ``window`` needs a mask from that length on. Eager
     attention has an additive one, (b, 1, s, s); SDPA a boolean one, shared by the sequences
-    unless they are padded.
+    unless they are padded. ``eager``: the model has no other implementation.
     """
     env = tape.env
+    eager = eager or env.attention == "eager"
     cut = window is not None and env.seq_len is not None and env.seq_len >= window
-    if env.attention == "flash":
+    if env.attention == "flash" and not eager:
         return None
-    if not (env.padding_mask or cut) and (env.attention == "sdpa" or not causal):
+    if not (env.padding_mask or cut) and not (eager and causal):
         return None
     mask = tape.tensor(SCORES if env.padding_mask else SQUARE, 1, "bool", "mask")
-    if env.attention == "eager":
+    if eager:
         mask = tape.tensor(SCORES, 1, dtype, "mask")
     return mask
 

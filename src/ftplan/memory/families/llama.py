@@ -412,9 +412,7 @@ class Attention(Module):
 
 def _rotate_fp32(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """ERNIE 4.5: both terms are cast on their own."""
-    return ops.add(
-        ops.mul(ops.to(x, "fp32"), cos), ops.mul(ops.to(_rotate_half(x), "fp32"), sin)
-    )
+    return ops.add(ops.mul(ops.to(x, "fp32"), cos), ops.mul(ops.to(_rotate_half(x), "fp32"), sin))
 
 
 def _residual_dropout(config: Config) -> float:
@@ -626,7 +624,9 @@ class Llama(Network):
             x = ops.scale(x)
         for name in self.layer_types:
             window = config.get("sliding_window") if name == "sliding_attention" else None
-            shared.masks[name] = make_mask(tape, x.dtype, window=window)
+            shared.masks[name] = make_mask(
+                tape, x.dtype, window=window, eager=heads_of(config).softcap
+            )
         if traits.embedding_dropout:
             x = ops.dropout(x, config.get(traits.embedding_dropout) or 0.0)
         dtype = "fp32" if traits.rotation == "table_fp32" else x.dtype
