@@ -7,7 +7,7 @@ an answer to judge keep the kind ``infrastructure_error``, which no share counts
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from ftplan.evals.suggest import signal_of, suggest
@@ -130,9 +130,9 @@ def join_failures(
     """
     files = [*labelled, *results]
     state: dict[str, Any] = {}
-    for name in State.__dataclass_fields__:
-        known = (getattr(file.state, name) for file in files)
-        state[name] = next((value for value in known if value is not None), None)
+    for key in fields(State):
+        known = (getattr(file.state, key.name) for file in files)
+        state[key.name] = next((value for value in known if value is not None), None)
     by_hand = {each.id: each for file in labelled for each in file.failures if each.id}
     found: dict[str, Failure] = {}
     for file in results:

@@ -153,10 +153,10 @@ def _table_document(text: str, name: str) -> Document:
                 start = reader.line_num + 1
     except csv.Error as error:
         raise where.error(f"not a table: {error}") from None
-    if len(rows[0][1]) < 2:
+    if not rows or len(rows[0][1]) < 2:
         raise where.error(
             "not a result file: neither JSON, nor JSON lines, nor a table with columns",
-            line=rows[0][0],
+            line=rows[0][0] if rows else 1,
             remedy="pass the JSON, JSONL or CSV file that the evaluation tool wrote",
         )
     return Document(name=name, table=tuple(rows))

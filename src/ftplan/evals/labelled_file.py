@@ -8,7 +8,7 @@ a file in flow style (JSON) is written anew, since it has no comments to lose.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import yaml
@@ -169,9 +169,9 @@ def _edited(text: str, span: _Span, entry: dict[str, Json], failure: Mapping[str
 def start_text(state: State, *, source: str, task: str | None = None) -> str:
     """A new failures file: what the results show of the state, and no failure yet."""
     known = {
-        name: value
-        for name in State.__dataclass_fields__
-        if (value := getattr(state, name)) is not None
+        each.name: value
+        for each in fields(State)
+        if (value := getattr(state, each.name)) is not None
     }
     head: dict[str, Json] = {"version": 1}
     if task:

@@ -223,10 +223,18 @@ def _kind(session: Session, text: str) -> tuple[str, str | None]:
         number = int(text)
         if not 1 <= number <= len(session.shortlist):
             raise InputError(f"there is no number {number}", remedy="? lists all kinds")
-        return session.shortlist[number - 1], None
+        kind = session.shortlist[number - 1]
+        return kind, _own_class(session, kind)
     if text.startswith("+"):
         return _own_kind(text[1:])
-    return _known_kind(session, text), None
+    kind = _known_kind(session, text)
+    return kind, _own_class(session, kind)
+
+
+def _own_class(session: Session, kind: str) -> str | None:
+    """The class that the user gave a kind of their own earlier in this session."""
+    given = (each.failure_class for each in session.labels.values() if each.kind == kind)
+    return next((each for each in given if each), None)
 
 
 def _own_kind(text: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from ftplan.evals.document import python_literal
 from ftplan.results import Check
 
 __all__ = [
+    "all_crashed",
     "as_contexts",
     "as_dict",
     "as_list",
@@ -203,6 +204,12 @@ def reasons(checks: Iterable[Check]) -> str:
     """Why the failing checks fail, each reason once."""
     said = (each.reason for each in checks if each.passed is False and each.reason)
     return "; ".join(dict.fromkeys(said))
+
+
+def all_crashed(checks: Iterable[Check]) -> str:
+    """Why there is no verdict, where every check crashed; empty where one of them ran."""
+    errors = [check.error for check in checks]
+    return errors[0] if errors and all(errors) else ""
 
 
 def decide(checks: Iterable[Check]) -> bool | None:

@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any
 
+from ftplan.errors import InputError
 from ftplan.evals.document import Document
 from ftplan.evals.options import ReadOptions
 from ftplan.evals.readers import Reader
@@ -250,10 +251,13 @@ def _unpack(document: Document) -> dict[str, Json]:
             if header_name != "header.json":
                 log["status"] = "started"
             return log
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError, struct.error) as error:
-        raise document.error(f"a damaged zip archive: {error}", remedy="copy it again") from None
-    except (RuntimeError, NotImplementedError, OverflowError) as error:
-        raise document.error(f"a zip archive that cannot be read: {error}") from None
+    except InputError:
+        raise
+    except Exception as error:
+        # each compression method has errors of its own (zlib, lzma, zstd): all mean damaged
+        raise document.error(
+            f"a damaged zip archive: {error or type(error).__name__}", remedy="copy it again"
+        ) from None
 
 
 def _member(archive: zipfile.ZipFile, name: str, document: Document) -> Json:
@@ -286,7 +290,8 @@ def _zstandard_member(info: zipfile.ZipInfo, document: Document) -> bytes:
     begin = start + 30 + name_bytes + extra_bytes
     packed = data[begin : begin + info.compress_size]
     try:
-        unpacked: bytes = zstandard.ZstdDecompressor().decompressobj().decompress(packed)
+        reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
+        unpacked: bytes = reader.read(info.file_size)
     except zstandard.ZstdError as error:
         raise document.error(f"{info.filename}: {error}", remedy="copy the log again") from None
     return unpacked

@@ -18,6 +18,7 @@ from ftplan.evals.readers import Reader
 from ftplan.evals.scores import judged_check, threshold_note
 from ftplan.evals.tables import column_oriented
 from ftplan.evals.values import (
+    all_crashed,
     as_contexts,
     as_dict,
     as_list,
@@ -106,7 +107,9 @@ def _genai_row(
     }
     checks = tuple(_genai_checks(row, assessments, labels, options))
     state = as_text(row.get("state") or info.get("state")).upper().rpartition(".")[2]
-    error = "the traced application raised an exception" if state == "ERROR" else ""
+    error = all_crashed(checks)
+    if state == "ERROR":
+        error = "the traced application raised an exception"
     question = as_text(_nested(row.get("request") or row.get("inputs")))
     tags = as_dict(_nested(row.get("tags")))
     return ResultRow(

@@ -98,7 +98,7 @@ def _row(row: dict[str, Json], number: int, line: int | None) -> ResultRow:
         item=_item(variables, case, number),
         passed=None if error else as_verdict(row.get("success")),
         checks=checks,
-        input=as_text(variables) or as_text(prompt.get("raw")),
+        input=_asked(variables) or as_text(prompt.get("raw")),
         output=as_text(response.get("output") if response else row.get("output")),
         expected=_expected(case, components),
         contexts=_contexts(variables),
@@ -157,6 +157,16 @@ def _contexts(variables: dict[str, Json]) -> tuple[str, ...]:
         if name in variables:
             return as_contexts(variables[name])
     return ()
+
+
+def _asked(variables: dict[str, Json]) -> str:
+    """The variables without the passages, which are shown as such."""
+    asked = {
+        name: value
+        for name, value in variables.items()
+        if name not in _CONTEXT_VARS and not str(name).startswith("_")
+    }
+    return as_text(asked or None)
 
 
 def _variant(prompt: dict[str, Json], provider: Json) -> str:
@@ -281,7 +291,7 @@ def _table_row(
         item=_item(dict(before), {"description": described}, 0) if before or described else name,
         passed=None if error else passed,
         checks=checks,
-        input=as_text(dict(before)),
+        input=_asked(dict(before)),
         output="" if error else output,
         expected=_expected_of_reason(reason),
         contexts=_contexts(dict(before)),

@@ -18,6 +18,7 @@ from ftplan.evals.readers import Reader
 from ftplan.evals.scores import judged_check, threshold_note
 from ftplan.evals.tables import column_oriented
 from ftplan.evals.values import (
+    all_crashed,
     as_contexts,
     as_number,
     as_text,
@@ -128,10 +129,12 @@ def _row(
     )
     question = _first(sample, _INPUT)
     given = sample.get("id")
+    error = sample.get("error")
+    crashed = as_text(error) if not is_missing(error) else all_crashed(checks)
     return ResultRow(
         id=as_text(given) if not is_missing(given) else f"row-{number}",
         item=as_text(given) if not is_missing(given) else question or f"row-{number}",
-        passed=decide(checks),
+        passed=None if crashed else decide(checks),
         checks=checks,
         input=question,
         output=_first(sample, _OUTPUT),
@@ -140,7 +143,7 @@ def _row(
             (as_contexts(sample[name]) for name in _CONTEXTS if not is_missing(sample.get(name))),
             (),
         ),
-        error=as_text(sample.get("error")) if not is_missing(sample.get("error")) else "",
+        error=crashed,
         line=line,
     )
 

@@ -41,7 +41,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
                  "reference_outputs", "target", "gold", "ground_truth", "ideal", "label",
                  "correct_answer"),
     "passed": ("passed", "pass", "success", "correct", "is_correct", "ok", "verdict", "result",
-               "status", "outcome", "grade", "match"),
+               "outcome", "grade", "match", "status"),
     "score": ("score", "scores", "rating", "accuracy", "feedback", "feedback_stats",
               "evaluations", "metrics"),
     "reason": ("reason", "explanation", "rationale", "comment", "feedback_comment", "critique",
@@ -121,8 +121,8 @@ def _columns(
             if column is None or column in taken:
                 continue
             path = column if "." not in candidate else candidate
-            if name == "passed" and not any(_verdict(_walk(row, path)) for row in rows):
-                continue  # a column named status that says "completed" is no verdict
+            if name == "passed" and not _judges(candidate, [_walk(row, path) for row in rows]):
+                continue
             if any(_walk(row, path) is not None for row in rows):
                 columns[name] = path
                 taken.add(column)
@@ -130,8 +130,16 @@ def _columns(
     return columns
 
 
-def _verdict(value: Json) -> bool:
-    return as_verdict(value) is not None or as_text(value).strip().lower() in _ERROR_STATES
+def _judges(candidate: str, values: list[Json]) -> bool:
+    """Whether a column holds verdicts on answers.
+
+    `status: success` beside `status: error` says whether the program ran, not whether the answer
+    was right: a status column judges where it says pass or fail.
+    """
+    words = {as_text(value).strip().lower() for value in values}
+    if candidate == "status":
+        return bool(words & {"pass", "passed", "fail", "failed", "failure"})
+    return any(as_verdict(value) is not None for value in values) or bool(words & _ERROR_STATES)
 
 
 def _walk(row: Mapping[str, Json], path: str) -> Json:
@@ -167,6 +175,9 @@ def _row(
     verdict = cell("passed")
     passed = as_verdict(verdict)
     error = text("error")
+    state = as_text(row.get("status")).strip().lower()
+    if not error and state in _ERROR_STATES:
+        error = text("reason") or state
     if not error and as_text(verdict).strip().lower() in _ERROR_STATES:
         error = text("reason") or as_text(verdict)
     if passed is None and not is_missing(verdict) and as_number(verdict) is not None:
