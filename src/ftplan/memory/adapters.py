@@ -17,31 +17,38 @@ __all__ = ["adapt", "matches", "rank_of"]
 ATTENTION = ("attn", "attention", "self_attn", "self_attention", "SelfAttention")
 
 
+class Named(Module):
+    """peft keeps one matrix per adapter name; ours is ``default``."""
+
+    def __init__(self, matrix: Linear) -> None:
+        super().__init__()
+        self.default = matrix
+
+
 class LoraLinear(Module):
     """``peft.tuners.lora.Linear``: the base matrix and two thin ones beside it."""
 
     def __init__(self, base: Linear | QuantizedLinear, spec: AdapterSpec, rank: int) -> None:
         super().__init__()
         self.base_layer = base
-        self.lora_A = Module()
-        self.lora_A.default = _thin(base.in_features, rank, spec)
-        self.lora_B = Module()
-        self.lora_B.default = _thin(rank, base.out_features, spec)
+        self.lora_A = Named(_thin(base.in_features, rank, spec))
+        self.lora_B = Named(_thin(rank, base.out_features, spec))
         self.quantized = isinstance(base, QuantizedLinear)
         self.dropout = spec.dropout
-        self.down: Linear = self.lora_A.default
-        self.up: Linear = self.lora_B.default
-        del self.children["down"], self.children["up"]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.quantized:
             return self._forward_quantized(x)
         result = self.base_layer.forward(x)
         dtype = result.dtype
-        x = ops.to(x, self.down.weight.dtype)
+        x = ops.to(x, self.lora_A.default.weight.dtype)
         result = ops.add(
             result,
-            ops.scale(self.up.forward(self.down.forward(ops.dropout(x, self.dropout)))),
+            ops.scale(
+                self.lora_B.default.forward(
+                    self.lora_A.default.forward(ops.dropout(x, self.dropout))
+                )
+            ),
         )
         return ops.to(result, dtype)
 
@@ -51,8 +58,10 @@ class LoraLinear(Module):
         converts = x.tape.env.autocast is None
         dtype = result.dtype
         if converts:
-            x = ops.to(x, self.down.weight.dtype)
-        output = ops.scale(self.up.forward(self.down.forward(ops.dropout(x, self.dropout))))
+            x = ops.to(x, self.lora_A.default.weight.dtype)
+        output = ops.scale(
+            self.lora_B.default.forward(self.lora_A.default.forward(ops.dropout(x, self.dropout)))
+        )
         if converts:
             output = ops.to(output, dtype)
         return ops.add(result, output)
@@ -72,9 +81,13 @@ class LoraEmbedding(Module):
         self.base_layer = base
         count, width = base.weight.shape
         self.lora_embedding_A = Module()
-        self.lora_embedding_A.default = Parameter("lora_A", (rank, count), spec.dtype, True)
+        self.lora_embedding_A.parameters["default"] = Parameter(
+            "lora_A", (rank, count), spec.dtype, True
+        )
         self.lora_embedding_B = Module()
-        self.lora_embedding_B.default = Parameter("lora_B", (width, rank), spec.dtype, True)
+        self.lora_embedding_B.parameters["default"] = Parameter(
+            "lora_B", (width, rank), spec.dtype, True
+        )
 
     @property
     def weight(self) -> Parameter:

@@ -88,10 +88,13 @@ def attend(
     mask: Tensor | None = None,
     *,
     eager: bool = False,
+    by_head: bool = False,
     held: list[Tensor] | None = None,
 ) -> Tensor:
     """Attention of all heads: tokens x (heads x value size) comes out.
 
+    ``by_head``: the queries lie in memory head by head (a ``cat`` made them so); flash lays out
+    its output like its queries, and the output is copied to lie token by token.
     ``eager``: the model has no other implementation. ``held`` receives the attention weights that
     eager attention returns beside its output, for blocks that hold them until they return.
     """
@@ -102,11 +105,12 @@ def attend(
     masked = mask is not None or env.padding_mask
     choice = kernel(env, heads, q.dtype, masked=masked)
     if choice == "math":
-        return _math(q, k, v, heads)
+        return ops.copy(_math(q, k, v, heads))
     if masked and choice != "flash":
         k, v = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
         mask = additive(mask, q.tape, q.dtype)
-    return _fused(q, k, v, heads, mask, choice)
+    out = _fused(q, k, v, heads, mask, choice)
+    return ops.copy(out) if by_head and choice == "flash" else out
 
 
 def additive(mask: Tensor | None, tape: Tape, dtype: str) -> Tensor:
@@ -175,7 +179,7 @@ def _math(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
     q, k = ops.scale(q), ops.scale(k)
     scores = ops.matmul(q, k, rows, 1, "scores")
     scores = ops.shift(scores)
-    weights = ops.softmax(scores)
+    weights = ops.dropout(ops.softmax(scores), heads.dropout)
     del scores
     return ops.matmul(weights, v, q.rows, heads.count * heads.value_size, "attention")
 

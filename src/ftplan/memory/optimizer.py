@@ -1,4 +1,4 @@
-"""Optimizers: the states they keep for each trainable tensor, and what a step needs for a moment."""
+"""Optimizers: the states kept for each trainable tensor, and what a step needs for a moment."""
 
 from __future__ import annotations
 

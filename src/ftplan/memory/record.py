@@ -8,7 +8,9 @@ the borders of the blocks; :mod:`replay` then plays the segments as often as the
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ftplan.memory import ops
 from ftplan.memory.env import Environment
@@ -126,6 +128,7 @@ def record_step(
     assert x is not None
     root = _loss(recorder, x)
     del x
+    recorder.recording.forward_order.append(recorder.cut("the model returns"))
     recorder.end_autocast()
     recorder.recording.saved = _alive(tape)
     del inputs
@@ -178,6 +181,7 @@ def _run_stage(
             continue
         block = stage.stack.kinds[kind]
         block = copy.deepcopy(block) if key in seen else block
+        _name_parts(block, recorder.tape)
         # the caller's name for the input lives until the block returns
         run = _checkpoint if checkpointed else _run
         x = run(block, x, shared)
@@ -199,6 +203,22 @@ def _is_last(stack: Stack, layer: int) -> bool:
     return stack.pattern[layer] not in stack.pattern[layer + 1 :]
 
 
+def _name_parts(block: Module, tape: Tape) -> None:
+    """Let storages be named after the part of the block that makes them."""
+    for name, part in block.children.items():
+        part.forward = _naming(part.forward, name, tape)
+
+
+def _naming(forward: Callable[..., Any], name: str, tape: Tape) -> Callable[..., Any]:
+    def named(*args: Any, **kwargs: Any) -> Any:
+        before, tape.module = tape.module, name
+        out = forward(*args, **kwargs)
+        tape.module = before
+        return out
+
+    return named
+
+
 def _run(block: Module, x: Tensor, shared: Shared) -> Tensor:
     out: Tensor = block.forward(x, shared)
     return out
@@ -217,7 +237,8 @@ def _checkpoint(block: Module, x: Tensor, shared: Shared) -> Tensor:
 
     def forward_again() -> Tensor:
         cache, tape.weight_cache = tape.weight_cache, {}
-        again = _run(block, x, shared)
+        with tape.scoped("recomputed"):
+            again = _run(block, x, shared)
         tape.weight_cache = cache
         return again
 

@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 from ftplan.memory.record import BOUNDARY, Recording, Segment
 from ftplan.memory.tape import BLOCK_BYTES, Label, Size, basis
 
-__all__ = ["Moment", "Phase", "Program", "Run", "rounded"]
+__all__ = ["Alive", "Moment", "Phase", "Program", "Run", "rounded"]
+
+
+NOTHING = Size((0,) * 7)
 
 
 def rounded(size: int) -> int:
@@ -39,13 +43,20 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True)
+class Alive:
+    """What of one label is alive: bytes, and the same as an expression in the batch."""
+
+    bytes: int
+    size: Size
+
+
+@dataclass(frozen=True, slots=True)
 class Moment:
     """The worst moment: how much is alive on top of what is static, and what it is."""
 
     phase: str
     peak_bytes: int
-    alive: Mapping[Label, int]
-    """Bytes alive by label."""
+    alive: Mapping[Label, Alive]
 
 
 class Program:
@@ -134,15 +145,17 @@ class Program:
                 level += run.times * net
         return Moment(self.phases[where[0]].name, best, self._alive_at(where, table))
 
-    def _alive_at(self, where: tuple[int, int, int, int], table: list[int]) -> dict[Label, int]:
-        alive: dict[Label, int] = {}
+    def _alive_at(self, where: tuple[int, int, int, int], table: list[int]) -> dict[Label, Alive]:
+        alive: dict[Label, list[Any]] = {}
         for events, times in self._until(where):
             for event in events:
                 storage = abs(event) - 1
-                size = table[self._storage_size[storage]] * times
-                label = self._labels[storage]
-                alive[label] = alive.get(label, 0) + (size if event > 0 else -size)
-        return {label: size for label, size in alive.items() if size}
+                index = self._storage_size[storage]
+                sign = times if event > 0 else -times
+                entry = alive.setdefault(self._labels[storage], [0, NOTHING])
+                entry[0] += table[index] * sign
+                entry[1] = entry[1] + self._sizes[index] * sign
+        return {label: Alive(*entry) for label, entry in alive.items() if entry[0]}
 
     def _until(self, where: tuple[int, int, int, int]) -> Iterator[tuple[tuple[int, ...], int]]:
         """Every segment that ran before the moment with its repeats, then the part of the last."""
@@ -160,7 +173,7 @@ def _final_labels(recording: Recording) -> list[Label]:
     """Storages that outlive forward are activations (or logits); the rest is temporary."""
     labels: list[Label] = []
     for number, label in enumerate(recording.tape.labels, start=1):
-        named = label.group in ("gradients", "logits") or label == BOUNDARY
+        named = label.group in ("gradients", "logits", "recomputed") or label == BOUNDARY
         keep = named or number in recording.saved
         labels.append(label if keep else Label("temporary", label.name))
     return labels

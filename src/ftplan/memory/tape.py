@@ -89,7 +89,7 @@ class Label:
     group: str
     """``activations``, ``gradients``, ``logits``, ``temporary`` ...: a group of the contract."""
     name: str
-    """The operation or module that made it."""
+    """The part of the block, or else the operation, that made it."""
 
 
 @dataclass(slots=True)
@@ -101,7 +101,9 @@ class Tape:
     sizes: list[Size] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     grad_enabled: bool = True
-    scope: str = ""
+    scope: str = "activations"
+    module: str = ""
+    """The part of the block that is running; empty: events are named by operation."""
     weight_cache: dict[int, Tensor] = field(default_factory=dict)
     """Autocast's casts of weights, by the weight: alive until autocast ends."""
     sequence: int = 0
@@ -109,7 +111,7 @@ class Tape:
     def allocate(self, size: Size, name: str) -> Storage:
         """A storage of ``size`` bytes comes alive."""
         self.sizes.append(size)
-        self.labels.append(Label(self.scope or "activations", name))
+        self.labels.append(Label(self.scope, self.module or name))
         index = len(self.sizes)
         self.events.append(index)
         return Storage(self, index)

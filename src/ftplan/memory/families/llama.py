@@ -54,6 +54,8 @@ class Traits:
     every layer; ``pairs_fp32``: so, in fp32; ``fp32``: queries and keys are cast to fp32 first."""
     ropes_by_type: bool = False
     """One table of sines for each layer type."""
+    rejoins: bool = False
+    """The rotated part of a head and the rest are joined again, even where there is no rest."""
     residual_dropout: str | None = None
     """The config's field for the dropout of what is added to the residual stream."""
     dropout_site: Literal["block", "module", "mlp"] = "block"
@@ -97,6 +99,7 @@ TRAITS: dict[str, Traits] = {
         out_bias=False,
         mlp="fused",
         fused_qkv=True,
+        rejoins=True,
         residual_dropout="resid_pdrop",
     ),
     "olmo": Traits(norm="plain", rotation="table_fp32"),
@@ -125,11 +128,12 @@ TRAITS: dict[str, Traits] = {
         dropout_site="module",
         embedding_dropout="embedding_dropout",
     ),
-    "glm": Traits(out_bias=False, mlp="fused", rotation="pairs"),
+    "glm": Traits(out_bias=False, mlp="fused", rotation="pairs", rejoins=True),
     "glm4": Traits(
         out_bias=False,
         mlp="fused",
         rotation="pairs",
+        rejoins=True,
         block="sandwich",
         norm_names=(
             "input_layernorm",
@@ -151,7 +155,7 @@ TRAITS: dict[str, Traits] = {
     "exaone4": Traits(
         qkv_bias=False, out_bias=False, block="post", norm_names=_POST_NORMS, qk_norm="head"
     ),
-    "nemotron": Traits(norm="layer_1p", mlp="plain", mlp_bias="mlp_bias"),
+    "nemotron": Traits(norm="layer_1p", mlp="plain", mlp_bias="mlp_bias", rejoins=True),
     "arcee": Traits(mlp="plain", mlp_bias="mlp_bias"),
     "apertus": Traits(
         mlp="plain", qk_norm="head", norm_names=("attention_layernorm", "feedforward_layernorm")
@@ -252,7 +256,7 @@ def rotate_part(x: Tensor, cos: Tensor, sin: Tensor, share: float) -> Tensor:
     """Rotate a ``share`` of each head and let the rest pass."""
     width = int(x.width * share)
     if width == x.width:
-        return rotate(x, cos, sin)
+        return ops.cat((rotate(x, cos, sin),))
     turned, rest = ops.part(x, width), ops.part(x, x.width - width)
     return ops.cat((rotate(turned, cos, sin), rest))
 
@@ -393,7 +397,10 @@ class Attention(Module):
             return ops.to(q, dtype), ops.to(k, dtype)
         if kind == "fp32":
             q, k = ops.to(q, "fp32"), ops.to(k, "fp32")
-        q, k = rotate_part(q, cos, sin, share), rotate_part(k, cos, sin, share)
+        if self.traits.rejoins:
+            q, k = rotate_part(q, cos, sin, share), rotate_part(k, cos, sin, share)
+        else:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if kind in ("fp32", "table_fp32"):
             q, k = ops.to(q, dtype), ops.to(k, dtype)
         return q, k
@@ -405,7 +412,16 @@ class Attention(Module):
         if self.traits.qk_norm == "rotated":
             q, k = self.by_head(self.query_layernorm, q), self.by_head(self.key_layernorm, k)
         mask = shared.masks.get(self.layer_type, shared.mask)
-        out = attend(q, k, v, self.heads, mask, eager=self.heads.softcap, held=held)
+        out = attend(
+            q,
+            k,
+            v,
+            self.heads,
+            mask,
+            eager=self.heads.softcap,
+            by_head=self.traits.rejoins,
+            held=held,
+        )
         out = self.o_proj.forward(out)
         return ops.dropout(out, self.dropout)
 
@@ -497,11 +513,13 @@ class XIELU(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tape = x.tape
-        positive = ops.unary(tape.leaf(self.alpha_p), "softplus", "input")
-        negative = ops.shift(ops.unary(tape.leaf(self.alpha_n), "softplus", "input"))
+        alphas = [ops.autocast_fp32(tape.leaf(p)) for p in (self.alpha_p, self.alpha_n)]
+        positive = ops.unary(alphas[0], "softplus", "input")
+        negative = ops.shift(ops.unary(alphas[1], "softplus", "input"))
         above = tape.tensor(x.rows, x.width, "bool", "sign")
         high = ops.add(ops.mul(ops.mul(positive, x), x), ops.scale(x))
-        low = ops.add(ops.unary(ops.unary(x, "minimum", "input"), "expm1", "output"), x)
+        low = ops.autocast_fp32(ops.unary(x, "minimum", "input"))
+        low = ops.add(ops.unary(low, "expm1", "output"), x)
         low = ops.add(ops.mul(low, negative), ops.scale(x))
         return ops.where(above, high, low)
 
@@ -629,7 +647,7 @@ class Llama(Network):
             )
         if traits.embedding_dropout:
             x = ops.dropout(x, config.get(traits.embedding_dropout) or 0.0)
-        dtype = "fp32" if traits.rotation == "table_fp32" else x.dtype
+        dtype = "fp32" if traits.rotation in ("table_fp32", "pairs_fp32") else x.dtype
         for name in self.layer_types if traits.ropes_by_type else ("",):
             shared.rope[name] = rope_table(tape, self.rope_width, dtype)
         return x

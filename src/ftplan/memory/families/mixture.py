@@ -105,30 +105,23 @@ def qwen_mixture(config: Config) -> Module:
     )  # fmt: skip
 
 
-def layer_types(config: Config, sliding_from: int | None = None) -> list[str]:
-    """The kind of attention in each layer."""
-    types = config.get("layer_types")
-    if types:
-        return list(types)
-    count = config["num_hidden_layers"]
-    if sliding_from is None:
-        return ["full_attention"] * count
-    return [
-        "sliding_attention" if layer >= sliding_from else "full_attention"
-        for layer in range(count)
-    ]
-
-
 def qwen_moe(raw: Config) -> Network:
     """``Qwen2MoeForCausalLM``, ``Qwen3MoeForCausalLM``."""
     config = filled(raw)
     old = config["model_type"] == "qwen2_moe"
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
-    if old:
-        types = layer_types(config, config.get("max_window_layers") if window else None)
+    types = [""] * config["num_hidden_layers"]
+    windows: dict[str, int | None] = {"": window}
+    if old:  # a window of zero where none is used: the mask is built all the same
+        windows = {"": None, "sliding_attention": window or 0}
+        types = list(config.get("layer_types") or ()) or [
+            "sliding_attention"
+            if window and layer % 2 == 0 and layer < config["max_window_layers"]
+            else ""
+            for layer in range(config["num_hidden_layers"])
+        ]
+        types = ["" if name == "full_attention" else name for name in types]
     else:
-        types = ["sliding_attention" if window else "full_attention"]
-        types *= config["num_hidden_layers"]
         config.pop("shared_expert_intermediate_size", None)
 
     def block(config: Config, layer: int) -> Module:
@@ -143,15 +136,8 @@ def qwen_moe(raw: Config) -> Network:
         return Block(config, attention, mlp)
 
     return Decoder(
-        config, block, kind=lambda layer: (types[layer], qwen_kind(config, layer)),
-        windows={
-            name: window if name == "sliding_attention" else None for name in dict.fromkeys(types)
-        },
-    )  # fmt: skip
-
-
-class ClippedAttention(Attention):
-    """OLMoE's: queries, keys and values may be clamped in place, which keeps copies."""
+        config, block, kind=lambda layer: (types[layer], qwen_kind(config, layer)), windows=windows
+    )
 
 
 def olmoe(raw: Config) -> Network:

@@ -1,0 +1,51 @@
+"""The terms of the answer: what is alive at the worst moment, each with its formula and source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ftplan.memory.replay import Alive
+from ftplan.memory.tape import Label, Size
+from ftplan.report import Term
+
+__all__ = ["moment_terms"]
+
+_GROUPS = {
+    "activations": ("activations", "kept by autograd for the way back"),
+    "recomputed": ("temporary/recomputed", "a checkpointed block, run again on the way back"),
+    "logits": ("logits", "the head and the loss"),
+    "gradients": ("gradients", "gradients that have arrived"),
+    "temporary": ("temporary", "needed for a moment"),
+}
+_SYMBOLS = ("", "seq", "micro", "tokens", "micro x seq^2", "seq^2", "chunk tokens")
+
+
+def formula(size: Size) -> str:
+    """A size in bytes as a sum: ``163,840 x tokens + 4,096 x seq``."""
+    parts = [
+        f"{count:,} x {symbol}" if symbol else f"{count:,}"
+        for count, symbol in zip(size, _SYMBOLS, strict=True)
+        if count
+    ]
+    return " + ".join(parts).replace("+ -", "- ") or "0"
+
+
+def moment_terms(alive: Mapping[Label, Alive]) -> list[Term]:
+    """Terms of the dynamic part, gradients of all parameters in one, largest first."""
+    merged: dict[tuple[str, str], tuple[int, Size, str]] = {}
+    for label, entry in alive.items():
+        group, why = _GROUPS[label.group]
+        name = "parameters" if label.group == "gradients" else label.name.replace(" ", "_")
+        bytes_, size, _ = merged.get((group, name), (0, Size((0,) * 7), ""))
+        merged[group, name] = (bytes_ + entry.bytes, size + entry.size, why)
+    terms = [
+        Term(
+            name=f"{group}/{name}",
+            bytes=bytes_,
+            at_peak=True,
+            formula=formula(size),
+            source=f"walk of the network's operations: {why}",
+        )
+        for (group, name), (bytes_, size, why) in merged.items()
+    ]
+    return sorted(terms, key=lambda term: -term.bytes)

@@ -1,0 +1,368 @@
+"""From what a user wrote to a job with every choice made, and the list of what was assumed.
+
+The only place where defaults live: contract defaults first, then the stack's own profile. Names
+are looked up in the catalogues; a config.json is read from beside the plan, never from a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ftplan.catalog.gpus import GpuRow, find_gpu
+from ftplan.catalog.models import resolve_model
+from ftplan.catalog.optimizers import find_optimizer
+from ftplan.catalog.stacks import Stack, find_stack
+from ftplan.dtypes import find_format
+from ftplan.errors import InputError, UnsupportedError
+from ftplan.memory.env import Environment
+from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
+from ftplan.memory.optimizer import OptimizerSpec
+from ftplan.memory.tape import ITEM_BYTES
+from ftplan.report import Assumption, Finding
+from ftplan.spec import Checkpointing, Loss, Method, OptimizerChoice, Plan
+
+__all__ = ["Resolved", "read_config", "resolve"]
+
+CONTRACT = "ftplan's default"
+ADAPTERS = ("lora", "qlora", "dora")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """A plan after defaults, and what its names stand for."""
+
+    plan: Plan
+    """Every key that matters has a value."""
+    assumptions: tuple[Assumption, ...]
+    findings: tuple[Finding, ...]
+    name: str
+    """The model, for people."""
+    config: Mapping[str, Any] | None
+    """The model's config.json; None for a bare parameter count."""
+    stack: Stack
+    gpu: GpuRow | None
+
+
+class _Filler:
+    """Collects what was assumed while values are filled in."""
+
+    def __init__(self) -> None:
+        self.assumptions: list[Assumption] = []
+        self.findings: list[Finding] = []
+
+    def fill(self, key: str, given: Any, default: Any, source: str = CONTRACT) -> Any:
+        """``given``, or ``default`` with a note of it."""
+        if given is not None:
+            return given
+        if default is not None:
+            self.assumptions.append(Assumption(key=key, value=default, source=source))
+        return default
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """A config.json, or the one in a model folder. Nothing it names is opened or run."""
+    import json
+
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is no text file'}",
+            remedy="pass the path of a Hugging Face config.json or of a folder that holds one",
+        ) from None
+    try:
+        config = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = getattr(error, "lineno", None)
+        raise InputError(f"{file}{f':{line}' if line else ''}: not JSON: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise InputError(
+            f"{file} has no model_type", remedy="pass the config.json that lies beside the weights"
+        )
+    return config
+
+
+def _model(plan: Plan, base: Path) -> tuple[str, Mapping[str, Any] | None]:
+    model = plan.model
+    if model.config is not None:
+        return model.config, read_config(base / model.config)
+    if model.name is not None:
+        row = resolve_model(model.name).row
+        return row.name, row.config
+    return f"{model.params:,} parameters", None
+
+
+def resolve(plan: Plan, *, base: Path | None = None) -> Resolved:
+    """Fill every default and look up every name. Relative paths start at ``base``."""
+    filler = _Filler()
+    name, config = _model(plan, base or Path())
+    stack = find_stack(filler.fill("stack", plan.stack, "transformers"))
+    gpu = find_gpu(plan.hardware.gpu) if plan.hardware.gpu else None
+    task = filler.fill("task", plan.task, "sft" if plan.method else "serve")
+    plan = replace(plan, stack=stack.name, task=task)
+    if plan.method is not None and task != "serve":
+        plan = _training(plan, stack, config, filler)
+    else:
+        plan = _serving(plan, config, filler)
+    plan = _placement(plan, filler)
+    return Resolved(
+        plan=plan,
+        assumptions=tuple(filler.assumptions),
+        findings=tuple(filler.findings),
+        name=name,
+        config=config,
+        stack=stack,
+        gpu=gpu,
+    )
+
+
+def _native_dtype(config: Mapping[str, Any] | None) -> str | None:
+    if config is None:
+        return None
+    text = config.get("text_config")
+    nested = text if isinstance(text, Mapping) else {}
+    for source in (config, nested):
+        dtype = source.get("dtype") or source.get("torch_dtype")
+        if isinstance(dtype, str):
+            return find_format(dtype).name
+    return None
+
+
+def _placement(plan: Plan, filler: _Filler) -> Plan:
+    hardware, sharding = plan.hardware, plan.sharding
+    count = filler.fill("hardware.count", hardware.count, 1)
+    nodes = hardware.nodes or 1
+    split = (sharding.tp or 1) * (sharding.pp or 1) * (sharding.cp or 1)
+    replicas = count * nodes // split
+    if count * nodes % split:
+        raise UnsupportedError(
+            f"{count * nodes} GPUs for tp x pp x cp = {split}",
+            remedy="make the number of GPUs a multiple of the product of the degrees",
+        )
+    kind = sharding.kind
+    if kind is None:
+        kind = "ddp" if replicas > 1 and plan.method is not None else "none"
+        if count * nodes > 1:
+            filler.fill("sharding.kind", None, kind)
+    budget = replace(
+        plan.budget, headroom=filler.fill("budget.headroom", plan.budget.headroom, 0.0)
+    )
+    return replace(
+        plan,
+        hardware=replace(hardware, count=count, nodes=nodes),
+        sharding=replace(sharding, kind=kind),
+        budget=budget,
+    )
+
+
+def _serving(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) -> Plan:
+    native = _native_dtype(config)
+    weights = filler.fill(
+        "precision.weights", plan.precision.weights, native or "bf16", "the checkpoint's dtype"
+    )
+    weights = find_format(weights).name
+    batch = replace(
+        plan.batch,
+        micro=filler.fill("batch.micro", plan.batch.micro, 1),
+        seq_len=filler.fill("batch.seq_len", plan.batch.seq_len, 2048),
+    )
+    attention = filler.fill("attention", plan.attention, "sdpa")
+    precision = replace(plan.precision, weights=weights, mixed=plan.precision.mixed or "no")
+    return replace(plan, precision=precision, batch=batch, attention=attention)
+
+
+def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler: _Filler) -> Plan:
+    def own(field: str) -> str:
+        return stack.sources.get(field, f"{stack.title} {stack.versions}")
+
+    assert plan.method is not None
+    method = plan.method
+    quantised = method.kind == "qlora"
+    if quantised:
+        default, source = "nf4", CONTRACT
+    elif stack.weights_dtype == "checkpoint":
+        default, source = _native_dtype(config) or "bf16", "the checkpoint's dtype"
+    else:
+        default, source = stack.weights_dtype, own("weights_dtype")
+    weights = find_format(filler.fill("precision.weights", plan.precision.weights, default, source))
+    mixed = filler.fill("precision.mixed", plan.precision.mixed, "no")
+    precision = replace(plan.precision, weights=weights.name, mixed=mixed)
+    batch = replace(
+        plan.batch,
+        micro=filler.fill("batch.micro", plan.batch.micro, 1),
+        seq_len=filler.fill("batch.seq_len", plan.batch.seq_len, 2048),
+        accumulation=filler.fill("batch.accumulation", plan.batch.accumulation, 1),
+        padding=filler.fill("batch.padding", plan.batch.padding, stack.padding, own("padding")),
+    )
+    optimizer = plan.optimizer or OptimizerChoice(
+        name=filler.fill("optimizer", None, stack.optimizer, own("optimizer"))
+    )
+    world = (plan.hardware.count or 1) * (plan.hardware.nodes or 1)
+    checkpointing = plan.gradient_checkpointing
+    if checkpointing is None:
+        kind: Any = stack.checkpointing
+        if world > 1 and stack.checkpointing_sharded is not None:
+            kind = stack.checkpointing_sharded
+        filler.fill("gradient_checkpointing", None, kind, own("checkpointing"))
+        checkpointing = Checkpointing(kind=kind)
+    if checkpointing.reentrant is None:
+        checkpointing = replace(checkpointing, reentrant=stack.reentrant)
+    loss = plan.loss
+    if loss is None:
+        kind = stack.loss_kind(method=method.kind, task=plan.task or "sft")
+        filler.fill("loss", None, kind, own("loss"))
+        loss = Loss(kind=kind)
+    if loss.kind == "chunked" and loss.chunk is None:
+        tokens = batch.micro * batch.seq_len
+        loss = replace(
+            loss,
+            chunk=filler.fill("loss.chunk", None, stack.chunk_tokens(tokens) or 256, own("loss")),
+        )
+    return replace(
+        plan,
+        method=_method(method, stack, weights.layout != "plain", mixed, filler, own),
+        precision=precision,
+        batch=batch,
+        optimizer=optimizer,
+        gradient_checkpointing=checkpointing,
+        attention=filler.fill("attention", plan.attention, "sdpa"),
+        loss=loss,
+        kernels=filler.fill("kernels", plan.kernels, stack.kernels, own("kernels")),
+    )
+
+
+def _method(
+    method: Method, stack: Stack, quantised: bool, mixed: str, filler: _Filler, own: Any
+) -> Method:
+    if method.kind == "full":
+        return method
+    if method.kind == "partial":
+        if method.last_layers is None and method.trainable is None:
+            raise InputError(
+                "method 'partial' does not say what is trained",
+                remedy="add last_layers: K, or --last-layers K",
+            )
+        return method
+    dtype = stack.adapter_dtype_quantized if quantised else stack.adapter_dtype
+    method = replace(
+        method,
+        rank=filler.fill("method.rank", method.rank, 16),
+        targets=filler.fill("method.targets", method.targets, "all-linear"),
+        adapter_dtype=filler.fill(
+            "method.adapter_dtype", method.adapter_dtype, dtype, own("adapter_dtype")
+        ),
+        dropout=method.dropout or 0.0,
+    )
+    if not quantised:
+        return method
+    return replace(
+        method,
+        double_quant=filler.fill(
+            "method.double_quant", method.double_quant, stack.double_quant, own("double_quant")
+        ),
+        prepare_kbit=filler.fill(
+            "method.prepare_kbit", method.prepare_kbit, stack.prepare_kbit, own("prepare_kbit")
+        ),
+        compute_dtype=filler.fill(
+            "method.compute_dtype", method.compute_dtype, mixed if mixed != "no" else "bf16"
+        ),
+    )
+
+
+def job_of(resolved: Resolved) -> Job:
+    """The calculator's job of a resolved training plan whose model has a known shape."""
+    plan, stack, gpu = resolved.plan, resolved.stack, resolved.gpu
+    method, batch, sharding = plan.method, plan.batch, plan.sharding
+    assert resolved.config is not None and method is not None and plan.optimizer is not None
+    assert plan.gradient_checkpointing is not None and plan.loss is not None
+    assert batch.micro and batch.seq_len and batch.accumulation
+    storage = find_format(plan.precision.weights or "bf16")
+    mixed = None if plan.precision.mixed in (None, "no") else plan.precision.mixed
+    capability = (8, 0)
+    if gpu is not None and gpu.compute_capability:
+        major, minor = gpu.compute_capability.split(".")
+        capability = (int(major), int(minor))
+    checkpointing = plan.gradient_checkpointing
+    quantised = storage.name not in ITEM_BYTES
+    environment = Environment(
+        autocast=mixed,
+        attention=plan.attention or "sdpa",
+        capability=capability,
+        padding_mask=batch.padding == "right",
+        kernels=plan.kernels or "none",
+        loss=plan.loss.kind,
+        keep_outputs=stack.keeps_outputs,
+        outputs_to_fp32=mixed is not None and stack.outputs_to_fp32,
+        seq_len=batch.seq_len,
+        reentrant=bool(checkpointing.reentrant),
+    )
+    native = _native_dtype(resolved.config) or "bf16"
+    return Job(
+        config=resolved.config,
+        task=plan.task or "sft",
+        method="full"
+        if method.kind == "full"
+        else "partial"
+        if method.kind == "partial"
+        else "adapter",
+        last_layers=method.last_layers or 0,
+        adapter=_adapter(method) if method.kind not in ("full", "partial") else None,
+        weights=storage,
+        base_dtype=(method.compute_dtype or native) if quantised else storage.name,
+        compute_dtype=method.compute_dtype or "bf16",
+        double_quant=bool(method.double_quant),
+        prepare_kbit=quantised and bool(method.prepare_kbit),
+        trainable_dtype=stack.trainable_dtype if method.kind in ("full", "partial") else None,
+        environment=environment,
+        micro=batch.micro,
+        seq_len=batch.seq_len,
+        accumulation=batch.accumulation,
+        checkpoint_every=0 if checkpointing.kind == "none" else checkpointing.every,
+        checkpoint_offload=checkpointing.kind == "offload",
+        loss_chunk=plan.loss.chunk or 0,
+        optimizer=_optimizer(plan.optimizer),
+        main_weights=stack.main_weights and storage.name in ("bf16", "fp16"),
+        sharding=_sharding(plan),
+    )
+
+
+def _adapter(method: Method) -> AdapterSpec:
+    return AdapterSpec(
+        kind=method.kind,
+        rank=method.rank or 16,
+        targets=method.targets or "all-linear",
+        dtype=find_format(method.adapter_dtype or "fp32").name,
+        dropout=method.dropout or 0.0,
+        use_dora=bool(method.use_dora) or method.kind == "dora",
+        modules_to_save=tuple(method.modules_to_save or ()),
+        rank_pattern=method.rank_pattern or {},
+        layers_to_transform=method.layers_to_transform,
+        target_parameters=tuple(method.target_parameters or ()),
+        virtual_tokens=method.virtual_tokens or 20,
+        bottleneck=method.bottleneck or 64,
+    )
+
+
+def _optimizer(choice: OptimizerChoice) -> OptimizerSpec:
+    row = find_optimizer(choice.name)
+    return row.spec(
+        implementation=choice.implementation,
+        momentum=choice.momentum,
+        state_dtype=choice.state_dtype,
+        rank=choice.rank,
+        in_backward=choice.in_backward,
+    )
+
+
+def _sharding(plan: Plan) -> ShardingSpec:
+    sharding, hardware = plan.sharding, plan.hardware
+    given = {
+        name: getattr(sharding, name)
+        for name in ShardingSpec.__dataclass_fields__
+        if name not in ("world",) and getattr(sharding, name, None) is not None
+    }
+    return ShardingSpec(world=(hardware.count or 1) * (hardware.nodes or 1), **given)
