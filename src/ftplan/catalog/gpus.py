@@ -72,7 +72,7 @@ class GpuRow:
 
     @property
     def supports_flash(self) -> bool:
-        """Whether PyTorch's flash attention runs (NVIDIA: capability 8.0 and up; AMD CDNA, RDNA 3)."""
+        """Whether PyTorch's flash attention runs (NVIDIA: capability 8.0 and up)."""
         if self.compute_capability is not None:
             return int(self.compute_capability.split(".")[0]) >= 8
         return self.vendor == "AMD"
