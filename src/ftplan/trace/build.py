@@ -16,7 +16,7 @@ from torch import nn
 from ftplan.errors import UnsupportedError
 from ftplan.trace.job import Job
 
-__all__ = ["build_model", "build_optimizer", "family_of", "materialize", "model_config"]
+__all__ = ["adapt", "apply_to_tensors", "build_model", "build_optimizer", "family_of", "materialize", "model_config"]
 
 
 def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
@@ -72,7 +72,7 @@ def _auto_class(family: str, task: str) -> Any:
 
 
 def build_model(job: Job, config: Any) -> Any:
-    """The model on the meta device, adapted and ready to train; nothing is allocated."""
+    """The model on the meta device, as it is loaded; nothing is allocated."""
     dtype = getattr(torch, job.compute_dtype if job.quantized else job.weights)
     kind = _auto_class(family_of(config), job.task)
     attention = _attention(job, kind, config)
@@ -86,13 +86,9 @@ def build_model(job: Job, config: Any) -> Any:
         model.train()
         model.config.use_cache = False
         if job.quantized:
-            from ftplan.trace.quantized import quantize, prepare_kbit
+            from ftplan.trace.quantized import quantize
 
             quantize(model, job)
-            if job.prepare_kbit:
-                prepare_kbit(model, job)
-        model = _adapt(model, job)
-    model.train()
     return model
 
 
@@ -146,8 +142,15 @@ def _targets(model: Any, job: Job) -> list[str] | str:
     return list(job.targets)
 
 
-def _adapt(model: Any, job: Job) -> Any:
-    """Freeze and adapt as the plan's method says."""
+def adapt(model: Any, job: Job) -> Any:
+    """Freeze and adapt as the plan's method says; the model has been materialized.
+
+    peft looks at devices and dtypes when it places an adapter, so it is run on the fake tensors.
+    """
+    if job.quantized and job.prepare_kbit:
+        from ftplan.trace.quantized import prepare_kbit
+
+        prepare_kbit(model, job)
     if job.method == "full":
         return model
     if job.method == "partial":
@@ -207,9 +210,32 @@ def _adapt(model: Any, job: Job) -> Any:
         raise UnsupportedError(
             f"tracing the method {job.method!r}", remedy="trace it with peft's own adapters"
         )
-    return peft.get_peft_model(
+    adapted = peft.get_peft_model(
         model, configuration, autocast_adapter_dtype=job.adapter_dtype == "fp32"
     )
+    adapted.train()
+    return adapted
+
+
+def apply_to_tensors(self: Any, fn: Any, recurse: bool = True) -> Any:
+    """``nn.Module._apply`` (behind ``.to()``) for fake tensors: assign, do not swap.
+
+    The original swaps fake tensors in place, which the weak references of a trace forbid.
+    """
+    if recurse:
+        for child in self.children():
+            child._apply(fn)
+    for name, old in self._parameters.items():
+        if old is None:
+            continue
+        with torch.no_grad():
+            new = fn(old)
+        if new is not old and new.dtype != old.dtype:
+            self._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+    for name, old in self._buffers.items():
+        if old is not None:
+            self._buffers[name] = fn(old)
+    return self
 
 
 def materialize(model: Any) -> None:

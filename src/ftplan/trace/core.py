@@ -148,8 +148,11 @@ def trace_job(
         model = build.build_model(job, model_config)
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
             build.materialize(model)
-            _mark_model(ledger, model)
             with cuda.as_on_cuda(ledger, job.capability):
+                with cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors):
+                    model = build.adapt(model, job)
+                gc.collect()
+                _mark_model(ledger, model)
                 forward_end = _run(job, model, ledger, say, full)
     return _result(job, model, ledger, forward_end)
 

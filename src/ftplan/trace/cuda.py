@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ftplan.trace.ledger import Ledger
 
-__all__ = ["FLASH", "AutocastLists", "as_on_cuda", "flash_attention", "pick_sdpa"]
+__all__ = ["FLASH", "AutocastLists", "as_on_cuda", "flash_attention", "patched", "pick_sdpa"]
 
 FLASH = "ftplan_varlen"
 """Name under which the emulated ``flash_attention_2`` is registered with transformers (which asks
@@ -348,7 +348,8 @@ def _up(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute for the length of a block."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -381,13 +382,13 @@ def as_on_cuda(ledger: Ledger, capability: tuple[int, int] = (8, 0)) -> Iterator
     ledger.scalar_answer = _scalar
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        enter(_patched(F, "scaled_dot_product_attention", _sdpa(ledger, capability)))
-        enter(_patched(F, "dropout", _dropout(F.dropout)))
-        enter(_patched(F, "softmax", _softmax(F.softmax, ledger)))
-        enter(_patched(F, "grouped_mm", _grouped_mm(F.grouped_mm, ledger)))
-        enter(_patched(import_utils, "is_fake_tensor", lambda tensor: False))
+        enter(patched(F, "scaled_dot_product_attention", _sdpa(ledger, capability)))
+        enter(patched(F, "dropout", _dropout(F.dropout)))
+        enter(patched(F, "softmax", _softmax(F.softmax, ledger)))
+        enter(patched(F, "grouped_mm", _grouped_mm(F.grouped_mm, ledger)))
+        enter(patched(import_utils, "is_fake_tensor", lambda tensor: False))
         enter(
-            _patched(
+            patched(
                 masking_utils,
                 "find_packed_sequence_indices",
                 _no_packed_sequences(masking_utils.find_packed_sequence_indices),
