@@ -28,6 +28,8 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     style = "|" if "\n" in text and text.strip() else None
+    if any(mark in text for mark in "\x85\u2028\u2029"):
+        style = '"'  # YAML would read them back as spaces
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
