@@ -58,10 +58,13 @@ class Command:
 
 COMMANDS: tuple[Command, ...] = (
     Command(name="memory", panel="Memory"),
+    Command(name="check", panel="Memory"),
     Command(name="label", panel="Advice"),
     Command(name="compare-runs", panel="Advice", function="compare_runs"),
     Command(name="models", panel="Catalogues"),
     Command(name="gpus", panel="Catalogues"),
+    Command(name="optimizers", panel="Catalogues"),
+    Command(name="explain", panel="Catalogues"),
     Command(name="init", panel="Files"),
     Command(name="schema", panel="Files"),
 )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ftplan.cli.flags import JobFlags, with_job_flags
-from ftplan.cli.output import FormatOption, OutputOption
+from ftplan.cli.output import FormatOption, OutputOption, emit, screen_width, use_colour
 
 
 @with_job_flags
@@ -18,7 +18,9 @@ def memory(
     file: Annotated[
         Path | None,
         typer.Argument(
-            metavar="FILE", help="A plan file or a trainer's config.", show_default=False
+            metavar="FILE",
+            help="A plan file or a trainer's config; - reads standard input.",
+            show_default=False,
         ),
     ] = None,
     explain: Annotated[
@@ -28,5 +30,26 @@ def memory(
     output: OutputOption = None,
 ) -> int:
     """How much memory serving or finetuning takes, term by term."""
-    print(flags, file, explain, format, output)
+    from ftplan.cli.jobs import estimate_job, read_job
+
+    report = estimate_job(read_job(file, flags))
+    if format == "json":
+        from ftplan.render.json import render as render_json
+
+        text = render_json(report)
+    elif format == "yaml":
+        from ftplan.render.yaml import render as render_yaml
+
+        text = render_yaml(report)
+    elif format == "markdown":
+        from ftplan.render.markdown import render_report as render_markdown
+
+        text = render_markdown(report, explain=explain)
+    else:
+        from ftplan.render.table import render_report
+
+        text = render_report(
+            report, width=screen_width(output), colour=use_colour(output), explain=explain
+        )
+    emit(text, output)
     return 0
