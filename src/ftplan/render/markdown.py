@@ -57,8 +57,11 @@ def render_report(report: Report, *, explain: bool = False) -> str:
     parts += _answer(report)
     ways = report.details.get("ways")
     if isinstance(ways, Sequence) and ways and not isinstance(ways, str):
-        parts.append("### Finetuning the same model\n")
-        parts.append(render_rows(ways, columns=list(ways[0])))
+        parts.append("### Finetuning the same model, without activations\n")
+        columns = [key for key in ways[0] if key.endswith("_bytes")]
+        rows = [(escape(str(w["name"])), *(gb(w[key]) for key in columns)) for w in ways]
+        titles = ["", *(key.removesuffix("_bytes").replace("total", "in all") for key in columns)]
+        parts.append(table(titles, rows, right=range(1, len(titles))))
     if report.terms:
         parts.append(f"### What it is made of{_at(report)}\n")
         parts.append(_terms(report, explain))

@@ -81,7 +81,7 @@ def _columns(*headers: tuple[str, str]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for title, justify in headers:
         side: Any = justify
-        table.add_column(title, justify=side, no_wrap=justify == "right")
+        table.add_column(title, justify=side, no_wrap=justify == "right", overflow="fold")
     return table
 
 
@@ -161,22 +161,18 @@ def _textbook_answer(page: _Page, report: Report) -> None:
 
 def _ways(page: _Page, details: Mapping[str, Any]) -> None:
     """The other ways to finetune the same model, one line each."""
-    ways = details.get("ways") or details.get("finetuning") or ()
-    if not isinstance(ways, Sequence) or isinstance(ways, str) or not ways:
+    ways = details.get("ways")
+    if not isinstance(ways, Sequence) or not ways:
         return
     page.blank()
-    page.line(("Finetuning the same model (GB)", "bold"))
-    keys = [k for k in ways[0] if k.endswith("_bytes")]
-    table = _columns(
-        ("method", "left"),
-        *((k.removesuffix("_bytes").replace("_", " "), "right") for k in keys),
-        ("", "left"),
-    )
+    page.line(("Finetuning the same model, GB without activations", "bold"))
+    parts = [key for key in ways[0] if key.endswith("_bytes")]
+    names = (key.removesuffix("_bytes") for key in parts)
+    table = _columns(("", "left"), *((name.replace("total", "in all"), "right") for name in names))
     for way in ways:
-        name = str(way.get("name") or way.get("method") or "")
-        note = str(way.get("note") or way.get("formula") or "")
         table.add_row(
-            name, *(gb(way[k]) if way.get(k) is not None else "-" for k in keys), Text(note, "dim")
+            str(way["name"]),
+            *(Text(gb(way[key]), "bold" if key == "total_bytes" else "") for key in parts),
         )
     page.add(table)
 
@@ -205,7 +201,7 @@ def _terms(page: _Page, report: Report, explain: bool) -> None:
         )
         table.add_row(Text(GROUPS.get(group, group), "bold"), *row)
         if len(alive) > 1:
-            for term in alive:
+            for term in _worth_a_line(alive, total):
                 table.add_row(
                     Text(f"  {_detail(term)}", "dim"),
                     Text(gib(term.bytes), "dim"),
@@ -214,10 +210,16 @@ def _terms(page: _Page, report: Report, explain: bool) -> None:
     row = (gib(total), _gb(total), "100%" if total else "", "")
     table.add_row(Text("allocated", "bold"), *(Text(cell, "bold") for cell in row))
     page.add(table)
-    later = [term for term in report.terms if not term.at_peak and term.bytes]
+    later = [t for t in report.terms if not t.at_peak and t.bytes * 1000 >= total]
     if later:
         names = ", ".join(f"{term.name} {gib(term.bytes)}" for term in later)
         page.line((f"not at the peak (GiB): {names}", "dim"), indent=2)
+
+
+def _worth_a_line(terms: Sequence[Term], total: int) -> list[Term]:
+    """Terms of at least a thousandth of the whole, largest first; --explain shows all."""
+    ranked = sorted(terms, key=lambda term: -term.bytes)
+    return [term for term in ranked if term.bytes * 1000 >= total]
 
 
 def _gb(count: int) -> str:
@@ -355,8 +357,6 @@ def render_rows(
         page.blank()
     numeric = {c for c in columns if all(_is_numeric(row.get(c)) for row in rows)}
     table = _columns(*((c.replace("_", " "), "right" if c in numeric else "left") for c in columns))
-    for column in table.columns:
-        column.overflow = "fold"  # an address is shown whole
     for row in rows:
         table.add_row(*("" if row.get(c) is None else str(row[c]) for c in columns))
     page.add(table, indent=0)

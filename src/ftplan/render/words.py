@@ -57,7 +57,7 @@ def both_units(count: int) -> str:
 
 def is_textbook(report: Report) -> bool:
     """Whether the answer is the textbook's sum over a bare parameter count."""
-    return any(term.name == "overhead/textbook" for term in report.terms)
+    return report.details.get("basis") == "textbook"
 
 
 def _word(job: Mapping[str, Any], section: str, key: str) -> Any:
@@ -87,7 +87,7 @@ def job_line(report: Report) -> str:
     weights = _word(job, "precision", "weights")
     if weights:
         parts.append(f"{weights} weights")
-    if batch.get("micro") and batch.get("seq_len"):
+    if batch.get("micro") and batch.get("seq_len") and not is_textbook(report):
         parts.append(f"{batch['micro']} x {batch['seq_len']} tokens")
     if kind is not None:
         optimizer = _word(job, "optimizer", "name")
@@ -108,7 +108,11 @@ def headline(report: Report) -> str:
     name, total = report.model.name, format_count(report.model.total_params)
     trained = report.model.trainable_params
     size = f"{total} parameters" + (f", {format_count(trained)} trained" if trained else "")
-    return f"{name} ({size})" if name and name != total else size
+    return (
+        size
+        if not name or is_textbook(report) or name.endswith("parameters")
+        else f"{name} ({size})"
+    )
 
 
 VERDICTS = {
