@@ -23,7 +23,7 @@ MOST_ITEMS = 20
 
 def next_test(f: Facts, aim: Aim, way: tuple[Rung, ...]) -> NextTest | None:
     """None when nothing that is unknown could change the answer."""
-    for ask in (_baseline, _measure_target, _per_kind, _frequencies, _lead, _open_rung):
+    for ask in (_baseline, _confirm, _measure_target, _per_kind, _frequencies, _lead, _open_rung):
         if (test := ask(f, aim, way)) is not None:
             return test
     return None
@@ -51,7 +51,7 @@ def _of(f: Facts, votes: tuple[Vote, ...], name: str, why: str) -> NextTest:
 
 def _where(items: tuple[str, ...]) -> str:
     if items:
-        return f"Run it on these {len(items)} item{'s' if len(items) > 1 else ''}."
+        return f"Run it on these {len(items)} items." if len(items) > 1 else "Run it on this item."
     return "Run it on 20 failures of this kind, or on all if there are fewer."
 
 
@@ -68,6 +68,23 @@ def _baseline(f: Facts, aim: Aim, way: tuple[Rung, ...]) -> NextTest | None:
             items=(),
         )
     return None
+
+
+def _confirm(f: Facts, aim: Aim, way: tuple[Rung, ...]) -> NextTest | None:
+    """Labels before tests, where most of what is counted carries none or none but a guess."""
+    bare = [r for r in f.rows if r.given is None or r.suggested]
+    firm = [r for r in f.rows if r not in bare]
+    if not bare or sum(r.failure.count or 1 for r in firm) >= BASELINE:
+        return None
+    ids = sorted({r.failure.id for r in bare if r.failure.id is not None})[:MOST_ITEMS]
+    return NextTest(
+        name="Label the failures",
+        why="Kinds that a tool suggested, or none at all, carry the answer; a person's labels "
+        "may turn it.",
+        how=f"Confirm or correct the kind of {BASELINE} or more failures, one by one "
+        "(`ftplan label`).",
+        items=tuple(ids),
+    )
 
 
 def _measure_target(f: Facts, aim: Aim, way: tuple[Rung, ...]) -> NextTest | None:

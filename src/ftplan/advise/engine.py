@@ -208,7 +208,7 @@ def _strength(f: Facts, verdicts: _Verdicts) -> Strength:
         doubts.append(1)  # the best grade needs everything on the table
     if f.evaluation.value is None or "EVL006" in verdicts.fired | verdicts.open:
         doubts.append(2)
-    if f.labelled is None or f.labelled < BASELINE:
+    if f.labelled is None or f.labelled < BASELINE or any(row.suggested for row in f.rows):
         doubts.append(2)
     strengths: tuple[Strength, ...] = ("A", "B", "C", "D")
     return strengths[max(worst, *doubts)]
@@ -240,7 +240,7 @@ def _alternatives(
 
 
 def _shares(f: Facts) -> tuple[Share, ...]:
-    total = f.labelled
+    total = f.counted
     groups: dict[tuple[str, str], list[int]] = {}
     for index, row in enumerate(f.rows):
         resolved = f.resolve(row)

@@ -82,12 +82,14 @@ class Facts:
         return tuple(kept), tuple(dropped)
 
     @cached_property
+    def counted(self) -> int | None:
+        """Failures of the system (not of the harness), or None when rows lack counts."""
+        return _total(self.rows)
+
+    @cached_property
     def labelled(self) -> int | None:
-        """Labelled failures of the system (not of the harness), or None when rows lack counts."""
-        counts = [r.failure.count for r in self.rows]
-        if any(c is None for c in counts):
-            return None
-        return sum(c for c in counts if c is not None)
+        """Those of them that carry a class, or None when rows lack counts."""
+        return None if self.counted is None else _total([r for r in self.rows if r.given])
 
     @cached_property
     def at_least_labelled(self) -> int:
@@ -150,9 +152,11 @@ class Facts:
     def examples_in_prompt(self) -> Truth:
         """The prompt holds examples, or held some when their effect was measured."""
         state = self.state
+        if state.few_shot_helps is not None:
+            return TRUE
         if state.few_shot_examples is not None:
             return Truth(state.few_shot_examples > 0)
-        return TRUE if state.few_shot_helps is not None else unknown("few_shot_examples")
+        return unknown("few_shot_examples")
 
     @cached_property
     def evaluation(self) -> Truth:
@@ -388,7 +392,7 @@ class Facts:
             return unknown("failures")
         if self.single_class:
             return FALSE
-        weights, total = self.class_weights, self.labelled
+        weights, total = self.class_weights, self.counted
         if weights is None or not total:
             return unknown("failures.count", *self.single_class.needs)
         ranked = [*sorted(weights.values(), reverse=True), 0.0]
@@ -448,6 +452,11 @@ class Facts:
         """Cost, latency or privacy is known to rule out a larger hosted model."""
         state = self.state
         return bool(state.cost_limited or state.latency_limited or state.privacy_on_prem)
+
+
+def _total(rows: Iterable[Row]) -> int | None:
+    counts = [row.failure.count for row in rows]
+    return None if any(c is None for c in counts) else sum(c for c in counts if c is not None)
 
 
 def _weights(failures: list[Failure]) -> list[float | None]:

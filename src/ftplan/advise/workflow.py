@@ -61,12 +61,23 @@ def _station(
         return _make(step, "done", "in place")
     if step in CHEAP_STEPS or aim.step == "do_nothing":
         return _make(step, "unneeded", "not on this way")
-    wanted = any(step in (v.step, *v.others) for v in aim.votes)
-    return _make(
-        step,
-        "after" if wanted else "unneeded",
-        "if failures remain" if wanted else "no failure calls for it",
-    )
+    later = _afterwards(aim, step)
+    return _make(step, "after" if later else "unneeded", later or "no failure calls for it")
+
+
+def _afterwards(aim: Aim, step: Step) -> str:
+    """Under which condition the step comes after the destination; empty: it does not."""
+    axes = {vote.axis for vote in aim.votes}
+    both = {"information", "form"} <= axes
+    if step == "rag_advanced" and aim.step in ("full_context", "rag_basic"):
+        return "if information is still missing"
+    if step == "rag_and_finetune" and both and aim.step != "do_nothing":
+        return "if both kinds of failure remain"
+    if step == "finetune" and both and aim.axis == "information":
+        return "if behaviour remains"
+    if any(step in (vote.step, *vote.others) for vote in aim.votes):
+        return "if failures remain"
+    return ""
 
 
 def _make(step: Step, status: str, note: str, rule: str | None = None) -> Station:

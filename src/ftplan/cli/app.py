@@ -59,11 +59,13 @@ class Command:
 COMMANDS: tuple[Command, ...] = (
     Command(name="memory", panel="Memory"),
     Command(name="check", panel="Memory"),
+    Command(name="advise", panel="Advice"),
     Command(name="label", panel="Advice"),
     Command(name="compare-runs", panel="Advice", function="compare_runs"),
     Command(name="models", panel="Catalogues"),
     Command(name="gpus", panel="Catalogues"),
     Command(name="optimizers", panel="Catalogues"),
+    Command(name="rules", panel="Catalogues"),
     Command(name="explain", panel="Catalogues"),
     Command(name="init", panel="Files"),
     Command(name="schema", panel="Files"),

@@ -20,7 +20,7 @@ from ftplan.render.labelling import visible
 
 __all__ = ["render_advice", "render_advice_markdown"]
 
-_BAR = 20
+_BAR = 12
 _MARK = {
     "done": "[x]",
     "assumed": "[~]",
@@ -31,7 +31,7 @@ _MARK = {
     "unneeded": " . ",
 }
 _STYLE = {"done": "green", "assumed": "green", "next": "bold", "blocked": "red", "unneeded": "dim"}
-_LEGEND = "[x] done  [~] taken for granted  --> next  [ ] later  [!] closed  . not on this way"
+_LEGEND = "[x] done  [~] assumed  --> next  [ ] later  [!] closed  . not on this way"
 _ASKED = 4
 """Missing inputs on the screen; JSON lists every waiting rule."""
 
@@ -72,6 +72,9 @@ def _print(console: Console, advice: Advice) -> None:
     console.print(Padding(Text(_LEGEND, "dim"), (0, 0, 0, 2)))
     if advice.shares:
         _heading(console, f"What fails ({_evidence(advice)})")
+        totals = _class_totals(advice.shares)
+        if totals:
+            console.print(Padding(Text(totals), (0, 0, 0, 2)))
         console.print(Padding(_failing(advice.shares), (0, 0, 0, 2)))
     if advice.next_test is not None:
         test = advice.next_test
@@ -146,20 +149,28 @@ def _path(stations: tuple[Station, ...]) -> Table:
 
 def _failing(shares: tuple[Share, ...]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("kind")
-    table.add_column("class", no_wrap=True)
+    table.add_column("kind", overflow="fold")
     table.add_column("count", justify="right", no_wrap=True)
     table.add_column("share", no_wrap=True)
     table.add_column("", no_wrap=True)
     for share in shares:
         table.add_row(
             Text(visible(share.kind or "(no kind yet)")),
-            Text(share.class_ or "-"),
             Text("-" if share.count is None else str(share.count)),
             Text(_share(share)),
             Text(_bar(share)),
         )
     return table
+
+
+def _class_totals(shares: tuple[Share, ...]) -> str:
+    """``information 69%, behavior 31%``; empty where a share is not known."""
+    if any(share.share is None for share in shares):
+        return ", ".join(sorted({share.class_ or "no class" for share in shares}))
+    totals: Counter[str] = Counter()
+    for share in shares:
+        totals[share.class_ or "no class"] += share.share or 0.0  # type: ignore[assignment]
+    return ", ".join(f"{name} {part:.0%}" for name, part in totals.most_common())
 
 
 def _share(share: Share) -> str:
