@@ -15,6 +15,7 @@ from torch import nn
 
 from ftplan.errors import UnsupportedError
 from ftplan.trace.job import Job
+from ftplan.trace.quantized import prepare_kbit, quantize
 
 __all__ = ["adapt", "apply_to_tensors", "build_model", "build_optimizer", "family_of", "materialize", "model_config"]
 
@@ -85,10 +86,6 @@ def build_model(job: Job, config: Any) -> Any:
         )
         model.train()
         model.config.use_cache = False
-        if job.quantized:
-            from ftplan.trace.quantized import quantize
-
-            quantize(model, job)
     return model
 
 
@@ -147,10 +144,12 @@ def adapt(model: Any, job: Job) -> Any:
 
     peft looks at devices and dtypes when it places an adapter, so it is run on the fake tensors.
     """
-    if job.quantized and job.prepare_kbit:
-        from ftplan.trace.quantized import prepare_kbit
-
-        prepare_kbit(model, job)
+    if job.quantized:
+        quantize(model, job)
+        if job.prepare_kbit:
+            prepare_kbit(model, job)
+        else:
+            model.requires_grad_(False)
     if job.method == "full":
         return model
     if job.method == "partial":

@@ -36,6 +36,7 @@ from ftplan.trace import build, cuda
 from ftplan.trace.job import Job, resolve
 from ftplan.trace.ledger import Entry, Ledger
 from ftplan.trace.optimizers import host_scalars
+from ftplan.trace.quantized import emulated
 
 __all__ = ["TraceResult", "trace"]
 
@@ -49,6 +50,7 @@ class TraceResult:
     phases: dict[str, int]
     """Peak bytes of each phase of the second step."""
     total_params: int
+    """Parameters of the base model; adapters are not in it."""
     trainable_params: int
     versions: dict[str, str]
     entries: list[Entry] = field(repr=False)
@@ -72,6 +74,8 @@ class TraceResult:
         """The term a storage belongs to, at the peak."""
         if entry.kind:
             return entry.kind
+        if entry.phase == "load":
+            return "weights/frozen"  # scales of quantised weights are no parameters
         if entry.phase == "forward":
             return "activations" if entry.death is None or self._survives(entry) else "temporary"
         return "recompute" if entry.recompute else "temporary"
@@ -148,13 +152,14 @@ def trace_job(
         model = build.build_model(job, model_config)
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
             build.materialize(model)
-            with cuda.as_on_cuda(ledger, job.capability):
+            total = _count(model)
+            with cuda.as_on_cuda(ledger, job.capability), emulated(job, ledger):
                 with cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors):
                     model = build.adapt(model, job)
                 gc.collect()
                 _mark_model(ledger, model)
                 forward_end = _run(job, model, ledger, say, full)
-    return _result(job, model, ledger, forward_end)
+    return _result(model, ledger, forward_end, total)
 
 
 @contextlib.contextmanager
@@ -321,7 +326,7 @@ def _batch(job: Job, model: Any) -> dict[str, Any]:
     return batch
 
 
-def _result(job: Job, model: Any, ledger: Ledger, forward_end: int) -> TraceResult:
+def _result(model: Any, ledger: Ledger, forward_end: int, total: int) -> TraceResult:
     marks = ledger.marks
     second = next(clock for clock, step, _ in marks if step == 2)
     curve = ledger.curve()
@@ -346,13 +351,12 @@ def _result(job: Job, model: Any, ledger: Ledger, forward_end: int) -> TraceResu
         if live > peak:
             peak, peak_clock, where = live, clock, phase
     phases = {name: phases[name] for name in ("forward", "backward", "step") if name in phases}
-    parameters = {id(p): p for p in model.parameters()}.values()
     return TraceResult(
         allocated_bytes=peak,
         peak_phase=where,
         phases=phases,
-        total_params=sum(p.numel() for p in parameters),
-        trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
+        total_params=total,
+        trainable_params=_count(model, trained=True),
         versions=versions(),
         entries=ledger.entries,
         peak_clock=peak_clock,
@@ -360,6 +364,11 @@ def _result(job: Job, model: Any, ledger: Ledger, forward_end: int) -> TraceResu
         curve=curve,
         marks=marks,
     )
+
+
+def _count(model: Any, trained: bool = False) -> int:
+    """Parameters of the model, each tied one once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
 def versions() -> dict[str, str]:

@@ -27,6 +27,7 @@ __all__ = ["FLASH", "AutocastLists", "as_on_cuda", "flash_attention", "patched",
 FLASH = "ftplan_varlen"
 """Name under which the emulated ``flash_attention_2`` is registered with transformers (which asks
 for a kernel package when it reads "flash" in a name)."""
+_is_autocast_enabled = torch.is_autocast_enabled
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -159,7 +160,7 @@ def _sdpa(ledger: Ledger, capability: tuple[int, int]) -> Any:
         query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Any:  # fmt: skip
-        if torch.is_autocast_enabled("cpu"):
+        if _is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             cast = [t.to(dtype) if t.dtype == torch.float32 else t for t in (query, key, value)]
             query, key, value = cast
@@ -268,7 +269,7 @@ def flash_attention(ledger: Ledger) -> Any:
     ) -> Any:  # fmt: skip
         if query.dtype == torch.float32:
             dtype = torch.bfloat16
-            if torch.is_autocast_enabled("cpu"):
+            if _is_autocast_enabled("cpu"):
                 dtype = torch.get_autocast_dtype("cpu")
             query, key, value = (t.to(dtype) for t in (query, key, value))
         batch, heads, length, head = query.shape
@@ -326,7 +327,7 @@ class AutocastLists(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if (name in _FP32 or name in _FP32_DTYPE) and torch.is_autocast_enabled("cpu"):
+        if (name in _FP32 or name in _FP32_DTYPE) and _is_autocast_enabled("cpu"):
             if name in _FP32:
                 args = tuple(_up(value) for value in args)
                 kwargs = {key: _up(value) for key, value in kwargs.items()}
@@ -394,8 +395,14 @@ def as_on_cuda(ledger: Ledger, capability: tuple[int, int] = (8, 0)) -> Iterator
                 _no_packed_sequences(masking_utils.find_packed_sequence_indices),
             )
         )
+        enter(patched(torch, "is_autocast_enabled", _autocast_enabled))
         enter(AutocastLists())
         yield
+
+
+def _autocast_enabled(device_type: str = "cuda") -> bool:
+    # peft asks about CUDA, where the autocast of this trace would be
+    return _is_autocast_enabled("cpu" if device_type == "cuda" else device_type)
 
 
 def _scalar(tensor: Any, phase: str) -> Any:
