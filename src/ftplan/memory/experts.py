@@ -128,12 +128,14 @@ class Router(Module):
     ``sigmoid`` (DeepSeek-V3: grouped choice, then gathered scores). ``upcast`` computes the
     logits from fp32 copies. ``keep_fp32`` leaves the weights in fp32; otherwise they return to
     the dtype of the logits. ``masked`` keeps a mask of experts (group-limited choice).
+    ``float_logits`` casts the logits, and the weights back to the dtype of the input.
     """
 
     def __init__(
         self, hidden: int, experts: int, top_k: int, *, scoring: str = "softmax",
         normalize: bool = False, keep_fp32: bool = False, upcast: bool = False,
         masked: bool = False, scaled: bool = False, bias: bool = False,
+        float_logits: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.weight = self.parameter("weight", experts, hidden)
@@ -145,14 +147,16 @@ class Router(Module):
         self.upcast = upcast
         self.masked = masked
         self.scaled = scaled
+        self.float_logits = float_logits
 
     def forward(self, x: Tensor) -> Routing:
         logits = self._logits(x)
         if self.scoring == "top_softmax":
+            if self.float_logits:
+                logits = ops.to(logits, "fp32")
             values, index = topk(logits, self.top_k)
-            dtype = "fp32" if self.keep_fp32 else values.dtype
-            weights = ops.softmax(values, dtype)
-            return Routing(logits, ops.to(weights, logits.dtype), index)
+            weights = ops.softmax(values, values.dtype)
+            return Routing(logits, weights if not self.float_logits else ops.to(weights, x.dtype), index)
         if self.scoring == "sigmoid":
             weights, index = self._sigmoid(logits)
         else:

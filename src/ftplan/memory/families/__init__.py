@@ -23,7 +23,14 @@ _FILES: dict[str, tuple[str, ...]] = {
         "starcoder2", "glm", "glm4", "cohere", "cohere2", "exaone4", "nemotron", "arcee", "apertus",
         "seed_oss", "helium", "ernie4_5", "hunyuan_v1_dense",
     ),
-    "mixture": ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
+    "gpt2": ("gpt2", "gpt_bigcode"),
+    "neox": ("gpt_neox", "phi", "stablelm", "persimmon"),
+    "opt": ("opt",),
+    "bloom": ("bloom",),
+    "mixture": (
+        "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared",
+    ),
+    "gpt_oss": ("gpt_oss",),
 }  # fmt: skip
 
 

@@ -208,8 +208,13 @@ class Block(Module):
         x = ops.add(residual, ops.scale(x) if self.scaled else x)
         residual = x
         x = second.forward(x)
-        x = mlp.forward(x)
+        x = self.feed(mlp, x)
         return ops.add(residual, ops.scale(x) if self.scaled else x)
+
+    def feed(self, mlp: Module, x: Tensor) -> Tensor:
+        """The second half of the block; some models add more than one part here."""
+        out: Tensor = mlp.forward(x)
+        return out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +260,7 @@ class Decoder(Network):
         self.path = path
         self.ropes = {"": Rope(width=head_size(config))} if ropes is None else ropes
         self.windows: Mapping[str, int | None] = {"": None} if windows is None else windows
+        self.eager_only = eager_only
         self.embed_scaled, self.logits_scaled, self.softcap = embed_scaled, logits_scaled, softcap
         self.body = Body(config, norm, norm_name)
         del self.children["body"]
@@ -285,7 +291,8 @@ class Decoder(Network):
     def prepare(self, tape: Tape, shared: Shared, dtype: str) -> None:
         """Masks and positions."""
         for name, window in self.windows.items():
-            shared.masks[name] = make_mask(tape, dtype, window=window)
+            eager = self.eager_only and tape.env.attention != "flash"
+            shared.masks[name] = make_mask(tape, dtype, window=window, eager=eager)
         for name, rope in self.ropes.items():
             if rope.complex_pairs:
                 table = tape.tensor(SEQ, rope.width, "fp32", "rope")

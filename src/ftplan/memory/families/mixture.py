@@ -13,11 +13,9 @@ from ftplan.memory.families.decoder import (
     Block,
     Config,
     Decoder,
-    Rope,
     filled,
-    head_size,
 )
-from ftplan.memory.nn import LayerNorm, Linear, Module, Network
+from ftplan.memory.nn import Linear, Module, Network, activation
 from ftplan.memory.tape import Tensor
 
 
@@ -156,9 +154,79 @@ def olmoe(raw: Config) -> Network:
     return Decoder(config, block)
 
 
+def granite_moe(raw: Config) -> Network:
+    """``GraniteMoeForCausalLM`` and, with an MLP that every token passes, the shared variant."""
+    config = filled(raw)
+    inner = config.get("shared_intermediate_size") or 0
+
+    def block(config: Config, layer: int) -> Module:
+        mixture = granite_mixture(config)
+        if not inner:
+            return Block(
+                config, Attention(config), mixture, mlp_name="block_sparse_moe", scaled=True
+            )
+        return SharedBlock(config, Attention(config), mixture, fused_mlp(config, inner))
+
+    return Decoder(config, block, embed_scaled=True, logits_scaled=True)
+
+
+def granite_mixture(config: Config) -> Module:
+    """``GraniteMoeMoE``: softmax over the chosen experts only."""
+    hidden, count = config["hidden_size"], config["num_local_experts"]
+    router = Router(
+        hidden, count, config["num_experts_per_tok"], scoring="top_softmax", float_logits=True
+    )
+    experts = Experts(hidden, config["intermediate_size"], count, act=act(config))
+    return Mixture(router, experts, router_name="router")
+
+
+class SharedMLP(Module):
+    """``GraniteMoeSharedMLP``: gate and up in one matrix."""
+
+    def __init__(self, hidden: int, inner: int, act: str) -> None:
+        super().__init__()
+        self.act = act
+        self.input_linear = Linear(hidden, 2 * inner)
+        self.output_linear = Linear(inner, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input_linear.forward(x)
+        gate, up = ops.split(x, [x.width // 2, x.width // 2])
+        x = ops.mul(activation(gate, self.act), up)
+        return self.output_linear.forward(x)
+
+
+def fused_mlp(config: Config, inner: int) -> Module:
+    """The MLP that every token passes."""
+    return SharedMLP(config["hidden_size"], inner, act(config))
+
+
+class SharedBlock(Block):
+    """A Granite block whose MLP is a sum of experts and a shared one."""
+
+    def __init__(
+        self, config: Config, mixer: Module, mixture: Module | None, shared: Module,
+        mixer_name: str = "self_attn",
+    ) -> None:  # fmt: skip
+        super().__init__(
+            config, mixer, shared, mixer_name=mixer_name, mlp_name="shared_mlp", scaled=True
+        )
+        self.mixture = mixture is not None
+        if mixture is not None:
+            self.block_sparse_moe = mixture
+
+    def feed(self, mlp: Module, x: Tensor) -> Tensor:
+        if not self.mixture:
+            return super().feed(mlp, x)
+        routed = self.block_sparse_moe.forward(x)
+        return ops.add(routed, mlp.forward(x))
+
+
 MODEL_TYPES = {
     "mixtral": mixtral,
     "qwen2_moe": qwen_moe,
     "qwen3_moe": qwen_moe,
     "olmoe": olmoe,
+    "granitemoe": granite_moe,
+    "granitemoeshared": granite_moe,
 }
