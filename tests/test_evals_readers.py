@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ftplan.errors import FtplanError, InputError, UnknownNameError
 from ftplan.evals import ReadOptions, parse_results, read_results, to_failures
 from ftplan.evals.readers import all_readers
+from ftplan.evals.reading import UNEXPECTED
 from ftplan.evals.values import as_text, as_verdict, metric_key
 
 CASES = Path(__file__).parent / "cases" / "evals"
@@ -340,7 +341,7 @@ def _read_or_refuse(data: bytes, options: ReadOptions | None = None) -> None:
     try:
         run = parse_results(data, "x", options)
     except FtplanError as error:
-        assert error.message
+        assert error.message and UNEXPECTED not in error.message, error
     else:
         assert len({row.id for row in run.rows}) == len(run.rows)
         assert len(run.failures) + len(run.errors) <= len(run.rows)

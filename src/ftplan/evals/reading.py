@@ -7,13 +7,17 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from ftplan.errors import InputError, Location, UnknownNameError
+from ftplan.errors import FtplanError, InputError, Location, UnknownNameError
 from ftplan.evals.document import Document, parse_document
 from ftplan.evals.options import ReadOptions
 from ftplan.evals.readers import Reader, all_readers
 from ftplan.results import EvalRun, ResultRow
 
 __all__ = ["is_result_file", "parse_results", "read_results"]
+
+
+UNEXPECTED = "a result file of an unexpected shape"
+"""Begins the message where a reader met what it does not know; tests look for it."""
 
 
 def read_results(path: str | Path, options: ReadOptions | None = None) -> EvalRun:
@@ -41,10 +45,19 @@ def parse_results(data: bytes, name: str, options: ReadOptions | None = None) ->
         document = parse_document(data, name)
         reader = _reader(document, options)
         run = reader.read(document, options)
+    except FtplanError:
+        raise
     except RecursionError:
         raise InputError(
             "nested too deeply to be a result file", location=Location(file=name)
         ) from None
+    except Exception as error:
+        # files of other versions may hold anything anywhere: refuse them by name, never crash
+        raise InputError(
+            f"{UNEXPECTED} ({type(error).__name__}: {error})",
+            remedy="if the tool wrote it as it is, please report it with a row of the file",
+            location=Location(file=name),
+        ) from error
     return replace(run, source=name, rows=_unique(run.rows))
 
 

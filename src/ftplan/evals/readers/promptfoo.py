@@ -147,7 +147,7 @@ def _expected(case: dict[str, Json], components: list[dict[str, Json]]) -> str:
     assertions = [as_dict(each) for each in as_list(case.get("assert"))]
     assertions += [as_dict(each.get("assertion")) for each in components]
     for assertion in assertions:
-        if assertion.get("type") in _EXPECTING and not is_missing(assertion.get("value")):
+        if as_text(assertion.get("type")) in _EXPECTING and not is_missing(assertion.get("value")):
             return as_text(assertion["value"])
     return ""
 
