@@ -237,9 +237,11 @@ class Experts(Module):
         weights = gather_rows(routing.weights, order, rows, 1)
         counts = tape.tensor(rows, 1, "int32", "experts of rows")
         offsets = tape.tensor(ONE, self.count, "int32", "expert offsets")
-        out = self._linear(picked, self.names[0], index, offsets)
+        bias = self._bias(self.names[0], index)
+        out = self._linear(picked, self.names[0], bias, offsets)
         out = self.gate(out) if self.gated else activation(out, self.act)
-        out = self._linear(out, self.names[1], index, offsets)
+        bias = self._bias(self.names[1], index)
+        out = self._linear(out, self.names[1], bias, offsets)
         weighted = ops.mul(out, weights, "weighted experts")
         back = _index(routing.index, rows, "inverse order")
         weighted = gather_rows(weighted, back, rows, weighted.width)
@@ -247,14 +249,17 @@ class Experts(Module):
         del counts
         return ops.to(total, x.dtype)
 
-    def _linear(self, x: Tensor, name: str, index: Tensor, offsets: Tensor) -> Tensor:
-        tape = x.tape
+    def _bias(self, name: str, index: Tensor) -> Tensor | None:
+        """The bias of each row's expert."""
+        if not self.has_bias:
+            return None
+        bias = index.tape.leaf(self.parameters[f"{name}_bias"])
+        return gather_rows(bias, index, index.rows, bias.width)
+
+    def _linear(self, x: Tensor, name: str, bias: Tensor | None, offsets: Tensor) -> Tensor:
         weight = self.parameters[name]
         width = weight.shape[2 if self.transposed else 1]
-        bias = None
-        if self.has_bias:
-            bias = gather_rows(tape.leaf(self.parameters[f"{name}_bias"]), index, x.rows, width)
-        return grouped_linear(x, tape.leaf(weight), offsets, width, bias)
+        return grouped_linear(x, x.tape.leaf(weight), offsets, width, bias)
 
 
 def _index(like: Tensor, rows: Size, name: str) -> Tensor:

@@ -177,12 +177,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
         grad_weight = (
             tape.tensor(weight_rows, width, dtype, "weight gradient") if wants[1] else None
         )
-        if bias is None:
+        if not has_bias:
             return grad_x, grad_weight
         grad_bias = tape.tensor(ONE, bias_width, dtype, "bias gradient") if wants[2] else None
         return grad_x, grad_weight, grad_bias
 
-    bias_width = 0 if bias is None else bias.width
+    has_bias, bias_width = bias is not None, 0 if bias is None else bias.width
     inputs = [x, weight] if bias is None else [x, weight, bias]
     record([out], name, inputs, apply)
     return out
