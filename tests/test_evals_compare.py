@@ -77,6 +77,14 @@ def test_a_run_compared_with_itself(given_verdicts: list[bool | None]) -> None:
     assert found.p_value in (None, 1.0)
 
 
+def test_no_change_seen_is_no_certainty() -> None:
+    """The interval of the difference has a width though nothing, or everything, changed."""
+    for before, after in ((True, True), (False, True)):
+        found = compare_runs(run(*[before] * 3), run(*[after] * 3))
+        assert found.low is not None and found.high is not None
+        assert found.low < found.high <= 1 and found.high - found.low > 0.3
+
+
 @given(verdicts, verdicts)
 def test_the_other_way_round(before: list[bool | None], after: list[bool | None]) -> None:
     """Swapping the runs swaps what got fixed and broke, and keeps the p value."""

@@ -294,6 +294,8 @@ def test_a_scripted_session(terminal: Terminal, capsys: pytest.CaptureFixture[st
     out, err = capsys.readouterr()
     assert out.startswith("2 of 3 failures labelled") and "q0" not in out
     assert "q0" in err and "failure 3 of 3" in err
+    assert terminal.run("", format="json") == 0
+    assert json.loads(capsys.readouterr().out)["labelled"] == 2
     assert terminal.run("u\n?\nm\nedge_case\n\n") == 0
     out, err = capsys.readouterr()
     assert out.startswith("3 of 3 failures labelled") and "ftplan advise" in out

@@ -77,7 +77,10 @@ def label(
         overrides=kind_overrides(map),
     )
     session = _ask(session, sheet)
-    emit(_summary(session, run, output))
+    if format in ("json", "yaml"):
+        _emit_data(_counts(session, run, output), format)
+    else:
+        emit(_summary(session, run, output))
     return 0
 
 
@@ -212,6 +215,23 @@ def _line() -> str | None:
     return line.rstrip("\n")
 
 
+def _emit_data(data: object, format: str) -> None:
+    from ftplan.render import json, yaml
+
+    emit(json.render(data) if format == "json" else yaml.render(data))
+
+
+def _counts(session: Session, run: EvalRun, path: Path) -> dict[str, object]:
+    return {
+        "schema_version": 1,
+        "file": str(path),
+        "failures": len(run.failures),
+        "labelled": session.already + session.labelled,
+        "labelled_now": session.labelled,
+        "errors": len(run.errors),
+    }
+
+
 def _summary(session: Session, run: EvalRun, path: Path) -> str:
     total = len(run.failures)
     done = session.already + session.labelled
@@ -245,14 +265,8 @@ def _agreement(first: Path, second: Path, format: str) -> int:
     if names[0] == names[1]:
         names = [str(first), str(second)]
     found = agreement(files[0], files[1], names)
-    if format == "json":
-        from ftplan.render.json import render
-
-        emit(render(found))
-    elif format == "yaml":
-        from ftplan.render.yaml import render as render_yaml
-
-        emit(render_yaml(found))
+    if format in ("json", "yaml"):
+        _emit_data(found, format)
     else:
         from ftplan.render.labelling import agreement_text
 

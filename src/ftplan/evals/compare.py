@@ -124,16 +124,23 @@ def _difference(
     """The change of the pass rate with its 95 % interval."""
     if not changes:
         return None
-    if not repeated:
-        return paired_difference(broke, fixed, len(changes))
+    n = len(changes)
     deltas = [each.after - each.before for each in changes]
     centre = mean(deltas)
-    n = len(deltas)
-    if n == 1:
-        return Range(value=centre, low=-1.0, high=1.0)
-    variance = sum((delta - centre) ** 2 for delta in deltas) / (n - 1)
-    half = NormalDist().inv_cdf(1 - ALPHA / 2) * sqrt(variance / n)
-    return Range(value=centre, low=max(-1.0, centre - half), high=min(1.0, centre + half))
+    z = NormalDist().inv_cdf(1 - ALPHA / 2)
+    if len(set(deltas)) == 1:
+        # no spread among the items seen is no certainty: half an item more in each cell of the
+        # table (Agresti and Min, Statistics in Medicine 24, 2005)
+        pull = centre * n / (n + 2)
+        changed = abs(centre) * n + 1
+        half = z * sqrt(max(0.0, changed - (centre * n) ** 2 / (n + 2))) / (n + 2)
+    elif not repeated:
+        return paired_difference(broke, fixed, n)
+    else:
+        pull = centre
+        half = z * sqrt(sum((delta - centre) ** 2 for delta in deltas) / (n - 1) / n)
+    low, high = max(-1.0, pull - half), min(1.0, pull + half)
+    return Range(value=centre, low=min(centre, low), high=max(centre, high))
 
 
 def _verdict(p_value: float | None, fixed: int, broke: int) -> str:
