@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from ftplan.cli.flags import JobFlags, with_job_flags
-from ftplan.cli.jobs import estimate_job, read_job
+from ftplan.cli.flags import JobFlags, apply_flags, with_job_flags
 from ftplan.cli.output import OutputOption, emit, note, screen_width, use_colour
-from ftplan.errors import FtplanError, Location, UnknownNameError, UnsupportedError
-from ftplan.report import CheckReport, Finding, Report, Verdict
+from ftplan.errors import InputError
+from ftplan.report import CheckReport, Finding
 
 CheckFormat = Literal["table", "json", "yaml", "markdown", "github", "gitlab", "sarif", "junit"]
-FailOn = Literal["over", "tight", "unknown"]
+_VERDICTS = ("over", "tight", "unknown")
 
 
 @with_job_flags
@@ -29,8 +27,13 @@ def check(
         typer.Argument(metavar="FILE...", help="Plans and trainers' configs.", show_default=False),
     ],
     fail_on: Annotated[
-        list[FailOn] | None,
-        typer.Option("--fail-on", help="Verdicts that exit with 1 besides over; may be repeated."),
+        list[str] | None,
+        typer.Option(
+            "--fail-on",
+            metavar="over|tight|unknown",
+            help="A verdict that exits with 1 besides over; repeatable.",
+            show_default=False,
+        ),
     ] = None,
     exit_zero: Annotated[
         bool, typer.Option("--exit-zero", help="Exit with 0 whatever the verdicts are.")
@@ -50,99 +53,27 @@ def check(
     output: OutputOption = None,
 ) -> int:
     """Does each planned job fit its GPU? Reads plans and trainers' own configs."""
-    results = tuple((str(file), check_one(file, flags)) for file in files)
-    if against is not None:
-        from ftplan.cli.baseline import read_baseline, worsened
+    from ftplan.checking import check as check_files
+    from ftplan.checking import exit_code
 
-        results = worsened(results, read_baseline(against, flags))
-    report = CheckReport(verdict=worst(r.verdict for _, r in results), results=results)
+    failing = [part for text in fail_on or () for part in text.split(",")]
+    for verdict in failing:
+        if verdict not in _VERDICTS:
+            raise InputError(
+                f"--fail-on cannot be {verdict!r}", remedy=f"write one of {', '.join(_VERDICTS)}"
+            )
+    report = check_files(
+        files,
+        change=lambda plan: apply_flags(plan, flags),
+        trainer=flags.trainer,
+        overlays=flags.overlay or (),
+        against=against,
+        raise_faults=bool(os.environ.get("FTPLAN_DEBUG")),
+    )
     emit(_rendered(report, format, output), output)
     if format == "github":
         _step_summary(report)
-    return 0 if exit_zero else exit_code((r.verdict for _, r in results), fail_on or ())
-
-
-def check_one(file: Path, flags: JobFlags) -> Report:
-    """The report of one file. A file that is refused has the verdict unknown and says why."""
-    try:
-        job = read_job(file, flags)
-        report = estimate_job(job)
-    except FtplanError as error:
-        return _refused(str(file), error)
-    except Exception as error:  # our own fault in one file must not hide the others
-        if os.environ.get("FTPLAN_DEBUG"):
-            raise
-        return _refused(
-            str(file),
-            FtplanError(
-                f"internal error: {type(error).__name__}: {error}",
-                remedy="this is a fault of ftplan; FTPLAN_DEBUG=1 shows where it happened",
-            ),
-            code="CFG000",
-        )
-    if report.verdict is not None:
-        return report
-    if report.gpu is None:
-        finding = Finding(
-            code="CFG003",
-            severity="error",
-            message="no GPU is named, so nothing can be said about fitting",
-            location=job.locate("hardware") or Location(file=str(file)),
-            help="write hardware: {gpu: a100-80gb}, or pass --gpu NAME (ftplan gpus lists them)",
-        )
-        report = replace(report, findings=(finding, *report.findings))
-    return replace(report, verdict="unknown")
-
-
-def _refused(file: str, error: FtplanError, code: str | None = None) -> Report:
-    if code is None:
-        kinds: tuple[tuple[type[FtplanError], str], ...] = (
-            (UnsupportedError, "CFG004"),
-            (UnknownNameError, "CFG002"),
-            (FtplanError, "CFG001"),
-        )
-        code = next(code for kind, code in kinds if isinstance(error, kind))
-    line = f" ({error.source_line.strip()})" if error.source_line.strip() else ""
-    finding = Finding(
-        code=code,
-        severity="error",
-        message=error.message + line,
-        location=error.location or Location(file=file),
-        help=error.remedy,
-    )
-    from ftplan import __version__
-
-    return Report(
-        verdict="unknown",
-        model=None,
-        job={},
-        allocated_bytes=None,
-        reserved_bytes=None,
-        device_bytes=None,
-        host_bytes=None,
-        gpu=None,
-        peak_phase=None,
-        findings=(finding,),
-        tool_version=__version__,
-    )
-
-
-_ORDER: tuple[Verdict, ...] = ("over", "unknown", "tight", "fits")
-
-
-def worst(verdicts: Iterable[Verdict | None]) -> Verdict:
-    """One verdict for all files: over before unknown before tight before fits."""
-    found = {verdict or "unknown" for verdict in verdicts}
-    return next((verdict for verdict in _ORDER if verdict in found), "fits")
-
-
-def exit_code(verdicts: Iterable[Verdict | None], fail_on: Sequence[FailOn]) -> int:
-    """0 when every job fits (or is tight), 1 when any is over, else 2 when any is unknown.
-    The verdicts named in ``fail_on`` count like over."""
-    found = {verdict or "unknown" for verdict in verdicts}
-    if found & {"over", *fail_on}:
-        return 1
-    return 2 if "unknown" in found else 0
+    return 0 if exit_zero else exit_code(report, failing)
 
 
 def _rendered(report: CheckReport, format: CheckFormat, output: Path | None) -> str:

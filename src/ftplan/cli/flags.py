@@ -38,6 +38,7 @@ from ftplan.units import parse_bytes, parse_count, parse_percent
 __all__ = ["JobFlags", "apply_flags", "with_job_flags"]
 
 _MODEL, _METHOD, _STEP, _WHERE = "Model", "Finetuning", "A step", "Hardware and sharding"
+_FILE = "Reading FILE"
 
 
 def _option(name: str, help: str, panel: str, **more: Any) -> Any:
@@ -201,9 +202,25 @@ class JobFlags:
         int | None, _count("--dp-replicate", "Replicas of the sharded group.", _WHERE)
     ] = None
 
+    trainer: Annotated[
+        str | None,
+        _option(
+            "--from", "The trainer whose config FILE is, when it is not recognised.", _FILE,
+            metavar="TRAINER",
+        ),
+    ] = None  # fmt: skip
+    overlay: Annotated[
+        list[Path] | None,
+        _option(
+            "--overlay", "An accelerate or DeepSpeed file that goes with FILE; repeatable.", _FILE,
+            metavar="FILE",
+        ),
+    ] = None  # fmt: skip
+
     def given(self) -> dict[str, Any]:
-        """The flags that were given, by field name."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """The flags about the job that were given, by field name."""
+        names = (f.name for f in dataclasses.fields(self))
+        values = {n: getattr(self, n) for n in names if n not in ("trainer", "overlay")}
         return {name: value for name, value in values.items() if value is not None}
 
 

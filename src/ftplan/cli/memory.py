@@ -30,9 +30,10 @@ def memory(
     output: OutputOption = None,
 ) -> int:
     """How much memory serving or finetuning takes, term by term."""
-    from ftplan.cli.jobs import estimate_job, read_job
+    from ftplan.cli.reading import read_with_flags
+    from ftplan.jobs import estimate_job
 
-    report = estimate_job(read_job(file, flags))
+    report = estimate_job(read_with_flags(file, flags))
     if format == "json":
         from ftplan.render.json import render as render_json
 

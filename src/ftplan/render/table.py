@@ -299,13 +299,13 @@ def _assumptions(page: _Page, assumptions: Sequence[Assumption]) -> None:
         return
     page.blank()
     page.line(("Assumed, because it was not given", "bold"))
-    table = _columns(("", "left"), ("", "left"), ("", "left"))
-    table.show_header = False
+    groups: dict[str, list[str]] = {}
     for assumption in assumptions:
-        table.add_row(
-            assumption.key, wrapped_value(assumption.value), Text(assumption.source, "dim")
-        )
-    page.add(table)
+        said = f"{assumption.key} = {wrapped_value(assumption.value)}"
+        groups.setdefault(assumption.source, []).append(said)
+    for source, said_all in sorted(groups.items(), key=lambda group: -len(group[1])):
+        page.line(", ".join(said_all), indent=2)
+        page.line((source, "dim"), indent=6)
 
 
 def render_check(check: CheckReport, *, width: int = 80, colour: bool = False) -> str:

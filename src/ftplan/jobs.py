@@ -1,22 +1,26 @@
-"""From FILE and flags to a job: our own plan or any trainer's config, with the flags laid over."""
+"""From a file to a job and its report: our own plan or any trainer's config, changed or not.
+
+Part of the library's front: it joins files, trainers and the calculator, and knows no terminal.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ftplan.cli.flags import JobFlags, apply_flags
+from ftplan import __version__, api, trainers
 from ftplan.errors import FtplanError, InputError, Location
+from ftplan.files.document import Document, parse_document, read_document, read_text
+from ftplan.files.plan import looks_like_plan, parse_plan, place_error
 from ftplan.report import Assumption, Finding, Report
-from ftplan.spec import Plan
+from ftplan.spec import Model, Plan
 
-if TYPE_CHECKING:
-    from ftplan.files.document import Document
+__all__ = ["Change", "JobInput", "estimate_job", "load_plan", "read_job"]
 
-__all__ = ["JobInput", "estimate_job", "read_job"]
+Change = Callable[[Plan | None], tuple[Plan, tuple[Assumption, ...]]]
+"""Lays something over a plan (None: makes one of nothing) and lists what it replaced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,62 +43,75 @@ class JobInput:
     document: Document | None = None
 
 
-def read_job(file: Path | None, flags: JobFlags, *, any_method: bool = False) -> JobInput:
-    """The job of ``file`` (``-``: standard input) with ``flags`` laid over it, or of flags alone.
+def load_plan(path: str | Path) -> Plan:
+    """The plan that a file holds: a plan of ours, or any trainer's config or command line.
 
-    Raises :class:`InputError` and its kin, with the place in the file.
+    Raises :class:`ftplan.errors.InputError` with file, line and column.
     """
-    if file is None:
-        plan, _ = apply_flags(None, flags, any_method=any_method)
-        if plan.model.name is None and plan.model.config is None and plan.model.params is None:
+    return read_job(path).plan
+
+
+def read_job(
+    path: str | Path | None,
+    *,
+    change: Change | None = None,
+    text: str | None = None,
+    trainer: str | None = None,
+    overlays: Sequence[Path] = (),
+) -> JobInput:
+    """The job of a file, with ``change`` laid over it; ``path`` None: what ``change`` makes.
+
+    ``text`` is the content when it does not come from the file system. ``trainer`` names the
+    reader when it is not to be guessed, ``overlays`` the accelerate or DeepSpeed files that go
+    with the config. Raises :class:`InputError` and its kin, with the place in the file.
+    """
+    if path is None:
+        plan = change(None)[0] if change is not None else Plan(model=Model())
+        if plan.model == Model():
             raise InputError(
                 "no model given",
                 remedy="give a plan file, or --params 13e9, --model NAME or --config PATH",
             )
-        return JobInput(plan=plan, file=None, base=Path())
-    job = _read(file)
-    plan, overrides = apply_flags(job.plan, flags, any_method=any_method)
+        return JobInput(plan=plan, file=None, base=Path(), findings=trainers.lint_plan(plan))
+    job = _read(Path(path), text=text, trainer=trainer, overlays=tuple(overlays))
+    if change is None:
+        return job
+    plan, overrides = change(job.plan)
     changed = {a.key for a in overrides}
     kept = tuple(a for a in job.assumptions if a.key not in changed)
     given = {key for key in job.missing if _is_given(plan, key)}
+    findings = tuple(f for f in job.findings if not _answered(f, given))
+    if overrides:  # what was wrong with the file may be right with the flags, and the reverse
+        before, after = (trainers.lint_plan(p, where=job.locate) for p in (job.plan, plan))
+        findings = tuple(f for f in findings if f not in before) + after
     return replace(
         job,
         plan=plan,
         assumptions=overrides + kept,
-        findings=tuple(f for f in job.findings if not _answered(f, given)),
+        findings=findings,
         missing=tuple(key for key in job.missing if key not in given),
     )
 
 
-def _read(file: Path) -> JobInput:
-    from ftplan.files.document import decode, parse_document, read_text
-    from ftplan.files.plan import looks_like_plan, parse_plan
+_SCRIPTS = (".sh", ".bash", ".txt", ".slurm", ".sbatch", ".py")
 
-    name = "standard input" if str(file) == "-" else str(file)
-    if str(file) == "-":
-        text = decode(sys.stdin.buffer.read(), file=name)
-        base = Path()
+
+def _read(
+    path: Path, *, text: str | None, trainer: str | None, overlays: tuple[Path, ...]
+) -> JobInput:
+    name = str(path)
+    base = path.parent if text is None else Path()
+    content = read_text(path, file=name) if text is None else text
+    document: Document | None = None
+    if path.suffix.lower() not in _SCRIPTS and trainer is None:
+        document = parse_document(content, file=name)
+        if looks_like_plan(document) and not overlays:
+            return _own(document, name, base)
+    if text is None:
+        imported = trainers.import_file(path, overlays=overlays, trainer=trainer)
     else:
-        text = read_text(file, file=name)
-        base = file.parent
-    document: Any = None
-    if file.suffix.lower() not in (".sh", ".bash", ".txt", ".slurm", ".sbatch"):
-        document = parse_document(text, file=name)
-        if looks_like_plan(document):
-            return JobInput(
-                plan=parse_plan(document),
-                file=name,
-                base=base,
-                locate=lambda key: document.locate(tuple(key.split("."))),
-                document=document,
-            )
-    return _import(text, name, base, document)
-
-
-def _import(text: str, name: str, base: Path, document: Document | None) -> JobInput:
-    from ftplan import trainers
-
-    imported = trainers.read_text(text, file=name, base=base)
+        laid_over = [read_document(overlay) for overlay in overlays]
+        imported = trainers.import_text(text, file=name, overlays=laid_over, trainer=trainer)
     return JobInput(
         plan=imported.plan,
         file=name,
@@ -104,6 +121,21 @@ def _import(text: str, name: str, base: Path, document: Document | None) -> JobI
         assumptions=imported.assumptions,
         missing=imported.missing,
         locate=imported.places.get,
+        document=document,
+    )
+
+
+def _own(document: Document, name: str, base: Path) -> JobInput:
+    def locate(key: str) -> Location:
+        return document.locate(tuple(key.split(".")))
+
+    plan = parse_plan(document)
+    return JobInput(
+        plan=plan,
+        file=name,
+        base=base,
+        findings=trainers.lint_plan(plan, where=locate),
+        locate=locate,
         document=document,
     )
 
@@ -127,10 +159,7 @@ def estimate_job(job: JobInput) -> Report:
 
     An error of the calculator is placed at the key it is about.
     """
-    from ftplan import __version__, api
-
-    model = job.plan.model
-    if model.name is None and model.config is None and model.params is None:
+    if job.plan.model == Model():
         raise InputError(
             "the model is not known",
             location=job.locate("model") or (Location(file=job.file) if job.file else None),
@@ -153,8 +182,6 @@ def placed(error: FtplanError, job: JobInput) -> FtplanError:
     if error.location is not None or job.file is None:
         return error
     if job.document is not None:
-        from ftplan.files.plan import place_error
-
         return place_error(error, job.document)
     error.location = Location(file=job.file)
     return error
