@@ -19,7 +19,7 @@ from ftplan.dtypes import find_format
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.memory.env import Environment
 from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
-from ftplan.memory.optimizer import OptimizerSpec
+from ftplan.memory.optimizer import OptimizerSpec, State
 from ftplan.memory.tape import ITEM_BYTES
 from ftplan.report import Assumption, Finding
 from ftplan.spec import Checkpointing, Loss, Method, OptimizerChoice, Plan
@@ -217,7 +217,7 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         filler.fill("loss", None, kind, own("loss"))
         loss = Loss(kind=kind)
     if loss.kind == "chunked" and loss.chunk is None:
-        tokens = batch.micro * batch.seq_len
+        tokens = (batch.micro or 1) * (batch.seq_len or 1)
         loss = replace(
             loss,
             chunk=filler.fill("loss.chunk", None, stack.chunk_tokens(tokens) or 256, own("loss")),
@@ -276,7 +276,7 @@ def _method(
 def job_of(resolved: Resolved) -> Job:
     """The calculator's job of a resolved training plan whose model has a known shape."""
     plan, stack, gpu = resolved.plan, resolved.stack, resolved.gpu
-    method, batch, sharding = plan.method, plan.batch, plan.sharding
+    method, batch = plan.method, plan.batch
     assert resolved.config is not None and method is not None and plan.optimizer is not None
     assert plan.gradient_checkpointing is not None and plan.loss is not None
     assert batch.micro and batch.seq_len and batch.accumulation
@@ -349,12 +349,29 @@ def _adapter(method: Method) -> AdapterSpec:
 
 def _optimizer(choice: OptimizerChoice) -> OptimizerSpec:
     row = find_optimizer(choice.name)
-    return row.spec(
-        implementation=choice.implementation,
-        momentum=choice.momentum,
-        state_dtype=choice.state_dtype,
-        rank=choice.rank,
-        in_backward=choice.in_backward,
+    implementation = choice.implementation or row.implementation
+    if implementation not in row.steps:
+        raise InputError(
+            f"optimizer {row.name} has no {implementation} implementation",
+            remedy=f"use one of: {', '.join(row.steps)}",
+        )
+    states = row.states
+    if row.name == "sgd" and choice.momentum:
+        states = (State(name="momentum_buffer", dtype="param", shape="full"),)
+    if choice.state_dtype is not None:
+        dtype = find_format(choice.state_dtype).name
+        states = tuple(replace(state, dtype=dtype) for state in states)
+    others = row.others if row.applies_to != "all" else None
+    return OptimizerSpec(
+        name=row.name,
+        states=states,
+        step=row.steps[implementation],
+        step_counter_on_gpu=implementation in row.step_counter_on_gpu,
+        paged=row.paged,
+        in_backward=row.in_backward if choice.in_backward is None else choice.in_backward,
+        others=_optimizer(OptimizerChoice(name=others)) if others else None,
+        rank=choice.rank or row.rank or 0,
+        source=row.source,
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ftplan.catalog.shelf import Shelf, read_rows
+from ftplan.memory.optimizer import State, Step
 
 __all__ = [
     "OPTIMIZERS",
@@ -23,44 +24,6 @@ __all__ = [
 ]
 
 Implementation = Literal["fused", "foreach", "loop"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class State:
-    """One tensor kept for each trainable tensor."""
-
-    name: str
-    """Name in the optimizer's state."""
-    dtype: str
-    """`param` (the parameter's own), `fp32`, `int8`, or `8bit-256`, `4bit-128` (values in that
-    many bits, an fp32 scale per block), `8bit-fp16-32` (an fp16 scale per 32)."""
-    shape: str
-    """`full` (as the parameter), `factored` (rows + columns; full below two dimensions),
-    `factored-2d` (rows + columns; none below), `row` (one per output row), `scalar`, `low-rank`
-    (rank x the longer side), `low-rank-factored`, `projector` (rank x the shorter side)."""
-    min_elements: int = 0
-    """Below this many elements the state is fp32 (bitsandbytes) or the parameter's dtype
-    (torchao: where ``block_multiple`` is given)."""
-    block_multiple: int = 0
-    """The element count must be a multiple of this to be quantised."""
-    table_bytes: int = 0
-    """Bytes of a look-up table kept beside each quantised state."""
-    when: Literal["always", "half"] = "always"
-    """`half`: only for parameters of two bytes."""
-    on: Literal["gpu", "host"] = "gpu"
-    """Where it waits between steps."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """Temporaries of the step, in bytes per element: (4-byte parameters, 2-byte parameters)."""
-
-    all: tuple[float, float] = (0, 0)
-    """Of all trainable parameters at once (`foreach`)."""
-    current: tuple[float, float] = (0, 0)
-    """Of the tensor that is being updated."""
-    previous: tuple[float, float] = (0, 0)
-    """Of the tensor before it, whose last temporary still has a name in Python."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

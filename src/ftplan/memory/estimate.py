@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ftplan.dtypes import find_format
@@ -10,36 +11,43 @@ from ftplan.memory.nn import Network
 from ftplan.memory.optimizer import rounded, state_bytes, step_bytes
 from ftplan.memory.prepare import counted_parameters, prepare
 from ftplan.memory.record import record_step
-from ftplan.memory.replay import Program
-from ftplan.memory.tape import ITEM_BYTES, Parameter
+from ftplan.memory.replay import Alive, Program
+from ftplan.memory.tape import ITEM_BYTES, Label, Parameter
 
-__all__ = ["Estimate", "Static", "estimate", "program_of"]
+__all__ = ["Estimate", "StaticTerm", "estimate"]
+
+Counted = Sequence[tuple[Parameter, int, bool]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Static:
-    """What is there at every moment of the step from the second one on, in bytes."""
+class StaticTerm:
+    """Bytes that are there at every moment of the step."""
 
-    frozen: int
-    trainable: int
-    adapters: int
-    states: int
-    gradients: int
-    """Gradients of all trainable parameters: static only between micro batches."""
-    step: int
-    """Temporaries of the optimizer's step."""
-    total_params: int
-    trainable_params: int
+    name: str
+    bytes: int
+    formula: str
+    source: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """The peak of a step, in bytes, and its phases."""
+    """The worst moment of a step, in bytes on one GPU, and what is alive at it."""
 
     peak_bytes: int
     peak_phase: str
     phases: tuple[tuple[str, int], ...]
-    static: Static
+    static: tuple[StaticTerm, ...]
+    alive: Mapping[Label, Alive]
+    """What is alive at the peak beside what is static."""
+    step_temporary_bytes: int
+    """Temporaries of the optimizer, when the step is the worst moment."""
+    total_params: int
+    trainable_params: int
+
+    @property
+    def static_bytes(self) -> int:
+        """Everything that does not come and go within a step."""
+        return sum(term.bytes for term in self.static)
 
 
 def weight_bytes(parameter: Parameter) -> int:
@@ -49,37 +57,73 @@ def weight_bytes(parameter: Parameter) -> int:
     return sum(rounded(part) for part in find_format(parameter.dtype).storages(parameter.shape))
 
 
-def static_of(job: Job, counted: list[tuple[Parameter, int]]) -> Static:
-    """Add up what does not depend on the batch."""
-    trainable = [(p, times) for p, times in counted if p.trainable]
-    frozen = [(p, times) for p, times in counted if not p.trainable]
-    learned = sum(weight_bytes(p) * times for p, times in trainable)
-    is_adapter = job.method == "adapter"
-    return Static(
-        frozen=sum(weight_bytes(p) * times for p, times in frozen),
-        trainable=0 if is_adapter else learned,
-        adapters=learned if is_adapter else 0,
-        states=state_bytes(job.optimizer, trainable),
-        gradients=learned,
-        step=step_bytes(job.optimizer, trainable),
-        total_params=sum(p.numel * times for p, times in counted),
-        trainable_params=sum(p.numel * times for p, times in trainable),
-    )
+def _weights(counted: Counted, name: str, source: str) -> StaticTerm:
+    total = sum(weight_bytes(parameter) * times for parameter, times, _ in counted)
+    by_dtype: dict[str, int] = {}
+    for parameter, times, _ in counted:
+        by_dtype[parameter.dtype] = by_dtype.get(parameter.dtype, 0) + parameter.numel * times
+    parts = [f"{count:,} x {dtype}" for dtype, count in by_dtype.items()]
+    return StaticTerm(name=name, bytes=total, formula=" + ".join(parts), source=source)
+
+
+def static_terms(job: Job, counted: Counted) -> list[StaticTerm]:
+    """Weights, adapters and optimizer states."""
+    frozen = [entry for entry in counted if not entry[0].trainable]
+    learned = [entry for entry in counted if entry[0].trainable]
+    own = "adapters/parameters" if job.method == "adapter" else "weights/trainable"
+    terms = [
+        _weights(frozen, "weights/frozen", "shapes from config.json"),
+        _weights(learned, own, "shapes from config.json"),
+    ]
+    if not job.optimizer.paged:
+        trained = sum(parameter.numel * times for parameter, times, _ in learned)
+        terms.append(
+            StaticTerm(
+                name="optimizer/states",
+                bytes=state_bytes(job.optimizer, learned),
+                formula=f"{job.optimizer.name}: "
+                + " + ".join(f"{s.name} ({s.dtype}, {s.shape})" for s in job.optimizer.states)
+                + f" for {trained:,} parameters",
+                source=job.optimizer.source,
+            )
+        )
+    return [term for term in terms if term.bytes]
 
 
 def estimate(job: Job) -> Estimate:
     """The peak of the second step of ``job`` on one GPU."""
     network = prepare(job)
-    static = static_of(job, counted_parameters(network))
-    program = program_of(job, network)
-    base = static.frozen + static.trainable + static.adapters + static.states
+    counted = counted_parameters(network)
+    learned = [entry for entry in counted if entry[0].trainable]
+    static = static_terms(job, counted)
+    gradients = _weights(learned, "gradients/accumulated", "gradients of earlier micro batches")
     if job.accumulation > 1:
-        base += static.gradients
-    phases = [(n, base + b) for n, b in program.phase_peaks(job.micro, job.seq_len, job.loss_chunk)]
-    step = base + static.step + (0 if job.accumulation > 1 else static.gradients)
-    phases.append(("step", step))
-    name, peak = max(phases, key=lambda item: item[1])
-    return Estimate(peak_bytes=peak, peak_phase=name, phases=tuple(phases), static=static)
+        static.append(gradients)
+    base = sum(term.bytes for term in static)
+    program = program_of(job, network)
+    moment = program.moment(job.micro, job.seq_len, job.loss_chunk)
+    played = program.phase_peaks(job.micro, job.seq_len, job.loss_chunk)
+    phases = [(name, base + peak) for name, peak in played]
+    temporary = step_bytes(job.optimizer, learned)
+    resting = program.rest(job.micro, job.seq_len, job.loss_chunk)
+    phases.append(("step", base + temporary + sum(entry.bytes for entry in resting.values())))
+    phase, peak = max(phases, key=lambda item: item[1])
+    return Estimate(
+        peak_bytes=peak,
+        peak_phase=phase,
+        phases=tuple(phases),
+        static=tuple(static),
+        alive=resting if phase == "step" else moment.alive,
+        step_temporary_bytes=temporary if phase == "step" else 0,
+        total_params=sum(
+            parameter.numel * times for parameter, times, _ in counted if _is_base(parameter)
+        ),
+        trainable_params=sum(parameter.numel * times for parameter, times, _ in learned),
+    )
+
+
+def _is_base(parameter: Parameter) -> bool:
+    return not parameter.added
 
 
 def program_of(job: Job, network: Network) -> Program:

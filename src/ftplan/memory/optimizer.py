@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from ftplan.memory.tape import BLOCK_BYTES, ITEM_BYTES, Parameter
 
-__all__ = ["OptimizerSpec", "StateSpec", "rounded", "state_bytes", "step_bytes"]
+__all__ = ["OptimizerSpec", "State", "Step", "rounded", "state_bytes", "step_bytes"]
+
+MATRIX_TARGETS = ("attn", "attention", "mlp")
+"""What ``optim_target_modules`` selects where nothing is said."""
 
 
 def rounded(size: int) -> int:
@@ -17,15 +21,41 @@ def rounded(size: int) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StateSpec:
-    """One state tensor of an optimizer."""
+class State:
+    """One tensor kept for each trainable tensor."""
 
     name: str
+    """Name in the optimizer's state."""
     dtype: str
-    """``param`` (the parameter's own), a plain dtype, or a block format such as ``8bit-256``."""
-    shape: Literal["full", "factored", "low-rank", "scalar"] = "full"
+    """`param` (the parameter's own), `fp32`, `int8`, or `8bit-256`, `4bit-128` (values in that
+    many bits, an fp32 scale per block), `8bit-fp16-32` (an fp16 scale per 32)."""
+    shape: str
+    """`full` (as the parameter), `factored` (rows + columns; full below two dimensions),
+    `factored-2d` (rows + columns; none below), `row` (one per output row), `scalar`, `low-rank`
+    (rank x the longer side), `low-rank-factored`, `projector` (rank x the shorter side)."""
     min_elements: int = 0
-    """Below this many elements the state is kept in fp32 (bitsandbytes: 4096)."""
+    """Below this many elements the state is fp32 (bitsandbytes) or the parameter's dtype
+    (torchao: where ``block_multiple`` is given)."""
+    block_multiple: int = 0
+    """The element count must be a multiple of this to be quantised."""
+    table_bytes: int = 0
+    """Bytes of a look-up table kept beside each quantised state."""
+    when: Literal["always", "half"] = "always"
+    """`half`: only for parameters of two bytes."""
+    on: Literal["gpu", "host"] = "gpu"
+    """Where it waits between steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Temporaries of the step, in bytes per element: (4-byte parameters, 2-byte parameters)."""
+
+    all: tuple[float, float] = (0, 0)
+    """Of all trainable parameters at once (`foreach`)."""
+    current: tuple[float, float] = (0, 0)
+    """Of the tensor that is being updated."""
+    previous: tuple[float, float] = (0, 0)
+    """Of the tensor before it, whose last temporary still has a name in Python."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,59 +63,100 @@ class OptimizerSpec:
     """What the calculator needs to know of an optimizer."""
 
     name: str
-    states: tuple[StateSpec, ...]
-    step: Literal["fused", "foreach", "loop"]
-    """How PyTorch runs it: decides the temporaries of the step."""
-    copies: int = 1
-    """``foreach``: copies of all trainable parameters; ``loop``: of the largest one."""
-    on_device_steps: bool = False
-    """A step counter per tensor lives on the GPU."""
+    states: tuple[State, ...]
+    step: Step
+    step_counter_on_gpu: bool = False
+    """A 4-byte counter per tensor lives on the GPU."""
     paged: bool = False
+    """States are unified memory: not in PyTorch's allocator, and may leave the GPU."""
     in_backward: bool = False
+    """Gradients are used as they arrive and never all alive."""
+    others: OptimizerSpec | None = None
+    """What handles the parameters that are no hidden matrices; None: this one does."""
     rank: int = 0
+    """Rank of low-rank states."""
     source: str = ""
 
 
-def _one_state(state: StateSpec, parameter: Parameter, dtype: str, rank: int) -> int:
-    count = parameter.numel
+def _lengths(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(matrices, rows, columns) of a weight of two or more dimensions."""
+    return prod(shape[:-2]), shape[-2], shape[-1]
+
+
+def _elements(state: State, shape: tuple[int, ...], rank: int) -> list[int]:
+    """Elements of each tensor that a state consists of."""
+    count = prod(shape)
+    if state.shape == "full":
+        return [count]
     if state.shape == "scalar":
-        return rounded(4)
-    if state.shape == "factored" and len(parameter.shape) >= 2:
-        *lead, rows, columns = parameter.shape
-        batch = 1
-        for extent in lead:
-            batch *= extent
-        return rounded(batch * rows * 4) + rounded(batch * columns * 4)
-    if state.shape == "low-rank" and len(parameter.shape) == 2 and rank:
-        count = min(parameter.shape) if rank >= min(parameter.shape) else rank
-        count *= max(parameter.shape)
-    if state.dtype.endswith(tuple("0123456789")) and "bit-" in state.dtype:
-        if parameter.numel < state.min_elements:
-            return rounded(count * 4)
-        bits, block = state.dtype.split("bit-")
-        return rounded(-(-count * int(bits) // 8)) + rounded(-(-count // int(block)) * 4)
-    return rounded(count * ITEM_BYTES[dtype if state.dtype == "param" else state.dtype])
+        return [1]
+    if len(shape) < 2:
+        return [] if state.shape in ("factored-2d", "projector") else [count]
+    matrices, rows, columns = _lengths(shape)
+    short, long = min(rows, columns), max(rows, columns)
+    low = min(rank or short, short)
+    return {
+        "factored": [matrices * rows, matrices * columns],
+        "factored-2d": [matrices * rows, matrices * columns],
+        "row": [matrices * rows],
+        "low-rank": [matrices * low * long],
+        "low-rank-factored": [matrices * low, matrices * long],
+        "projector": [matrices * low * short],
+    }[state.shape]
 
 
-def state_bytes(optimizer: OptimizerSpec, parameters: Iterable[tuple[Parameter, int]]) -> int:
-    """Bytes of all states for (parameter, how many such tensors)."""
-    total = 0
-    for parameter, times in parameters:
-        one = sum(
-            _one_state(state, parameter, parameter.dtype, optimizer.rank)
-            for state in optimizer.states
+def _storage(state: State, count: int, item: int) -> int:
+    """Bytes of ``count`` elements of a state of a parameter of ``item`` bytes a value."""
+    if state.dtype == "param":
+        return rounded(count * item)
+    if state.dtype in ITEM_BYTES:
+        return rounded(count * ITEM_BYTES[state.dtype])
+    bits, *scale, block = state.dtype.split("-")
+    if count < state.min_elements or (state.block_multiple and count % state.block_multiple):
+        return rounded(count * (item if state.block_multiple else 4))
+    values = rounded(-(-count * int(bits.removesuffix("bit")) // 8))
+    scales = rounded(-(-count // int(block)) * (2 if scale else 4))
+    return values + scales + rounded(state.table_bytes)
+
+
+def tensor_state_bytes(optimizer: OptimizerSpec, parameter: Parameter, on: str = "gpu") -> int:
+    """Bytes of all states of one trainable tensor."""
+    item = ITEM_BYTES[parameter.dtype]
+    total = rounded(4) if optimizer.step_counter_on_gpu and on == "gpu" else 0
+    for state in optimizer.states:
+        if state.on != on or (state.when == "half" and item != 2):
+            continue
+        total += sum(
+            _storage(state, count, item)
+            for count in _elements(state, parameter.shape, optimizer.rank)
         )
-        if optimizer.on_device_steps:
-            one += rounded(4)
-        total += times * one
     return total
 
 
-def step_bytes(optimizer: OptimizerSpec, parameters: Iterable[tuple[Parameter, int]]) -> int:
-    """Bytes that are needed only during the step."""
-    sizes = [(rounded(p.numel * ITEM_BYTES[p.dtype]), times) for p, times in parameters]
-    if optimizer.step == "foreach":
-        return optimizer.copies * sum(size * times for size, times in sizes)
-    if optimizer.step == "loop":
-        return optimizer.copies * max((size for size, _ in sizes), default=0)
-    return 0
+def _handler(optimizer: OptimizerSpec, parameter: Parameter, is_matrix: bool) -> OptimizerSpec:
+    if optimizer.others is None or (is_matrix and len(parameter.shape) >= 2):
+        return optimizer
+    return optimizer.others
+
+
+def state_bytes(
+    optimizer: OptimizerSpec, parameters: Sequence[tuple[Parameter, int, bool]], on: str = "gpu"
+) -> int:
+    """Bytes of all states, for (parameter, how many such tensors, is it a hidden matrix)."""
+    return sum(
+        times * tensor_state_bytes(_handler(optimizer, parameter, matrix), parameter, on)
+        for parameter, times, matrix in parameters
+    )
+
+
+def step_bytes(optimizer: OptimizerSpec, parameters: Sequence[tuple[Parameter, int, bool]]) -> int:
+    """Bytes that are needed only during the step: the worst of its moments."""
+    at_once = largest = second = 0
+    for parameter, times, matrix in parameters:
+        step = _handler(optimizer, parameter, matrix).step
+        half = ITEM_BYTES[parameter.dtype] == 2
+        count = parameter.numel
+        at_once += times * rounded(int(count * step.all[half])) if step.all[half] else 0
+        largest = max(largest, rounded(int(count * step.current[half])))
+        second = max(second, rounded(int(count * step.previous[half])))
+    return at_once + largest + second

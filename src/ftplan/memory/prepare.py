@@ -49,19 +49,19 @@ def _train_last(network: Network, count: int) -> None:
 
 def _everything(network: Network) -> Iterator[Parameter]:
     """Each parameter object once, of one block of each kind."""
-    for parameter, _ in counted_parameters(network):
+    for parameter, _, _ in counted_parameters(network):
         yield parameter
 
 
-def counted_parameters(network: Network) -> list[tuple[Parameter, int]]:
-    """Every parameter object with the number of tensors of the model it stands for."""
-    counted: dict[int, tuple[Parameter, int]] = {}
+def counted_parameters(network: Network) -> list[tuple[Parameter, int, bool]]:
+    """Every parameter object once: how many tensors it stands for, and whether it is in a block."""
+    counted: dict[int, tuple[Parameter, int, bool]] = {}
     for _, parameter in network.named_parameters():
-        counted[id(parameter)] = (parameter, 1)
+        counted[id(parameter)] = (parameter, 1, False)
     for stage in network.stages:
         stack = stage.stack
         for kind, block in enumerate(stack.kinds):
             times = stack.pattern.count(kind)
             for _, parameter in block.named_parameters():
-                counted[id(parameter)] = (parameter, times)
+                counted[id(parameter)] = (parameter, times, True)
     return list(counted.values())

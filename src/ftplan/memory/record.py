@@ -180,7 +180,8 @@ def _run_stage(
             order.append(seen[key])
             continue
         block = stage.stack.kinds[kind]
-        block = copy.deepcopy(block) if key in seen else block
+        if any(known[0] == kind for known in seen):
+            block = copy.deepcopy(block)  # a layer of its own: its gradients are too
         _name_parts(block, recorder.tape)
         # the caller's name for the input lives until the block returns
         run = _checkpoint if checkpointed else _run
@@ -206,6 +207,7 @@ def _is_last(stack: Stack, layer: int) -> bool:
 def _name_parts(block: Module, tape: Tape) -> None:
     """Let storages be named after the part of the block that makes them."""
     for name, part in block.children.items():
+        vars(part).pop("forward", None)  # a copied block must not run the original's parts
         part.forward = _naming(part.forward, name, tape)
 
 

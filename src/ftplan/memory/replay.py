@@ -145,6 +145,15 @@ class Program:
                 level += run.times * net
         return Moment(self.phases[where[0]].name, best, self._alive_at(where, table))
 
+    def rest(self, micro: int, seq_len: int, chunk: int = 0) -> dict[Label, Alive]:
+        """What is alive when the last phase has ended: gradients, mostly."""
+        table = self._bytes(micro, seq_len, chunk)
+        last = len(self.phases) - 1
+        final = len(self.phases[last].runs) - 1
+        run = self.phases[last].runs[final]
+        where = (last, final, run.times - 1, len(self._events[run.segment]) - 1)
+        return self._alive_at(where, table)
+
     def _alive_at(self, where: tuple[int, int, int, int], table: list[int]) -> dict[Label, Alive]:
         alive: dict[Label, list[Any]] = {}
         for events, times in self._until(where):

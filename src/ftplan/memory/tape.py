@@ -204,7 +204,7 @@ class Parameter:
     ``dtype`` is a name of :mod:`ftplan.dtypes` (a weight may be stored in ``nf4``).
     """
 
-    __slots__ = ("dtype", "grad", "name", "shape", "trainable")
+    __slots__ = ("added", "dtype", "grad", "name", "shape", "trainable")
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: str, trainable: bool) -> None:
         self.name = name
@@ -212,6 +212,8 @@ class Parameter:
         self.dtype = dtype
         self.trainable = trainable
         self.grad: Tensor | None = None
+        self.added = False
+        """An adapter's: not counted as the model's own."""
 
     @property
     def numel(self) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ftplan.memory.estimate import Estimate
 from ftplan.memory.replay import Alive
 from ftplan.memory.tape import Label, Size
 from ftplan.report import Term
 
-__all__ = ["moment_terms"]
+__all__ = ["all_terms", "formula"]
 
 _GROUPS = {
     "activations": ("activations", "kept by autograd for the way back"),
@@ -49,3 +50,33 @@ def moment_terms(alive: Mapping[Label, Alive]) -> list[Term]:
         for (group, name), (bytes_, size, why) in merged.items()
     ]
     return sorted(terms, key=lambda term: -term.bytes)
+
+
+def all_terms(result: Estimate, workspace: int) -> list[Term]:
+    """Every term of the answer; those at the peak add up to it, to the byte."""
+    terms = [
+        Term(name=t.name, bytes=t.bytes, at_peak=True, formula=t.formula, source=t.source)
+        for t in result.static
+    ]
+    terms += moment_terms(result.alive)
+    if result.step_temporary_bytes:
+        terms.append(
+            Term(
+                name="temporary/optimizer_step",
+                bytes=result.step_temporary_bytes,
+                at_peak=True,
+                formula="temporaries of the optimizer's step",
+                source="counted while the optimizer ran (catalogue of optimizers)",
+            )
+        )
+    if workspace:
+        terms.append(
+            Term(
+                name="runtime/cublas_workspace",
+                bytes=workspace,
+                at_peak=True,
+                formula=f"{workspace:,}",
+                source="aten/src/ATen/cuda/CublasHandlePool.cpp, default workspace by generation",
+            )
+        )
+    return terms

@@ -1,0 +1,184 @@
+"""The verbs of the library: names and files in, reports out. The command line calls these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ftplan import __version__
+from ftplan.errors import UnsupportedError
+from ftplan.memory import textbook
+from ftplan.memory.counters import (
+    allocated_interval,
+    context_interval,
+    reserved_interval,
+    workspace_bytes,
+)
+from ftplan.memory.estimate import Estimate
+from ftplan.memory.estimate import estimate as walk
+from ftplan.memory.terms import all_terms
+from ftplan.report import Finding, GpuSummary, Interval, ModelSummary, Phase, Report, Verdict
+from ftplan.resolve import Resolved, job_of, resolve
+from ftplan.spec import Plan
+
+__all__ = ["estimate"]
+
+
+def estimate(plan: Plan, *, base: Path | None = None) -> Report:
+    """How much memory a job takes, and whether it fits when the plan names a GPU.
+
+    ``base`` is the folder that relative paths in the plan start at. Raises FtplanError (with a
+    remedy) for names that are unknown and jobs that are not modelled.
+    """
+    resolved = resolve(plan, base=base)
+    if resolved.config is None:
+        return _textbook(resolved)
+    if resolved.plan.task == "serve" or resolved.plan.method is None:
+        from ftplan.memory.serving import serve
+        from ftplan.resolve import serving_job_of
+
+        return _report(resolved, serve(serving_job_of(resolved)))
+    return _report(resolved, walk(job_of(resolved)))
+
+
+def _report(resolved: Resolved, result: Estimate) -> Report:
+    capability = _capability(resolved)
+    workspace = workspace_bytes(capability if resolved.gpu else None)
+    transient = result.peak_bytes - result.static_bytes
+    expected = result.peak_bytes + workspace
+    allocated = allocated_interval(expected, transient)
+    reserved = reserved_interval(allocated, transient)
+    world = (resolved.plan.hardware.count or 1) * (resolved.plan.hardware.nodes or 1)
+    device = reserved.plus(context_interval(capability, world))
+    gpu = _gpu(resolved)
+    return Report(
+        verdict=_verdict(device, gpu),
+        model=ModelSummary(
+            name=resolved.name,
+            total_params=result.total_params,
+            trainable_params=result.trainable_params,
+        ),
+        job=job_mapping(resolved.plan),
+        allocated_bytes=allocated,
+        reserved_bytes=reserved,
+        device_bytes=device,
+        host_bytes=None,
+        gpu=gpu,
+        peak_phase=result.peak_phase,
+        phases=tuple(Phase(name=n, peak_bytes=b + workspace) for n, b in result.phases),
+        terms=tuple(all_terms(result, workspace)),
+        findings=resolved.findings,
+        assumptions=resolved.assumptions,
+        tool_version=__version__,
+    )
+
+
+def _capability(resolved: Resolved) -> tuple[int, int] | None:
+    gpu = resolved.gpu
+    if gpu is None:
+        return (8, 0)
+    if gpu.compute_capability is None:
+        return None
+    major, minor = gpu.compute_capability.split(".")
+    return int(major), int(minor)
+
+
+def _gpu(resolved: Resolved) -> GpuSummary | None:
+    if resolved.gpu is None:
+        return None
+    plan = resolved.plan
+    free = resolved.gpu.usable_bytes - (plan.hardware.reserved or 0)
+    usable = int(free * (1 - (plan.budget.headroom or 0.0)))
+    count = (plan.hardware.count or 1) * (plan.hardware.nodes or 1)
+    return GpuSummary(name=resolved.gpu.name, usable_bytes=max(0, usable), count=count)
+
+
+def _verdict(device: Interval, gpu: GpuSummary | None) -> Verdict | None:
+    if gpu is None:
+        return None
+    if device.high <= gpu.usable_bytes:
+        return "fits"
+    return "tight" if device.expected <= gpu.usable_bytes else "over"
+
+
+def job_mapping(plan: Plan) -> Mapping[str, Any]:
+    """The plan as a mapping, without what was not given and has no default."""
+
+    def pruned(value: Any) -> Any:
+        if isinstance(value, dict):
+            kept = {key: pruned(item) for key, item in value.items() if item is not None}
+            return {key: item for key, item in kept.items() if item != {}}
+        return list(value) if isinstance(value, tuple) else value
+
+    mapping = asdict(plan)
+    result: dict[str, Any] = pruned(mapping)
+    name = plan.model.name
+    if name is not None:
+        result["model"] = name
+    return result
+
+
+def _textbook(resolved: Resolved) -> Report:
+    from ftplan.dtypes import find_format
+
+    plan = resolved.plan
+    params = plan.model.params
+    assert params is not None
+    storage = find_format(plan.precision.weights or "bf16")
+    findings: tuple[Finding, ...] = resolved.findings
+    if plan.method is None:
+        result = textbook.inference(params, storage)
+        phase = "serve"
+    else:
+        trained = storage if storage.trainable else find_format("bf16")
+        result = textbook.training(params, _trainable(plan, params), storage, trained)
+        findings += (
+            Finding(
+                code="MEM001",
+                severity="info",
+                message="activations are not in this sum: they need the model's shape",
+                help="pass --model NAME or --config config.json for the exact sum",
+            ),
+        )
+        phase = "step"
+    total = result.total
+    interval = Interval(low=total, expected=total, high=total)
+    gpu = _gpu(resolved)
+    return Report(
+        verdict=_verdict(interval, gpu),
+        model=ModelSummary(
+            name=resolved.name, total_params=params, trainable_params=result.trainable_params
+        ),
+        job=job_mapping(plan),
+        allocated_bytes=interval,
+        reserved_bytes=None,
+        device_bytes=None,
+        host_bytes=None,
+        gpu=gpu,
+        peak_phase=phase,
+        terms=result.terms,
+        findings=findings,
+        assumptions=resolved.assumptions,
+        details={"basis": "textbook"},
+        tool_version=__version__,
+    )
+
+
+def _trainable(plan: Plan, params: int) -> int:
+    method = plan.method
+    assert method is not None
+    if method.kind == "full":
+        return params
+    if method.trainable is not None:
+        return method.trainable
+    raise UnsupportedError(
+        f"the trainable count of method {method.kind!r} on a bare parameter count",
+        remedy="add --trainable 1e9 or --trainable 10%, or name the model with --model",
+    )
+
+
+def with_plan(report: Report, **changes: Any) -> Report:
+    """A report with some fields replaced."""
+    return replace(report, **changes)
