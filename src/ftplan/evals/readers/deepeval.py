@@ -93,11 +93,16 @@ def _row(case: dict[str, Json], number: int) -> ResultRow:
 def _check(metric: dict[str, Json]) -> Check:
     error = as_text(metric.get("error"))
     score = as_number(metric.get("score"))
+    least = metric.get("threshold", metric.get("minimum_score"))
+    threshold = as_number(least)
+    passed = as_verdict(metric.get("success"))
+    if "success" not in metric and score is not None and threshold is not None:
+        passed = score >= threshold  # before 0.20 only the least passing score was written
     return Check(
         name=as_text(metric.get("name") or metric.get("metric")) or "metric",
-        passed=None if error else as_verdict(metric.get("success")),
+        passed=None if error else passed,
         score=score,
-        threshold=as_number(metric.get("threshold")),
+        threshold=threshold,
         reason=as_text(metric.get("reason")),
         error=error,
         decides=metric.get("flaky") is not True,

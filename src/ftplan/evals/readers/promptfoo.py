@@ -64,7 +64,11 @@ def read(document: Document, options: ReadOptions) -> EvalRun:
 
 
 def _is_row(value: Json) -> bool:
-    return isinstance(value, dict) and value.keys() >= _ROW_KEYS and "prompt" in value
+    if not isinstance(value, dict) or "success" not in value:
+        return False
+    if "failureReason" in value or "gradingResult" in value:
+        return True
+    return value.keys() >= _ROW_KEYS and "prompt" in value
 
 
 def _summary(document: Document) -> dict[str, Json]:
@@ -85,8 +89,8 @@ def _row(row: dict[str, Json], number: int, line: int | None) -> ResultRow:
     components = [as_dict(each) for each in as_list(grading.get("componentResults"))]
     checks = tuple(_check(each) for each in components)
     error = _infrastructure_error(row, grading)
-    variables = as_dict(row.get("vars"))
     case = as_dict(row.get("testCase"))
+    variables = as_dict(row.get("vars")) or as_dict(case.get("vars"))
     test = row.get("testIdx")
     name = f"test-{test}" if isinstance(test, int) else f"row-{number}"
     if isinstance(row.get("promptIdx"), int):
@@ -115,9 +119,23 @@ def _infrastructure_error(row: dict[str, Json], grading: dict[str, Json]) -> str
     message = as_text(row.get("error") or response.get("error"))
     if row.get("failureReason") == _ERROR:
         return message or "error"
+    failed = [
+        as_dict(each)
+        for each in as_list(grading.get("componentResults"))
+        if as_verdict(as_dict(each).get("pass")) is False
+    ]
+    if failed and all(_grader_error(each) for each in failed):
+        return _grader_error(failed[0])  # the judge gave no verdict, and nothing else said no
     if "failureReason" not in row and message and not grading and row.get("success") is not True:
         return message  # older files have no failureReason: an error that nothing graded
     return ""
+
+
+def _grader_error(component: dict[str, Json]) -> str:
+    """Why the judge gave no verdict; promptfoo writes that as a failed assertion with a mark."""
+    if as_dict(component.get("metadata")).get("graderError") is not True:
+        return ""
+    return as_text(component.get("reason")) or "the grader failed"
 
 
 def _check(component: dict[str, Json]) -> Check:
@@ -127,8 +145,9 @@ def _check(component: dict[str, Json]) -> Check:
     return Check(
         name=metric or kind or "assertion",
         signal=kind,
-        passed=as_verdict(component.get("pass")),
+        passed=None if _grader_error(component) else as_verdict(component.get("pass")),
         score=as_number(component.get("score")),
+        error=_grader_error(component),
         threshold=as_number(assertion.get("threshold")),
         reason=as_text(component.get("reason")),
     )
