@@ -58,6 +58,9 @@ class ModelMatch:
     tune, never a size."""
 
 
+# Path components that name no model: Meta's checkpoints lie in a folder of this name.
+_SKIPPED = ("", ".", "original")
+
 # Endings that say how the weights are stored or what they were tuned for. None of them changes
 # the shape; a size, a version or a date is never taken off.
 _ENDINGS = re.compile(
@@ -105,7 +108,7 @@ def resolve_model(name: str) -> ModelMatch:
 
     Raises ``UnknownNameError`` with suggestions, or ``AmbiguousNameError`` with the candidates.
     """
-    parts = [part for part in name.strip().replace("\\", "/").split("/") if part not in ("", ".")]
+    parts = [part for part in name.strip().replace("\\", "/").split("/") if part not in _SKIPPED]
     if len(parts) > 1 and (found := MODELS.lookup("/".join(parts[-2:]))):
         return ModelMatch(row=MODELS.only(name, found), how="hub-id")
     last = canonical(parts[-1]) if parts else ""
