@@ -263,15 +263,21 @@ class Draft:
         """Keys that no reader asked for: neutral ones are silent, the rest is named."""
         neutral, relevant = key_lists(self.trainer)
         unknown: list[Path] = []
+        moving: list[tuple[Path, str]] = []
         for path, value in keys.unread():
             name = ".".join(str(step) for step in path)
-            if _matches(name, neutral) is not None:
-                continue
             why = _matches(name, relevant)
-            if why is None:
+            if why is not None:
+                if value not in _OFF and value != []:
+                    moving.append((path, relevant[why]))
+            elif _matches(name, neutral) is None and value is not None:
                 unknown.append(path)
-            elif value not in _OFF and value != []:
-                self.not_modelled(keys, path, relevant[why])
+        for reason in dict.fromkeys(reason for _, reason in moving):
+            same = [path for path, other in moving if other == reason]
+            names = ", ".join(".".join(str(step) for step in path) for path in same)
+            self.find(
+                "IMP002", f"{names}: not modelled ({reason})", keys.at(*same[0]), severity="info"
+            )
         if unknown:
             names = ", ".join(dict.fromkeys(".".join(map(str, path)) for path in unknown[:8]))
             more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
