@@ -403,3 +403,20 @@ def test_redact_and_nothing_to_label(
     capsys.readouterr()
     assert terminal.run("") == 0
     assert "no failures" in capsys.readouterr().out and not terminal.output.exists()
+
+
+def test_a_failures_file_can_be_labelled(
+    terminal: Terminal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows that were collected by hand get their kinds, in their own file or in another."""
+    terminal.results = terminal.output
+    terminal.output.write_text(HAND_WRITTEN)
+    assert terminal.run("latency\ncost\n") == 0
+    assert capsys.readouterr().out.startswith("3 of 3 failures labelled")
+    file = read_failures(terminal.output)
+    assert [each.kind for each in file.failures] == ["outdated_knowledge", "latency", "cost"]
+    terminal.output = terminal.folder / "bob.yaml"
+    assert terminal.run("\nlatency\nedge_case\n", annotator="bob") == 0
+    second = read_failures(terminal.output)
+    assert [each.kind for each in second.failures] == ["outdated_knowledge", "latency", "edge_case"]
+    assert second.state == file.state

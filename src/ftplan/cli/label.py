@@ -22,13 +22,16 @@ from ftplan.errors import InputError, Location
 if TYPE_CHECKING:
     from ftplan.evals.labelled_file import LabelledFile
     from ftplan.evals.labelling import Session, Turn
+    from ftplan.failures import FailuresFile, State
     from ftplan.results import EvalRun
 
 
 def label(
     results: Annotated[
         Path | None,
-        typer.Argument(help="Result file of an evaluation tool.", show_default=False),
+        typer.Argument(
+            help="Result file of an evaluation tool, or a failures file.", show_default=False
+        ),
     ] = None,
     output: Annotated[
         Path,
@@ -66,10 +69,15 @@ def label(
     from ftplan import evals
     from ftplan.evals.labelling import start_session
 
-    run = evals.read_results(results, read_options(columns, threshold, tool))
+    by_hand = _failures_file(results) if not tool and not columns else None
+    if by_hand is not None:
+        run, state = evals.run_of(by_hand, str(results)), by_hand.state
+    else:
+        run = evals.read_results(results, read_options(columns, threshold, tool))
+        state = evals.state_of(run)
     for said in run.notes:
         note(f"note: {said}")
-    sheet = _Sheet(output, run, annotator, redact=redact)
+    sheet = _Sheet(output, run, state, annotator, redact=redact)
     session = start_session(
         run,
         labelled=sheet.file.labels,
@@ -84,11 +92,28 @@ def label(
     return 0
 
 
+def _failures_file(path: Path) -> FailuresFile | None:
+    """The file as a failures file, where it is one: its rows can be labelled too."""
+    from ftplan.files.document import read_document
+    from ftplan.files.failures import looks_like_failures, parse_failures
+
+    if path.suffix.lower() not in (".yaml", ".yml", ".json"):
+        return None
+    try:
+        document = read_document(path)
+    except InputError:
+        if path.suffix.lower() == ".json":
+            return None  # a tool's JSON may hold what no failures file does
+        raise
+    return parse_failures(document) if looks_like_failures(document) else None
+
+
 class _Sheet:
     """The failures file on disk."""
 
-    def __init__(self, path: Path, run: EvalRun, annotator: str, *, redact: bool) -> None:
-        from ftplan.evals.convert import state_of
+    def __init__(
+        self, path: Path, run: EvalRun, state: State, annotator: str, *, redact: bool
+    ) -> None:
         from ftplan.evals.labelled_file import open_labelled, start_text
 
         self.path = path
@@ -97,7 +122,7 @@ class _Sheet:
         self.on_disk = on_disk
         text = on_disk
         if text is None:
-            text = start_text(state_of(run), source=Path(run.source).name)
+            text = start_text(state, source=Path(run.source).name)
         self.file: LabelledFile = open_labelled(text, str(path))
         others = [name for name in self.file.annotators if annotator and name != annotator]
         if others:

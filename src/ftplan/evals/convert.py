@@ -14,7 +14,14 @@ from ftplan.evals.suggest import signal_of, suggest
 from ftplan.failures import Failure, FailuresFile, State, TestResult
 from ftplan.results import Check, EvalRun, ResultRow
 
-__all__ = ["failure_of", "join_failures", "state_of", "to_failures", "with_suggestions"]
+__all__ = [
+    "failure_of",
+    "join_failures",
+    "run_of",
+    "state_of",
+    "to_failures",
+    "with_suggestions",
+]
 
 INFRASTRUCTURE = "infrastructure_error"
 
@@ -101,6 +108,34 @@ def _suggested(failure: Failure, overrides: Mapping[str, str] | None) -> Failure
     )
     kind = suggest(row, overrides).kind
     return replace(failure, kind=kind, suggested=True) if kind else failure
+
+
+def run_of(file: FailuresFile, source: str) -> EvalRun:
+    """A failures file as a run, so that its rows can be labelled: those that have an id."""
+    named = [failure for failure in file.failures if failure.id]
+    rows = tuple(_row_of(failure) for failure in named)
+    missing = len(file.failures) - len(named)
+    notes = (f"{missing} failures without an id are left out: give them one",) if missing else ()
+    return EvalRun(tool="failures", source=source, rows=rows, notes=notes)
+
+
+def _row_of(failure: Failure) -> ResultRow:
+    assert failure.id
+    results = {name: result == "pass" for name, result in (failure.tests or {}).items()}
+    checks = [Check(name=name, passed=False) for name in failure.checks or ()]
+    checks += [Check(name=name, passed=ok, decides=False) for name, ok in results.items()]
+    return ResultRow(
+        id=failure.id,
+        item=failure.id,
+        passed=False,
+        checks=tuple(checks),
+        input=failure.input or "",
+        output=failure.output or "",
+        expected=failure.expected or "",
+        contexts=failure.context or (),
+        description=failure.description or "",
+        kind=failure.kind or "",
+    )
 
 
 def state_of(run: EvalRun) -> State:

@@ -7,8 +7,10 @@ a file in flow style (JSON) is written anew, since it has no comments to lose.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -123,7 +125,13 @@ class LabelledFile:
 
 
 def _item(failure: Mapping[str, Json], dash: int) -> str:
-    """One failure as a block item."""
+    """One failure as a block item; remembered, since all are written after every answer."""
+    return _item_of(json.dumps(failure), dash)
+
+
+@lru_cache(maxsize=4096)
+def _item_of(encoded: str, dash: int) -> str:
+    failure = json.loads(encoded)
     # split at \n only: U+2028 and form feeds stand inside of texts
     lines = _dump(dict(failure)).removesuffix("\n").split("\n")
     return "".join(

@@ -248,6 +248,9 @@ def _unpack(document: Document) -> dict[str, Json]:
                 for name in names
                 if name.startswith("samples/") and name.endswith(".json")
             ]
+            if not log["samples"] and "summaries.json" in names:
+                # a log without samples still has their scores, with texts cut short
+                log["samples"] = as_list(_member(archive, "summaries.json", document))
             if header_name != "header.json":
                 log["status"] = "started"
             return log
