@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ftplan import __version__
-from ftplan.errors import FtplanError, Location, UnknownNameError, UnsupportedError
+from ftplan.errors import (
+    FtplanError,
+    Location,
+    UnknownNameError,
+    UnsupportedError,
+    describe_fault,
+)
 from ftplan.files.document import read_document
 from ftplan.jobs import Change, JobInput, estimate_job, read_job
 from ftplan.report import CheckReport, Finding, Report, Verdict
@@ -63,21 +69,23 @@ def check_one(
     raise_faults: bool = False,
 ) -> Report:
     """The report of one file. A file that is refused has the verdict unknown and says why."""
+    job = None
     try:
         job = read_job(path, change=change, trainer=trainer, overlays=overlays)
         report = estimate_job(job)
     except FtplanError as error:
-        return _refused(str(path), error)
+        return _refused(str(path), error, job=job)
     except Exception as error:  # our own fault in one file must not hide the others
         if raise_faults:
             raise
         return _refused(
             str(path),
             FtplanError(
-                f"internal error: {type(error).__name__}: {error}",
+                describe_fault(error),
                 remedy="this is a fault of ftplan; FTPLAN_DEBUG=1 shows where it happened",
             ),
             code="CHK000",
+            job=job,
         )
     if report.verdict is not None:
         return replace(report, findings=(*_verdict_finding(job, report), *report.findings))
@@ -130,7 +138,9 @@ def _first_remedy(report: Report) -> str:
     return "it would with " + ", ".join(changes)
 
 
-def _refused(file: str, error: FtplanError, code: str | None = None) -> Report:
+def _refused(
+    file: str, error: FtplanError, *, code: str | None = None, job: JobInput | None = None
+) -> Report:
     if code is None:
         kinds: tuple[tuple[type[FtplanError], str], ...] = (
             (UnsupportedError, "CHK004"),
@@ -156,7 +166,8 @@ def _refused(file: str, error: FtplanError, code: str | None = None) -> Report:
         host_bytes=None,
         gpu=None,
         peak_phase=None,
-        findings=(finding,),
+        findings=(finding, *(job.findings if job is not None else ())),
+        assumptions=job.assumptions if job is not None else (),
         tool_version=__version__,
     )
 

@@ -26,6 +26,7 @@ __all__ = [
     "UnitError",
     "UnknownNameError",
     "UnsupportedError",
+    "describe_fault",
 ]
 
 
@@ -135,3 +136,16 @@ class MissingExtraError(FtplanError):
             remedy=f"pip install 'ftplan[{extra}]'",
         )
         self.extra = extra
+
+
+def describe_fault(error: BaseException) -> str:
+    """A fault of ours in one line: what it was and where in the code."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    where = ""
+    if frames:
+        file = frames[-1].filename.replace("\\", "/").rsplit("/", 1)[-1]
+        where = f" in {file}:{frames[-1].lineno}"
+    detail = str(error).splitlines()[:1]
+    return f"internal error: {type(error).__name__}{where}" + (f": {detail[0]}" if detail else "")

@@ -35,7 +35,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ftplan.errors import FtplanError
+from ftplan.errors import FtplanError, describe_fault
 
 __all__ = ["COMMANDS", "Command", "build_app", "help_text", "run"]
 
@@ -67,6 +67,10 @@ COMMANDS: tuple[Command, ...] = (
     Command(name="optimizers", panel="Catalogues"),
     Command(name="rules", panel="Catalogues"),
     Command(name="explain", panel="Catalogues"),
+    Command(name="import", panel="Files", function="import_"),
+    Command(name="export", panel="Files"),
+    Command(name="diff", panel="Files"),
+    Command(name="report", panel="Files"),
     Command(name="init", panel="Files"),
     Command(name="schema", panel="Files"),
 )
@@ -184,10 +188,8 @@ def run(arguments: Sequence[str]) -> int:
             return _usage(error)
         if os.environ.get("FTPLAN_DEBUG"):
             raise_traceback(error)
-        kind = type(error).__name__
-        detail = str(error).splitlines()[0] if str(error) else "no message"
         return _fail(
-            f"internal error: {kind}: {detail}\n"
+            f"{describe_fault(error)}\n"
             "  help: this is a fault of ftplan; FTPLAN_DEBUG=1 shows where it happened"
         )
     return code if isinstance(code, int) else 0

@@ -17,7 +17,7 @@ from ftplan.render.words import (
     headline,
     is_textbook,
     job_line,
-    wrapped_value,
+    plain_value,
 )
 from ftplan.report import CheckReport, Finding, Remedy, Report
 
@@ -77,7 +77,7 @@ def render_report(report: Report, *, explain: bool = False) -> str:
             table(
                 ("key", "value", "from"),
                 [
-                    (code(a.key), code(wrapped_value(a.value)), escape(a.source))
+                    (code(a.key), code(plain_value(a.value)), escape(a.source))
                     for a in report.assumptions
                 ],
             )

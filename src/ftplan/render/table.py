@@ -23,12 +23,12 @@ from ftplan.render.words import (
     headline,
     is_textbook,
     job_line,
-    wrapped_value,
+    plain_value,
 )
 from ftplan.report import Assumption, CheckReport, Finding, Interval, Remedy, Report, Term
 from ftplan.units import GB
 
-__all__ = ["render_check", "render_report", "render_rows"]
+__all__ = ["Page", "grid", "render_check", "render_report", "render_rows"]
 
 _STYLE = {
     "fits": "bold green",
@@ -42,7 +42,7 @@ _STYLE = {
 _BAR, _REST = "\u2588", "\u2591"
 
 
-class _Page:
+class Page:
     """A page of text being written: a rich console on a string."""
 
     def __init__(self, width: int, colour: bool) -> None:
@@ -76,7 +76,7 @@ class _Page:
         return "\n".join(lines).strip("\n") + "\n"
 
 
-def _columns(*headers: tuple[str, str]) -> Table:
+def grid(*headers: tuple[str, str]) -> Table:
     """A table without lines; ``headers`` are (title, justify)."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for title, justify in headers:
@@ -89,12 +89,12 @@ def render_report(
     report: Report, *, width: int = 80, colour: bool = False, explain: bool = False
 ) -> str:
     """One job on the screen. ``explain`` adds each term's formula and source."""
-    page = _Page(width, colour)
+    page = Page(width, colour)
     _report(page, report, explain)
     return page.text()
 
 
-def _report(page: _Page, report: Report, explain: bool) -> None:
+def _report(page: Page, report: Report, explain: bool) -> None:
     page.line((headline(report), "bold"))
     if report.job:
         page.line((job_line(report), "dim"))
@@ -110,7 +110,7 @@ def _report(page: _Page, report: Report, explain: bool) -> None:
     _assumptions(page, report.assumptions)
 
 
-def _answer(page: _Page, report: Report) -> None:
+def _answer(page: Page, report: Report) -> None:
     if report.verdict is not None:
         where = f" {report.gpu.name}" if report.gpu is not None else ""
         count = f" x {report.gpu.count}" if report.gpu and report.gpu.count > 1 else ""
@@ -131,7 +131,7 @@ def _answer(page: _Page, report: Report) -> None:
             f" {share:.0%} of {gib(report.gpu.usable_bytes)} GiB usable",
         )
     page.blank()
-    table = _columns(
+    table = grid(
         ("GiB", "left"), ("low", "right"), ("expected", "right"), ("high", "right"), ("", "left")
     )
     for name, interval, counter in (
@@ -149,7 +149,7 @@ def _interval(interval: Interval) -> tuple[str, str, str]:
     return gib(interval.low), gib(interval.expected), gib(interval.high)
 
 
-def _textbook_answer(page: _Page, report: Report) -> None:
+def _textbook_answer(page: Page, report: Report) -> None:
     assert report.allocated_bytes is not None
     weights = sum(t.bytes for t in report.terms if t.name.startswith("weights/"))
     total = report.allocated_bytes.expected
@@ -159,7 +159,7 @@ def _textbook_answer(page: _Page, report: Report) -> None:
     page.line(("the textbook's sum, GB = 10^9 bytes; exact with --model or --config", "dim"))
 
 
-def _ways(page: _Page, details: Mapping[str, Any]) -> None:
+def _ways(page: Page, details: Mapping[str, Any]) -> None:
     """The other ways to finetune the same model, one line each."""
     ways = details.get("ways")
     if not isinstance(ways, Sequence) or not ways:
@@ -168,7 +168,7 @@ def _ways(page: _Page, details: Mapping[str, Any]) -> None:
     page.line(("Finetuning the same model, GB without activations", "bold"))
     parts = [key for key in ways[0] if key.endswith("_bytes")]
     names = (key.removesuffix("_bytes") for key in parts)
-    table = _columns(("", "left"), *((name.replace("total", "in all"), "right") for name in names))
+    table = grid(("", "left"), *((name.replace("total", "in all"), "right") for name in names))
     for way in ways:
         table.add_row(
             str(way["name"]),
@@ -177,14 +177,14 @@ def _ways(page: _Page, details: Mapping[str, Any]) -> None:
     page.add(table)
 
 
-def _terms(page: _Page, report: Report, explain: bool) -> None:
+def _terms(page: Page, report: Report, explain: bool) -> None:
     total = report.total()
     title = "What it is made of" + (f" ({report.peak_phase})" if report.peak_phase else "")
     page.line((title, "bold"))
     if explain:
         _explained_terms(page, report.terms)
         return
-    table = _columns(
+    table = grid(
         ("term", "left"), ("GiB", "right"), ("GB", "right"), ("share", "right"), ("", "left")
     )
     for group, terms in group_terms(report.terms).items():
@@ -230,7 +230,7 @@ def _detail(term: Term) -> str:
     return term.name.split("/", 1)[-1].replace("_", " ")
 
 
-def _explained_terms(page: _Page, terms: Iterable[Term]) -> None:
+def _explained_terms(page: Page, terms: Iterable[Term]) -> None:
     for group in group_terms(tuple(terms)).values():
         for term in group:
             note = "" if term.at_peak else " (not at the peak)"
@@ -239,13 +239,13 @@ def _explained_terms(page: _Page, terms: Iterable[Term]) -> None:
             page.line((term.source, "dim"), indent=6)
 
 
-def _phases(page: _Page, report: Report) -> None:
+def _phases(page: Page, report: Report) -> None:
     if len(report.phases) < 2:
         return
     most = max(phase.peak_bytes for phase in report.phases) or 1
     page.blank()
     page.line(("Peak of each phase", "bold"))
-    table = _columns(("", "left"), ("GiB", "right"), ("", "left"))
+    table = grid(("", "left"), ("GiB", "right"), ("", "left"))
     for phase in report.phases:
         bar = _BAR * max(1, round(30 * phase.peak_bytes / most)) if phase.peak_bytes else ""
         style = "bold" if phase.name == report.peak_phase else ""
@@ -253,7 +253,7 @@ def _phases(page: _Page, report: Report) -> None:
     page.add(table)
 
 
-def _findings(page: _Page, findings: Sequence[Finding]) -> None:
+def _findings(page: Page, findings: Sequence[Finding]) -> None:
     if not findings:
         return
     page.blank()
@@ -261,7 +261,7 @@ def _findings(page: _Page, findings: Sequence[Finding]) -> None:
     _finding_lines(page, findings)
 
 
-def _finding_lines(page: _Page, findings: Sequence[Finding]) -> None:
+def _finding_lines(page: Page, findings: Sequence[Finding]) -> None:
     for finding in findings:
         where = f"{finding.location}: " if finding.location is not None else ""
         page.line(
@@ -273,7 +273,7 @@ def _finding_lines(page: _Page, findings: Sequence[Finding]) -> None:
             page.line((finding.help, "dim"), indent=6)
 
 
-def _remedies(page: _Page, remedies: Sequence[Remedy]) -> None:
+def _remedies(page: Page, remedies: Sequence[Remedy]) -> None:
     if not remedies:
         return
     page.blank()
@@ -281,8 +281,8 @@ def _remedies(page: _Page, remedies: Sequence[Remedy]) -> None:
     _remedy_table(page, remedies)
 
 
-def _remedy_table(page: _Page, remedies: Sequence[Remedy], indent: int = 2) -> None:
-    table = _columns(("change", "left"), ("saves GiB", "right"), ("then", "left"), ("cost", "left"))
+def _remedy_table(page: Page, remedies: Sequence[Remedy], indent: int = 2) -> None:
+    table = grid(("change", "left"), ("saves GiB", "right"), ("then", "left"), ("cost", "left"))
     for remedy in remedies:
         verdict = remedy.verdict or ""
         table.add_row(
@@ -294,14 +294,14 @@ def _remedy_table(page: _Page, remedies: Sequence[Remedy], indent: int = 2) -> N
     page.add(table, indent)
 
 
-def _assumptions(page: _Page, assumptions: Sequence[Assumption]) -> None:
+def _assumptions(page: Page, assumptions: Sequence[Assumption]) -> None:
     if not assumptions:
         return
     page.blank()
     page.line(("Assumed, because it was not given", "bold"))
     groups: dict[str, list[str]] = {}
     for assumption in assumptions:
-        said = f"{assumption.key} = {wrapped_value(assumption.value)}"
+        said = f"{assumption.key} = {plain_value(assumption.value)}"
         groups.setdefault(assumption.source, []).append(said)
     for source, said_all in sorted(groups.items(), key=lambda group: -len(group[1])):
         page.line(", ".join(said_all), indent=2)
@@ -310,7 +310,7 @@ def _assumptions(page: _Page, assumptions: Sequence[Assumption]) -> None:
 
 def render_check(check: CheckReport, *, width: int = 80, colour: bool = False) -> str:
     """Every checked file: verdict, peak and its phase, the three largest terms, findings."""
-    page = _Page(width, colour)
+    page = Page(width, colour)
     for file, report in check.results:
         verdict = report.verdict or "unknown"
         page.line((file, "bold"), "  ", (VERDICTS[verdict], _STYLE[verdict]))
@@ -351,12 +351,12 @@ def render_rows(
     colour: bool = False,
 ) -> str:
     """A catalogue: one line per row; numbers to the right."""
-    page = _Page(width, colour)
+    page = Page(width, colour)
     if title:
         page.line((title, "bold"))
         page.blank()
     numeric = {c for c in columns if all(_is_numeric(row.get(c)) for row in rows)}
-    table = _columns(*((c.replace("_", " "), "right" if c in numeric else "left") for c in columns))
+    table = grid(*((c.replace("_", " "), "right" if c in numeric else "left") for c in columns))
     for row in rows:
         table.add_row(*("" if row.get(c) is None else str(row[c]) for c in columns))
     page.add(table, indent=0)

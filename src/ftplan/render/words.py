@@ -19,7 +19,7 @@ __all__ = [
     "headline",
     "is_textbook",
     "job_line",
-    "wrapped_value",
+    "plain_value",
 ]
 
 GROUPS = {
@@ -154,6 +154,6 @@ def _value(value: Any) -> str:
     return str(value)
 
 
-def wrapped_value(value: Any) -> str:
+def plain_value(value: Any) -> str:
     """An assumption's value for the screen."""
     return "none" if value is None else _value(value)

@@ -1,0 +1,41 @@
+"""``ftplan diff``: what changed between two plans, term by term."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ftplan.cli.flags import JobFlags, with_job_flags
+from ftplan.cli.output import FormatOption, OutputOption, emit, screen_width, use_colour
+
+
+@with_job_flags
+def diff(
+    *,
+    flags: JobFlags,
+    before: Annotated[Path, typer.Argument(metavar="A", help="A plan or a trainer's config.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="The other one.")],
+    format: FormatOption = "table",
+    output: OutputOption = None,
+) -> int:
+    """What changed between two plans, term by term. Flags are laid over both."""
+    from ftplan.cli.reading import read_with_flags
+    from ftplan.difference import difference
+    from ftplan.jobs import estimate_job
+
+    reports = [estimate_job(read_with_flags(file, flags)) for file in (before, after)]
+    change = difference(*reports, names=(str(before), str(after)))
+    if format in ("json", "yaml"):
+        from ftplan.render import json, yaml
+
+        emit(json.render(change) if format == "json" else yaml.render(change), output)
+        return 0
+    from ftplan.render.difference import render, render_markdown
+
+    if format == "markdown":
+        emit(render_markdown(change), output)
+    else:
+        emit(render(change, width=screen_width(output), colour=use_colour(output)), output)
+    return 0
