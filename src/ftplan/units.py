@@ -40,7 +40,12 @@ _BYTE_UNITS = {
     "tib": 2**40,
 }
 _COUNT_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-_QUANTITY = re.compile(r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][+-]?[0-9]{1,3})?|\.[0-9]+)\s*([A-Za-z%]*)\s*")
+# Separators stand between digits: _ anywhere, commas in groups of three (1,5 is refused, since
+# half the world reads it as one and a half).
+_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+(?:_[0-9]+)*)(?:\.[0-9]*)?|\.[0-9]+"
+_QUANTITY = re.compile(rf"\s*((?:{_NUMBER})(?:[eE][+-]?[0-9]{{1,2}})?)\s*([A-Za-z%]*)\s*")
+_LARGEST = 10**18
+"""More bytes or parameters than any machine or model has: a slip of the keyboard."""
 
 
 def _split(text: str, what: str, example: str) -> tuple[Fraction, str]:
@@ -56,7 +61,10 @@ def parse_bytes(text: str) -> int:
     if unit not in _BYTE_UNITS:
         problem = "has no unit" if not unit else f"has the unknown unit {unit!r}"
         raise UnitError(f"{text!r} {problem}", remedy="write GB (10^9 bytes) or GiB (2^30 bytes)")
-    return round(number * _BYTE_UNITS[unit])
+    count = round(number * _BYTE_UNITS[unit])
+    if count > _LARGEST:
+        raise UnitError(f"{text!r} is more memory than there is", remedy="check the unit")
+    return count
 
 
 def parse_count(text: str | int | float) -> int:
@@ -67,6 +75,8 @@ def parse_count(text: str | int | float) -> int:
     count = number * _COUNT_SUFFIXES[suffix]
     if count.denominator != 1 or count <= 0:
         raise UnitError(f"{text!r} is not a whole positive count", remedy="write it like 13e9")
+    if count > _LARGEST:
+        raise UnitError(f"{text!r} is more than any model has", remedy="write it like 13e9 or 13B")
     return int(count)
 
 
@@ -84,10 +94,14 @@ def format_bytes(count: int, unit: str = "GB") -> str:
     """Bytes with one decimal and their unit: ``26.0 GB``; small amounts step down to MB or kB."""
     binary = unit == "GiB"
     sign = "-" if count < 0 else ""
-    for name, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)) if binary else (
-        ("GB", GB),
-        ("MB", 10**6),
-        ("kB", 10**3),
+    for name, size in (
+        (("GiB", GIB), ("MiB", MIB), ("KiB", KIB))
+        if binary
+        else (
+            ("GB", GB),
+            ("MB", 10**6),
+            ("kB", 10**3),
+        )
     ):
         if abs(count) >= size / 10:
             return f"{sign}{abs(count) / size:.1f} {name}"
@@ -98,5 +112,9 @@ def format_count(count: int) -> str:
     """A count for the screen: ``8.03 B``, ``41.9 M``, ``512``."""
     for suffix, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if abs(count) >= size:
-            return f"{count / size:.3g} {suffix}" if count / size < 100 else f"{count / size:.0f} {suffix}"
+            return (
+                f"{count / size:.3g} {suffix}"
+                if count / size < 100
+                else f"{count / size:.0f} {suffix}"
+            )
     return str(count)
