@@ -29,6 +29,8 @@ class Heads:
     """Scores go through a tanh (Gemma 2)."""
     unscaled: bool = False
     """Scores are not multiplied by anything (T5)."""
+    softmax_fp32: bool = True
+    """Eager attention asks for an fp32 softmax; GPT-2's leaves it to autocast."""
 
     @property
     def groups(self) -> int:
@@ -172,11 +174,20 @@ def _workspace(tape: Tape, rows: Size, dtype: str, heads: Heads, choice: str) ->
             held.append(tape.tensor(rows, count * heads.size, dtype, f"flash {name} gradient"))
 
 
+def _dense(x: Tensor) -> Tensor:
+    """A product of batches copies an operand that is a part of a wider matrix."""
+    x = ops.autocast(x)
+    if x.storage is None:
+        return x
+    whole = x.tape.sizes[x.storage.index - 1]
+    return x if whole == x.numel * ops.item_bytes(x.dtype) else ops.copy(x)
+
+
 def _math(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
     """The quadratic fallback inside SDPA: scaled operands, scores, softmax, product."""
     rows = SCORES * heads.count
     k, v = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
-    q, k = ops.scale(q), ops.scale(k)
+    q, k, v = ops.scale(q), ops.scale(k), _dense(v)
     scores = ops.matmul(q, k, rows, 1, "scores")
     scores = ops.shift(scores)
     weights = ops.dropout(ops.softmax(scores), heads.dropout)
@@ -197,9 +208,9 @@ def _eager(
     dtype = q.dtype
     keys, values = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
     if heads.unscaled:
-        weights = ops.matmul(q, keys, rows, 1, "scores")
+        weights = ops.matmul(_dense(q), _dense(keys), rows, 1, "scores")
     else:
-        weights = ops.scale(ops.matmul(q, keys, rows, 1, "scores"))
+        weights = ops.scale(ops.matmul(_dense(q), _dense(keys), rows, 1, "scores"))
     if heads.softcap:
         weights = ops.scale(weights)
         weights = ops.unary(weights, "tanh", "output")
@@ -208,9 +219,13 @@ def _eager(
         weights = ops.add(weights, mask)
     elif heads.causal:
         weights = ops.shift(weights)
-    weights = ops.to(ops.softmax(weights, "fp32"), dtype)
+    if heads.softmax_fp32:
+        weights = ops.softmax(weights, "fp32")
+    else:
+        weights = ops.softmax(ops.autocast_fp32(weights))
+    weights = ops.to(weights, dtype)
     weights = ops.dropout(weights, heads.dropout)
     if held is not None:
         held.append(weights)
-    out = ops.matmul(weights, values, q.rows, heads.count * heads.value_size, "attention")
-    return ops.copy(out)
+    width = heads.count * heads.value_size
+    return ops.copy(ops.matmul(weights, _dense(values), q.rows, width, "attention"))

@@ -169,20 +169,42 @@ _KEEPS_OUTPUT = {"relu", "sigmoid", "tanh"}
 
 def activation(x: Tensor, name: str) -> Tensor:
     """An activation function by the name that config.json uses (``ACT2FN``)."""
-    if name in ("gelu_new", "gelu_fast", "gelu_python"):
-        return _written_out_gelu(x)
+    if name in ("gelu_new", "gelu_accurate"):
+        return _gelu_new(x)
+    if name == "gelu_fast":
+        return _gelu_fast(x)
+    if name == "gelu_python":
+        half = ops.scale(ops.scale(x))
+        inner = ops.scale(x)
+        return ops.mul(half, ops.shift(ops.unary(inner, "erf", "input")))
+    if name == "gelu_10":
+        return ops.unary(ops.unary(x, "gelu", "input"), "clip", "input")
     if name == "relu2":
         relu = ops.unary(x, "relu", "output")
         return ops.unary(relu, "square", "input")
     if name == "quick_gelu":
         return ops.mul(x, ops.unary(ops.scale(x), "sigmoid", "output"))
+    if name in ("linear", "identity"):
+        return x
     return ops.unary(x, name, "output" if name in _KEEPS_OUTPUT else "input")
 
 
-def _written_out_gelu(x: Tensor) -> Tensor:
-    """``0.5 x (1 + tanh(c (x + 0.044715 x^3)))`` in elementwise steps (``NewGELUActivation``)."""
+def _gelu_new(x: Tensor) -> Tensor:
+    """``0.5 x (1 + tanh(c (x + 0.044715 x^3)))`` in elementwise steps (``NewGELUActivation``).
+
+    Autocast runs the power in fp32, and everything after it follows.
+    """
     half = ops.scale(x)
-    inner = ops.scale(ops.add(x, ops.scale(ops.unary(x, "pow", "input"))))
+    cube = ops.unary(ops.autocast_fp32(x), "pow", "input")
+    inner = ops.scale(ops.add(x, ops.scale(cube)))
+    return ops.mul(half, ops.shift(ops.unary(inner, "tanh", "output")))
+
+
+def _gelu_fast(x: Tensor) -> Tensor:
+    """``0.5 x (1 + tanh(c x (1 + 0.044715 x x)))`` (``FastGELUActivation``)."""
+    half = ops.scale(x)
+    square = ops.shift(ops.mul(ops.scale(x), x))
+    inner = ops.mul(ops.scale(x), square)
     return ops.mul(half, ops.shift(ops.unary(inner, "tanh", "output")))
 
 
@@ -265,6 +287,8 @@ class Network(Module):
         self.stages: list[Stage] = []
         self.tied: dict[str, str] = {}
         """Names of weights that are another weight: no bytes of their own."""
+        self.buffer_bytes = 0
+        """Large buffers that are no weights (causal masks of older models), static."""
         self.loss_in_fp32 = True
         """The loss casts logits to fp32 first (``ForCausalLMLoss``); else it takes them as is."""
         self.embedding_names: tuple[str, ...] = ("model.embed_tokens",)
@@ -278,6 +302,10 @@ class Network(Module):
         weight = self.child(to_path).parameters[to_attribute]
         setattr(self.child(path), attribute, weight)
         self.tied[name] = to
+
+    def head_parameters(self) -> list[Parameter]:
+        """The weights of the output head."""
+        return [parameter for _, parameter in self.child(self.head_name).named_parameters()]
 
     def head(self, x: Tensor) -> Tensor:
         """From the last stage's output to the logits."""

@@ -31,6 +31,7 @@ _FILES: dict[str, tuple[str, ...]] = {
         "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared",
     ),
     "gpt_oss": ("gpt_oss",),
+    "routed": ("llama4_text", "phimoe", "ernie4_5_moe", "minimax_m2", "hunyuan_v1_moe"),
     "latent": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm4_moe", "dots1"),
 }  # fmt: skip
 

@@ -233,7 +233,8 @@ def heads_of(config: Config) -> Heads:
 def rotary_width(config: Config, size: int) -> int:
     """How much of a head of ``size`` is rotated (``partial_rotary_factor``)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    older = config.get("rotary_pct", config.get("partial_rotary_factor"))
+    factor = rope.get("partial_rotary_factor", older)
     return int(size * factor) if factor is not None else size
 
 
