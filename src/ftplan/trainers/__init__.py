@@ -2,7 +2,7 @@
 
 For the commands (``ftplan import``, ``export``, ``check``, and FILE of ``memory`` and ``fit``)::
 
-    detect_file("config.yaml")                   -> "axolotl"     (raises InputError with the reason)
+    detect_file("config.yaml")                   -> "axolotl"   (or InputError with the reason)
     import_file("config.yaml", overlays=("accelerate.yaml",), trainer=None) -> Imported
         .plan          spec.Plan; what the file does not say is None
         .findings      report.Finding (IMP..., CFG...), each at its place in the file
@@ -24,6 +24,7 @@ to it and then to the working directory, through ``ftplan.files``.
 from __future__ import annotations
 
 from ftplan.trainers.draft import Imported
+from ftplan.trainers.exporting import EXPORTS, export_plan
 from ftplan.trainers.lint import lint_plan
 from ftplan.trainers.pages import Page, finding_codes, finding_page
 from ftplan.trainers.reading import (
@@ -35,7 +36,6 @@ from ftplan.trainers.reading import (
     import_text,
 )
 from ftplan.trainers.writing import Exported
-from ftplan.trainers.exporting import EXPORTS, export_plan
 
 __all__ = [
     "EXPORTS",

@@ -224,7 +224,7 @@ def export(plan: Plan) -> str:
         f"mixed_precision: '{plan.precision.mixed or 'no'}'",
     ]
     kind = sharding.kind or ("ddp" if per_node * nodes > 1 else "none")
-    if sharding.pp and sharding.pp > 1 or sharding.ep and sharding.ep > 1:
+    if (sharding.pp and sharding.pp > 1) or (sharding.ep and sharding.ep > 1):
         raise UnsupportedError("pipeline or expert parallelism in an accelerate file")
     if kind in ("none", "ddp"):
         lines.append(f"distributed_type: {'MULTI_GPU' if kind == 'ddp' else 'NO'}")

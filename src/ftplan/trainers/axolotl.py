@@ -109,14 +109,19 @@ def _batch(draft: Draft, keys: Keys, task: str) -> None:
         steps = max(total // draft.get("batch.micro"), 1)
     draft.put("batch.accumulation", steps, keys.at("gradient_accumulation_steps"))
     packing = keys.flag("sample_packing")
-    draft.put("batch.packing", bool(packing) or keys.count("max_packed_sequence_len") is not None,
-              keys.at("sample_packing"))  # fmt: skip
+    draft.put(
+        "batch.packing",
+        bool(packing) or keys.count("max_packed_sequence_len") is not None,
+        keys.at("sample_packing"),
+    )
     if keys.flag("pad_to_sequence_len") and not packing and task in ("sft", "pt"):
         draft.find(
-            "CFG005", "every sample is padded to sequence_len and none is packed: short samples "
-            "cost as much memory as the longest", keys.at("pad_to_sequence_len"),
+            "CFG005",
+            "every sample is padded to sequence_len and none is packed: short samples "
+            "cost as much memory as the longest",
+            keys.at("pad_to_sequence_len"),
             help="set sample_packing: true, or pad_to_sequence_len: false",
-        )  # fmt: skip
+        )
     evaluates = keys.number("val_set_size") or keys.raw("test_datasets")
     if evaluates:
         draft.put("batch.eval_micro", keys.count("eval_batch_size"), keys.at("eval_batch_size"))
@@ -126,10 +131,22 @@ def _batch(draft: Draft, keys: Keys, task: str) -> None:
 
 def _method(draft: Draft, keys: Keys) -> None:
     adapter = keys.word("adapter")
-    names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear",
-             "lora_modules_to_save", "lora_target_parameters", "peft_use_dora", "peft_use_rslora",
-             "peft_layers_to_transform", "lora_rank_pattern", "lora_fan_in_fan_out",
-             "peft_autocast_adapter_dtype", "oft_block_size")  # fmt: skip
+    names = (
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target_modules",
+        "lora_target_linear",
+        "lora_modules_to_save",
+        "lora_target_parameters",
+        "peft_use_dora",
+        "peft_use_rslora",
+        "peft_layers_to_transform",
+        "lora_rank_pattern",
+        "lora_fan_in_fan_out",
+        "peft_autocast_adapter_dtype",
+        "oft_block_size",
+    )
     unfrozen = (
         keys.words("unfrozen_parameters")
         if isinstance(keys.raw("unfrozen_parameters"), list)
@@ -144,9 +161,11 @@ def _method(draft: Draft, keys: Keys) -> None:
         ]
         if set_:
             draft.find(
-                "CFG001", f"{', '.join(set_)} do nothing without an adapter; every weight is trained",
-                keys.at(set_[0]), help="set adapter: lora or adapter: qlora, or remove these keys",
-            )  # fmt: skip
+                "CFG001",
+                f"{', '.join(set_)} do nothing without an adapter; every weight is trained",
+                keys.at(set_[0]),
+                help="set adapter: lora or adapter: qlora, or remove these keys",
+            )
         for name in names:
             keys.raw(name)
         return
@@ -198,9 +217,11 @@ def _method(draft: Draft, keys: Keys) -> None:
 
 def _partial(draft: Draft, keys: Keys, patterns: tuple[str, ...]) -> None:
     draft.not_modelled(
-        keys, ("unfrozen_parameters",),
-        f"only {len(patterns)} pattern(s) of parameters are trained; sized as full finetuning, which is more",
-    )  # fmt: skip
+        keys,
+        ("unfrozen_parameters",),
+        f"only {len(patterns)} pattern(s) of parameters are trained; sized as full "
+        f"finetuning, which is more",
+    )
 
 
 def _quantised(draft: Draft, keys: Keys) -> None:
@@ -208,15 +229,27 @@ def _quantised(draft: Draft, keys: Keys) -> None:
     four, eight = keys.flag("load_in_4bit"), keys.flag("load_in_8bit")
     kind = draft.get("method.kind")
     if four and eight:
-        draft.find("CFG007", "load_in_4bit and load_in_8bit are both on: axolotl refuses this",
-                   keys.at("load_in_8bit"), help="keep one of the two")  # fmt: skip
+        draft.find(
+            "CFG007",
+            "load_in_4bit and load_in_8bit are both on: axolotl refuses this",
+            keys.at("load_in_8bit"),
+            help="keep one of the two",
+        )
     if (four or eight) and adapter is None:
         name = "load_in_4bit" if four else "load_in_8bit"
-        draft.find("CFG006", f"{name} without an adapter: a quantised base cannot be trained in full",
-                   keys.at(name), help="set adapter: qlora (4 bit) or adapter: lora (8 bit), or remove it")  # fmt: skip
+        draft.find(
+            "CFG006",
+            f"{name} without an adapter: a quantised base cannot be trained in full",
+            keys.at(name),
+            help="set adapter: qlora (4 bit) or adapter: lora (8 bit), or remove it",
+        )
     if adapter == "qlora" and not four and not keys.flag("gptq"):
-        draft.find("CFG007", "adapter: qlora needs load_in_4bit: true; axolotl stops here",
-                   keys.at("adapter"), help="set load_in_4bit: true")  # fmt: skip
+        draft.find(
+            "CFG007",
+            "adapter: qlora needs load_in_4bit: true; axolotl stops here",
+            keys.at("adapter"),
+            help="set load_in_4bit: true",
+        )
         four = True
     if keys.flag("gptq"):
         _base(draft, keys, "gptq-int4", "gptq")
@@ -252,18 +285,18 @@ def _precision(draft: Draft, keys: Keys) -> None:
     if draft.get("precision.weights") is None:
         weights = {"bf16": "bf16", "fp16": "fp16"}.get(mixed or "", "fp32")
         draft.assume(
-            "precision.weights", weights,
-            SOURCE % "utils/config/__init__.py: torch_dtype is bfloat16 with bf16, float16 with fp16, else float32",
-        )  # fmt: skip
+            "precision.weights",
+            weights,
+            SOURCE % "utils/config/__init__.py: torch_dtype is bfloat16 with bf16, float16 with "
+            "fp16, else float32",
+        )
 
 
 def _checkpointing(draft: Draft, keys: Keys) -> None:
     raw = keys.word("gradient_checkpointing")
     offload = keys.word("activation_offloading")
     at = keys.at("gradient_checkpointing")
-    if raw in ("offload", "offload_disk"):
-        draft.put("gradient_checkpointing.kind", "offload", at)
-    elif raw == "unsloth":
+    if raw in ("offload", "offload_disk") or raw == "unsloth":
         draft.put("gradient_checkpointing.kind", "offload", at)
     else:
         on = keys.flag("gradient_checkpointing")
@@ -274,8 +307,12 @@ def _checkpointing(draft: Draft, keys: Keys) -> None:
                     "gradient_checkpointing.kind", "offload", keys.at("activation_offloading")
                 )
         if not on and offload not in (None, "false"):
-            draft.find("CFG007", "activation_offloading needs gradient_checkpointing: axolotl stops here",
-                       keys.at("activation_offloading"), help="set gradient_checkpointing: true")  # fmt: skip
+            draft.find(
+                "CFG007",
+                "activation_offloading needs gradient_checkpointing: axolotl stops here",
+                keys.at("activation_offloading"),
+                help="set gradient_checkpointing: true",
+            )
     selective = keys.raw("selective_checkpointing")
     if selective:
         draft.put("gradient_checkpointing.kind", "selective", keys.at("selective_checkpointing"))
@@ -299,10 +336,12 @@ def _attention(draft: Draft, keys: Keys) -> None:
     packing = draft.get("batch.packing")
     if packing and draft.get("attention") in ("eager", "sdpa"):
         draft.find(
-            "CFG008", f"sample_packing with {draft.get('attention')} attention builds a block mask or "
-            "lets samples see each other", keys.at("sample_packing"),
+            "CFG008",
+            f"sample_packing with {draft.get('attention')} attention builds a block mask or "
+            "lets samples see each other",
+            keys.at("sample_packing"),
             help="set attn_implementation: flash_attention_2",
-        )  # fmt: skip
+        )
 
 
 def _loss(draft: Draft, keys: Keys) -> None:
@@ -365,10 +404,12 @@ def _sharding(context: Context, keys: Keys) -> None:
         if "auto_wrap" in split:
             draft.put("sharding.wrap", "block", keys.at("fsdp"))
     for name, plan_key in (
-        ("tensor_parallel_size", "sharding.tp"), ("context_parallel_size", "sharding.cp"),
-        ("sequence_parallel_degree", "sharding.cp"), ("expert_parallel_size", "sharding.ep"),
+        ("tensor_parallel_size", "sharding.tp"),
+        ("context_parallel_size", "sharding.cp"),
+        ("sequence_parallel_degree", "sharding.cp"),
+        ("expert_parallel_size", "sharding.ep"),
         ("dp_replicate_size", "sharding.dp_replicate"),
-    ):  # fmt: skip
+    ):
         degree = keys.count(name)
         if degree is not None and degree > 1:
             draft.put(plan_key, degree, keys.at(name))
@@ -391,9 +432,10 @@ def _rollout(draft: Draft, keys: Keys, task: str) -> None:
         if precomputed:
             draft.put("reference", "precomputed", keys.at("precompute_ref_log_probs"))
         draft.assume(
-            "reference", "adapter" if adapter else "model",
+            "reference",
+            "adapter" if adapter else "model",
             SOURCE % "train.py: setup_reference_model loads none when an adapter is trained",
-        )  # fmt: skip
+        )
     elif task == "orpo":
         draft.put("reference", "none")
     if task != "grpo":
@@ -432,8 +474,9 @@ def refuse(data: dict[str, Any], keys: Keys) -> InputError | None:
     if "provider" in data and "gpu_count" in data:
         return keys.error(
             "this is an axolotl cloud file: it says where a job runs, not which",
-            "provider", remedy="give the axolotl configuration with base_model",
-        )  # fmt: skip
+            "provider",
+            remedy="give the axolotl configuration with base_model",
+        )
     return None
 
 
@@ -452,9 +495,15 @@ def export(plan: Plan) -> writing.Exported:
         out.line(
             "adapter", "qlora" if method.kind == "qlora" and weights in ("nf4", "fp4") else "lora"
         )
-        out.lora(rank="lora_r", targets="lora_target_modules", modules="lora_modules_to_save",
-                 parameters="lora_target_parameters", linear="lora_target_linear",
-                 dora="peft_use_dora", rslora="peft_use_rslora")  # fmt: skip
+        out.lora(
+            rank="lora_r",
+            targets="lora_target_modules",
+            modules="lora_modules_to_save",
+            parameters="lora_target_parameters",
+            linear="lora_target_linear",
+            dora="peft_use_dora",
+            rslora="peft_use_rslora",
+        )
         if method.layers_to_transform is not None:
             out.line("peft_layers_to_transform", list(method.layers_to_transform))
         if method.rank_pattern is not None:
@@ -504,6 +553,10 @@ def export(plan: Plan) -> writing.Exported:
         for name in ("liger_rms_norm", "liger_glu_activation", "liger_rope"):
             out.line(name, True)
     out.fsdp(prefix="")
-    out.degrees(tp="tensor_parallel_size", cp="context_parallel_size", ep="expert_parallel_size",
-                dp_replicate="dp_replicate_size")  # fmt: skip
+    out.degrees(
+        tp="tensor_parallel_size",
+        cp="context_parallel_size",
+        ep="expert_parallel_size",
+        dp_replicate="dp_replicate_size",
+    )
     return out.done(hint="launch with: axolotl train FILE")

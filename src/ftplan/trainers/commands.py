@@ -104,7 +104,8 @@ def find_job(text: str, *, file: str) -> Job:
     raise InputError(
         "this script starts no trainer that ftplan knows",
         location=Location(file=file, line=1, column=1),
-        remedy="known are swift, megatron, trl, axolotl, llamafactory-cli, tune, litgpt, automodel, "
+        remedy="known are swift, megatron, trl, axolotl, llamafactory-cli, tune, litgpt, "
+        "automodel, "
         "and python scripts with transformers' or TRL's flags",
     )
 
@@ -248,8 +249,9 @@ _TRL_REFUSED = {
     "skills": "installs skills",
 }  # fmt: skip
 _AXOLOTL_REFUSED = {
-    "inference": "generates text", "merge-lora": "merges an adapter", "evaluate": "evaluates a model",
-    "preprocess": "prepares the data", "fetch": "downloads examples", "vllm-serve": "serves a model",
+    "inference": "generates text", "merge-lora": "merges an adapter", 
+    "evaluate": "evaluates a model", "preprocess": "prepares the data", "fetch": "downloads examples",
+    "vllm-serve": "serves a model",
     "merge-sharded-fsdp-weights": "merges weights", "quantize": "quantises a model",
     "lm-eval": "evaluates a model", "delinearize-llama4": "converts a model",
 }  # fmt: skip
@@ -385,16 +387,21 @@ def _script(stripped: _Stripped, command: Command, text: str, file: str) -> Job 
             "output_dir",
         )
     )
-    task = _TRL_SCRIPTS.get(stem.removeprefix("run_")) or _TRL_SCRIPTS.get(
+    script = _TRL_SCRIPTS.get(stem.removeprefix("run_")) or _TRL_SCRIPTS.get(
         stem.removesuffix("_vlm")
     )
-    if task is None and stem == "finetune" and "automodel" in head.text.lower():
+    if script is None and stem == "finetune" and "automodel" in head.text.lower():
         return _job("nemo", head.text, rest, None, stripped, command, text, file)
-    if task is not None and (named or config):
-        return _job("trl", head.text, rest, task, stripped, command, text, file)
+    if script is not None and (named or config):
+        return _job("trl", head.text, rest, script, stripped, command, text, file)
     if not named or not sized:
         if config and stem.startswith("finetune") and stripped.launcher == "torchrun":
             return _job("nemo", head.text, rest, None, stripped, command, text, file)
+        if config and not any(
+            word in stem for word in ("eval", "infer", "generate", "test", "serve")
+        ):
+            # what the script is, its configuration tells
+            return _job("config", head.text, rest, None, stripped, command, text, file)
         return None
     clues = ("use_peft", "lora_r", "dataset_name", "max_length", "packing", "lora_target_modules")
     trainer = "trl" if any(clue in data for clue in clues) and not stem.startswith("run_") else ""
@@ -435,12 +442,12 @@ def _job(
         elif not word.unresolved:
             keep.append(word.text)
     for key in ("config", "config_file", "cfg", "recipe_config"):
-        value = data.get(key)
-        if isinstance(value, str) and (
-            value.endswith((".yaml", ".yml", ".json")) or trainer == "torchtune"
+        named = data.get(key)
+        if isinstance(named, str) and (
+            named.endswith((".yaml", ".yml", ".json")) or trainer == "torchtune"
         ):
             word = marks[(key,)]
-            configs.append(Word(value, word.line, word.column))
+            configs.append(Word(named, word.line, word.column))
             del data[key]
     if keep:
         data["$words"] = keep

@@ -150,9 +150,8 @@ def export(plan: Plan) -> str:
     for name, size in sizes.items():
         if size is not None:
             zero[name] = size
-        elif auto and name != "stage3_max_live_parameters":
-            if name == "reduce_bucket_size" or stage == 3:
-                zero[name] = "auto"
+        elif auto and (name == "reduce_bucket_size" or (stage == 3 and "live" not in name)):
+            zero[name] = "auto"
     document: dict[str, Any] = {
         "zero_optimization": zero,
         "bf16": {"enabled": "auto"},

@@ -33,7 +33,7 @@ from ftplan.spec import (
 )
 from ftplan.trainers.keys import Keys, Path
 
-__all__ = ["Draft", "Imported", "NEUTRAL", "key_lists"]
+__all__ = ["NEUTRAL", "Draft", "Imported", "key_lists"]
 
 _SECTIONS: dict[str, type] = {
     "model": Model,
@@ -256,7 +256,7 @@ class Draft:
     def _ask(self, key: str, keys: Keys, severity: Severity) -> None:
         what, flag = _FACTS[key]
         because = self._asked.get(key, f"the file does not say {what}")
-        where = self.places.get(key + "?") or Location(file=keys.file, line=1, column=1)
+        where = self.places.pop(key + "?", None) or keys.at()
         self.find("IMP001", because, where, help=f"pass {flag}", severity=severity)
 
     def _unread(self, keys: Keys) -> None:
@@ -266,12 +266,11 @@ class Draft:
         moving: list[tuple[Path, str]] = []
         for path, value in keys.unread():
             name = ".".join(str(step) for step in path)
-            why = _matches(name, relevant)
-            if why is not None:
-                if value not in _OFF and value != []:
-                    moving.append((path, relevant[why]))
-            elif _matches(name, neutral) is None and value is not None:
+            moves, why = _verdict(name, neutral, relevant)
+            if moves is None and value is not None:
                 unknown.append(path)
+            elif moves and value not in _OFF and value != []:
+                moving.append((path, why))
         for reason in dict.fromkeys(reason for _, reason in moving):
             same = [path for path, other in moving if other == reason]
             names = ", ".join(".".join(str(step) for step in path) for path in same)
@@ -338,7 +337,19 @@ def key_lists(trainer: str) -> tuple[dict[str, str], dict[str, str]]:
     return neutral, relevant
 
 
-def _matches(name: str, patterns: Mapping[str, str]) -> str | None:
-    if name in patterns:
-        return name
-    return next((p for p in patterns if "*" in p and fnmatch.fnmatchcase(name, p)), None)
+def _verdict(
+    name: str, neutral: Mapping[str, str], relevant: Mapping[str, str]
+) -> tuple[bool | None, str]:
+    """Whether a key moves memory (None: it is in no list), and how. The longest pattern wins."""
+    best: tuple[int, bool, str] | None = None
+    for moves, patterns in ((True, relevant), (False, neutral)):
+        for pattern, why in patterns.items():
+            if pattern == name:
+                rank = 10_000
+            elif "*" in pattern and fnmatch.fnmatchcase(name, pattern):
+                rank = len(pattern)
+            else:
+                continue
+            if best is None or rank > best[0]:
+                best = (rank, moves, why)
+    return (None, "") if best is None else (best[1], best[2])

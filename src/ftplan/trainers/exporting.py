@@ -35,6 +35,8 @@ def export_plan(plan: Plan, *, to: str) -> Exported:
     if to == "deepspeed":
         return Exported(text=deepspeed.export(plan), trainer=to, notes=())
     raise UnknownNameError(
-        "trainer", to, suggestions=difflib.get_close_matches(to, EXPORTS, n=2),
+        "trainer",
+        to,
+        suggestions=difflib.get_close_matches(to, EXPORTS, n=2),
         remedy="a plan can be exported to " + ", ".join(EXPORTS),
-    )  # fmt: skip
+    )

@@ -140,7 +140,9 @@ class Keys:
     def number(self, *path: Key) -> float | None:
         """A finite number."""
         value = self.raw(*path)
-        if value is None or isinstance(value, str) and value.strip().lower() in _NOTHING | {"auto"}:
+        if value is None or (
+            isinstance(value, str) and value.strip().lower() in _NOTHING | {"auto"}
+        ):
             return None
         try:
             if isinstance(value, bool | dict | list):
@@ -222,10 +224,12 @@ def leaves(data: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(low)
-    for key, value in high.items():
+    for key, above in high.items():
         below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
-        merged[key] = _merge(below, value) if both else value
+        if isinstance(below, dict) and isinstance(above, dict):
+            merged[key] = _merge(below, above)
+        else:
+            merged[key] = above
     return merged
 
 

@@ -1,4 +1,4 @@
-"""What stands around a trainer's file: launcher flags, environment, overlays, files by reference."""
+"""What stands around a trainer's file: launcher, environment, overlays, files by reference."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class Context:
         if found is None:
             self.draft.find(
                 "IMP004",
-                f"{name}, named here, is not to be found beside this file or in the working directory",
+                f"{name}, named here, is not to be found beside this file or in the working "
+                f"directory",
                 keys.at(*path),
                 help="pass it with --overlay FILE",
             )

@@ -31,10 +31,13 @@ def lint_plan(
     def add(code: str, message: str, key: str, help: str, severity: Severity | None = None) -> None:
         found.append(
             Finding(
-                code=code, severity=severity or SEVERITY[code], message=message,
-                location=where(key), help=help,
+                code=code,
+                severity=severity or SEVERITY[code],
+                message=message,
+                location=where(key),
+                help=help,
             )
-        )  # fmt: skip
+        )
 
     method = plan.method
     if method is None or plan.task == "serve":
@@ -46,7 +49,8 @@ def lint_plan(
     if off and tokens >= LONG_TOKENS:
         add(
             "CFG002",
-            f"gradient checkpointing is off with {tokens:,} tokens a micro batch: every block keeps "
+            f"gradient checkpointing is off with {tokens:,} tokens a micro batch: every "
+            f"block keeps "
             "its activations",
             "gradient_checkpointing.kind",
             "switch gradient checkpointing on",

@@ -69,8 +69,12 @@ def read(context: Context, keys: Keys, verb: str | None = None) -> None:
             draft.put("method.kind", "qlora", keys.at("quantize"))
             draft.put("method.double_quant", double, keys.at("quantize"))
         else:
-            draft.find("CFG006", "quantize with full finetuning: only adapters train on a quantised base",
-                       keys.at("quantize"), help="use finetune_lora, or remove quantize")  # fmt: skip
+            draft.find(
+                "CFG006",
+                "quantize with full finetuning: only adapters train on a quantised base",
+                keys.at("quantize"),
+                help="use finetune_lora, or remove quantize",
+            )
     else:
         draft.put("precision.weights", weights, keys.at("precision"))
     if draft.get("method.kind") in ("lora", "qlora"):
@@ -101,8 +105,12 @@ def _model(draft: Draft, keys: Keys) -> None:
     if words and draft.get("model.name") is None:
         draft.put("model.name", litgpt_model(words[0].removeprefix("checkpoints/")))
     if keys.section("model_config"):
-        draft.find("IMP007", "model_config gives the shape itself: pass --config for a shape that is not in the catalogue",
-                   keys.at("model_config"))  # fmt: skip
+        draft.find(
+            "IMP007",
+            "model_config gives the shape itself: pass --config for a shape that is not in "
+            "the catalogue",
+            keys.at("model_config"),
+        )
 
 
 def _method(draft: Draft, keys: Keys, kind: str, verb: str | None) -> None:
@@ -129,8 +137,14 @@ def _method(draft: Draft, keys: Keys, kind: str, verb: str | None) -> None:
     if len(attention) == 4 and chosen["mlp"] and not chosen["head"]:
         draft.put("method.targets", "all-linear", keys.at("lora_mlp"))
         return
-    names = {"query": ("q_proj",), "key": ("k_proj",), "value": ("v_proj",), "projection": ("o_proj",),
-             "mlp": ("gate_proj", "up_proj", "down_proj"), "head": ("lm_head",)}  # fmt: skip
+    names = {
+        "query": ("q_proj",),
+        "key": ("k_proj",),
+        "value": ("v_proj",),
+        "projection": ("o_proj",),
+        "mlp": ("gate_proj", "up_proj", "down_proj"),
+        "head": ("lm_head",),
+    }
     picked = tuple(module for name, modules in names.items() if chosen[name] for module in modules)
     if picked and any(value is not None for value in on.values()):
         draft.put("method.targets", picked, keys.at("lora_query"))

@@ -135,9 +135,11 @@ def _read_classic(context: Context, keys: Keys) -> None:
         draft.put("loss.kind", "fused", keys.at("use_unsloth"))
     _classic_reference(draft, keys, task)
     for name, plan_key in (
-        ("tensor_model_parallel_size", "sharding.tp"), ("pipeline_model_parallel_size", "sharding.pp"),
-        ("expert_model_parallel_size", "sharding.ep"), ("context_parallel_size", "sharding.cp"),
-    ):  # fmt: skip
+        ("tensor_model_parallel_size", "sharding.tp"),
+        ("pipeline_model_parallel_size", "sharding.pp"),
+        ("expert_model_parallel_size", "sharding.ep"),
+        ("context_parallel_size", "sharding.cp"),
+    ):
         degree = keys.count(name)
         if degree is not None and degree > 1:
             draft.put(plan_key, degree, keys.at(name))
@@ -210,13 +212,20 @@ def _classic_method(draft: Draft, keys: Keys) -> None:
     elif kind == "full":
         draft.put("method.kind", "full", at)
     else:
-        raise keys.error(f"finetuning_type {kind!r} does not exist", "finetuning_type",
-                         remedy="write lora, full, freeze or oft")  # fmt: skip
+        raise keys.error(
+            f"finetuning_type {kind!r} does not exist",
+            "finetuning_type",
+            remedy="write lora, full, freeze or oft",
+        )
     keys.known("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules")
     given = [name for name in lora if keys.has(name)]
     if given:
-        draft.find("CFG001", f"{', '.join(given)} do nothing with finetuning_type: {kind}",
-                   keys.at(given[0]), help="set finetuning_type: lora, or remove these keys")  # fmt: skip
+        draft.find(
+            "CFG001",
+            f"{', '.join(given)} do nothing with finetuning_type: {kind}",
+            keys.at(given[0]),
+            help="set finetuning_type: lora, or remove these keys",
+        )
     keys.known(*lora)
 
 
@@ -230,8 +239,19 @@ def _classic_quantised(draft: Draft, keys: Keys) -> None:
         bits = 4 if method == "mxfp4" else 8
     if bits is None:
         name = (draft.get("model.name") or "").lower()
-        guess = next((fmt for part, fmt in (("gptq", "gptq-int4"), ("awq", "awq-int4"), ("aqlm", "aqlm"), ("bnb-4bit", "nf4"))
-                      if part in name), None)  # fmt: skip
+        guess = next(
+            (
+                fmt
+                for part, fmt in (
+                    ("gptq", "gptq-int4"),
+                    ("awq", "awq-int4"),
+                    ("aqlm", "aqlm"),
+                    ("bnb-4bit", "nf4"),
+                )
+                if part in name
+            ),
+            None,
+        )
         if guess is not None and kind in ("lora", "dora"):
             draft.put("precision.weights", guess, keys.at("model_name_or_path"))
             draft.put("method.kind", "qlora", keys.at("model_name_or_path"))
@@ -246,9 +266,13 @@ def _classic_quantised(draft: Draft, keys: Keys) -> None:
         draft.not_modelled(keys, ("quantization_bit",), f"{bits} bits by {method}")
         return
     if kind not in ("lora", "dora", "oft"):
-        draft.find("CFG006", f"quantization_bit: {bits} with finetuning_type: {kind}: LLaMA-Factory trains "
-                   "adapters only on a quantised base", keys.at("quantization_bit"),
-                   help="set finetuning_type: lora, or remove quantization_bit")  # fmt: skip
+        draft.find(
+            "CFG006",
+            f"quantization_bit: {bits} with finetuning_type: {kind}: LLaMA-Factory trains "
+            "adapters only on a quantised base",
+            keys.at("quantization_bit"),
+            help="set finetuning_type: lora, or remove quantization_bit",
+        )
     draft.put("precision.weights", weights, keys.at("quantization_bit"))
     if kind in ("lora", "dora"):
         draft.put("method.kind", "qlora", keys.at("quantization_bit"))
@@ -299,8 +323,11 @@ def _classic_checkpointing(draft: Draft, keys: Keys) -> None:
     if reentrant is not None and not off:
         draft.put("gradient_checkpointing.reentrant", reentrant, keys.at("use_reentrant_gc"))
     elif draft.get("sharding.version") == 2 and not off:
-        draft.assume("gradient_checkpointing.reentrant", False,
-                     SOURCE % "model/model_utils/checkpointing.py: use_reentrant_gc is False under FSDP2")  # fmt: skip
+        draft.assume(
+            "gradient_checkpointing.reentrant",
+            False,
+            SOURCE % "model/model_utils/checkpointing.py: use_reentrant_gc is False under FSDP2",
+        )
     if off:
         draft.drop("gradient_checkpointing.reentrant")
 
@@ -330,8 +357,11 @@ def _classic_reference(draft: Draft, keys: Keys, task: str) -> None:
     if task == "orpo":
         draft.put("reference", "none", keys.at("pref_loss"))
     elif task in ("dpo", "kto", "ppo"):
-        draft.assume("reference", "adapter" if adapter else "model",
-                     SOURCE % "train/trainer_utils.py: create_ref_model returns none for LoRA")  # fmt: skip
+        draft.assume(
+            "reference",
+            "adapter" if adapter else "model",
+            SOURCE % "train/trainer_utils.py: create_ref_model returns none for LoRA",
+        )
 
 
 # --- v1 ------------------------------------------------------------------------------------------
@@ -408,8 +438,8 @@ def _read_v1(context: Context, keys: Keys) -> None:
         draft.assume(
             "precision.weights",
             stored,
-            SOURCE
-            % "v1/core/model_engine.py: full training keeps fp32 parameters, FSDP2 computes in bf16",
+            SOURCE % "v1/core/model_engine.py: full training keeps fp32 parameters, FSDP2 "
+            "computes in bf16",
         )
     if draft.get("precision.weights") == "fp32" and draft.get("sharding.kind") == "fsdp":
         draft.assume(
@@ -542,8 +572,14 @@ def export(plan: Plan) -> writing.Exported:
             out.refuse("a partial method without last_layers")
         out.line("freeze_trainable_layers", method.last_layers)
     if kind == "lora":
-        out.lora(rank="lora_rank", targets="lora_target", modules="additional_target",
-                 dora="use_dora", rslora="use_rslora", joined=True)  # fmt: skip
+        out.lora(
+            rank="lora_rank",
+            targets="lora_target",
+            modules="additional_target",
+            dora="use_dora",
+            rslora="use_rslora",
+            joined=True,
+        )
         out.adapter_dtype("bf16" if _pure(plan) else "fp32")
     if method.kind == "qlora":
         bits = {"nf4": (4, "bnb"), "int8": (8, "bnb")}.get(plan.precision.weights or "")

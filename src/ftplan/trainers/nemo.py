@@ -32,17 +32,46 @@ _RECIPES = {
 def matches(data: dict[str, Any]) -> bool:
     """Whether a mapping is an Automodel recipe's configuration."""
     targets = any(isinstance(value, dict) and "_target_" in value for value in data.values())
-    return targets or "step_scheduler" in data or "recipe" in data and "model" in data
+    return (
+        targets
+        or "step_scheduler" in data
+        or "recipe_args" in data
+        or ("recipe" in data and "model" in data)
+    )
 
 
 def refuse(data: dict[str, Any], keys: Keys) -> InputError | None:
-    """Why an Automodel file is no training job."""
+    """Why an Automodel file is no training job, or none whose model and loss are known."""
+    give = "give the configuration of a finetuning recipe for a language model"
+    recipe = data.get("recipe")
+    name = str(recipe.get("_target_", "") if isinstance(recipe, dict) else recipe or "")
+    draft = next((part for part in _DRAFT_RECIPES if part in name), None)
+    if draft is not None or "recipe_args" in data:
+        what = name.rsplit(".", 1)[-1] or "speculative"
+        return keys.error(
+            f"the recipe {what} trains a draft model for speculative decoding, which is not "
+            f"modelled",
+            "recipe",
+            remedy=give,
+        )
+    if "flow_matching" in data or (
+        "diffusion" in name.lower() and "DiffusionLM" not in name and "Gemma" not in name
+    ):
+        return keys.error(
+            "this NeMo Automodel file trains an image or video diffusion model, which is "
+            "not modelled",
+            "flow_matching",
+            remedy=give,
+        )
     if "optimizer" in data or "step_scheduler" in data:
         return None
     return keys.error(
         "this NeMo Automodel file has neither optimizer nor step_scheduler: it does not train",
-        remedy="give the configuration of a finetuning recipe",
+        remedy=give,
     )
+
+
+_DRAFT_RECIPES = ("Eagle", "DFlash", "DSpark", "Vispec", "JetSpec", "Domino")
 
 
 def read(context: Context, keys: Keys) -> None:
@@ -78,8 +107,12 @@ def _refused_recipes(draft: Draft, keys: Keys, recipe: str) -> None:
         "DiffusionGemma",
     ):
         if part in recipe:
-            draft.find("IMP002", f"the recipe {recipe} is not modelled: it trains more than a causal model's loss; "
-                       "the model itself is sized", keys.at("recipe"))  # fmt: skip
+            draft.find(
+                "IMP002",
+                f"the recipe {recipe} is not modelled: it trains more than a causal model's loss; "
+                "the model itself is sized",
+                keys.at("recipe"),
+            )
     if (
         "VLM" in recipe
         or "Multimodal" in recipe
@@ -94,10 +127,14 @@ def _refused_recipes(draft: Draft, keys: Keys, recipe: str) -> None:
 
 
 def _model(draft: Draft, keys: Keys) -> None:
-    for path in (("model", "pretrained_model_name_or_path"), ("model", "config", "pretrained_model_name_or_path"),
-                 ("model", "config", "name_or_path"), ("recipe_args", "target_model_name_or_path"),
-                 ("model_name_or_path",), ("model", "pretrained_path"), ("model", "name_or_path"),
-                 ("recipe_args", "target_path")):  # fmt: skip
+    for path in (
+        ("model", "pretrained_model_name_or_path"),
+        ("model", "config", "pretrained_model_name_or_path"),
+        ("model", "config", "name_or_path"),
+        ("model_name_or_path",),
+        ("model", "pretrained_path"),
+        ("model", "name_or_path"),
+    ):
         if draft.get("model.name") is None:
             draft.put("model.name", model_name(keys.text(*path)), keys.at(*path))
     put_attention(draft, keys, "model", "attn_implementation")
@@ -109,8 +146,12 @@ def _model(draft: Draft, keys: Keys) -> None:
         "model", "num_hidden_layers"
     )
     if layers is not None:
-        draft.find("IMP002", "model overrides num_hidden_layers: the catalogue's full model is sized",
-                   keys.at("model", "config", "num_hidden_layers"), help="pass --config PATH with the changed shape")  # fmt: skip
+        draft.find(
+            "IMP002",
+            "model overrides num_hidden_layers: the catalogue's full model is sized",
+            keys.at("model", "config", "num_hidden_layers"),
+            help="pass --config PATH with the changed shape",
+        )
 
 
 def _method(draft: Draft, keys: Keys) -> None:
@@ -185,9 +226,16 @@ def _batch(draft: Draft, keys: Keys) -> None:
     if packed is not None:
         draft.put("batch.packing", True, keys.at("packed_sequence"))
         draft.put("batch.seq_len", packed, keys.at("packed_sequence"))
-    for path in (("dataset", "seq_length"), ("dataset", "seq_len"), ("dataset", "max_seq_length"), ("dataset", "block_size"),
-                 ("dataloader", "collate_fn", "max_length"), ("packed_sequence", "max_length"),
-                 ("recipe_args", "seq_length"), ("max_length",)):  # fmt: skip
+    for path in (
+        ("dataset", "seq_length"),
+        ("dataset", "seq_len"),
+        ("dataset", "max_seq_length"),
+        ("dataset", "block_size"),
+        ("dataloader", "collate_fn", "max_length"),
+        ("packed_sequence", "max_length"),
+        ("recipe_args", "seq_length"),
+        ("max_length",),
+    ):
         if draft.get("batch.seq_len") is None:
             draft.put("batch.seq_len", keys.count(*path), keys.at(*path))
     if draft.get("batch.seq_len") is None:
@@ -196,8 +244,12 @@ def _batch(draft: Draft, keys: Keys) -> None:
         )
         draft.places["batch.seq_len?"] = keys.at("dataset")
     if keys.flag("dataset", "pad_to_max_length") and packed is None:
-        draft.find("CFG005", "every sample is padded to the full length and none is packed",
-                   keys.at("dataset", "pad_to_max_length"), help="use packed_sequence, or pad to the longest of the batch")  # fmt: skip
+        draft.find(
+            "CFG005",
+            "every sample is padded to the full length and none is packed",
+            keys.at("dataset", "pad_to_max_length"),
+            help="use packed_sequence, or pad to the longest of the batch",
+        )
     keys.mapping("packed_sequence")
 
 
@@ -210,8 +262,12 @@ def _optimizer(draft: Draft, keys: Keys) -> None:
         draft.put("optimizer.implementation", "loop", keys.at("optimizer", "foreach"))
     draft.put("optimizer.name", name, keys.at("optimizer", "_target_"))
     if not known:
-        draft.find("IMP005", f"the optimizer {target} is not known: its states cannot be sized",
-                   keys.at("optimizer", "_target_"), help="pass --optimizer NAME")  # fmt: skip
+        draft.find(
+            "IMP005",
+            f"the optimizer {target} is not known: its states cannot be sized",
+            keys.at("optimizer", "_target_"),
+            help="pass --optimizer NAME",
+        )
     if keys.flag("optimizer", "master_weights"):
         draft.not_modelled(
             keys, ("optimizer", "master_weights"), "an fp32 copy of each parameter in the optimizer"

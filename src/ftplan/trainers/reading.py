@@ -98,7 +98,8 @@ def _refuse_overlay(data: dict[str, Any], keys: Keys) -> None:
     for matches, name in ((deepspeed.matches, "DeepSpeed"), (accelerate.matches, "accelerate")):
         if matches(data) and "model_name_or_path" not in data:
             raise keys.error(
-                f"this is {'an' if name[0] == 'a' else 'a'} {name} file: it says how a job is spread, not which job",
+                f"this is {'an' if name[0] == 'a' else 'a'} {name} file: it says how a job "
+                f"is spread, not which job",
                 remedy="give the trainer's configuration, and this file with --overlay",
             )
 
@@ -207,9 +208,11 @@ def _known(trainer: str | None) -> None:
         import difflib
 
         raise UnknownNameError(
-            "trainer", trainer, suggestions=difflib.get_close_matches(trainer, TRAINERS, n=2),
+            "trainer",
+            trainer,
+            suggestions=difflib.get_close_matches(trainer, TRAINERS, n=2),
             remedy="known are " + ", ".join(TRAINERS),
-        )  # fmt: skip
+        )
 
 
 def import_document(
@@ -245,9 +248,12 @@ def _import_plan(document: Document) -> Imported:
         if section in places:
             places.setdefault(f"{section}.{inner}", places[section])
     return Imported(
-        plan=plan, trainer="plan", findings=lint_plan(plan, where=places.get), assumptions=(),
+        plan=plan,
+        trainer="plan",
+        findings=lint_plan(plan, where=places.get),
+        assumptions=(),
         places=places,
-    )  # fmt: skip
+    )
 
 
 def _import_job(
@@ -270,7 +276,9 @@ def _import_job(
     if name == "config":
         if len(layers) == 1:
             raise InputError(
-                f"the command names {job.configs[-1].text if job.configs else 'a configuration'}, which is not to be found",
+                f"the command names "
+                f"{job.configs[-1].text if job.configs else 'a configuration'}, which is "
+                f"not to be found",
                 location=Location(file=job.document.file, line=1, column=1),
                 remedy="give that file itself, or run where it is",
             )
@@ -303,14 +311,19 @@ def _import(
     context = Context(draft=draft, resolve=resolve, overlays=overlays)
     for text, where in unread:
         draft.find(
-            "IMP004", f"{text}, which the command names, is not to be found beside this file or in the working directory",
-            where, help="run where it is, or give that file itself",
-        )  # fmt: skip
+            "IMP004",
+            f"{text}, which the command names, is not to be found beside this file or in "
+            f"the working directory",
+            where,
+            help="run where it is, or give that file itself",
+        )
     if job is not None and job.others:
         draft.find(
-            "IMP008", f"the script holds {job.others} more training command(s); the first, `{job.program}`, was read",
+            "IMP008",
+            f"the script holds {job.others} more training command(s); the first, "
+            f"`{job.program}`, was read",
             job.document.locate(()),
-        )  # fmt: skip
+        )
     try:
         _read(name, context, keys, program, megatron)
         return draft.finish(keys, lint=lint_draft)

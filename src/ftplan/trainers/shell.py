@@ -386,7 +386,7 @@ class _Parser:
         return "", True
 
     def _filled(self, inner: str) -> str:
-        """Variables of the script inside an expression; inside ``$((...))`` the dollar is optional."""
+        """Variables of the script in an expression; inside ``$((...))`` the dollar is optional."""
 
         def value(match: re.Match[str]) -> str:
             known = self.variables.get(match[1] or match[2])
@@ -457,6 +457,7 @@ def _atom(tokens: list[str]) -> tuple[int, list[str]]:
 # --- words to flags ------------------------------------------------------------------------------
 
 _FLAG = re.compile(r"--?([A-Za-z][A-Za-z0-9_.\-]*)(?:=(.*))?\Z", re.DOTALL)
+_PLACEHOLDER = re.compile(r"<[A-Za-z][\w .-]*>\Z|xxx+(\.xxx+)*\Z")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\Z")
 
 
@@ -521,6 +522,8 @@ def scalar(word: Word) -> Any:
     if word.unresolved:
         return Unresolved(word.text)
     text = word.text
+    if _PLACEHOLDER.match(text):
+        return Unresolved(text)
     lowered = text.lower()
     if lowered in ("true", "false"):
         return lowered == "true"

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from ftplan.trainers.accelerate import apply_fsdp
+from ftplan.trainers.commands import ENV, LAUNCH
 from ftplan.trainers.draft import Draft
 from ftplan.trainers.keys import Keys
 from ftplan.trainers.launch import Context, surroundings, visible_devices
@@ -54,13 +55,20 @@ def matches(data: dict[str, Any]) -> bool:
     sized = any(
         key in data for key in ("per_device_train_batch_size", "micro_batch_size", "dataset")
     )
-    return named and (tuned and sized or is_megatron(data) and sized)
+    return named and ((tuned and sized) or (is_megatron(data) and sized))
 
 
 def is_megatron(data: dict[str, Any]) -> bool:
     """Whether the flags are those of Megatron-SWIFT."""
-    marks = ("tensor_model_parallel_size", "global_batch_size", "pipeline_model_parallel_size",
-             "recompute_granularity", "expert_model_parallel_size", "no_save_optim", "mcore_model")  # fmt: skip
+    marks = (
+        "tensor_model_parallel_size",
+        "global_batch_size",
+        "pipeline_model_parallel_size",
+        "recompute_granularity",
+        "expert_model_parallel_size",
+        "no_save_optim",
+        "mcore_model",
+    )
     return any(key in data for key in marks)
 
 
@@ -70,6 +78,8 @@ def read(
     """Fill the draft from ms-swift's flags; ``verb`` is ``sft``, ``pt`` or ``rlhf``."""
     draft = context.draft
     draft.keys(keys)
+    if isinstance(keys.data.get("ENV"), dict):
+        keys.data[ENV] = {**keys.data.pop("ENV"), **keys.section(ENV)}
     megatron = is_megatron(keys.data) if megatron is None else megatron
     for name in ("model", "model_id_or_path", "mcore_model"):
         if draft.get("model.name") is None:
@@ -131,11 +141,22 @@ def _method(draft: Draft, keys: Keys, megatron: bool) -> None:
         draft.find("IMP010", f"{name} is sized as plain LoRA", keys.at(key))
     ratio = keys.number("freeze_parameters_ratio")
     if kind == "full":
-        partly = [one for one in ("freeze_parameters", "trainable_parameters", "freeze_parameters_regex",
-                                  "trainable_parameters_regex") if keys.raw(one)]  # fmt: skip
+        partly = [
+            one
+            for one in (
+                "freeze_parameters",
+                "trainable_parameters",
+                "freeze_parameters_regex",
+                "trainable_parameters_regex",
+            )
+            if keys.raw(one)
+        ]
         if ratio or partly:
-            draft.not_modelled(keys, (partly[0] if partly else "freeze_parameters_ratio",),
-                               "part of the model is frozen; sized as full finetuning, which is more")  # fmt: skip
+            draft.not_modelled(
+                keys,
+                (partly[0] if partly else "freeze_parameters_ratio",),
+                "part of the model is frozen; sized as full finetuning, which is more",
+            )
         return
     rank = {"vera": "vera_rank", "boft": "boft_block_size"}.get(kind, "lora_rank")
     draft.put("method.rank", keys.count(rank), keys.at(rank))
@@ -214,8 +235,6 @@ def _vision(draft: Draft, keys: Keys) -> None:
         for name in ("freeze_vit", "freeze_llm", "freeze_aligner")
         if keys.flag(name) is not None
     ]
-    from ftplan.trainers.commands import ENV
-
     pixels = [
         name
         for name in ("MAX_PIXELS", "IMAGE_MAX_TOKEN_NUM", "VIDEO_MAX_PIXELS", "VIDEO_MAX_TOKEN_NUM")
@@ -229,8 +248,12 @@ def _vision(draft: Draft, keys: Keys) -> None:
             if pixels
             else keys.at("max_pixels")
         )
-        draft.find("IMP007", "a multimodal run: towers and image tokens are not sized beyond the sequence length, "
-                   "the text model is", at)  # fmt: skip
+        draft.find(
+            "IMP007",
+            "a multimodal run: towers and image tokens are not sized beyond the sequence length, "
+            "the text model is",
+            at,
+        )
     if keys.flag("freeze_llm") and draft.get("method.kind") == "full":
         draft.not_modelled(
             keys, ("freeze_llm",), "the language model is frozen; sized as if it were trained"
@@ -297,13 +320,18 @@ def _rollout(draft: Draft, keys: Keys, task: str, megatron: bool) -> None:
             SOURCE % "rlhf_trainers/args_mixin.py: vllm_gpu_memory_utilization = 0.9",
         )
         if keys.count("sleep_level"):
-            draft.find("IMP010", "sleep_level lets vLLM give its memory back while training: the reserve is an upper bound",
-                       keys.at("sleep_level"))  # fmt: skip
+            draft.find(
+                "IMP010",
+                "sleep_level lets vLLM give its memory back while training: the reserve is "
+                "an upper bound",
+                keys.at("sleep_level"),
+            )
     for name in ("offload_model", "offload_optimizer"):
         if keys.flag(name):
             draft.find(
                 "IMP010",
-                f"{name} empties the card while samples are generated; the training step is as sized",
+                f"{name} empties the card while samples are generated; the training step is "
+                f"as sized",
                 keys.at(name),
             )
 
@@ -312,8 +340,8 @@ def _reference(draft: Draft, keys: Keys, task: str) -> None:
     full = draft.get("method.kind") == "full"
     beta = keys.number("beta")
     source = (
-        SOURCE
-        % "arguments/rlhf_args.py: ref_model is the model itself for full finetuning, else the adapter is switched off"
+        SOURCE % "arguments/rlhf_args.py: ref_model is the model itself for full finetuning, else "
+        "the adapter is switched off"
     )
     if task in ("dpo", "kto", "ppo"):
         draft.assume("reference", "model" if full else "adapter", source)
@@ -382,8 +410,11 @@ def _swift(context: Context, keys: Keys) -> None:
         // (draft.get("sharding.pp") or 1)
     )
     if keys.raw("gradient_accumulation_steps") is None and draft.get("task") != "grpo":
-        draft.assume("batch.accumulation", max(1, math.ceil(16 / draft.get("batch.micro") / max(world, 1))),
-                     SOURCE % "trainers/arguments.py: gradient_accumulation_steps fills 16 samples")  # fmt: skip
+        draft.assume(
+            "batch.accumulation",
+            max(1, math.ceil(16 / draft.get("batch.micro") / max(world, 1))),
+            SOURCE % "trainers/arguments.py: gradient_accumulation_steps fills 16 samples",
+        )
     ddp = draft.get("sharding.kind") == "ddp"
     if draft.get("gradient_checkpointing.kind") not in (None, "none") and ddp:
         draft.assume(
@@ -433,8 +464,6 @@ def _presets(context: Context, keys: Keys) -> str | None:
 
 def _device_map(draft: Draft, keys: Keys) -> None:
     """Several visible GPUs and one process: transformers lays the layers over the GPUs."""
-    from ftplan.trainers.commands import ENV, LAUNCH
-
     visible = visible_devices(keys)
     if visible is None or visible < 2 or keys.has(ENV, "NPROC_PER_NODE") or keys.has(LAUNCH):
         return
@@ -444,8 +473,13 @@ def _device_map(draft: Draft, keys: Keys) -> None:
     draft.put("hardware.count", visible, at)
     draft.put("sharding.kind", "none", at)
     draft.put("sharding.pp", visible, at)
-    draft.find("IMP010", f"one process sees {visible} GPUs: device_map lays the layers over them, "
-               f"taken as a pipeline of {visible}", at, help="set NPROC_PER_NODE for data parallel training")  # fmt: skip
+    draft.find(
+        "IMP010",
+        f"one process sees {visible} GPUs: device_map lays the layers over them, "
+        f"taken as a pipeline of {visible}",
+        at,
+        help="set NPROC_PER_NODE for data parallel training",
+    )
 
 
 def _megatron(context: Context, keys: Keys) -> None:
@@ -457,8 +491,11 @@ def _megatron(context: Context, keys: Keys) -> None:
     put_attention(draft, keys, "attention_backend")
     granularity = keys.word("recompute_granularity")
     if granularity is not None:
-        draft.put("gradient_checkpointing.kind", granularity if granularity in ("full", "selective") else "none",
-                  keys.at("recompute_granularity"))  # fmt: skip
+        draft.put(
+            "gradient_checkpointing.kind",
+            granularity if granularity in ("full", "selective") else "none",
+            keys.at("recompute_granularity"),
+        )
     layers = keys.count("recompute_num_layers")
     if granularity == "full" and layers is not None and layers > 1:
         if keys.word("recompute_method") == "block":
@@ -471,9 +508,11 @@ def _megatron(context: Context, keys: Keys) -> None:
             draft.put("gradient_checkpointing.every", layers, keys.at("recompute_num_layers"))
     keys.raw("recompute_modules")
     for name, plan_key in (
-        ("tensor_model_parallel_size", "sharding.tp"), ("pipeline_model_parallel_size", "sharding.pp"),
-        ("context_parallel_size", "sharding.cp"), ("expert_model_parallel_size", "sharding.ep"),
-    ):  # fmt: skip
+        ("tensor_model_parallel_size", "sharding.tp"),
+        ("pipeline_model_parallel_size", "sharding.pp"),
+        ("context_parallel_size", "sharding.cp"),
+        ("expert_model_parallel_size", "sharding.ep"),
+    ):
         degree = keys.count(name)
         if degree is not None and degree > 1:
             draft.put(plan_key, degree, keys.at(name))
@@ -491,9 +530,9 @@ def _megatron(context: Context, keys: Keys) -> None:
                 ("optimizer_offload_fraction",),
                 "part of the optimizer stays on the card; all of it is taken off",
             )
-    name, known = optimizer_name(keys.text("optimizer"))
-    if name is not None and known:
-        draft.put("optimizer.name", name, keys.at("optimizer"))
+    chosen, known = optimizer_name(keys.text("optimizer"))
+    if chosen is not None and known:
+        draft.put("optimizer.name", chosen, keys.at("optimizer"))
     for name in ("fp8_format", "fp8_param_gather", "fp8_recipe"):
         if keys.raw(name) and name != "fp8_recipe":
             draft.not_modelled(keys, (name,), "fp8 matmuls keep scales and extra copies")
@@ -518,8 +557,8 @@ def _megatron(context: Context, keys: Keys) -> None:
             draft.assume(
                 "sharding.kind",
                 kind,
-                SOURCE
-                % "megatron/arguments/megatron_args.py: use_distributed_optimizer = True shards states over data parallel ranks",
+                SOURCE % "megatron/arguments/megatron_args.py: use_distributed_optimizer = True "
+                "shards states over data parallel ranks",
             )
         batch = keys.count("global_batch_size") or 16
         draft.put(

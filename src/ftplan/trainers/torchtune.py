@@ -86,9 +86,8 @@ def read(context: Context, keys: Keys, recipe: str | None = None) -> None:
         packed if packed is not None else keys.flag("packed"),
         keys.at("dataset", "packed"),
     )
-    if keys.has("dataset_val") or keys.has("run_val_every_n_steps"):
-        if keys.count("run_val_every_n_steps"):
-            draft.put("batch.eval_micro", keys.count("batch_size_val"), keys.at("batch_size_val"))
+    if keys.count("run_val_every_n_steps"):
+        draft.put("batch.eval_micro", keys.count("batch_size_val"), keys.at("batch_size_val"))
     keys.raw("batch_size_val")
     weights = dtype(keys.text("dtype"))
     draft.put("precision.mixed", "no")
@@ -127,8 +126,17 @@ def _model(draft: Draft, keys: Keys) -> None:
     section = "policy_model" if keys.has("policy_model") else "model"
     component = keys.text(section, "_component_")
     name, method = torchtune_model(component)
-    folder = next((keys.text(*path) for path in (("checkpointer", "checkpoint_dir"), ("training", "checkpointer", "checkpoint_dir"))
-                   if keys.has(*path)), None)  # fmt: skip
+    folder = next(
+        (
+            keys.text(*path)
+            for path in (
+                ("checkpointer", "checkpoint_dir"),
+                ("training", "checkpointer", "checkpoint_dir"),
+            )
+            if keys.has(*path)
+        ),
+        None,
+    )
     if name is not None:
         draft.put("model.name", name, keys.at(section, "_component_"))
     else:
@@ -137,9 +145,13 @@ def _model(draft: Draft, keys: Keys) -> None:
         tail = model_name(folder)
         draft.put("model.name", tail, keys.at("checkpointer", "checkpoint_dir"))
         if tail is not None:
-            draft.find("IMP010", f"the model is taken from the checkpoint folder {tail}: the builder "
-                       f"{builder or 'is not named and'} has sizes of its own", keys.at(section, "_component_"),
-                       help="pass --model NAME or --config PATH when that is another one")  # fmt: skip
+            draft.find(
+                "IMP010",
+                f"the model is taken from the checkpoint folder {tail}: the builder "
+                f"{builder or 'is not named and'} has sizes of its own",
+                keys.at(section, "_component_"),
+                help="pass --model NAME or --config PATH when that is another one",
+            )
     _adapter(draft, keys, section, method)
     vision = [
         key
@@ -147,8 +159,11 @@ def _model(draft: Draft, keys: Keys) -> None:
         if keys.has(section, key)
     ]
     if vision:
-        draft.find("IMP007", "a vision-language model: which towers are trained is not sized, the text model is",
-                   keys.at(section, vision[0]))  # fmt: skip
+        draft.find(
+            "IMP007",
+            "a vision-language model: which towers are trained is not sized, the text model is",
+            keys.at(section, vision[0]),
+        )
     for key in ("policy_model", "model", "teacher_model", "reward_and_value_model"):
         keys.mapping(key)
 
@@ -226,8 +241,12 @@ def _checkpointing(draft: Draft, keys: Keys, base: tuple[Key, ...]) -> None:
         draft.put("gradient_checkpointing.kind", "full", keys.at("ac_mode"))
     if offload:
         if on is False:
-            draft.not_modelled(keys, (*base, "enable_activation_offloading"),
-                               "offloading every activation without checkpointing; sized as checkpoints that are offloaded")  # fmt: skip
+            draft.not_modelled(
+                keys,
+                (*base, "enable_activation_offloading"),
+                "offloading every activation without checkpointing; sized as checkpoints "
+                "that are offloaded",
+            )
         draft.put(
             "gradient_checkpointing.kind", "offload", keys.at(*base, "enable_activation_offloading")
         )
@@ -241,8 +260,12 @@ def _optimizer(draft: Draft, keys: Keys, base: tuple[Key, ...]) -> None:
         name = "adamw_torch_fused"
     draft.put("optimizer.name", name, keys.at(*base, "optimizer", "_component_"))
     if not known:
-        draft.find("IMP005", f"the optimizer {component} is not known: its states cannot be sized",
-                   keys.at(*base, "optimizer", "_component_"), help="pass --optimizer NAME")  # fmt: skip
+        draft.find(
+            "IMP005",
+            f"the optimizer {component} is not known: its states cannot be sized",
+            keys.at(*base, "optimizer", "_component_"),
+            help="pass --optimizer NAME",
+        )
     if name == "sgd":
         draft.put(
             "optimizer.momentum",
@@ -254,8 +277,13 @@ def _optimizer(draft: Draft, keys: Keys, base: tuple[Key, ...]) -> None:
         draft.put("optimizer.in_backward", True, keys.at("optimizer_in_bwd"))
         steps = draft.get("batch.accumulation") or 1
         if steps > 1:
-            draft.find("CFG011", f"optimizer_in_bwd with gradient_accumulation_steps: {steps}: torchtune refuses this",
-                       keys.at("optimizer_in_bwd"), help="set gradient_accumulation_steps: 1")  # fmt: skip
+            draft.find(
+                "CFG011",
+                f"optimizer_in_bwd with gradient_accumulation_steps: {steps}: torchtune "
+                f"refuses this",
+                keys.at("optimizer_in_bwd"),
+                help="set gradient_accumulation_steps: 1",
+            )
 
 
 def _reference(draft: Draft, keys: Keys, task: str) -> None:
@@ -274,16 +302,26 @@ def _reference(draft: Draft, keys: Keys, task: str) -> None:
 
 
 def _sharding(draft: Draft, keys: Keys, recipe: str | None) -> None:
-    degrees = (("tensor_parallel_dim", "sharding.tp"), ("context_parallel_dim", "sharding.cp"),
-               ("data_parallel_replicate_dim", "sharding.dp_replicate"))  # fmt: skip
+    degrees = (
+        ("tensor_parallel_dim", "sharding.tp"),
+        ("context_parallel_dim", "sharding.cp"),
+        ("data_parallel_replicate_dim", "sharding.dp_replicate"),
+    )
     for name, plan_key in degrees:
         degree = keys.count(name)
         if degree is not None and degree > 1:
             draft.put(plan_key, degree, keys.at(name))
     shard = keys.count("data_parallel_shard_dim")
     cpu = keys.flag("fsdp_cpu_offload") or keys.flag("fsdp", "cpu_offload")
-    marks = ("fsdp_cpu_offload", "custom_sharded_layers", "tensor_parallel_dim", "tensor_parallel_plan",
-             "data_parallel_shard_dim", "fsdp", "fsdp_reshard_after_forward")  # fmt: skip
+    marks = (
+        "fsdp_cpu_offload",
+        "custom_sharded_layers",
+        "tensor_parallel_dim",
+        "tensor_parallel_plan",
+        "data_parallel_shard_dim",
+        "fsdp",
+        "fsdp_reshard_after_forward",
+    )
     name = f"{recipe or ''} {keys.file}"
     count = (draft.get("hardware.count") or 0) * (draft.get("hardware.nodes") or 1)
     distributed = any(keys.has(mark) for mark in marks) or "distributed" in name or count > 1
@@ -385,5 +423,6 @@ def export(plan: Plan) -> writing.Exported:
     elif plan.sharding.kind not in (None, "none"):
         out.refuse(f"sharding: {plan.sharding.kind}; its distributed recipes use FSDP2")
     return out.done(
-        hint="launch with: tune run RECIPE --config FILE (the recipe's own keys, as paths, are yours to add)"
+        hint="launch with: tune run RECIPE --config FILE (the recipe's own keys, as paths, "
+        "are yours to add)"
     )

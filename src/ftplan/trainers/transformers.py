@@ -226,16 +226,18 @@ def mixed_precision(draft: Draft, keys: Keys) -> str | None:
     bf16, fp16 = _auto(keys, "bf16"), _auto(keys, "fp16")
     if bf16 and fp16:
         draft.find(
-            "CFG007", "bf16 and fp16 are both on: the trainer refuses this", keys.at("fp16"),
+            "CFG007",
+            "bf16 and fp16 are both on: the trainer refuses this",
+            keys.at("fp16"),
             help="keep one of the two",
-        )  # fmt: skip
+        )
     if bf16:
         draft.places["precision.mixed"] = keys.at("bf16")
         return "bf16"
     if fp16:
         draft.places["precision.mixed"] = keys.at("fp16")
         return "fp16"
-    return "no" if bf16 is False or fp16 is False and draft.stack.mixed == "no" else None
+    return "no" if bf16 is False or (fp16 is False and draft.stack.mixed == "no") else None
 
 
 def _auto(keys: Keys, name: str) -> bool | None:
@@ -262,7 +264,8 @@ def _sharding(context: Context, keys: Keys) -> None:
                     draft.put("sharding.kind", guessed, keys.at("deepspeed"))
                     draft.find(
                         "IMP010",
-                        f"{guessed} is taken from the name {named}; its offload and buckets are unknown",
+                        f"{guessed} is taken from the name {named}; its offload and buckets "
+                        f"are unknown",
                         keys.at("deepspeed"),
                     )
     options = keys.words("fsdp") if not isinstance(keys.raw("fsdp"), bool) else ("full_shard",)

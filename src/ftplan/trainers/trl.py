@@ -39,7 +39,7 @@ def matches(data: dict[str, Any]) -> bool:
 
 
 def read(context: Context, keys: Keys, program: str | None = None) -> None:
-    """Fill the draft from a TRL configuration; ``program`` is the command's task, if there is one."""
+    """Fill the draft from a TRL configuration; ``program`` is the command's task, if any."""
     draft = context.draft
     draft.keys(keys)
     name = program or _task(draft, keys)
@@ -63,9 +63,10 @@ def read(context: Context, keys: Keys, program: str | None = None) -> None:
     surroundings(context, keys)
     if draft.get("sharding.kind") == "zero3" and draft.get("method.kind") in ("lora", "dora"):
         draft.assume(
-            "method.adapter_dtype", draft.get("precision.weights") or "bf16",
+            "method.adapter_dtype",
+            draft.get("precision.weights") or "bf16",
             SOURCE % "sft_trainer.py: autocast_adapter_dtype=False under ZeRO-3",
-        )  # fmt: skip
+        )
 
 
 def _task(draft: Draft, keys: Keys) -> str:
@@ -111,19 +112,31 @@ def _method(draft: Draft, keys: Keys) -> None:
     else:
         draft.put("method.kind", "full")
         named = [key for key in ("lora_r", "lora_target_modules") if keys.has(key)]
-        if named and adapter is not True:
+        if named:
             draft.find(
                 "CFG001",
                 f"{' and '.join(named)} do nothing without use_peft: true; every weight is trained",
                 keys.at(named[0]),
                 help="add use_peft: true, or remove the LoRA keys",
             )
-        keys.known("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
-                   "lora_modules_to_save", "use_dora", "use_rslora", "lora_target_parameters")  # fmt: skip
+        keys.known(
+            "lora_r",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_target_modules",
+            "lora_modules_to_save",
+            "use_dora",
+            "use_rslora",
+            "lora_target_parameters",
+        )
     four, eight = keys.flag("load_in_4bit"), keys.flag("load_in_8bit")
     if four and eight:
-        draft.find("CFG007", "load_in_4bit and load_in_8bit are both on: TRL refuses this",
-                   keys.at("load_in_8bit"), help="keep one of the two")  # fmt: skip
+        draft.find(
+            "CFG007",
+            "load_in_4bit and load_in_8bit are both on: TRL refuses this",
+            keys.at("load_in_8bit"),
+            help="keep one of the two",
+        )
     kind = keys.word("bnb_4bit_quant_type") or "nf4"
     if four:
         put_quantised(draft, kind if kind in ("nf4", "fp4") else "nf4", keys, "load_in_4bit")
@@ -134,9 +147,11 @@ def _method(draft: Draft, keys: Keys) -> None:
         draft.put("method.double_quant", nested, keys.at("use_bnb_nested_quant"))
     if (four or eight) and not adapter:
         draft.find(
-            "CFG006", "a quantised base without an adapter cannot be trained: TRL stops here",
-            keys.at("load_in_4bit" if four else "load_in_8bit"), help="add use_peft: true",
-        )  # fmt: skip
+            "CFG006",
+            "a quantised base without an adapter cannot be trained: TRL stops here",
+            keys.at("load_in_4bit" if four else "load_in_8bit"),
+            help="add use_peft: true",
+        )
 
 
 def _lengths(draft: Draft, keys: Keys, task: str) -> None:
@@ -200,9 +215,10 @@ def _rollout(draft: Draft, keys: Keys) -> None:
         share = keys.number("vllm_gpu_memory_utilization")
         draft.put("rollout.sampler_share", share, keys.at("vllm_gpu_memory_utilization"))
         draft.assume(
-            "rollout.sampler_share", 0.3,
+            "rollout.sampler_share",
+            0.3,
             SOURCE % "grpo_config.py: vllm_gpu_memory_utilization = 0.3",
-        )  # fmt: skip
+        )
 
 
 def _reference(draft: Draft, keys: Keys, name: str, task: str) -> None:
@@ -223,17 +239,20 @@ def _reference(draft: Draft, keys: Keys, name: str, task: str) -> None:
             draft.put("reference", kind, keys.at("beta"))
     else:
         draft.assume(
-            "reference", "adapter" if adapter else "model",
-            SOURCE % "dpo_trainer.py: with an adapter the reference is the model with it switched off",
-        )  # fmt: skip
+            "reference",
+            "adapter" if adapter else "model",
+            SOURCE
+            % "dpo_trainer.py: with an adapter the reference is the model with it switched off",
+        )
     if keys.text("ref_model_name_or_path") or keys.text("ref_model"):
         draft.put("reference", "model", keys.at("ref_model_name_or_path"))
         if adapter:
             draft.find(
-                "CFG014", "a second model is held as reference although an adapter is trained",
+                "CFG014",
+                "a second model is held as reference although an adapter is trained",
                 keys.at("ref_model_name_or_path"),
                 help="leave the reference model out: the base with its adapter off is the same",
-            )  # fmt: skip
+            )
 
 
 def export(plan: Plan) -> writing.Exported:
@@ -258,8 +277,14 @@ def export(plan: Plan) -> writing.Exported:
     method = plan.method
     if method is not None and method.kind != "full":
         out.line("use_peft", True)
-        out.lora(rank="lora_r", targets="lora_target_modules", modules="lora_modules_to_save",
-                 parameters="lora_target_parameters", dora="use_dora", rslora="use_rslora")  # fmt: skip
+        out.lora(
+            rank="lora_r",
+            targets="lora_target_modules",
+            modules="lora_modules_to_save",
+            parameters="lora_target_parameters",
+            dora="use_dora",
+            rslora="use_rslora",
+        )
         out.quantised(double="use_bnb_nested_quant")
     if plan.task == "grpo":
         rollout = plan.rollout
@@ -273,7 +298,8 @@ def export(plan: Plan) -> writing.Exported:
             out.line("beta", 0.04)
         if rollout is not None and rollout.prompt_tokens is not None:
             out.comment(
-                f"TRL 1.16 does not bound the prompt; the plan's prompts have {rollout.prompt_tokens} tokens"
+                f"TRL 1.16 does not bound the prompt; the plan's prompts have "
+                f"{rollout.prompt_tokens} tokens"
             )
     else:
         out.line("max_length", plan.batch.seq_len)

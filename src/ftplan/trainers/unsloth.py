@@ -70,13 +70,17 @@ def _studio(draft: Draft, keys: Keys) -> None:
     put_optimizer(draft, keys, training, "optim")
     kind = keys.word(training, "training_type") or "lora"
     four = keys.flag(training, "load_in_4bit")
-    if "embedding" in keys.file or "embedding-finetuning" == keys.text("logging", "wandb_project"):
+    if "embedding" in keys.file or keys.text("logging", "wandb_project") == "embedding-finetuning":
         draft.put("task", "embed", keys.at(training))
     if kind == "full":
         draft.put("method.kind", "full", keys.at(training, "training_type"))
         if four:
-            draft.find("CFG006", "load_in_4bit with full finetuning: only adapters train on a quantised base",
-                       keys.at(training, "load_in_4bit"), help="set load_in_4bit: false")  # fmt: skip
+            draft.find(
+                "CFG006",
+                "load_in_4bit with full finetuning: only adapters train on a quantised base",
+                keys.at(training, "load_in_4bit"),
+                help="set load_in_4bit: false",
+            )
         draft.put("loss.kind", "fused")
     else:
         _lora(draft, keys, lora)
@@ -113,8 +117,11 @@ def _lora(draft: Draft, keys: Keys, lora: str) -> None:
     draft.put(
         "method.use_rslora", keys.flag(lora, "use_rslora") or None, keys.at(lora, "use_rslora")
     )
-    off = [part for part in ("language_layers", "attention_modules", "mlp_modules")
-           if keys.flag(lora, f"finetune_{part}") is False]  # fmt: skip
+    off = [
+        part
+        for part in ("language_layers", "attention_modules", "mlp_modules")
+        if keys.flag(lora, f"finetune_{part}") is False
+    ]
     if off:
         draft.not_modelled(
             keys,
@@ -148,9 +155,22 @@ def _command(draft: Draft, keys: Keys) -> None:
     draft.assume(
         "batch.accumulation", 4, "unslothai/unsloth unsloth-cli.py: gradient_accumulation_steps = 4"
     )
-    put_lora(draft, keys, kind="lora", rank=16,
-             default_targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-             source="unslothai/unsloth unsloth-cli.py, 2026.8.19")  # fmt: skip
+    put_lora(
+        draft,
+        keys,
+        kind="lora",
+        rank=16,
+        default_targets=(
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ),
+        source="unslothai/unsloth unsloth-cli.py, 2026.8.19",
+    )
     draft.put("method.rank", keys.count("r"), keys.at("r"))
     if keys.flag("load_in_4bit"):
         draft.put("precision.weights", "nf4", keys.at("load_in_4bit"))

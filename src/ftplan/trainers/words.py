@@ -159,7 +159,7 @@ def litgpt_model(name: str) -> str:
 
 
 def torchtune_component(name: str, prefix: str) -> str | None:
-    """The full name of the builder for a hub id, with ``lora_`` in front; None when there is none."""
+    """The full name of the builder for a hub id, ``lora_`` in front; None when there is none."""
     words: dict[str, str] = _words()["torchtune_models"]
     for builder, hub in words.items():
         if hub.lower() == name.lower():

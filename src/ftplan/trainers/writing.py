@@ -93,9 +93,17 @@ class Writer:
             self.line(key, words[self.plan.attention])
 
     def lora(
-        self, *, rank: str, targets: str, modules: str, dora: str, rslora: str,
-        parameters: str | None = None, linear: str | None = None, joined: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        rank: str,
+        targets: str,
+        modules: str,
+        dora: str,
+        rslora: str,
+        parameters: str | None = None,
+        linear: str | None = None,
+        joined: bool = False,
+    ) -> None:
         """The adapter's keys by the trainer's names."""
         method = self.plan.method
         assert method is not None
@@ -246,7 +254,8 @@ class Writer:
                 self.mapping("fsdp_config", given)
         elif kind in ("zero1", "zero2", "zero3"):
             self.comment(
-                f"sharding {kind} is DeepSpeed's: write it with `ftplan export --to deepspeed` and name it "
+                f"sharding {kind} is DeepSpeed's: write it with `ftplan export --to "
+                f"deepspeed` and name it "
                 "with `deepspeed: FILE`, or pass it as an overlay"
             )
         self._launch_note()
@@ -268,15 +277,21 @@ class Writer:
             self.line("fsdp_version", sharding.version or 2)
             options: dict[str, Any] = {
                 f"{prefix}offload_params": sharding.offload == "params",
-                f"{prefix}auto_wrap_policy": "NO_WRAP" if sharding.wrap == "model" else
-                "TRANSFORMER_BASED_WRAP" if sharding.wrap == "block" else None,
+                f"{prefix}auto_wrap_policy": "NO_WRAP"
+                if sharding.wrap == "model"
+                else "TRANSFORMER_BASED_WRAP"
+                if sharding.wrap == "block"
+                else None,
                 f"{prefix}reshard_after_forward": sharding.reshard_after_forward,
-                f"{prefix}use_orig_params": sharding.use_orig_params if sharding.version != 2 else None,
-            }  # fmt: skip
+                f"{prefix}use_orig_params": sharding.use_orig_params
+                if sharding.version != 2
+                else None,
+            }
             self.mapping("fsdp_config", options)
         elif sharding.kind in ("zero1", "zero2", "zero3"):
             self.comment(
-                f"sharding {sharding.kind} is DeepSpeed's: `ftplan export --to deepspeed`, then `deepspeed: FILE`"
+                f"sharding {sharding.kind} is DeepSpeed's: `ftplan export --to deepspeed`, "
+                f"then `deepspeed: FILE`"
             )
         self._launch_note()
 
@@ -392,7 +407,7 @@ class Writer:
         if optimizer.in_backward:
             self.line("optimizer_in_bwd", True)
 
-    # --- the end -----------------------------------------------------------------------------------
+    # --- the end ---------------------------------------------------------------------------
 
     def done(self, *, hint: str) -> Exported:
         """The file's text, with its notes as comments on top."""
