@@ -311,6 +311,20 @@ class Network(Module):
         """From the last stage's output to the logits."""
         raise NotImplementedError
 
+    def classify(self, labels: int) -> None:
+        """Put a linear ``score`` over ``labels`` in place of the language model's head.
+
+        What transformers does for decoders (``GenericForSequenceClassification``).
+        """
+        head = self.child(self.head_name)
+        assert isinstance(head, Linear)
+        del self.children[self.head_name]
+        self.tied.pop(f"{self.head_name}.weight", None)
+        self.head_name = "score"
+        score = Linear(head.in_features, labels)
+        self.replace("score", score)
+        self.head = score.forward  # type: ignore[method-assign]
+
     def all_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Every weight of the model once, by the name transformers gives it."""
         for name, parameter in self.named_parameters():

@@ -445,10 +445,13 @@ def embedding(tape: Tape, weight: Tensor, rows: Size) -> Tensor:
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """``log_softmax`` (keeps its output) and ``nll_loss`` (its targets): a scalar comes out."""
-    log_probs = unary(autocast_fp32(logits), "log_softmax", "output")
-    tape = logits.tape
-    loss = tape.tensor(Size((1, 0, 0, 0, 0, 0, 0)), 1, log_probs.dtype, "loss")
-    saved = (log_probs, targets)
+    return nll_loss(unary(autocast_fp32(logits), "log_softmax", "output"), targets)
+
+
+def nll_loss(log_probs: Tensor, *kept: Tensor) -> Tensor:
+    """The negative log likelihood; ``kept`` lives until its gradient has been taken."""
+    loss = log_probs.tape.tensor(ONE, 1, log_probs.dtype, "loss")
+    saved = (log_probs, kept)
     make = like(log_probs.rows, log_probs.width, log_probs.dtype, log_probs.requires_grad)
 
     def apply(grad: Tensor) -> Grads:
@@ -457,6 +460,29 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
     record([loss], "nll_loss", [log_probs], apply)
     return loss
+
+
+def gather(x: Tensor, rows: Size | None = None) -> Tensor:
+    """Rows picked by an index, which is kept; backward makes a whole tensor of zeros."""
+    rows = x.rows if rows is None else rows
+    out = x.tape.tensor(rows, x.width, x.dtype, "gather")
+    index = x.tape.tensor(rows, 1, "int64", "row index")
+    make = like(x.rows, x.width, x.dtype, x.requires_grad)
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = index
+        return (make(grad),)
+
+    record([out], "gather", [x], apply)
+    return out
+
+
+def rows_slice(x: Tensor, rows: Size) -> Tensor:
+    """The first ``rows`` of a tensor, a view; backward pads with zeros to the whole."""
+    out = x.alias(rows=rows)
+    make = like(x.rows, x.width, x.dtype, x.requires_grad)
+    record([out], "slice", [x], lambda grad: (make(grad),))
+    return out
 
 
 def item_bytes(dtype: str) -> int:

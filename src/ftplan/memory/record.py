@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftplan.memory import ops
+from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.env import Environment
+from ftplan.memory.loss import compute_loss
 from ftplan.memory.nn import Module, Network, Shared, Stack, Stage
 from ftplan.memory.tape import ONE, TOKENS, Label, Node, Parameter, Tape, Tensor, backward
 
@@ -227,57 +229,26 @@ def _run(block: Module, x: Tensor, shared: Shared) -> Tensor:
 
 
 def _checkpoint(block: Module, x: Tensor, shared: Shared) -> Tensor:
-    """``torch.utils.checkpoint``: keep the input, run again on the way back."""
-    tape = x.tape
-    if not tape.grad_enabled:
-        return _run(block, x, shared)
-    with tape.no_grad():
-        out = _run(block, x, shared)
-    gradient_inputs = [t for t in (x, shared.memory, shared.bias) if t is not None]
-    if not any(t.requires_grad for t in gradient_inputs) and not _trains(block):
-        return out
-
-    def forward_again() -> Tensor:
-        cache, tape.weight_cache = tape.weight_cache, {}
-        with tape.scoped("recomputed"):
-            again = _run(block, x, shared)
-        tape.weight_cache = cache
-        return again
-
-    node = Node(tape, "checkpoint", [ops.edge(t) for t in gradient_inputs], _never)
-    node.recompute = forward_again
-    out.requires_grad, out.node = True, node
-    return out
+    others = [t for t in (shared.memory, shared.bias) if t is not None]
+    return checkpoint(lambda x: _run(block, x, shared), x, others, trains=_trains(block))
 
 
 def _trains(block: Module) -> bool:
     return any(parameter.trainable for _, parameter in block.named_parameters())
 
 
-def _never(*_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise AssertionError("a checkpoint is recomputed, not applied")
-
-
 def _loss(recorder: _Recorder, x: Tensor) -> Tensor:
     """Logits and loss, as the model class computes them inside its forward."""
-    tape, network = recorder.tape, recorder.network
+    tape = recorder.tape
     with tape.scoped("logits"):
-        logits = network.head(x)
-        loss = _full_loss(logits)
-        if tape.env.outputs_to_fp32:
+        loss, logits = compute_loss(recorder.network, x)
+        if logits is not None and tape.env.outputs_to_fp32:
             logits = ops.to(logits, "fp32")
-    if tape.env.keep_outputs:
+    if logits is not None and tape.env.keep_outputs:
         recorder.recording.outputs.append(logits)
     del logits
     recorder.recording.forward_order.append(recorder.cut("loss"))
     return loss
-
-
-def _full_loss(logits: Tensor) -> Tensor:
-    """``ForCausalLMLoss``: all logits in fp32, labels shifted by one."""
-    full = ops.to(logits, "fp32")
-    labels = full.tape.tensor(TOKENS, 1, "int64", "shifted labels")
-    return ops.cross_entropy(full, labels)
 
 
 def _run_backward(recorder: _Recorder, root: Tensor) -> None:

@@ -247,7 +247,7 @@ class Node:
         self.apply: Callable[..., Grads] | None = apply
         self.buffers: list[Tensor | None] = [None] * outputs
         self.pending = 0
-        self.recompute: Callable[[], Tensor] | None = None
+        self.recompute: Callable[[Tensor | None], Tensor] | None = None
         """A checkpoint: builds the graph that stands in for this node."""
 
 
@@ -271,7 +271,7 @@ def _count_dependencies(root: Node, since: int = 0) -> None:
 def _expand(node: Node, tape_sequence: int) -> Node:
     """Recompute a checkpointed block: its graph takes the place of ``node``."""
     assert node.recompute is not None
-    output = node.recompute()
+    output = node.recompute(node.buffers[0])
     root = output.node
     assert isinstance(root, Node), "a checkpointed block whose output asks for no gradient"
     _count_dependencies(root, tape_sequence)

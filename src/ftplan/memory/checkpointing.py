@@ -1,0 +1,61 @@
+"""Activation checkpointing: keep a function's input, run it again on the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ftplan.memory import ops
+from ftplan.memory.tape import Node, Tensor
+
+__all__ = ["checkpoint"]
+
+
+def checkpoint(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    others: Sequence[Tensor] = (),
+    *,
+    trains: bool,
+) -> Tensor:
+    """``torch.utils.checkpoint``: ``function(x)``, of which autograd keeps ``x`` alone.
+
+    ``others`` are further inputs that may ask for a gradient; ``trains`` says whether the function
+    has weights that do.
+    """
+    tape = x.tape
+    inputs = [x, *others]
+    if not tape.grad_enabled or not (trains or any(t.requires_grad for t in inputs)):
+        return function(x)
+    with tape.no_grad():
+        out = function(x)
+
+    def forward_again(grad: Tensor | None) -> Tensor:
+        cache, tape.weight_cache = tape.weight_cache, {}
+        with tape.scoped("recomputed"):
+            kept: list[Tensor | None] = [x]
+            again = function(_entry(x, kept))
+        tape.weight_cache = cache
+        if tape.env.reentrant:  # its backward holds the gradient and the output on the stack
+            kept += [grad, again]
+        return again
+
+    node = Node(tape, "checkpoint", [ops.edge(t) for t in inputs], _never)
+    node.recompute = forward_again
+    out.requires_grad, out.node = True, node
+    return out
+
+
+def _entry(x: Tensor, kept: list[Tensor | None]) -> Tensor:
+    """The input as the recomputed function sees it; what is ``kept`` lives until its gradient."""
+    seen = x.alias()
+
+    def apply(grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept.clear()
+        return (grad,)
+
+    ops.record([seen], "checkpoint input", [x], apply)
+    return seen
+
+
+def _never(*_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise AssertionError("a checkpoint is recomputed, not applied")
