@@ -37,6 +37,7 @@ from ftplan.trace.job import Job, resolve
 from ftplan.trace.ledger import Entry, Ledger
 from ftplan.trace.optimizers import host_scalars
 from ftplan.trace.quantized import emulated
+from ftplan.trace.shard import distributed, local, shard
 
 __all__ = ["TraceResult", "trace"]
 
@@ -146,7 +147,10 @@ def trace_job(
     say = progress or (lambda text: None)
     torch.set_num_threads(1)
     ledger = Ledger()
-    with _quiet():
+    gc.freeze()  # what is loaded already need not be searched at every phase
+    with _quiet(), contextlib.ExitStack() as stack:
+        stack.callback(gc.unfreeze)
+        mesh = stack.enter_context(distributed(job, ledger))
         say("building the model")
         model_config = build.model_config(config, layers)
         model = build.build_model(job, model_config)
@@ -156,10 +160,13 @@ def trace_job(
             with cuda.as_on_cuda(ledger, job.capability), emulated(job, ledger):
                 with cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors):
                     model = build.adapt(model, job)
+                _prepare(job, model)
+                trainable = _count(model, trained=True)
+                model = shard(model, job, mesh)
                 gc.collect()
                 _mark_model(ledger, model)
                 forward_end = _run(job, model, ledger, say, full)
-    return _result(model, ledger, forward_end, total)
+    return _result(model, ledger, forward_end, total, trainable)
 
 
 @contextlib.contextmanager
@@ -177,6 +184,7 @@ def _quiet() -> Iterator[None]:
 
 def _mark_model(ledger: Ledger, model: Any) -> None:
     ledger.mark(model.buffers(), "buffers")
+    ledger.mark(model.__dict__.get("_ddp_buckets", ()), "buckets")
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             kind = "weights/frozen"
@@ -184,33 +192,28 @@ def _mark_model(ledger: Ledger, model: Any) -> None:
             kind = "adapters"
         else:
             kind = "weights/trainable"
-        ledger.mark([parameter], kind)
-        entry = ledger.entry_of(parameter)
+        ledger.mark([local(parameter)], kind)
+        entry = ledger.entry_of(local(parameter))
         if entry is not None:
             entry.module = name
 
 
 def _run(job: Job, model: Any, ledger: Ledger, say: Callable[[str], None], full: bool) -> int:
     """Two steps; returns the clock at the end of the second step's (last) forward."""
-    _prepare(job, model)
     optimizer = build.build_optimizer(job, model)
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and local(parameter) is parameter:
             parameter.register_post_accumulate_grad_hook(
                 lambda p: ledger.mark([p.grad], "gradients")
             )
     ledger.watch_modules(model)
     forward = _forward_of(job, model)
-    gc.collect()
     gc.freeze()
-    try:
-        if full:
-            _one_step(job, model, optimizer, forward, ledger, say, 1)
-        else:
-            _prime(job, model, optimizer, ledger)
-        return _one_step(job, model, optimizer, forward, ledger, say, 2)
-    finally:
-        gc.unfreeze()
+    if full or job.sharding == "fsdp":
+        _one_step(job, model, optimizer, forward, ledger, say, 1)
+    else:
+        _prime(job, model, optimizer, ledger)
+    return _one_step(job, model, optimizer, forward, ledger, say, 2)
 
 
 def _prime(job: Job, model: Any, optimizer: Any, ledger: Ledger) -> None:
@@ -264,10 +267,13 @@ def _one_step(
 
 
 def _update(job: Job, model: Any, optimizer: Any, ledger: Ledger) -> None:
+    ledger.mark(
+        (local(p.grad) for p in model.parameters() if p.grad is not None), "gradients"
+    )
     if job.stack != "pytorch":
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
-    ledger.mark(_state_tensors(optimizer), "optimizer")
+    ledger.mark((local(t) for t in _state_tensors(optimizer)), "optimizer")
     for scalar in host_scalars(job, optimizer):
         ledger.forget(scalar)
 
@@ -297,7 +303,8 @@ def _prepare(job: Job, model: Any) -> None:
 
 def _forward_of(job: Job, model: Any) -> Callable[..., Any]:
     """The model's forward as the stack calls it: autocast around it, outputs cast to fp32."""
-    if job.mixed == "no":
+    if job.mixed == "no" or job.sharding == "fsdp":
+        # accelerate hands FSDP2 a mixed-precision policy and does not autocast
         return model  # type: ignore[no-any-return]
     dtype = getattr(torch, job.mixed)
 
@@ -326,7 +333,7 @@ def _batch(job: Job, model: Any) -> dict[str, Any]:
     return batch
 
 
-def _result(model: Any, ledger: Ledger, forward_end: int, total: int) -> TraceResult:
+def _result(model: Any, ledger: Ledger, forward_end: int, total: int, trainable: int) -> TraceResult:
     marks = ledger.marks
     second = next(clock for clock, step, _ in marks if step == 2)
     curve = ledger.curve()
@@ -356,7 +363,7 @@ def _result(model: Any, ledger: Ledger, forward_end: int, total: int) -> TraceRe
         peak_phase=where,
         phases=phases,
         total_params=total,
-        trainable_params=_count(model, trained=True),
+        trainable_params=trainable,
         versions=versions(),
         entries=ledger.entries,
         peak_clock=peak_clock,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["ALLOCATION_GRANULE_BYTES", "Entry", "Ledger"]
@@ -130,12 +131,12 @@ class Ledger(TorchDispatchMode):
         self._die(entry)
         if size:
             reborn = self._born(size, entry.shape, entry.dtype, entry.op)
-            reborn.kind, reborn.module = entry.kind, entry.module
+            reborn.kind, reborn.module = "gathered", entry.module
         else:
             reborn = Entry(
                 number=len(self.entries), bytes=0, shape=entry.shape, dtype=entry.dtype,
                 op=entry.op, module=entry.module, phase=self.phase, step=self.step,
-                birth=self.clock, kind=entry.kind,
+                birth=self.clock, kind="gathered",
             )  # fmt: skip
         self._by_storage[storage._cdata] = (reborn, reference)
 
@@ -169,6 +170,8 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.prim.device.default:
             return func(*args, **(kwargs or {}))
+        if any(kind is DTensor for kind in types):
+            return NotImplemented  # it comes back with the rank's own tensors
         if func is torch.ops.aten._local_scalar_dense.default and self.scalar_answer is not None:
             return self.scalar_answer(args[0], self.phase)
         result = func(*args, **(kwargs or {}))

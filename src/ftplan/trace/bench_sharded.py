@@ -1,0 +1,99 @@
+"""The sharded jobs of the bench: FSDP2 and DDP over two to many GPUs, traced for one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["SHARDED_REGIMES", "sharded_jobs_of"]
+
+Mapping = dict[str, Any]
+
+BF16: Mapping = {"weights": "bf16", "mixed": "no"}
+AMP: Mapping = {"weights": "fp32", "mixed": "bf16"}
+FULL: Mapping = {"kind": "full"}
+LORA: Mapping = {
+    "kind": "lora", "rank": 16, "targets": "all-linear", "dropout": 0.0, "adapter_dtype": "fp32",
+}  # fmt: skip
+
+SHARDED_REGIMES: dict[str, Mapping] = {
+    "fsdp2-full-bf16": {"method": FULL, "precision": BF16},
+    "fsdp2-full-mixed": {"method": FULL, "precision": AMP},
+    "fsdp2-lora": {"method": LORA, "precision": BF16, "gradient_checkpointing": True},
+    "fsdp2-full-mixed-checkpointed": {
+        "method": FULL, "precision": AMP, "gradient_checkpointing": True,
+    },
+    "fsdp2-full-kept": {
+        "method": FULL, "precision": BF16, "sharding": {"reshard_after_forward": False},
+    },
+    "fsdp2-full-fp32-reduced": {
+        "method": FULL, "precision": {"weights": "fp32", "mixed": "no"},
+        "sharding": {"param_dtype": "bf16", "reduce_dtype": "fp32"},
+        "gradient_checkpointing": True,
+    },
+    "fsdp2-lora-kept": {
+        "method": LORA, "precision": BF16, "sharding": {"reshard_after_forward": False},
+    },
+    "fsdp2-full-bf16-checkpointed": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+        "optimizer": "adamw_torch",
+    },
+    "fsdp2-full-one-unit": {
+        "method": FULL, "precision": BF16, "sharding": {"wrap": "model"},
+        "gradient_checkpointing": True,
+    },
+    "fsdp2-full-accumulated": {
+        "method": FULL, "precision": AMP, "batch": {"accumulation": 4},
+        "gradient_checkpointing": True,
+    },
+    "fsdp2-lora-mixed": {
+        "method": LORA, "precision": {"weights": "bf16", "mixed": "bf16"},
+        "gradient_checkpointing": True,
+    },
+    "ddp-full": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
+    "ddp-lora": {"method": LORA, "precision": BF16},
+}  # fmt: skip
+"""Regimes by name."""
+
+ARCHITECTURES = (
+    "llama-3.1-8b", "llama-2-7b", "qwen2.5-7b", "mistral-7b-v0.1", "pythia-1.4b", "opt-1.3b",
+    "mixtral-8x7b", "smollm2-1.7b", "qwen3-4b", "qwen3-8b", "phi-3-mini", "olmo-2-7b",
+    "granite-3.1-2b", "tinyllama-1.1b", "qwen3-30b-a3b", "llama-3.1-70b", "gpt2-xl",
+)  # fmt: skip
+WORLDS = (8, 2, 4, 16, 32)
+SHAPES = ((1, 1024), (2, 512), (1, 2048), (4, 512), (2, 1024))
+JOBS_PER_ARCHITECTURE = 5
+
+
+def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, int]]:
+    """(regime, plan mapping, layers) of an architecture's sharded jobs."""
+    if name not in ARCHITECTURES:
+        return
+    index = ARCHITECTURES.index(name)
+    regimes = list(SHARDED_REGIMES)
+    for number in range(JOBS_PER_ARCHITECTURE):
+        regime = regimes[(index * JOBS_PER_ARCHITECTURE + number) % len(regimes)]
+        micro, seq_len = SHAPES[(index + 2 * number) % len(SHAPES)]
+        world = WORLDS[(index + number) % len(WORLDS)]
+        more = SHARDED_REGIMES[regime]
+        kind = regime.partition("-")[0]
+        sharding: Mapping = {"kind": "ddp"}
+        if kind == "fsdp2":
+            sharding = {
+                "kind": "fsdp", "version": 2, "wrap": "block", "reshard_after_forward": True,
+                "offload": "none",
+            }  # fmt: skip
+        plan: Mapping = {
+            "version": 1, "model": name, "stack": "transformers", "task": "sft",
+            "method": more["method"], "precision": more["precision"],
+            "batch": {
+                "micro": micro, "seq_len": seq_len, "accumulation": 1, "padding": "none",
+                **more.get("batch", {}),
+            },
+            "optimizer": more.get("optimizer", "adamw_torch_fused"),
+            "gradient_checkpointing": more.get("gradient_checkpointing", False),
+            "attention": "sdpa", "loss": "full",
+            "hardware": {"gpu": "a100-80gb", "count": world},
+            "sharding": {**sharding, **more.get("sharding", {})},
+        }  # fmt: skip
+        yield regime, plan, (4, 3, 6)[(index + number) % 3]

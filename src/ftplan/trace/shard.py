@@ -1,0 +1,116 @@
+"""FSDP2 for one rank of many, traced in one process with PyTorch's fake process group.
+
+Collectives move nothing but allocate what they would; rank 0 holds the largest shards. Gathered
+units are storages that FSDP resizes in place, so ``UntypedStorage.resize_`` is followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ftplan.errors import UnsupportedError
+from ftplan.trace.cuda import patched
+from ftplan.trace.job import Job
+from ftplan.trace.ledger import Ledger
+
+__all__ = ["distributed", "local", "shard"]
+
+
+def local(tensor: Any) -> Any:
+    """The rank's own part of a DTensor; any other tensor is itself."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+@contextlib.contextmanager
+def distributed(job: Job, ledger: Ledger) -> Iterator[Any]:
+    """A fake process group of the job's size while the block runs, if the job has one.
+
+    Yields its device mesh, or None.
+    """
+    if job.world == 1 or job.sharding == "none":
+        yield None
+        return
+    if job.sharding not in ("fsdp", "ddp") or (job.sharding == "fsdp" and job.fsdp_version != 2):
+        raise UnsupportedError(
+            f"tracing {job.sharding}" + (" version 1" if job.sharding == "fsdp" else ""),
+            remedy="trace {kind: fsdp, version: 2} or {kind: ddp}",
+        )
+    if job.offload != "none":
+        raise UnsupportedError("tracing offload", remedy="trace with offload: none")
+    import torch.distributed as dist
+    import torch.distributed._tools.fake_collectives  # noqa: F401  registers shapes
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=job.world, store=FakeStore())
+    original = torch.UntypedStorage.resize_
+
+    def resize(storage: Any, size: int) -> Any:
+        result = original(storage, size)
+        ledger.resize(storage, size)
+        return result
+
+    try:
+        with patched(torch.UntypedStorage, "resize_", resize):
+            yield init_device_mesh("cpu", (job.world,))
+    finally:
+        dist.destroy_process_group()
+
+
+def _dtype(name: str) -> Any:
+    return getattr(torch, name) if name else None
+
+
+def shard(model: Any, job: Job, mesh: Any) -> Any:
+    """Shard the model as the plan says; with ``wrap: block`` each block is a unit of its own."""
+    if job.sharding == "ddp" and job.world > 1:
+        model.__dict__["_ddp_buckets"] = _ddp_buckets(model)
+        return model
+    if job.sharding != "fsdp" or job.world == 1:
+        return model
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(
+        param_dtype=_dtype(job.param_dtype),
+        reduce_dtype=_dtype(job.reduce_dtype),
+        output_dtype=_dtype(job.mixed) if job.mixed != "no" else None,
+    )
+    if job.wrap == "block":
+        for block in _units(model):
+            fully_shard(
+                block, mesh=mesh, mp_policy=policy,
+                reshard_after_forward=job.reshard_after_forward,
+            )  # fmt: skip
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def _units(model: Any) -> list[Any]:
+    """The blocks that transformers says must stay whole, which accelerate wraps one by one."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = set(base._no_split_modules or ())
+    return [module for module in base.modules() if type(module).__name__ in names]
+
+
+def _ddp_buckets(model: Any) -> list[Any]:
+    """DDP's flat buckets, which hold a second copy of every gradient.
+
+    torch 2.13, torch/csrc/distributed/c10d/reducer.cpp: 1 MiB first, then 25 MiB, each closed by
+    the tensor that fills it, by dtype, in the order in which gradients arrive.
+    """
+    limits = {True: 1 << 20, False: 25 << 20}
+    open_buckets: dict[Any, int] = {}
+    closed: list[tuple[Any, int]] = []
+    for parameter in reversed([p for p in model.parameters() if p.requires_grad]):
+        dtype = parameter.dtype
+        filled = open_buckets.get(dtype, 0) + parameter.numel() * parameter.itemsize
+        if filled >= limits[not any(kind == dtype for kind, _ in closed)]:
+            closed.append((dtype, filled))
+            filled = 0
+        open_buckets[dtype] = filled
+    closed += [(dtype, filled) for dtype, filled in open_buckets.items() if filled]
+    return [torch.empty(filled // dtype.itemsize, dtype=dtype) for dtype, filled in closed]
