@@ -60,12 +60,17 @@ def _plan_text(job: JobInput, format: str) -> str:
 
 def _understood(job: JobInput, format: Format, output: Path | None) -> str:
     """Each key of the plan, its value, and where in the file it was read."""
+    from ftplan.files.plan import WORD_KEYS
+
     rows: list[dict[str, Any]] = []
-    assumed = {a.key: a.source for a in job.assumptions}
+    assumed = {a.key for a in job.assumptions}
     for key, value in _flat(job):
-        place = job.locate(key)
-        line = f"line {place.line}" if place is not None and place.line else ""
-        rows.append({"plan key": key, "value": value, "from": line or assumed.get(key, "")})
+        full = f"{key}.{WORD_KEYS[key]}" if key in WORD_KEYS else key
+        place = job.locate(full) or job.locate(key)
+        source = f"line {place.line}" if place is not None and place.line else ""
+        if not source and {key, full} & assumed:
+            source = "the trainer's default"
+        rows.append({"plan key": key, "value": value, "from": source})
     rows += [{"plan key": key, "value": "?", "from": "not in the file"} for key in job.missing]
     from ftplan.render import markdown, table
 
