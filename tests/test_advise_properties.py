@@ -32,9 +32,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "saving_per_call": st.sampled_from([-1.0, 0.0, 0.01]),
     "tuning_cost_per_month": st.sampled_from([0.0, 2_000.0]),
     "monthly_calls": st.sampled_from([0, 10_000, 9_000_000]),
-    **{
-        name: COUNT
-        for name in (
+    **dict.fromkeys(
+        (
             "eval_examples",
             "prompt_iterations",
             "few_shot_examples",
@@ -42,8 +41,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
             "labelled_examples",
             "preference_pairs",
             "unpaired_feedback",
-        )
-    },
+        ),
+        COUNT,
+    ),
 }
 KEYS = [f.name for f in dataclasses.fields(State)]
 
@@ -72,7 +72,7 @@ def failures(draw: st.DrawFn) -> Failure:
         kind=kind,
         class_=own,  # type: ignore[arg-type]
         tests=tests or None,  # type: ignore[arg-type]
-        **number,  # type: ignore[arg-type]
+        **number,
     )
 
 

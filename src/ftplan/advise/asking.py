@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import fsum
 
-from ftplan.advice import NextTest
+from ftplan.advice import TRAINING_STEPS, NextTest
 from ftplan.advise.destination import Aim, Vote
 from ftplan.advise.facts import BASELINE, Facts
 from ftplan.advise.statistics import (
@@ -23,7 +23,16 @@ MOST_ITEMS = 20
 
 def next_test(f: Facts, aim: Aim, way: tuple[Rung, ...]) -> NextTest | None:
     """None when nothing that is unknown could change the answer."""
-    for ask in (_baseline, _confirm, _measure_target, _per_kind, _frequencies, _lead, _open_rung):
+    for ask in (
+        _baseline,
+        _confirm,
+        _measure_target,
+        _per_kind,
+        _frequencies,
+        _lead,
+        _open_rung,
+        _before_training,
+    ):
         if (test := ask(f, aim, way)) is not None:
             return test
     return None
@@ -56,9 +65,6 @@ def _where(items: tuple[str, ...]) -> str:
 
 
 def _baseline(f: Facts, aim: Aim, way: tuple[Rung, ...]) -> NextTest | None:
-    rung = next((r for r in way if r.step == "evaluate_first"), None)
-    if rung is None or rung.status != "undone":
-        return None
     if f.evaluation.value is False:
         return NextTest(
             name="Baseline",
@@ -105,7 +111,11 @@ def _measure_target(f: Facts, aim: Aim, way: tuple[Rung, ...]) -> NextTest | Non
 
 
 def _per_kind(f: Facts, aim: Aim, way: tuple[Rung, ...]) -> NextTest | None:
+    if aim.step == "do_nothing":
+        return None
     votes = aim.deciding or aim.votes
+    if f.below("annotator_agreement", 0.6):
+        return _of(f, votes, "label_audit", "People disagree; see on which items, and why.")
     ranked = sorted(
         {v.kind.name: v for v in votes}.values(),
         key=lambda v: (
@@ -151,13 +161,14 @@ def _ask_retrieval(f: Facts, votes: tuple[Vote, ...]) -> str | None:
 
 
 def _ask_constrained(f: Facts, votes: tuple[Vote, ...]) -> str | None:
-    if f.state.constrained_decoding_tried is not None or _tested(votes, "constrained"):
+    tried = f.state.constrained_decoding_tried is not None or f.state.niche_syntax is True
+    if tried or _tested(votes, "constrained"):
         return None
     return "If constrained decoding makes them valid, nothing has to be trained."
 
 
 def _ask_few_shot(f: Facts, votes: tuple[Vote, ...]) -> str | None:
-    if f.state.few_shot_helps is not None or f.state.finetuned or _tested(votes, "few_shot"):
+    if f.shots.value is True or f.state.few_shot_helps is not None or _tested(votes, "few_shot"):
         return None
     return "A gain tells that it is behaviour, and may be enough by itself."
 
@@ -266,3 +277,24 @@ def _open_rung(f: Facts, aim: Aim, way: tuple[Rung, ...]) -> NextTest | None:
                     items=(),
                 )
     return None
+
+
+def _before_training(f: Facts, aim: Aim, way: tuple[Rung, ...]) -> NextTest | None:
+    """Before weights are touched: are there data, and would a stronger model do?"""
+    if aim.step not in TRAINING_STEPS:
+        return None
+    if aim.step in ("finetune", "rag_and_finetune") and f.state.labelled_examples is None:
+        return NextTest(
+            name="Answer: labelled_examples",
+            why="With fewer than 50 labelled examples there is nothing to train on.",
+            how="How many pairs of input and right output are there? Say labelled_examples: N.",
+            items=(),
+        )
+    if f.pressed or f.larger_model_fixes.value is not None:
+        return None
+    return _of(
+        f,
+        aim.deciding,
+        "larger_model",
+        "If a stronger model fixes these and may be used, nothing has to be trained.",
+    )

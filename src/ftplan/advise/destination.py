@@ -11,8 +11,9 @@ from typing import Literal
 from ftplan.advice import STEPS, Step
 from ftplan.advise.facts import Facts, Row
 from ftplan.advise.rules.retrieval import SEARCHING
-from ftplan.advise.support import MAYBE, NO, ladder_of, support
+from ftplan.advise.support import MAYBE, NO, WEAK, ladder_of, support
 from ftplan.advise.taxonomy import Kind
+from ftplan.failures import FailureClass
 
 __all__ = ["Aim", "Axis", "Vote", "find_aim"]
 
@@ -117,14 +118,12 @@ def _vote(f: Facts, row: Row, blocked: Mapping[Step, str]) -> Vote | None:
     open_steps = [step for step in ranked if step not in blocked]
     if wanted is not None and wanted not in blocked:
         choice, level = wanted, levels[wanted]
-    elif (best := next((s for s in open_steps if levels[s] >= MAYBE), None)) is not None:
+    elif (best := _second_best(resolved, wanted, open_steps, levels, blocked)) is not None:
         choice, level = best, levels[best]
     else:
-        axis_is_information = resolved == "information"
         first_closed = wanted or (closed[0] if closed else None)
-        choice = _instead(
-            f, blocked.get(first_closed) if first_closed is not None else None, axis_is_information
-        )
+        rule = blocked.get(first_closed) if first_closed is not None else None
+        choice = _instead(f, rule, resolved)
         level = MAYBE
     axis: Axis = "form" if resolved in ("behavior", "capability") else resolved  # type: ignore[assignment]
     return Vote(
@@ -138,23 +137,43 @@ def _vote(f: Facts, row: Row, blocked: Mapping[Step, str]) -> Vote | None:
     )
 
 
-def _instead(f: Facts, rule: str | None, information: bool) -> Step:
+INSTEAD: dict[str, Step] = {
+    "EVL001": "evaluate_first",
+    "EVL003": "evaluate_first",
+    "PRM008": "prompt",
+    "PRM009": "constrain_output",
+    "FTN003": "prompt",
+    "OPS010": "switch_model",
+    "OPS011": "prompt",
+    "OPS012": "do_nothing",
+}
+"""What a closing rule recommends in place of what it closes."""
+
+
+def _second_best(
+    resolved: FailureClass,
+    wanted: Step | None,
+    open_steps: list[Step],
+    levels: Mapping[Step, int],
+    blocked: Mapping[Step, str],
+) -> Step | None:
+    """The next step of the ladder when the wanted one is closed, if the state supports it.
+
+    In operation a step without evidence is still worth naming, unless the closing rule names one.
+    """
+    gated = wanted is not None and blocked.get(wanted) in INSTEAD
+    least = WEAK if resolved == "operational" and not gated else MAYBE
+    return next((step for step in open_steps if levels[step] >= least), None)
+
+
+def _instead(f: Facts, rule: str | None, resolved: FailureClass) -> Step:
     """The best step that is left when what a failure calls for is closed."""
-    by_rule: dict[str, Step] = {
-        "EVL001": "evaluate_first",
-        "EVL003": "evaluate_first",
-        "PRM008": "prompt",
-        "PRM009": "constrain_output",
-        "FTN003": "prompt",
-        "OPS010": "switch_model",
-        "OPS011": "prompt",
-        "OPS012": "do_nothing",
-    }
-    if rule in by_rule:
-        return by_rule[rule]
+    if rule in INSTEAD:
+        return INSTEAD[rule]
     state = f.state
-    if information:
-        return "prompt"  # what cannot be looked up has to be declined: a rule of the prompt
+    if resolved in ("information", "operational"):
+        # decline what cannot be looked up; shorten, cache: both are work on the prompt
+        return "prompt"
     if f.larger_model_fixes and not f.pressed:
         return "switch_model"
     if not f.prompting:

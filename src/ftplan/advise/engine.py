@@ -208,6 +208,8 @@ def _strength(f: Facts, verdicts: _Verdicts) -> Strength:
         doubts.append(1)  # the best grade needs everything on the table
     if f.evaluation.value is None or "EVL006" in verdicts.fired | verdicts.open:
         doubts.append(2)
+    if "OPS012" in verdicts.fired | verdicts.open:
+        doubts.append(2)
     if f.labelled is None or f.labelled < BASELINE or any(row.suggested for row in f.rows):
         doubts.append(2)
     strengths: tuple[Strength, ...] = ("A", "B", "C", "D")

@@ -222,18 +222,18 @@ class Facts:
         """Share of factual failures that the gold passage fixes; the interval is wide open when
         it is not known on how many it was tried."""
         state = self.state
-        if state.oracle_context_fixes is not None:
-            share = float(state.oracle_context_fixes)
+        stated = state.oracle_context_fixes
+        if stated is not None and state.oracle_context_tested:
             tested = state.oracle_context_tested
-            if not tested:
-                return Range(value=share, low=0.0, high=1.0)
-            return wilson(min(tested, round(share * tested)), tested)
+            return wilson(min(tested, round(float(stated) * tested)), tested)
         results = [
             r.failure.tests["oracle_context"]
             for r in self.rows
             if r.failure.tests and "oracle_context" in r.failure.tests
         ]
-        return wilson(results.count("pass"), len(results)) if results else None
+        if results:
+            return wilson(results.count("pass"), len(results))
+        return None if stated is None else Range(value=float(stated), low=0.0, high=1.0)
 
     @property
     def _oracle_needs(self) -> tuple[str, ...]:
@@ -382,8 +382,9 @@ class Facts:
 
     @cached_property
     def unanimous(self) -> Truth:
-        """All failures are, as far as labelled and tested, of one class."""
-        return any_of(self.only(mine) for mine in CLASSES)
+        """All failures are labelled with one and the same class."""
+        classes = {row.given for row in self.rows}
+        return unknown("failures.kind") if None in classes else Truth(len(classes) == 1)
 
     @cached_property
     def undecided(self) -> Truth:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from ftplan.advice import Step, Strength
@@ -89,8 +89,8 @@ def describe_case(file: FailuresFile) -> str:
 
 
 def _given(value: State | Failure) -> list[tuple[str, Any]]:
-    names = type(value).__dataclass_fields__
-    return [(n, getattr(value, n)) for n in names if getattr(value, n) is not None]
+    items = ((field.name, getattr(value, field.name)) for field in fields(value))
+    return [(name, item) for name, item in items if item is not None]
 
 
 def _yaml(value: Any) -> str:
