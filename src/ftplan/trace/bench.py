@@ -260,9 +260,7 @@ def jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, int]]:
     depth = next(
         config[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in config
     )
-    longest = min(
-        config.get(key, 1 << 30) for key in ("max_position_embeddings", "n_positions")
-    )
+    longest = min(config.get(key, 1 << 30) for key in ("max_position_embeddings", "n_positions"))
     for number in range(JOBS_PER_ARCHITECTURE):
         # a stride that shares no factor with the number of regimes visits all of them in turn
         regime = regimes[(index * JOBS_PER_ARCHITECTURE + number) % len(regimes)]

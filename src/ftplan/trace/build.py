@@ -17,7 +17,15 @@ from ftplan.errors import UnsupportedError
 from ftplan.trace.job import Job
 from ftplan.trace.quantized import prepare_kbit, quantize
 
-__all__ = ["adapt", "apply_to_tensors", "build_model", "build_optimizer", "family_of", "materialize", "model_config"]
+__all__ = [
+    "adapt",
+    "apply_to_tensors",
+    "build_model",
+    "build_optimizer",
+    "family_of",
+    "materialize",
+    "model_config",
+]
 
 
 def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
@@ -53,7 +61,8 @@ def family_of(config: Any) -> str:
         return "seq2seq"
     encoders = {
         "bert", "roberta", "distilbert", "albert", "electra", "deberta", "deberta-v2",
-        "xlm-roberta", "modernbert", "camembert", "mpnet", "xlm-roberta-xl", "eurobert", "nomic_bert",
+        "xlm-roberta", "modernbert", "camembert", "mpnet", "xlm-roberta-xl", "eurobert",
+        "nomic_bert",
     }  # fmt: skip
     if not named and config.model_type in encoders:
         return "masked"
@@ -81,9 +90,7 @@ def build_model(job: Job, config: Any) -> Any:
         config.num_labels = 1 if job.task == "rm" else config.num_labels
         config.pad_token_id = config.pad_token_id if config.pad_token_id is not None else 0
     with torch.device("meta"):
-        model = kind.from_config(
-            config, dtype=dtype, attn_implementation=attention
-        )
+        model = kind.from_config(config, dtype=dtype, attn_implementation=attention)
         model.train()
         model.config.use_cache = False
     return model
@@ -260,10 +267,9 @@ def materialize(model: Any) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, torch.Tensor) and value.device.type == "meta":
                 setattr(module, name, empty(value))
-        if getattr(module, "rope_type", None) is not None:
-            # the values decide which frequencies are used, never how large anything is
-            if isinstance(module.rope_type, str) and "dynamic" in module.rope_type:
-                module.rope_type = "default"
+        if "dynamic" in str(getattr(module, "rope_type", "")):
+            # positions decide which frequencies are used, never how large anything is
+            module.rope_type = "default"
 
 
 def build_optimizer(job: Job, model: Any) -> Any:

@@ -66,9 +66,7 @@ class TraceResult:
         return [
             entry
             for entry in self.entries
-            if entry.birth <= clock
-            and (entry.death is None or entry.death > clock)
-            and entry.bytes
+            if entry.birth <= clock and (entry.death is None or entry.death > clock) and entry.bytes
         ]
 
     def group_of(self, entry: Entry) -> str:
@@ -242,7 +240,7 @@ def _one_step(
         say(f"step {step}: forward")
         gc.collect()
         ledger.enter("forward", step)
-        batch = _batch(job, model)
+        batch: Any = _batch(job)
         ledger.mark([t for t in batch.values() if t is not None], "inputs")
         outputs = forward(**batch)
         loss = outputs["loss"]
@@ -267,9 +265,7 @@ def _one_step(
 
 
 def _update(job: Job, model: Any, optimizer: Any, ledger: Ledger) -> None:
-    ledger.mark(
-        (local(p.grad) for p in model.parameters() if p.grad is not None), "gradients"
-    )
+    ledger.mark((local(p.grad) for p in model.parameters() if p.grad is not None), "gradients")
     if job.stack != "pytorch":
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
@@ -279,7 +275,7 @@ def _update(job: Job, model: Any, optimizer: Any, ledger: Ledger) -> None:
 
 
 def _state_tensors(optimizer: Any) -> Iterator[Any]:
-    stack: list[Any] = [state for state in optimizer.state.values()]
+    stack: list[Any] = list(optimizer.state.values())
     while stack:
         value = stack.pop()
         if isinstance(value, torch.Tensor):
@@ -319,7 +315,7 @@ def _forward_of(job: Job, model: Any) -> Callable[..., Any]:
     return convert_outputs_to_fp32(autocast_forward)  # type: ignore[no-any-return]
 
 
-def _batch(job: Job, model: Any) -> dict[str, Any]:
+def _batch(job: Job) -> dict[str, Any]:
     """Token ids and labels, and a mask where the plan pads; int64, shape (micro, seq_len)."""
     shape = (job.micro, job.seq_len)
     ids = torch.zeros(shape, dtype=torch.int64)
@@ -333,7 +329,9 @@ def _batch(job: Job, model: Any) -> dict[str, Any]:
     return batch
 
 
-def _result(model: Any, ledger: Ledger, forward_end: int, total: int, trainable: int) -> TraceResult:
+def _result(
+    model: Any, ledger: Ledger, forward_end: int, total: int, trainable: int
+) -> TraceResult:
     marks = ledger.marks
     second = next(clock for clock, step, _ in marks if step == 2)
     curve = ledger.curve()

@@ -9,11 +9,15 @@
 Kernel workspaces of cuBLAS are left out: ``max_memory_allocated`` shows them as 8 to 32 MiB more.
 """
 
+# torch is not installed where types are checked: its classes are Any there
+# mypy: disable-error-code="misc"
+
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -114,9 +118,7 @@ class _Efficient(torch.autograd.Function):
     """The memory-efficient (CUTLASS) kernel: any of fp32, fp16, bf16, and additive masks."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Any, key: Any, value: Any, bias: Any, ledger: Ledger
-    ) -> Any:
+    def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any, ledger: Ledger) -> Any:
         batch, heads, length, _ = query.shape
         with ledger.named_op("sdpa_efficient"):
             out = torch.empty(batch, length, heads, value.shape[-1], dtype=query.dtype)
@@ -133,7 +135,7 @@ class _Efficient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        query, key, value, bias, out, *_ = ctx.saved_tensors
+        query, key, value, bias, *_ = ctx.saved_tensors
         with ctx.ledger.named_op("sdpa_efficient_backward"):
             batch, heads, length, head = query.shape
             grad_q, grad_k, grad_v = (
@@ -216,9 +218,7 @@ class _GroupedMM(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_input = torch.empty(input.shape, dtype=input.dtype)
             if ctx.needs_input_grad[1]:
-                grad_weight = torch.empty_strided(
-                    weight.shape, weight.stride(), dtype=weight.dtype
-                )
+                grad_weight = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype)
         return grad_input, grad_weight, None
 
 
@@ -250,9 +250,7 @@ class _HalfSoftmax(torch.autograd.Function):
 
 
 def _softmax(original: Any, ledger: Ledger) -> Any:
-    def softmax(
-        input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
-    ) -> Any:
+    def softmax(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
         if input.dtype == torch.float16 and dtype == torch.float32:
             return _HalfSoftmax.apply(input, ledger)
         return original(input, dim, _stacklevel, dtype)
@@ -294,9 +292,7 @@ def flash_attention(ledger: Ledger) -> Any:
 
 
 def _dropout(original: Any) -> Any:
-    def dropout(
-        input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> Any:
+    def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
         if not training or p <= 0.0 or p >= 1.0 or inplace:
             return original(input, p, training, inplace)
         return torch.native_dropout(input, p, True)[0]
@@ -322,9 +318,7 @@ class AutocastLists(TorchFunctionMode):
     )  # fmt: skip
     with_dtype = ("prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum")
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if (name in _FP32 or name in _FP32_DTYPE) and _is_autocast_enabled("cpu"):
@@ -402,7 +396,7 @@ def as_on_cuda(ledger: Ledger, capability: tuple[int, int] = (8, 0)) -> Iterator
 
 def _autocast_enabled(device_type: str = "cuda") -> bool:
     # peft asks about CUDA, where the autocast of this trace would be
-    return _is_autocast_enabled("cpu" if device_type == "cuda" else device_type)
+    return bool(_is_autocast_enabled("cpu" if device_type == "cuda" else device_type))
 
 
 def _scalar(tensor: Any, phase: str) -> Any:
@@ -419,10 +413,10 @@ def _scalar(tensor: Any, phase: str) -> Any:
 
 
 def _asked_by_peft() -> bool:
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
         if "peft" in name or "transformers" in name:
             return "transformers" not in name
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False

@@ -5,6 +5,9 @@ views share it, and it dies when its last holder (a variable, a saved tensor, a 
 The clock ticks once per birth and per death, so that any moment of the run can be asked for later.
 """
 
+# torch is not installed where types are checked: its classes are Any there
+# mypy: disable-error-code="misc"
+
 from __future__ import annotations
 
 import contextlib
@@ -165,9 +168,7 @@ class Ledger(TorchDispatchMode):
 
     # -- the dispatcher's side ---------------------------------------------------------------
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
             return func(*args, **(kwargs or {}))
         if any(kind is DTensor for kind in types):

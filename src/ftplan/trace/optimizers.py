@@ -1,5 +1,8 @@
 """Optimizers: the real ones where they run on CPU tensors, exact stand-ins where they do not."""
 
+# torch is not installed where types are checked: its classes are Any there
+# mypy: disable-error-code="misc,untyped-decorator"
+
 from __future__ import annotations
 
 import math
@@ -54,11 +57,7 @@ class BlockwiseStandIn(torch.optim.Optimizer):
                     self._make(parameter)
 
     def _make(self, parameter: Any) -> None:
-        eight = (
-            self.bits == 8
-            and parameter.numel() >= 4096
-            and id(parameter) not in self.keep_fp32
-        )
+        eight = self.bits == 8 and parameter.numel() >= 4096 and id(parameter) not in self.keep_fp32
         state = self.state[parameter]
         if eight and not self.maps:
             self.maps = [torch.zeros(256) for _ in range(self.moments)]

@@ -7,6 +7,9 @@ a moment, forward and backward, and nothing of it is kept. (Below 1,536 tokens a
 run, which expands nothing; the outlier columns of int8 are taken as none.)
 """
 
+# torch is not installed where types are checked: its classes are Any there
+# mypy: disable-error-code="misc"
+
 from __future__ import annotations
 
 import contextlib

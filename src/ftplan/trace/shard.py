@@ -42,7 +42,7 @@ def distributed(job: Job, ledger: Ledger) -> Iterator[Any]:
     if job.offload != "none":
         raise UnsupportedError("tracing offload", remedy="trace with offload: none")
     import torch.distributed as dist
-    import torch.distributed._tools.fake_collectives  # noqa: F401  registers shapes
+    import torch.distributed._tools.fake_collectives
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
