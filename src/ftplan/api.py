@@ -18,9 +18,11 @@ from ftplan.memory.counters import (
 )
 from ftplan.memory.estimate import Estimate
 from ftplan.memory.estimate import estimate as walk
+from ftplan.memory.serving import serve
 from ftplan.memory.terms import all_terms
+from ftplan.memory.ways import ways
 from ftplan.report import Finding, GpuSummary, Interval, ModelSummary, Phase, Report, Verdict
-from ftplan.resolve import Resolved, job_of, resolve
+from ftplan.resolve import Resolved, job_of, resolve, serving_job_of
 from ftplan.spec import Plan
 
 __all__ = ["estimate"]
@@ -36,9 +38,6 @@ def estimate(plan: Plan, *, base: Path | None = None) -> Report:
     if resolved.config is None:
         return _textbook(resolved)
     if resolved.plan.task == "serve" or resolved.plan.method is None:
-        from ftplan.memory.serving import serve
-        from ftplan.resolve import serving_job_of
-
         return _report(resolved, serve(serving_job_of(resolved)))
     return _report(resolved, walk(job_of(resolved)))
 
@@ -161,7 +160,7 @@ def _textbook(resolved: Resolved) -> Report:
         terms=result.terms,
         findings=findings,
         assumptions=resolved.assumptions,
-        details={"basis": "textbook"},
+        details={"basis": "textbook", "ways": ways(params, storage)},
         tool_version=__version__,
     )
 

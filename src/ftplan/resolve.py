@@ -20,6 +20,7 @@ from ftplan.errors import InputError, UnsupportedError
 from ftplan.memory.env import Environment
 from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
 from ftplan.memory.optimizer import OptimizerSpec, State
+from ftplan.memory.serving import ServingJob
 from ftplan.memory.tape import ITEM_BYTES
 from ftplan.report import Assumption, Finding
 from ftplan.spec import Checkpointing, Loss, Method, OptimizerChoice, Plan
@@ -282,16 +283,12 @@ def job_of(resolved: Resolved) -> Job:
     assert batch.micro and batch.seq_len and batch.accumulation
     storage = find_format(plan.precision.weights or "bf16")
     mixed = None if plan.precision.mixed in (None, "no") else plan.precision.mixed
-    capability = (8, 0)
-    if gpu is not None and gpu.compute_capability:
-        major, minor = gpu.compute_capability.split(".")
-        capability = (int(major), int(minor))
     checkpointing = plan.gradient_checkpointing
     quantised = storage.name not in ITEM_BYTES
     environment = Environment(
         autocast=mixed,
         attention=plan.attention or "sdpa",
-        capability=capability,
+        capability=_capability(gpu),
         padding_mask=batch.padding == "right",
         kernels=plan.kernels or "none",
         loss=plan.loss.kind,
@@ -328,6 +325,43 @@ def job_of(resolved: Resolved) -> Job:
         main_weights=stack.main_weights and storage.name in ("bf16", "fp16"),
         sharding=_sharding(plan),
     )
+
+
+def serving_job_of(resolved: Resolved) -> ServingJob:
+    """The calculator's job of a model that is served."""
+    plan = resolved.plan
+    assert resolved.config is not None and plan.batch.micro and plan.batch.seq_len
+    storage = find_format(plan.precision.weights or "bf16")
+    native = _native_dtype(resolved.config) or "bf16"
+    base = native if storage.name not in ITEM_BYTES else storage.name
+    if base not in ITEM_BYTES:
+        base = "bf16"
+    return ServingJob(
+        config=resolved.config,
+        weights=storage,
+        base_dtype=base,
+        compute_dtype=base,
+        cache_format=find_format(plan.precision.kv_cache or base),
+        environment=Environment(
+            attention=plan.attention or "sdpa",
+            capability=_capability(resolved.gpu),
+            seq_len=plan.batch.seq_len,
+            training=False,
+        ),
+        concurrency=plan.batch.micro,
+        context=plan.batch.seq_len,
+        tp=plan.sharding.tp or 1,
+    )
+
+
+def _capability(gpu: GpuRow | None) -> tuple[int, int] | None:
+    """Compute capability of the card; Ampere's where none is named, None for other vendors."""
+    if gpu is None:
+        return (8, 0)
+    if gpu.compute_capability is None:
+        return None
+    major, minor = gpu.compute_capability.split(".")
+    return int(major), int(minor)
 
 
 def _adapter(method: Method) -> AdapterSpec:

@@ -17,9 +17,9 @@ from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.env import Environment
 from ftplan.memory.loss import compute_loss
 from ftplan.memory.nn import Module, Network, Shared, Stack, Stage
-from ftplan.memory.tape import ONE, TOKENS, Label, Node, Parameter, Tape, Tensor, backward
+from ftplan.memory.tape import BATCH, ONE, TOKENS, Label, Node, Parameter, Tape, Tensor, backward
 
-__all__ = ["Recording", "Segment", "record_step"]
+__all__ = ["Recording", "Segment", "record_serving", "record_step"]
 
 
 BOUNDARY = Label("activations", "block inputs")
@@ -137,6 +137,31 @@ def record_step(
     if root.requires_grad:
         _run_backward(recorder, root)
     del shared  # every block of the real model holds these: they outlive the first one
+    return recorder.recording
+
+
+def record_serving(network: Network, env: Environment) -> Recording:
+    """One prompt through the model without a graph; logits of its last token only."""
+    recorder = _Recorder(network, env)
+    tape = recorder.tape
+    order = recorder.recording.forward_order
+    with tape.no_grad():
+        inputs = [tape.tensor(TOKENS, 1, "int64", "token ids")]
+        order.append(recorder.cut("inputs"))
+        shared = Shared()
+        x: Tensor | None = None
+        for stage in network.stages:
+            if x is not None:
+                shared.memory = x
+            x = _run_stage(recorder, stage, shared, 0, False)
+        assert x is not None
+        with tape.scoped("logits"):
+            logits = network.head(x.alias(rows=BATCH))
+            del logits, x
+        order.append(recorder.cut("last logits"))
+    recorder.end_autocast()
+    recorder.recording.saved = _alive(tape)
+    del inputs, shared
     return recorder.recording
 
 
