@@ -14,7 +14,10 @@ from ftplan.memory import ops
 from ftplan.memory.nn import Module, activation
 from ftplan.memory.tape import ONE, TOKENS, Grads, Size, Tensor
 
-__all__ = ["Experts", "Router", "Routing", "gather_rows", "grouped_linear", "topk"]
+__all__ = [
+    "Experts", "Router", "Routing", "batched_linear", "gather_rows", "grouped_linear", "masked",
+    "repeat_rows", "topk",
+]  # fmt: skip
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -79,6 +82,30 @@ def grouped_linear(
         return (*grads, (ops.to(grad, cast) if cast else grad) if wants_bias else None)
 
     ops.record([out], "grouped_mm", inputs, apply)
+    return out
+
+
+def batched_linear(x: Tensor, weight: Tensor, out_features: int) -> Tensor:
+    """``bmm`` of every expert's rows with its matrix, as many rows for each; under autocast."""
+    x, weight = ops.autocast(x), ops.autocast(weight)
+    out = x.tape.tensor(x.rows, out_features, x.dtype, "bmm")
+    saved = (x if weight.requires_grad else None, weight if x.requires_grad else None)
+    make_x = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+    make_weight = ops.like(weight.rows, weight.width, weight.dtype, weight.requires_grad)
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved
+        return make_x(grad), make_weight(grad)
+
+    ops.record([out], "bmm", [x, weight], apply)
+    return out
+
+
+def repeat_rows(x: Tensor, times: int) -> Tensor:
+    """``x.repeat(times, 1)``: backward sums."""
+    out = x.tape.tensor(x.rows * times, x.width, x.dtype, "repeat")
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+    ops.record([out], "repeat", [x], lambda grad: (make(grad),))
     return out
 
 
@@ -151,18 +178,20 @@ class Router(Module):
 
     def forward(self, x: Tensor) -> Routing:
         logits = self._logits(x)
+        if self.float_logits:
+            logits = ops.to(logits, "fp32")
         if self.scoring == "top_softmax":
-            if self.float_logits:
-                logits = ops.to(logits, "fp32")
             values, index = topk(logits, self.top_k)
             weights = ops.softmax(values, values.dtype)
-            return Routing(logits, weights if not self.float_logits else ops.to(weights, x.dtype), index)
+            return Routing(
+                logits, weights if not self.float_logits else ops.to(weights, x.dtype), index
+            )
         if self.scoring == "sigmoid":
             weights, index = self._sigmoid(logits)
         else:
             scores = ops.softmax(logits, "fp32")
             if self.masked:
-                scores = _masked(scores)
+                scores = masked(scores)
             weights, index = topk(scores, self.top_k)
         if self.normalize:
             weights = normalize_(weights)
@@ -186,7 +215,8 @@ class Router(Module):
         return gather_rows(scores, index, scores.rows, self.top_k, "gather"), index
 
 
-def _masked(scores: Tensor) -> Tensor:
+def masked(scores: Tensor) -> Tensor:
+    """``masked_fill``: keeps the mask."""
     mask = scores.tape.tensor(scores.rows, scores.width, "bool", "group mask")
     out = scores.tape.tensor(scores.rows, scores.width, scores.dtype, "masked_fill")
     make = ops.like(scores.rows, scores.width, scores.dtype, scores.requires_grad)

@@ -27,6 +27,9 @@ _FILES: dict[str, tuple[str, ...]] = {
     "neox": ("gpt_neox", "phi", "stablelm", "persimmon"),
     "opt": ("opt",),
     "bloom": ("bloom",),
+    "bert": ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"),
+    "t5": ("t5", "mt5", "umt5"),
+    "bart": ("bart", "mbart", "pegasus"),
     "mixture": (
         "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared",
     ),
@@ -49,16 +52,20 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**DEFAULTS.get(model_type, {}), **given}
 
 
-def build(config: Mapping[str, Any]) -> Network:
+def build(config: Mapping[str, Any], *, labels: int | None = None) -> Network:
     """The network that a config.json describes.
 
-    Raises UnsupportedError, by name, for a ``model_type`` that is not modelled.
+    ``labels``: with a head that classifies sequences into so many labels (one: a reward model) in
+    place of the language model's. Raises UnsupportedError, by name, for a ``model_type`` that is
+    not modelled.
     """
     model_type = config.get("model_type")
     for file, names in _FILES.items():
         if model_type in names:
             module = import_module(f"ftplan.memory.families.{file}")
             network: Network = module.MODEL_TYPES[model_type](complete(config))
+            if labels is not None:
+                network.classify(labels)
             return network
     raise UnsupportedError(
         f"model_type {model_type!r}",

@@ -90,6 +90,7 @@ class Attention(Module):
         self, config: Config, *, bias: bool | None = None, out_bias: bool | None = None,
         qk_norm: str | None = None, qk_offset: bool = False, rope: str | None = "",
         mask: str = "", out_name: str = "o_proj", turned: int | None = None, gated: bool = False,
+        joined: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         hidden, count = config["hidden_size"], config["num_attention_heads"]
@@ -116,11 +117,15 @@ class Attention(Module):
             self.k_norm = RMSNorm(kv_count * size)
         self.rope, self.mask = rope, mask
         self.turned = size if turned is None else turned
+        self.joined = joined or self.turned < size
 
     def forward(self, x: Tensor, shared: Shared, held: list[Tensor] | None = None) -> Tensor:
         q, k, v = self.project(x)
         q, k = self.turn(q, k, shared)
-        out = attend(q, k, v, self.heads, shared.masks.get(self.mask), held=held)
+        out = attend(
+            q, k, v, self.heads, shared.masks.get(self.mask), held=held,
+            by_head=self.joined,
+        )  # fmt: skip
         return self.out(out)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,6 +152,8 @@ class Attention(Module):
             return q, k
         cos, sin = shared.rope[self.rope]
         heads = self.heads
+        if self.joined and self.turned >= heads.size:  # joined with nothing: a copy all the same
+            return ops.cat((rotate(q, cos, sin),)), ops.cat((rotate(k, cos, sin),))
         return (
             rotate_part(q, cos, sin, heads.count, heads.size, self.turned),
             rotate_part(k, cos, sin, heads.kv_count, heads.size, self.turned),
@@ -223,6 +230,8 @@ class Rope:
 
     width: int
     complex_pairs: bool = False
+    fp32: bool = False
+    """Not cast to the embeddings' dtype."""
 
 
 class Body(Module):
@@ -298,7 +307,7 @@ class Decoder(Network):
                 table = tape.tensor(SEQ, rope.width, "fp32", "rope")
                 shared.rope[name] = (table, table)
             else:
-                shared.rope[name] = rope_table(tape, rope.width, dtype)
+                shared.rope[name] = rope_table(tape, rope.width, "fp32" if rope.fp32 else dtype)
 
     def leave(self, x: Tensor, shared: Shared) -> Tensor:
         """The final norm."""

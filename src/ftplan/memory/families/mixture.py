@@ -43,9 +43,14 @@ class Mixture(Module):
         self.shared_gate = shared_gate is not None
         self.shared_first = shared_first
 
-    def forward(self, x: Tensor) -> Tensor:
+    def route(self) -> Router:
+        """The router."""
         router = self.children[self.router_name]
         assert isinstance(router, Router)
+        return router
+
+    def forward(self, x: Tensor) -> Tensor:
+        router = self.route()
         every = self.children[self.shared_name].forward(x) if self.shared_first else None
         routing = router.forward(x)
         out = self.experts.forward(x, routing)
