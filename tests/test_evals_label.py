@@ -420,3 +420,13 @@ def test_a_failures_file_can_be_labelled(
     second = read_failures(terminal.output)
     assert [each.kind for each in second.failures] == ["outdated_knowledge", "latency", "edge_case"]
     assert second.state == file.state
+
+
+def test_renumbered_tests_do_not_inherit_labels(terminal: Terminal) -> None:
+    """Where an id now means another question, the old label is neither reused nor overwritten."""
+    terminal.run("cost\n")
+    before = terminal.output.read_bytes()
+    terminal.results.write_text('{"id": "t-0", "input": "new question", "passed": false}\n')
+    with pytest.raises(InputError, match="another item"):
+        terminal.run("latency\n")
+    assert terminal.output.read_bytes() == before

@@ -115,6 +115,7 @@ class _Sheet:
         self, path: Path, run: EvalRun, state: State, annotator: str, *, redact: bool
     ) -> None:
         from ftplan.evals.labelled_file import open_labelled, start_text
+        from ftplan.evals.labelling import conflicts
 
         self.path = path
         self.redact = redact
@@ -124,6 +125,13 @@ class _Sheet:
         if text is None:
             text = start_text(state, source=Path(run.source).name)
         self.file: LabelledFile = open_labelled(text, str(path))
+        clashing = conflicts(run, self.file)
+        if clashing:
+            raise InputError(
+                f"{clashing[0]!r} is another item in this file than in {run.source}",
+                location=Location(file=str(path)),
+                remedy="the tests were renumbered: write to another file with -o",
+            )
         others = [name for name in self.file.annotators if annotator and name != annotator]
         if others:
             raise InputError(

@@ -21,7 +21,16 @@ from ftplan.evals.suggest import suggest
 from ftplan.failures import FailureClass
 from ftplan.results import Agreement, EvalRun, ResultRow, Suggestion
 
-__all__ = ["Label", "Session", "Turn", "agreement", "answer", "entries", "start_session"]
+__all__ = [
+    "Label",
+    "Session",
+    "Turn",
+    "agreement",
+    "answer",
+    "conflicts",
+    "entries",
+    "start_session",
+]
 
 CLASSES: tuple[str, ...] = get_args(FailureClass)
 SHORTLIST = 9
@@ -121,6 +130,22 @@ def start_session(
         suggestions=tuple(suggest(row, overrides) for row in rows),
         already=len(run.failures) - len(rows),
         annotator=annotator,
+    )
+
+
+def conflicts(run: EvalRun, file: LabelledFile) -> tuple[str, ...]:
+    """Ids under which the file holds a label of another item than the run: the question differs.
+
+    Ids that a tool counts by position shift when a test is added above.
+    """
+    asked = {row.id: row.input for row in run.failures}
+    return tuple(
+        name
+        for entry in file.entries
+        if (name := str(entry.get("id"))) in asked
+        and entry.get("kind")
+        and entry.get("input")
+        and str(entry["input"]).split() != asked[name].split()
     )
 
 
