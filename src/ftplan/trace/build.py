@@ -20,8 +20,11 @@ from ftplan.trace.quantized import prepare_kbit, quantize
 __all__ = [
     "adapt",
     "apply_to_tensors",
+    "attention_of",
+    "auto_class",
     "build_model",
     "build_optimizer",
+    "checkpoint",
     "family_of",
     "materialize",
     "model_config",
@@ -69,7 +72,7 @@ def family_of(config: Any) -> str:
     return "causal"
 
 
-def _auto_class(family: str, task: str) -> Any:
+def auto_class(family: str, task: str) -> Any:
     import transformers
 
     if task in ("classify", "rm"):
@@ -84,8 +87,8 @@ def _auto_class(family: str, task: str) -> Any:
 def build_model(job: Job, config: Any) -> Any:
     """The model on the meta device, as it is loaded; nothing is allocated."""
     dtype = getattr(torch, job.compute_dtype if job.quantized else job.weights)
-    kind = _auto_class(family_of(config), job.task)
-    attention = _attention(job, kind, config)
+    kind = auto_class(family_of(config), job.task)
+    attention = attention_of(job, config)
     if job.task in ("classify", "rm"):
         config.num_labels = 1 if job.task == "rm" else config.num_labels
         config.pad_token_id = config.pad_token_id if config.pad_token_id is not None else 0
@@ -96,12 +99,13 @@ def build_model(job: Job, config: Any) -> Any:
     return model
 
 
-def _attention(job: Job, kind: Any, config: Any) -> str:
+def attention_of(job: Job, config: Any) -> str:
     """The implementation that transformers runs; without SDPA support it is the eager one."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     from ftplan.trace import cuda
 
+    kind = auto_class(family_of(config), job.task)
     classes = kind._model_mapping[type(config)]
     model_class = classes[0] if isinstance(classes, (list, tuple)) else classes
     if job.attention == "flash":
@@ -146,13 +150,14 @@ def _targets(model: Any, job: Job) -> list[str] | str:
     return list(job.targets)
 
 
-def adapt(model: Any, job: Job) -> Any:
+def adapt(model: Any, job: Job, *, quantized_already: bool = False) -> Any:
     """Freeze and adapt as the plan's method says; the model has been materialized.
 
     peft looks at devices and dtypes when it places an adapter, so it is run on the fake tensors.
     """
     if job.quantized:
-        quantize(model, job)
+        if not quantized_already:
+            quantize(model, job)
         if job.prepare_kbit:
             prepare_kbit(model, job)
         else:
@@ -272,8 +277,27 @@ def materialize(model: Any) -> None:
             module.rope_type = "default"
 
 
-def build_optimizer(job: Job, model: Any) -> Any:
-    """The optimizer of the plan over what is trained, in Trainer's two groups."""
+def checkpoint(job: Job, model: Any) -> None:
+    """Checkpoint the blocks as Trainer does, where the plan says so."""
+    if job.checkpointing == "none":
+        return
+    if job.checkpointing != "full":
+        raise UnsupportedError(
+            f"tracing {job.checkpointing} checkpointing", remedy="use gradient_checkpointing: true"
+        )
+    # the random state that a checkpoint stows is host memory, and nothing here is random
+    kwargs = {"use_reentrant": job.reentrant, "preserve_rng_state": False}
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.activation_checkpointing_enable(
+        activation_checkpointing_kwargs=kwargs, every_n_layers=job.every
+    )
+
+
+def build_optimizer(job: Job, model: Any, *, real: bool = False) -> Any:
+    """The optimizer of the plan over what is trained, in Trainer's two groups.
+
+    ``real`` asks for the kernels of a GPU where a trace has stand-ins.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: Any = trained
     if job.stack != "pytorch":
@@ -284,4 +308,4 @@ def build_optimizer(job: Job, model: Any) -> Any:
         groups = [group for group in groups if group["params"]]
     from ftplan.trace.optimizers import make_optimizer
 
-    return make_optimizer(job, groups, model)
+    return make_optimizer(job, groups, model, real=real)

@@ -39,7 +39,7 @@ from ftplan.trace.optimizers import host_scalars
 from ftplan.trace.quantized import emulated
 from ftplan.trace.shard import distributed, local, shard
 
-__all__ = ["TraceResult", "trace"]
+__all__ = ["TraceResult", "batch_of", "trace", "trace_job", "versions"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +158,7 @@ def trace_job(
             with cuda.as_on_cuda(ledger, job.capability), emulated(job, ledger):
                 with cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors):
                     model = build.adapt(model, job)
-                _prepare(job, model)
+                build.checkpoint(job, model)
                 trainable = _count(model, trained=True)
                 model = shard(model, job, mesh)
                 gc.collect()
@@ -240,7 +240,7 @@ def _one_step(
         say(f"step {step}: forward")
         gc.collect()
         ledger.enter("forward", step)
-        batch: Any = _batch(job)
+        batch: Any = batch_of(job)
         ledger.mark([t for t in batch.values() if t is not None], "inputs")
         outputs = forward(**batch)
         loss = outputs["loss"]
@@ -286,17 +286,6 @@ def _state_tensors(optimizer: Any) -> Iterator[Any]:
             stack.extend(value)
 
 
-def _prepare(job: Job, model: Any) -> None:
-    """What the trainer does to the model before the first step."""
-    if job.checkpointing in ("full", "offload"):
-        # the random state a checkpoint stows is host memory
-        kwargs = {"use_reentrant": job.reentrant, "preserve_rng_state": False}
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        inner.activation_checkpointing_enable(
-            activation_checkpointing_kwargs=kwargs, every_n_layers=job.every
-        )
-
-
 def _forward_of(job: Job, model: Any) -> Callable[..., Any]:
     """The model's forward as the stack calls it: autocast around it, outputs cast to fp32."""
     if job.mixed == "no" or job.sharding == "fsdp":
@@ -315,17 +304,18 @@ def _forward_of(job: Job, model: Any) -> Callable[..., Any]:
     return convert_outputs_to_fp32(autocast_forward)  # type: ignore[no-any-return]
 
 
-def _batch(job: Job) -> dict[str, Any]:
+def batch_of(job: Job, device: Any = "cpu", vocabulary: int = 1) -> dict[str, Any]:
     """Token ids and labels, and a mask where the plan pads; int64, shape (micro, seq_len)."""
     shape = (job.micro, job.seq_len)
-    ids = torch.zeros(shape, dtype=torch.int64)
+    ids = torch.randint(0, vocabulary, shape, device=device)
+    labels = ids.clone()
     if job.task in ("classify", "rm"):
-        labels = torch.zeros(job.micro, dtype=torch.int64)
-    else:
-        labels = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.zeros(job.micro, dtype=torch.int64, device=device)
     batch = {"input_ids": ids, "labels": labels}
     if job.padding != "none":
-        batch["attention_mask"] = torch.ones(shape, dtype=torch.int64)
+        batch["attention_mask"] = torch.ones(shape, dtype=torch.int64, device=device)
+        if device != "cpu":
+            batch["attention_mask"][0, -1] = 0  # one padded token is enough for a mask
     return batch
 
 

@@ -143,8 +143,34 @@ _MAKERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def make_optimizer(job: Job, groups: Any, model: Any) -> Any:
+def _real_bitsandbytes(job: Job, groups: Any) -> Any:
+    """bitsandbytes' own optimizer, for a GPU; None where the name is not one of its."""
+    names = {
+        "adamw_bnb_8bit": "AdamW8bit",
+        "adamw_8bit": "AdamW8bit",
+        "paged_adamw_8bit": "PagedAdamW8bit",
+        "paged_adamw_32bit": "PagedAdamW32bit",
+        "paged_adamw": "PagedAdamW32bit",
+        "lion_32bit": "Lion32bit",
+        "lion_8bit": "Lion8bit",
+        "paged_lion_32bit": "PagedLion32bit",
+        "paged_lion_8bit": "PagedLion8bit",
+        "rmsprop_bnb_8bit": "RMSprop8bit",
+        "rmsprop_bnb_32bit": "RMSprop32bit",
+    }
+    if job.optimizer not in names:
+        return None
+    import bitsandbytes
+
+    return getattr(bitsandbytes.optim, names[job.optimizer])(groups, lr=1e-4)
+
+
+def make_optimizer(job: Job, groups: Any, model: Any, *, real: bool = False) -> Any:
     """The optimizer of the job over parameter groups; UnsupportedError for one that is not run."""
+    if real:
+        own = _real_bitsandbytes(job, groups)
+        if own is not None:
+            return own
     maker = _MAKERS.get(job.optimizer)
     if maker is None:
         raise UnsupportedError(

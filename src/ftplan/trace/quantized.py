@@ -25,7 +25,7 @@ from ftplan.errors import UnsupportedError
 from ftplan.trace.job import Job
 from ftplan.trace.ledger import Ledger
 
-__all__ = ["emulated", "prepare_kbit", "quantize"]
+__all__ = ["emulated", "prepare_kbit", "quantize", "quantize_for_real"]
 
 BLOCK = 64
 """Elements that share one scale (bitsandbytes' default for 4 bits)."""
@@ -61,6 +61,42 @@ def quantize(model: Any, job: Job) -> None:
         new = make(bnb, job, rows, columns, module.bias, shared)
         new.train(module.training)
         setattr(parent, path.rpartition(".")[2], new)
+    model.is_loaded_in_4bit = job.weights != "int8"
+    model.is_loaded_in_8bit = job.weights == "int8"
+    model.is_quantized = True
+
+
+def quantize_for_real(model: Any, job: Job, device: Any) -> None:
+    """Replace and quantise linear layers one by one on a GPU, from weights on the host."""
+    bnb = _bitsandbytes()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or module is head:
+            continue
+        name = path.rpartition(".")[2]
+        if name in ("lm_head", "score", "classifier"):
+            continue
+        rows, columns = module.weight.shape
+        if job.weights == "int8":
+            new = bnb.nn.Linear8bitLt(
+                columns, rows, bias=module.bias is not None, has_fp16_weights=False, threshold=6.0
+            )
+            new.weight = bnb.nn.Int8Params(
+                module.weight.data, requires_grad=False, has_fp16_weights=False
+            )
+        else:
+            new = bnb.nn.Linear4bit(
+                columns, rows, bias=module.bias is not None,
+                compute_dtype=getattr(torch, job.compute_dtype),
+                compress_statistics=job.double_quant,
+                quant_type="fp4" if job.weights == "fp4" else "nf4",
+            )  # fmt: skip
+            new.weight = bnb.nn.Params4bit(
+                module.weight.data, requires_grad=False, compress_statistics=job.double_quant,
+                quant_type="fp4" if job.weights == "fp4" else "nf4",
+            )  # fmt: skip
+        new.bias = module.bias
+        setattr(model.get_submodule(path.rpartition(".")[0]), name, new.to(device))
     model.is_loaded_in_4bit = job.weights != "int8"
     model.is_loaded_in_8bit = job.weights == "int8"
     model.is_quantized = True
