@@ -27,8 +27,6 @@ class Heads:
     causal: bool = True
     softcap: bool = False
     """Scores go through a tanh (Gemma 2)."""
-    unscaled: bool = False
-    """Scores are not multiplied by anything (T5)."""
     softmax_fp32: bool = True
     """Eager attention asks for an fp32 softmax; GPT-2's leaves it to autocast."""
 
@@ -91,18 +89,20 @@ def attend(
     *,
     eager: bool = False,
     by_head: bool = False,
+    bias: Tensor | None = None,
     held: list[Tensor] | None = None,
 ) -> Tensor:
     """Attention of all heads: tokens x (heads x value size) comes out.
 
     ``by_head``: the queries lie in memory head by head (a ``cat`` made them so); flash lays out
     its output like its queries, and the output is copied to lie token by token.
-    ``eager``: the model has no other implementation. ``held`` receives the attention weights that
-    eager attention returns beside its output, for blocks that hold them until they return.
+    ``bias``: added to the scores of every sequence alike (T5's positions), heads x s x s; what
+    SDPA takes for a mask has it in already. ``eager``: the model has no other implementation.
+    ``held`` receives the attention weights that eager attention returns beside its output, for blocks that hold them until they return.
     """
     env = q.tape.env
     if eager or env.attention == "eager":
-        return _eager(q, k, v, heads, mask, held)
+        return _eager(q, k, v, heads, mask, bias, held)
     q, k, v = (ops.autocast(t) for t in (q, k, v))
     masked = mask is not None or env.padding_mask
     choice = kernel(env, heads, q.dtype, masked=masked)
@@ -110,7 +110,7 @@ def attend(
         return ops.copy(_math(q, k, v, heads))
     if masked and choice != "flash":
         k, v = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
-        mask = additive(mask, q.tape, q.dtype)
+        mask = ops.autocast(additive(mask, q.tape, q.dtype))
     out = _fused(q, k, v, heads, mask, choice)
     return ops.copy(out) if by_head and choice == "flash" else out
 
@@ -146,15 +146,18 @@ def _fused(
     wants = [t.requires_grad for t in inputs]
     if mask is not None and mask.requires_grad:
         inputs.append(mask)
-        makers.append(ops.like(mask.rows, mask.width, mask.dtype, True))
+        makers.append(ops.like(SCORES * heads.count, 1, mask.dtype, True))
         wants.append(True)
     rows, dtype = q.rows, q.dtype
+    shape = None if mask is None else (mask.rows, mask.width, mask.dtype)
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved
         tape = grad.tape
         grads = [make(grad) for make in makers]
         _workspace(tape, rows, dtype, heads, choice)
+        if len(grads) > 3 and shape is not None:  # one gradient for all sequences
+            grads[3] = ops.fit(grads[3], *shape)
         return tuple(g if wanted else None for g, wanted in zip(grads, wants, strict=True))
 
     ops.record([out], choice, inputs, apply)
@@ -201,23 +204,23 @@ def _eager(
     v: Tensor,
     heads: Heads,
     mask: Tensor | None,
-    held: list[Tensor] | None = None,
+    bias: Tensor | None,
+    held: list[Tensor] | None,
 ) -> Tensor:
     """transformers' ``eager_attention_forward``."""
     rows = SCORES * heads.count
     dtype = q.dtype
     keys, values = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
-    if heads.unscaled:
-        weights = ops.matmul(_dense(q), _dense(keys), rows, 1, "scores")
-    else:
-        weights = ops.scale(ops.matmul(_dense(q), _dense(keys), rows, 1, "scores"))
+    weights = ops.scale(ops.matmul(_dense(q), _dense(keys), rows, 1, "scores"))
     if heads.softcap:
         weights = ops.scale(weights)
         weights = ops.unary(weights, "tanh", "output")
         weights = ops.scale(weights)
+    if bias is not None:
+        weights = ops.add(weights, bias)
     if mask is not None:
         weights = ops.add(weights, mask)
-    elif heads.causal:
+    elif heads.causal and bias is None:
         weights = ops.shift(weights)
     if heads.softmax_fp32:
         weights = ops.softmax(weights, "fp32")

@@ -219,6 +219,8 @@ class Shared:
     mask: Tensor | None = None
     bias: Tensor | None = None
     """A position bias with a gradient (T5)."""
+    cross_bias: Tensor | None = None
+    """The same for cross attention: zeros."""
     memory: Tensor | None = None
     """The encoder's output, for cross attention."""
 
