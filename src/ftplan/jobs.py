@@ -17,7 +17,7 @@ from ftplan.files.plan import looks_like_plan, parse_plan, place_error
 from ftplan.report import Assumption, Finding, Report
 from ftplan.spec import Model, Plan
 
-__all__ = ["Change", "JobInput", "estimate_job", "load_plan", "read_job"]
+__all__ = ["Change", "JobInput", "estimate_job", "explicit", "load_plan", "read_job"]
 
 Change = Callable[[Plan | None], tuple[Plan, tuple[Assumption, ...]]]
 """Lays something over a plan (None: makes one of nothing) and lists what it replaced."""
@@ -80,7 +80,10 @@ def read_job(
     changed = {a.key for a in overrides}
     kept = tuple(a for a in job.assumptions if a.key not in changed)
     given = {key for key in job.missing if _is_given(plan, key)}
-    findings = tuple(f for f in job.findings if not _answered(f, given))
+    # one finding for each missing key, in the same order
+    asked = zip((f for f in job.findings if f.code == "IMP001"), job.missing, strict=False)
+    answered = [finding for finding, key in asked if key in given]
+    findings = tuple(f for f in job.findings if f not in answered)
     if overrides:  # what was wrong with the file may be right with the flags, and the reverse
         before, after = (trainers.lint_plan(p, where=job.locate) for p in (job.plan, plan))
         findings = tuple(f for f in findings if f not in before) + after
@@ -141,17 +144,12 @@ def _own(document: Document, name: str, base: Path) -> JobInput:
 
 
 def _is_given(plan: Plan, key: str) -> bool:
-    if key == "model":
+    if key in ("model", "model.name"):
         return any((plan.model.name, plan.model.config, plan.model.params))
     value: Any = plan
     for step in key.split("."):
         value = getattr(value, step, None)
     return value is not None
-
-
-def _answered(finding: Finding, given: set[str]) -> bool:
-    """Whether a finding asks for something that a flag has answered."""
-    return finding.code == "IMP001" and any(key in finding.help for key in given)
 
 
 def estimate_job(job: JobInput) -> Report:
@@ -175,6 +173,26 @@ def estimate_job(job: JobInput) -> Report:
         assumptions=job.assumptions + report.assumptions,
         tool_version=report.tool_version or __version__,
     )
+
+
+def explicit(plan: Plan) -> Plan:
+    """The plan with our own defaults spelled out, for a reader that has others: the sizes of a
+    batch, an adapter's rank and targets, and the model's hub id."""
+    from ftplan.catalog.models import resolve_model
+
+    batch, method, model = plan.batch, plan.method, plan.model
+    batch = replace(
+        batch,
+        micro=batch.micro or 1,
+        seq_len=batch.seq_len or 2048,
+        accumulation=batch.accumulation or 1,
+    )
+    if method is not None and method.kind in ("lora", "qlora", "dora"):
+        method = replace(method, rank=method.rank or 16, targets=method.targets or "all-linear")
+    if model.name is not None and "/" not in model.name:
+        hub_ids = resolve_model(model.name).row.hub_ids
+        model = replace(model, name=hub_ids[0] if hub_ids else model.name)
+    return replace(plan, batch=batch, method=method, model=model)
 
 
 def placed(error: FtplanError, job: JobInput) -> FtplanError:

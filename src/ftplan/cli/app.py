@@ -59,6 +59,8 @@ class Command:
 COMMANDS: tuple[Command, ...] = (
     Command(name="memory", panel="Memory"),
     Command(name="check", panel="Memory"),
+    Command(name="trace", panel="Memory"),
+    Command(name="measure", panel="Memory"),
     Command(name="advise", panel="Advice"),
     Command(name="label", panel="Advice"),
     Command(name="compare-runs", panel="Advice", function="compare_runs"),
@@ -111,7 +113,7 @@ class _Overview(TyperGroup):
         for command in COMMANDS:
             loaded = self.commands.get(command.name)
             if loaded is not None:
-                row = (command.name, loaded.get_short_help_str(limit=80))
+                row = (command.name, loaded.get_short_help_str(limit=200))
                 panels.setdefault(command.panel, []).append(row)
         for panel, rows in panels.items():
             with formatter.section(panel):

@@ -33,9 +33,10 @@ def export(
     """A plan as a trainer's config. table and markdown give the config itself."""
     from ftplan import trainers
     from ftplan.cli.reading import read_with_flags
+    from ftplan.jobs import explicit
 
     job = read_with_flags(file, flags)
-    exported = trainers.export_plan(job.plan, to=to)
+    exported = trainers.export_plan(explicit(job.plan), to=to)
     if format in ("json", "yaml"):
         from ftplan.render import json, yaml
 

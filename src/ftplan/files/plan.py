@@ -292,8 +292,10 @@ def plan_to_mapping(plan: Plan) -> dict[str, Any]:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             section = _section(value, field.name)
             nothing = isinstance(section, dict) and not section
-            if not nothing or field.name == "model":
+            if field.name == "model":
                 data[field.name] = None if nothing else section
+            elif not nothing or field.default is None:  # an optional section that says nothing
+                data[field.name] = section
         elif value is not None:
             data[field.name] = value
     return data
@@ -399,7 +401,10 @@ def _put_null(data: dict[str, Any], path: list[str]) -> None:
     if len(path) == 1:
         data.setdefault(key, None)
         return
-    if section in data and not isinstance(data[section], dict):
+    if data.get(section) is None:
+        data[section] = None if section == "model" else {key: None}
+        return
+    if not isinstance(data[section], dict):
         data[section] = {WORD_KEYS[section]: data[section]}
     data.setdefault(section, {}).setdefault(key, None)
 

@@ -45,6 +45,8 @@ def gib(count: int) -> str:
 
 def gb(count: int) -> str:
     """Bytes in GB with the unit; whole numbers without a decimal: ``26 GB``, ``31.2 GB``."""
+    if count == 0:
+        return "0"
     if count < 10**8:
         return f"{count / 10**6:.1f}".removesuffix(".0") + " MB"
     return f"{count / GB:,.1f}".removesuffix(".0") + " GB"
