@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ftplan.errors import UnknownNameError
@@ -55,6 +55,7 @@ def test_p_value_of_two_against_ten() -> None:
     assert found.low < 8 / 32 < found.high
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(verdicts, verdicts)
 def test_every_item_is_counted_once(before: list[bool | None], after: list[bool | None]) -> None:
     """Paired, unjudged and unpaired items are all the items of both runs."""
@@ -68,6 +69,7 @@ def test_every_item_is_counted_once(before: list[bool | None], after: list[bool 
     assert (found.p_value is None) == (found.paired == 0)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(verdicts)
 def test_a_run_compared_with_itself(given_verdicts: list[bool | None]) -> None:
     """Nothing changes against itself."""
@@ -85,6 +87,7 @@ def test_no_change_seen_is_no_certainty() -> None:
         assert found.low < found.high <= 1 and found.high - found.low > 0.3
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(verdicts, verdicts)
 def test_the_other_way_round(before: list[bool | None], after: list[bool | None]) -> None:
     """Swapping the runs swaps what got fixed and broke, and keeps the p value."""
@@ -93,6 +96,7 @@ def test_the_other_way_round(before: list[bool | None], after: list[bool | None]
     assert there.p_value == back.p_value
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(verdicts, verdicts, st.integers(2, 4))
 def test_identical_repeats_prove_nothing_more(
     before: list[bool | None], after: list[bool | None], repeats: int

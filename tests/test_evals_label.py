@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ftplan.cli.label import label
@@ -89,6 +89,7 @@ def test_what_is_not_understood_changes_nothing(line: str) -> None:
     assert turn.session == session and turn.message and not turn.changed
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
         st.sampled_from(["", "1", "3", "s", "n hm", "t few_shot=pass", "latency", "zzz", "m", "?"]),
@@ -206,7 +207,7 @@ def test_what_is_no_failures_file_is_refused(text: str, line: int | None) -> Non
 texts = st.text(max_size=30)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(texts, texts, texts, st.lists(texts, max_size=2))
 def test_any_text_survives_the_file(one: str, two: str, note: str, passages: list[str]) -> None:
     """Whatever model and user wrote is read back from the file unchanged."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ftplan.advise.taxonomy import KINDS, kind_of
@@ -40,6 +40,7 @@ def test_the_mapping_names_kinds_of_the_taxonomy_once() -> None:
     assert not repeated
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sets(st.sampled_from(CORRECTNESS), min_size=1), st.sets(st.sampled_from(ALL_METRICS)))
 def test_correctness_alone_never_decides(failing: set[str], passing: set[str]) -> None:
     """However many correctness metrics fail, and whatever else passes, no kind is suggested."""
@@ -48,12 +49,14 @@ def test_correctness_alone_never_decides(failing: set[str], passing: set[str]) -
     assert suggestion.ask
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sets(st.sampled_from(ALL_METRICS)))
 def test_upstream_wins(others: set[str]) -> None:
     """A passage that was not retrieved explains everything downstream of it."""
     assert suggest(row("context_recall", *others)).kind == "retrieval_miss"
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.permutations(["faithfulness", "is-json", "toxicity", "answer_relevancy", "em"]))
 def test_order_of_checks_changes_nothing(names: list[str]) -> None:
     """The suggestion depends on which checks fail, not on their order in the file."""
