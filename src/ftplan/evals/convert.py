@@ -12,7 +12,7 @@ from typing import Any
 
 from ftplan.evals.suggest import signal_of, suggest
 from ftplan.failures import Failure, FailuresFile, State, TestResult
-from ftplan.results import Check, EvalRun, ResultRow
+from ftplan.results import Aggregate, Check, EvalRun, ResultRow
 
 __all__ = [
     "failure_of",
@@ -147,7 +147,7 @@ def state_of(run: EvalRun) -> State:
         return State(
             eval_pipeline=True, eval_examples=len(items), accuracy=round(right / len(judged), 6)
         )
-    shares = [each for each in run.aggregates if each.share_right and each.samples]
+    shares = _shares(run)
     samples = sum(each.samples or 0 for each in shares)
     if samples:
         right_share = sum(each.value * (each.samples or 0) for each in shares) / samples
@@ -213,22 +213,28 @@ def _counted(run: EvalRun) -> list[Failure]:
     if run.rows:
         return []
     counted: list[Failure] = []
-    seen: set[str] = set()
-    for each in run.aggregates:
-        if not each.share_right or not each.samples or each.task in seen:
-            continue
-        seen.add(each.task)  # a second metric scores the same answers
-        wrong = each.samples - round(each.value * each.samples)
+    for each in _shares(run):
+        samples = each.samples or 0
+        wrong = samples - round(each.value * samples)
         if wrong:
             counted.append(
                 Failure(
                     id=each.task,
                     count=wrong,
-                    description=f"{wrong} of {each.samples} wrong ({each.metric} {each.value:g})",
+                    description=f"{wrong} of {samples} wrong ({each.metric} {each.value:g})",
                     checks=(each.metric,),
                 )
             )
     return counted
+
+
+def _shares(run: EvalRun) -> list[Aggregate]:
+    """One share of right answers for each task: a second metric scores the same answers."""
+    first: dict[str, Aggregate] = {}
+    for each in run.aggregates:
+        if each.share_right and each.samples:
+            first.setdefault(each.task, each)
+    return list(first.values())
 
 
 def _check_name(check: Check) -> str:
