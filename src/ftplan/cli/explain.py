@@ -50,7 +50,7 @@ def page_sections(name: str) -> list[tuple[str, str]]:
 
     Raises :class:`ftplan.errors.UnknownNameError` with the names that are near.
     """
-    for look in (_rule, _written, _stack, _optimizer):
+    for look in (_rule, _finding, _written, _stack, _optimizer):
         found = look(name)
         if found is not None:
             return found
@@ -77,6 +77,22 @@ def _rule(name: str) -> list[tuple[str, str]] | None:
 
 def _fenced(text: str) -> str:
     return f"{_FENCE}yaml\n{text}\n{_FENCE}"
+
+
+def _finding(name: str) -> list[tuple[str, str]] | None:
+    from ftplan.trainers import finding_codes, finding_page
+
+    if name.strip().upper() not in finding_codes():
+        return None
+    page = finding_page(name.strip().upper())
+    return [
+        ("Name", page.code),
+        ("Title", page.title),
+        ("What", page.what),
+        ("Why", page.why),
+        ("Fix", page.fix),
+        ("Source", page.source),
+    ]
 
 
 def _written(name: str) -> list[tuple[str, str]] | None:
@@ -135,10 +151,12 @@ def _contents() -> list[tuple[str, str]]:
         kinds.setdefault(page.kind, []).append(page.name)
     rows = [(f"{kind}s" if kind != "sharding" else kind, ", ".join(n)) for kind, n in kinds.items()]
     from ftplan.dtypes import format_names
+    from ftplan.trainers import finding_codes
 
     return [
         ("Title", "What can be explained"),
         *((kind.capitalize(), names) for kind, names in rows),
+        ("Findings of trainers' configs", ", ".join(finding_codes())),
         ("Formats", ", ".join(format_names())),
         ("And", "every rule of `ftplan rules`, every stack, every optimizer"),
     ]
