@@ -35,6 +35,10 @@ _FILES: dict[str, tuple[str, ...]] = {
     ),
     "gpt_oss": ("gpt_oss",),
     "routed": ("llama4_text", "phimoe", "ernie4_5_moe", "minimax_m2", "hunyuan_v1_moe"),
+    "vision": (
+        "llava", "llava_next", "mistral3", "gemma3", "paligemma", "internvl", "idefics3", "smolvlm",
+        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe",
+    ),
     "latent": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm4_moe", "dots1"),
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ from ftplan.memory.nn import (
     activation,
     rope_table,
 )
-from ftplan.memory.tape import SEQ, Tape, Tensor
+from ftplan.memory.tape import SEQ, TOKENS, Tape, Tensor
 
 __all__ = [
     "MLP",
@@ -232,6 +232,8 @@ class Rope:
     complex_pairs: bool = False
     fp32: bool = False
     """Not cast to the embeddings' dtype."""
+    per_sequence: bool = False
+    """Positions differ between the sequences of a batch: a row for each token."""
 
 
 class Body(Module):
@@ -307,7 +309,14 @@ class Decoder(Network):
                 table = tape.tensor(SEQ, rope.width, "fp32", "rope")
                 shared.rope[name] = (table, table)
             else:
-                shared.rope[name] = rope_table(tape, rope.width, "fp32" if rope.fp32 else dtype)
+                table_dtype = "fp32" if rope.fp32 else dtype
+                if rope.per_sequence:
+                    shared.rope[name] = (
+                        tape.tensor(TOKENS, rope.width, table_dtype, "rope"),
+                        tape.tensor(TOKENS, rope.width, table_dtype, "rope"),
+                    )
+                    continue
+                shared.rope[name] = rope_table(tape, rope.width, table_dtype)
 
     def leave(self, x: Tensor, shared: Shared) -> Tensor:
         """The final norm."""
