@@ -286,8 +286,12 @@ class Facts:
         if wanted == "information":
             if not_fixed:
                 return FALSE
-            both = len(row.kind.classes) > 1 and row.failure.class_ is None
-            return unknown(*self._oracle_needs) if both and fixed.value is None else TRUE
+            # untested, the label is taken at its word; not where it names two classes, nor
+            # next to rows without any, for then a test that refutes it would leave the question
+            # open, and not having tested would settle it
+            ambiguous = len(row.kind.classes) > 1 and row.failure.class_ is None
+            doubtful = ambiguous or any(other.given is None for other in self.rows)
+            return unknown(*self._oracle_needs) if doubtful and fixed.value is None else TRUE
         if wanted == "behavior":
             if fixed:
                 return FALSE
