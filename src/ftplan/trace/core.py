@@ -138,8 +138,9 @@ def trace_job(
     layers: int | None = None,
     full: bool = False,
     progress: Callable[[str], None] | None = None,
+    around: Callable[[Any], contextlib.AbstractContextManager[Any]] | None = None,
 ) -> TraceResult:
-    """:func:`trace` of a resolved job."""
+    """:func:`trace` of a resolved job; ``around`` of the model encloses the steps (a witness)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     say = progress or (lambda text: None)
@@ -148,6 +149,7 @@ def trace_job(
     gc.freeze()  # what is loaded already need not be searched at every phase
     with _quiet(), contextlib.ExitStack() as stack:
         stack.callback(gc.unfreeze)
+        ledger.sharded = job.sharding == "fsdp"
         mesh = stack.enter_context(distributed(job, ledger))
         say("building the model")
         model_config = build.model_config(config, layers)
@@ -163,7 +165,8 @@ def trace_job(
                 model = shard(model, job, mesh)
                 gc.collect()
                 _mark_model(ledger, model)
-                forward_end = _run(job, model, ledger, say, full)
+                with around(model) if around else contextlib.nullcontext():
+                    forward_end = _run(job, model, ledger, say, full)
     return _result(model, ledger, forward_end, total, trainable)
 
 
@@ -174,10 +177,12 @@ def _quiet() -> Iterator[None]:
 
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    transformers.logging.set_verbosity(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
 
 
 def _mark_model(ledger: Ledger, model: Any) -> None:

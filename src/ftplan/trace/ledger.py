@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -75,7 +76,14 @@ class Ledger(TorchDispatchMode):
         self._module_of_node: dict[int, str] = {}
         self._op_override: list[str] = []
         self._on_host = 0
+        self.sharded = False
+        """The job runs on DTensors."""
+        self._own_mode: Any = None
         self.scalar_answer: Callable[[Any, str], Any] | None = None
+
+    def __enter__(self) -> Any:
+        self._own_mode = active_fake_mode()
+        return super().__enter__()
 
     # -- the loop's side ---------------------------------------------------------------------
 
@@ -173,6 +181,11 @@ class Ledger(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         if any(kind is DTensor for kind in types):
             return NotImplemented  # it comes back with the rank's own tensors
+        if self.sharded:
+            if func is torch.ops._c10d_functional.wait_tensor.default:
+                return args[0]  # its shape function makes a tensor that no GPU makes
+            if active_fake_mode() is not self._own_mode:
+                return func(*args, **(kwargs or {}))  # DTensor asking for shapes
         if func is torch.ops.aten._local_scalar_dense.default and self.scalar_answer is not None:
             return self.scalar_answer(args[0], self.phase)
         result = func(*args, **(kwargs or {}))
