@@ -102,6 +102,8 @@ def test_the_given_shapes_are_reproduced() -> None:
         ("TheBloke/Mistral-7B-v0.1-GPTQ", "mistral-7b-v0.1", "normalised"),
         ("RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8", "llama-3.1-8b", "normalised"),
         ("C:\\models\\gemma-2-9b-it", "gemma-2-9b", "file-name"),
+        ("output/Qwen3-8B/v0-20260101-120000/checkpoint-500", "qwen3-8b", "file-name"),
+        ("saves/llama3-8b/lora/sft", "llama-3-8b", "file-name"),
     ],
 )
 def test_names_as_configs_write_them(spelling: str, name: str, how: str) -> None:
@@ -114,7 +116,7 @@ def test_names_as_configs_write_them(spelling: str, name: str, how: str) -> None
 @pytest.mark.parametrize(
     "name",
     ["", "/", "foo/bar", "llama", "llama-3.1", "llama-3.1-9b", "qwen3-5b-instruct", "7b", "gpt-5",
-     "mistral-7b-v0.9", "qwen2.5-7b-2507", "instruct", "bnb-4bit"],
+     "mistral-7b-v0.9", "qwen2.5-7b-2507", "instruct", "bnb-4bit", "lora/sft", "checkpoint-500"],
 )  # fmt: skip
 def test_a_size_a_version_or_a_date_is_never_guessed(name: str) -> None:
     """What is not known is refused, with suggestions where there are near names."""

@@ -58,8 +58,12 @@ class ModelMatch:
     tune, never a size."""
 
 
-# Path components that name no model: Meta's checkpoints lie in a folder of this name.
-_SKIPPED = ("", ".", "original")
+# Path components that name no model: Meta's checkpoints lie in a folder "original", and trainers
+# save under output/MODEL/v0-DATE/checkpoint-N or saves/MODEL/METHOD/STAGE.
+_SKIPPED = re.compile(
+    r"|\.|original|checkpoint-.*|v(?:\d+|x)-.*|epoch[-_]?\d+|full|freeze|q?lora|oft|sft|pt|rm|dpo|kto|ppo",
+    re.IGNORECASE,
+)
 
 # Endings that say how the weights are stored or what they were tuned for. None of them changes
 # the shape; a size, a version or a date is never taken off.
@@ -108,7 +112,9 @@ def resolve_model(name: str) -> ModelMatch:
 
     Raises ``UnknownNameError`` with suggestions, or ``AmbiguousNameError`` with the candidates.
     """
-    parts = [part for part in name.strip().replace("\\", "/").split("/") if part not in _SKIPPED]
+    parts = [part for part in name.strip().replace("\\", "/").split("/") if part != "."]
+    while parts and _SKIPPED.fullmatch(parts[-1]):
+        parts.pop()
     if len(parts) > 1 and (found := MODELS.lookup("/".join(parts[-2:]))):
         return ModelMatch(row=MODELS.only(name, found), how="hub-id")
     last = canonical(parts[-1]) if parts else ""

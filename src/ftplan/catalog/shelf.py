@@ -124,7 +124,7 @@ class Shelf(Generic[RowT]):
         near = get_close_matches(key, self._names, n=3, cutoff=0.6)
         if len(near) < 3:
             near += get_close_matches(key, self._exact, n=6, cutoff=0.6)
-        if not near and len(key) > 2:
+        if not near and len(key) > 3:
             near = [spelling for spelling in self._exact if key in spelling]
         named = dict.fromkeys(row.name for match in near for row in self._exact[match])
         return tuple(named)[:3]
