@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ftplan.catalog.stacks import find_stack
 from ftplan.errors import InputError
 from ftplan.spec import Plan
 from ftplan.trainers import deepspeed, writing
@@ -488,6 +489,7 @@ def export(plan: Plan) -> writing.Exported:
     out = writing.Writer(plan, trainer=NAME)
     out.tasks("sft", "dpo", "kto", "orpo", "rm")
     out.methods("full", "lora", "qlora", "dora")
+    out.profile(find_stack(NAME))
     out.line("base_model", out.model())
     method = plan.method
     weights = plan.precision.weights

@@ -249,9 +249,9 @@ _TRL_REFUSED = {
     "skills": "installs skills",
 }  # fmt: skip
 _AXOLOTL_REFUSED = {
-    "inference": "generates text", "merge-lora": "merges an adapter", 
-    "evaluate": "evaluates a model", "preprocess": "prepares the data", "fetch": "downloads examples",
-    "vllm-serve": "serves a model",
+    "inference": "generates text", "merge-lora": "merges an adapter",
+    "evaluate": "evaluates a model", "preprocess": "prepares the data",
+    "fetch": "downloads examples", "vllm-serve": "serves a model",
     "merge-sharded-fsdp-weights": "merges weights", "quantize": "quantises a model",
     "lm-eval": "evaluates a model", "delinearize-llama4": "converts a model",
 }  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ftplan.catalog.stacks import find_stack
 from ftplan.errors import InputError
 from ftplan.spec import Plan
 from ftplan.trainers import deepspeed, writing
@@ -558,6 +559,8 @@ def export(plan: Plan) -> writing.Exported:
     out = writing.Writer(plan, trainer=NAME)
     out.tasks("sft", "pt", "dpo", "kto", "orpo", "rm")
     out.methods("full", "lora", "qlora", "dora", "partial")
+    if not _pure(plan):
+        out.profile(find_stack(NAME))
     method = plan.method
     out.line("model_name_or_path", out.model())
     out.line("stage", {"orpo": "dpo", None: "sft"}.get(plan.task, plan.task))
@@ -580,7 +583,6 @@ def export(plan: Plan) -> writing.Exported:
             rslora="use_rslora",
             joined=True,
         )
-        out.adapter_dtype("bf16" if _pure(plan) else "fp32")
     if method.kind == "qlora":
         bits = {"nf4": (4, "bnb"), "int8": (8, "bnb")}.get(plan.precision.weights or "")
         if bits is None:
@@ -590,7 +592,8 @@ def export(plan: Plan) -> writing.Exported:
             out.line("quantization_method", bits[1])
             out.line("double_quantization", method.double_quant)
     else:
-        expected = "bf16" if _pure(plan) or kind == "lora" else "fp32"
+        stored = "fp16" if plan.precision.mixed == "fp16" else "bf16"
+        expected = stored if _pure(plan) or kind == "lora" else "fp32"
         if plan.precision.weights not in (expected, None):
             out.refuse(f"weights in {plan.precision.weights} (LLaMA-Factory keeps {expected} here)")
     out.line("cutoff_len", plan.batch.seq_len)
@@ -598,8 +601,8 @@ def export(plan: Plan) -> writing.Exported:
     out.attention("flash_attn", {"eager": "disabled", "sdpa": "sdpa", "flash": "fa2"})
     checkpointing = plan.gradient_checkpointing
     if checkpointing is not None:
-        if checkpointing.kind == "selective":
-            out.refuse("selective checkpointing")
+        if checkpointing.kind == "selective" or checkpointing.every != 1:
+            out.refuse("checkpointing of a part of the blocks")
         out.line("disable_gradient_checkpointing", checkpointing.kind == "none")
         if checkpointing.kind == "offload":
             out.line("use_unsloth_gc", True)

@@ -6,8 +6,10 @@ Model builders become hub ids by the table in ``data/words.json``.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from ftplan.catalog.stacks import find_stack
 from ftplan.errors import InputError
 from ftplan.files.document import Key
 from ftplan.spec import Plan
@@ -367,6 +369,9 @@ def export(plan: Plan) -> writing.Exported:
     out = writing.Writer(plan, trainer=NAME)
     out.tasks("sft", "dpo")
     out.methods("full", "lora", "qlora", "dora")
+    out.profile(
+        replace(find_stack(NAME), adapter_dtype="fp32") if _in_fp32(plan) else find_stack(NAME)
+    )
     method = plan.method
     assert method is not None
     builder = out.torchtune_builder()
@@ -426,3 +431,8 @@ def export(plan: Plan) -> writing.Exported:
         hint="launch with: tune run RECIPE --config FILE (the recipe's own keys, as paths, "
         "are yours to add)"
     )
+
+
+def _in_fp32(plan: Plan) -> bool:
+    """Whether everything is in fp32: torchtune's ``dtype: fp32``."""
+    return plan.method is not None and plan.method.adapter_dtype == "fp32"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ftplan.catalog.stacks import find_stack
 from ftplan.spec import Plan
 from ftplan.trainers import writing
 from ftplan.trainers.draft import Draft
@@ -261,8 +262,17 @@ def export(plan: Plan) -> writing.Exported:
     Raises :class:`ftplan.errors.UnsupportedError` for a method or task TRL's CLI has no key for.
     """
     out = writing.Writer(plan, trainer=NAME)
-    out.tasks("sft", "dpo", "kto", "grpo", "rm")
+    out.tasks("sft", "dpo", "kto", "rm")
     out.methods("full", "lora", "qlora", "dora")
+    stack = find_stack(NAME)
+    out.profile(stack)
+    kind = stack.loss_kind(
+        method=plan.method.kind if plan.method else None, task=plan.task or "sft"
+    )
+    if plan.loss is not None and (
+        plan.loss.kind != kind or plan.loss.chunk not in (None, stack.loss_chunk)
+    ):
+        out.differs("loss", plan.loss.kind, f"TRL's own loss is {kind}")
     out.line("model_name_or_path", out.model())
     if plan.precision.weights in ("bf16", "fp16", "fp32"):
         out.line(
@@ -286,27 +296,14 @@ def export(plan: Plan) -> writing.Exported:
             rslora="use_rslora",
         )
         out.quantised(double="use_bnb_nested_quant")
-    if plan.task == "grpo":
-        rollout = plan.rollout
-        out.line("max_completion_length", rollout.completion_tokens if rollout else None)
-        out.line("num_generations", rollout.generations if rollout else None)
-        if rollout is not None and rollout.sampler not in (None, "trainer"):
-            out.line("use_vllm", True)
-            out.line("vllm_mode", rollout.sampler)
-            out.line("vllm_gpu_memory_utilization", rollout.sampler_share)
-        if plan.reference in ("model", "adapter"):
-            out.line("beta", 0.04)
-        if rollout is not None and rollout.prompt_tokens is not None:
-            out.comment(
-                f"TRL 1.16 does not bound the prompt; the plan's prompts have "
-                f"{rollout.prompt_tokens} tokens"
-            )
-    else:
-        out.line("max_length", plan.batch.seq_len)
+    out.line("max_length", plan.batch.seq_len)
     if plan.task in ("dpo", "kto"):
         out.line("beta", 0.1)
+        out.line("desirable_weight", 1.0 if plan.task == "kto" else None)
         if plan.reference == "precomputed":
             out.line("precompute_ref_log_probs", True)
+    if plan.task == "rm":
+        out.lines.append("center_rewards_coefficient: null")
     if plan.task in (None, "sft", "pt"):
         out.line("packing", plan.batch.packing)
     out.training_arguments()

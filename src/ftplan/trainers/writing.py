@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from ftplan.catalog.stacks import Stack
 from ftplan.errors import UnsupportedError
-from ftplan.spec import Plan
+from ftplan.spec import OptimizerChoice, Plan
 from ftplan.trainers.words import torchtune_component
 
 __all__ = ["Exported", "Writer"]
@@ -47,6 +48,32 @@ class Writer:
     def comment(self, text: str) -> None:
         """A remark that stands at the top of the file."""
         self.notes.append(text)
+
+    def differs(self, key: str, value: Any, why: str) -> None:
+        """A plan key that this trainer decides itself: it stands in the notes, not in the file."""
+        self.notes.append(f"{key}: {value} is not written: {why}")
+
+    def profile(self, stack: Stack) -> None:
+        """Note what the plan says otherwise than the trainer does and no key can change."""
+        method, plan = self.plan.method, self.plan
+        assert method is not None
+        quantised = method.kind == "qlora"
+        dtype = stack.adapter_dtype_quantized if quantised else stack.adapter_dtype
+        adapter = method.kind in ("lora", "qlora", "dora")
+        if adapter and method.adapter_dtype not in (None, dtype):
+            self.differs(
+                "method.adapter_dtype", method.adapter_dtype, f"{self.trainer} keeps {dtype}"
+            )
+        if method.prepare_kbit not in (None, stack.prepare_kbit):
+            told = "casts" if stack.prepare_kbit else "does not cast"
+            why = f"{self.trainer} {told} what is not quantised to fp32"
+            self.differs("method.prepare_kbit", method.prepare_kbit, why)
+        if method.compute_dtype not in (None, "bf16"):
+            self.differs("method.compute_dtype", method.compute_dtype, "the training dtype is used")
+        if method.double_quant is not None and plan.precision.weights not in ("nf4", "fp4"):
+            self.differs("method.double_quant", method.double_quant, "only 4-bit formats have it")
+        if plan.batch.padding is not None:
+            self.differs("batch.padding", plan.batch.padding, "the collator pads as it does")
 
     def line(self, key: str, value: Any) -> None:
         """``key: value``; None writes nothing."""
@@ -133,12 +160,6 @@ class Writer:
         for name in ("rank_pattern", "layers_to_transform"):
             if getattr(method, name) is not None and self.trainer != "axolotl":
                 self.refuse(name)
-
-    def adapter_dtype(self, dtype: str) -> None:
-        """Refuse an adapter dtype other than the one the trainer will use."""
-        method = self.plan.method
-        if method is not None and method.adapter_dtype not in (None, dtype):
-            self.refuse(f"adapters in {method.adapter_dtype} (it keeps {dtype} here)")
 
     def quantised(self, *, double: str | None) -> None:
         """``load_in_4bit`` or ``load_in_8bit`` for a quantised base."""
@@ -386,9 +407,7 @@ class Writer:
 
     def torchtune_optimizer(self) -> None:
         """The optimizer as a component."""
-        optimizer = self.plan.optimizer
-        if optimizer is None:
-            return
+        optimizer = self.plan.optimizer or OptimizerChoice(name="adamw_torch_fused")
         components: dict[str, dict[str, Any]] = {
             "adamw_torch": {"_component_": "torch.optim.AdamW"},
             "adamw_torch_fused": {"_component_": "torch.optim.AdamW", "fused": True},
