@@ -28,6 +28,9 @@ _FILES: dict[str, tuple[str, ...]] = {
     "opt": ("opt",),
     "bloom": ("bloom",),
     "bert": ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"),
+    "gptj": ("gptj", "codegen", "gpt_neo"),
+    "falcon": ("falcon",),
+    "modernbert": ("modernbert",),
     "t5": ("t5", "mt5", "umt5"),
     "bart": ("bart", "mbart", "pegasus"),
     "mixture": (
@@ -39,6 +42,7 @@ _FILES: dict[str, tuple[str, ...]] = {
         "llava", "llava_next", "mistral3", "gemma3", "paligemma", "internvl", "idefics3", "smolvlm",
         "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe",
     ),
+    "hybrid": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
     "latent": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm4_moe", "dots1"),
 }  # fmt: skip
 
