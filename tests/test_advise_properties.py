@@ -91,7 +91,7 @@ def _file(state: State, rows: list[Failure]) -> FailuresFile:
 
 
 FILES = st.builds(_file, states(), st.lists(failures(), max_size=5))
-MANY = settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+MANY = settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
 
 
 def _surer(less: Advice, more: Advice) -> bool:

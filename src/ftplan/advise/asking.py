@@ -79,7 +79,7 @@ def _baseline(f: Facts, aim: Aim, way: tuple[Rung, ...]) -> NextTest | None:
 def _confirm(f: Facts, aim: Aim, way: tuple[Rung, ...]) -> NextTest | None:
     """Labels before tests, where most of what is counted carries none or none but a guess."""
     bare = [r for r in f.rows if r.given is None or r.suggested]
-    firm = [r for r in f.rows if r not in bare]
+    firm = (r for r in f.rows if r.given is not None and not r.suggested)
     if not bare or sum(r.failure.count or 1 for r in firm) >= BASELINE:
         return None
     ids = sorted({r.failure.id for r in bare if r.failure.id is not None})[:MOST_ITEMS]

@@ -57,6 +57,8 @@ class Facts:
         self.file = file
         self.state: State = file.state
         self.rows, self.excluded = self._rows(file.failures)
+        self._classified: dict[tuple[int, FailureClass], Truth] = {}
+        self._present: dict[tuple[FailureClass, ...], Truth] = {}
 
     # --- rows ---------------------------------------------------------------------------------
 
@@ -212,7 +214,7 @@ class Facts:
         if state.finetuned is True:
             return TRUE  # the examples are in the weights
         if state.few_shot_examples is not None:
-            return Truth(state.few_shot_examples >= 5 or state.few_shot_helps is False)
+            return Truth(state.few_shot_examples >= 5)
         return TRUE if state.few_shot_helps is not None else unknown("few_shot_examples")
 
     # --- oracle test and classes ----------------------------------------------------------------
@@ -270,6 +272,16 @@ class Facts:
 
     def row_is(self, row: Row, wanted: FailureClass) -> Truth:
         """Does the row belong to the class, by its label and by the tests' evidence?"""
+        key = (id(row), wanted)
+        if key not in self._classified:
+            self._classified[key] = self._classify(row, wanted)
+        return self._classified[key]
+
+    @cached_property
+    def _some_unlabelled(self) -> bool:
+        return any(row.given is None for row in self.rows)
+
+    def _classify(self, row: Row, wanted: FailureClass) -> Truth:
         tests = row.failure.tests or {}
         if tests.get("label_audit") == "fail":
             return Truth(wanted == "evaluation")
@@ -290,7 +302,7 @@ class Facts:
             # next to rows without any, for then a test that refutes it would leave the question
             # open, and not having tested would settle it
             ambiguous = len(row.kind.classes) > 1 and row.failure.class_ is None
-            doubtful = ambiguous or any(other.given is None for other in self.rows)
+            doubtful = ambiguous or self._some_unlabelled
             return unknown(*self._oracle_needs) if doubtful and fixed.value is None else TRUE
         if wanted == "behavior":
             if fixed:
@@ -318,7 +330,11 @@ class Facts:
 
     def has(self, *classes: FailureClass) -> Truth:
         """Some failure is of one of these classes."""
-        return any_of(self.row_is(row, wanted) for row in self.rows for wanted in classes)
+        if classes not in self._present:
+            self._present[classes] = any_of(
+                self.row_is(row, wanted) for row in self.rows for wanted in classes
+            )
+        return self._present[classes]
 
     def has_kind(self, *names: str) -> Truth:
         """Some failure is of one of these kinds."""

@@ -122,7 +122,10 @@ def mcnemar_exact(broke: int, fixed: int) -> float:
     discordant = broke + fixed
     if discordant == 0:
         return 1.0
-    tail = sum(math.comb(discordant, i) for i in range(min(broke, fixed) + 1))
+    ways = tail = 1
+    for i in range(min(broke, fixed)):
+        ways = ways * (discordant - i) // (i + 1)
+        tail += ways
     # integers first: 2**n overflows a float for n > 1023
     return min(1.0, float(2 * tail / 2**discordant))
 

@@ -19,6 +19,9 @@ class Truth:
     value: bool | None
     needs: frozenset[str] = frozenset()
 
+    def __post_init__(self) -> None:
+        assert self.value is not None or self.needs, "what is unknown has a name"
+
     def __and__(self, other: Truth) -> Truth:
         if self.value is False or other.value is False:
             return FALSE
@@ -48,15 +51,14 @@ def unknown(*needs: str) -> Truth:
 
 def any_of(truths: Iterable[Truth]) -> Truth:
     """At least one holds (none of none does)."""
-    result = FALSE
+    needs: set[str] = set()
     for truth in truths:
-        result = result | truth
-    return result
+        if truth.value is True:
+            return TRUE
+        needs |= truth.needs
+    return Truth(None, frozenset(needs)) if needs else FALSE
 
 
 def all_of(truths: Iterable[Truth]) -> Truth:
     """All hold (of none, trivially)."""
-    result = TRUE
-    for truth in truths:
-        result = result & truth
-    return result
+    return ~any_of(~truth for truth in truths)
