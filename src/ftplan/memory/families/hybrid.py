@@ -87,7 +87,7 @@ class Conv1d(Module):
         # the last tokens of the padding are cut off, but they are in the output's storage
         extra = self.weight.shape[2] - 1
         out = tape.tensor(x.rows + BATCH * extra, x.width, x.dtype, "conv1d")
-        saved = (x if weight.requires_grad else None, weight if x.requires_grad else None)
+        saved = (x, weight)  # one backward function for all of them: it keeps both in any case
         makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in inputs]
 
         def apply(grad: Tensor) -> Grads:
@@ -196,12 +196,21 @@ def _scan(
     """The walk over chunks: keeps each chunk's state and corrected values."""
     tape = values.tape
     state = q.width // heads * values.width  # numbers of one state: heads x key size x value size
-    states = tape.tensor(TOKENS, max(1, state // CHUNK_TOKENS), "fp32", "chunk states")
-    corrected = tape.tensor(TOKENS, values.width, "fp32", "corrected values")
-    last = tape.tensor(BATCH, state, "fp32", "state")
+    per_token = max(1, state // CHUNK_TOKENS)
     inputs = [values, k_cumulated, q, intra, k]
-    saved = (states, corrected, k_cumulated, q, intra, k) if ops.records(*inputs) else None
-    del last, states, corrected
+    kept: list[Tensor] = []
+    if ops.records(*inputs):
+        kept = [tape.tensor(TOKENS, per_token, "fp32", "chunk states")]
+        low = tape.env.autocast
+        if low is None:
+            kept += [k_cumulated, q, intra, k]
+            kept.append(tape.tensor(TOKENS, values.width, "fp32", "corrected values"))
+        else:  # each operand of a product is cast on its own
+            widths = [t.width for t in (k_cumulated, q, intra, k)]
+            widths += [values.width] * 2 + [per_token] * 2
+            kept += [tape.tensor(TOKENS, width, low, "scan operands") for width in widths]
+    saved = tuple(kept)
+    del kept
     makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in inputs]
     width = max(q.width, values.width)
 
