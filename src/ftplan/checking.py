@@ -87,6 +87,11 @@ def check_one(
             code="CHK000",
             job=job,
         )
+    return _judged(job, report)
+
+
+def _judged(job: JobInput, report: Report) -> Report:
+    """The report, with a finding for a verdict that is not simply "fits"."""
     if report.verdict is not None:
         return replace(report, findings=(*_verdict_finding(job, report), *report.findings))
     if report.gpu is None:
@@ -94,7 +99,7 @@ def check_one(
             code="CHK003",
             severity="error",
             message="no GPU is named, so nothing can be said about fitting",
-            location=job.locate("hardware") or Location(file=str(path)),
+            location=job.locate("hardware") or Location(file=job.file or ""),
             help="write hardware: {gpu: a100-80gb}, or pass --gpu NAME (ftplan gpus lists them)",
         )
         report = replace(report, findings=(finding, *report.findings))
@@ -222,7 +227,8 @@ def read_baseline(path: Path, *, change: Change | None = None) -> Mapping[str, B
             }
         if isinstance(data, dict) and "allocated_bytes" in data:
             return {"": _remembered(data)}
-    report = estimate_job(read_job(path, change=change))
+    job = read_job(path, change=change)
+    report = _judged(job, estimate_job(job))
     peak = report.device_bytes or report.allocated_bytes
     return {
         "": Baseline(

@@ -61,5 +61,7 @@ def summary(check: CheckReport, *, limit: int = SUMMARY_BYTES) -> str:
     if len(text.encode()) <= limit:
         return text
     note = "\n\n_The summary was longer than GitHub shows; `--format json` has all of it._\n"
+    if limit < len(note.encode()):
+        return ""
     cut = text.encode()[: max(0, limit - len(note.encode()))].decode(errors="ignore")
     return cut[: cut.rfind("\n") + 1] + note

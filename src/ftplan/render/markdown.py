@@ -188,6 +188,8 @@ def render_check(check: CheckReport) -> str:
                 escape(report.peak_phase or ""),
             )
         )
+    if not rows:
+        return "## ftplan: nothing got worse than the baseline\n"
     headers = ("file", "verdict", "peak GiB", "usable GiB", "GPU", "phase")
     parts = [f"## ftplan: {VERDICTS[check.verdict]}\n", table(headers, rows, right=(2, 3))]
     for file, report in check.results:

@@ -311,6 +311,9 @@ def _assumptions(page: Page, assumptions: Sequence[Assumption]) -> None:
 def render_check(check: CheckReport, *, width: int = 80, colour: bool = False) -> str:
     """Every checked file: verdict, peak and its phase, the three largest terms, findings."""
     page = Page(width, colour)
+    if not check.results:
+        page.line(("nothing got worse than the baseline", _STYLE["fits"]))
+        return page.text()
     for file, report in check.results:
         verdict = report.verdict or "unknown"
         page.line((file, "bold"), "  ", (VERDICTS[verdict], _STYLE[verdict]))
