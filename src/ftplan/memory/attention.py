@@ -12,7 +12,7 @@ from ftplan.memory import ops
 from ftplan.memory.env import Environment
 from ftplan.memory.tape import ONE, SCORES, SQUARE, Grads, Size, Tape, Tensor
 
-__all__ = ["Heads", "additive", "attend", "kernel", "make_mask"]
+__all__ = ["Heads", "additive", "attend", "attend_broadcast", "kernel", "make_mask"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,19 +60,21 @@ def make_mask(
     window: int | None = None,
     causal: bool = True,
     eager: bool = False,
+    always: bool = False,
 ) -> Tensor | None:
     """The mask of transformers' ``masking_utils``, or None where a kernel's own flag will do.
 
     ``dtype``: of the embeddings. A sliding ``window`` needs a mask from that length on. Eager
     attention has an additive one, (b, 1, s, s); SDPA a boolean one, shared by the sequences
-    unless they are padded. ``eager``: the model has no other implementation.
+    unless they are padded. ``eager``: the model has no other implementation. ``always``: the
+    model asks for a mask even where a flag would do (Falcon).
     """
     env = tape.env
     eager = eager or env.attention == "eager"
     cut = window is not None and env.seq_len is not None and env.seq_len >= window
     if env.attention == "flash" and not eager:
         return None
-    if not (env.padding_mask or cut) and not (eager and causal):
+    if not (env.padding_mask or cut or always) and not (eager and causal):
         return None
     mask = tape.tensor(SCORES if env.padding_mask else SQUARE, 1, "bool", "mask")
     if eager:
@@ -98,7 +100,8 @@ def attend(
     its output like its queries, and the output is copied to lie token by token.
     ``bias``: added to the scores of every sequence alike (T5's positions), heads x s x s; what
     SDPA takes for a mask has it in already. ``eager``: the model has no other implementation.
-    ``held`` receives the attention weights that eager attention returns beside its output, for blocks that hold them until they return.
+    ``held`` receives the attention weights that eager attention returns beside its output, for
+    blocks that hold them until they return.
     """
     env = q.tape.env
     if eager or env.attention == "eager":
@@ -177,9 +180,21 @@ def _workspace(tape: Tape, rows: Size, dtype: str, heads: Heads, choice: str) ->
             held.append(tape.tensor(rows, count * heads.size, dtype, f"flash {name} gradient"))
 
 
+def attend_broadcast(q: Tensor, k: Tensor, v: Tensor, heads: Heads, mask: Tensor) -> Tensor:
+    """SDPA over one key-value head that nobody expanded: no fused kernel takes it."""
+    q, k, v = (ops.autocast(t) for t in (q, k, v))
+    bias = additive(mask, q.tape, q.dtype)
+    out = ops.copy(_math(q, k, v, heads))
+    del bias
+    return out
+
+
 def _dense(x: Tensor) -> Tensor:
     """A product of batches copies an operand that is a part of a wider matrix."""
-    x = ops.autocast(x)
+    return _part_copied(ops.autocast(x))
+
+
+def _part_copied(x: Tensor) -> Tensor:
     if x.storage is None:
         return x
     whole = x.tape.sizes[x.storage.index - 1]
@@ -187,15 +202,23 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
-    """The quadratic fallback inside SDPA: scaled operands, scores, softmax, product."""
+    """The quadratic fallback inside SDPA: scaled operands, scores, softmax, product, in fp32.
+
+    Source: aten/src/ATen/native/transformers/attention.cpp, ``_scaled_dot_product_attention_math``.
+    """
     rows = SCORES * heads.count
+    tape, dtype = q.tape, q.dtype
+    q, k, v = (ops.to(t, "fp32") for t in (q, k, v))
     k, v = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
-    q, k, v = ops.scale(q), ops.scale(k), _dense(v)
-    scores = ops.matmul(q, k, rows, 1, "scores")
-    scores = ops.shift(scores)
-    weights = ops.dropout(ops.softmax(scores), heads.dropout)
-    del scores
-    return ops.matmul(weights, v, q.rows, heads.count * heads.value_size, "attention")
+    q, k, v = ops.scale(q), ops.scale(k), _part_copied(v)
+    weights = ops.softmax(ops.matmul(q, k, rows, 1, "scores", exact=True))
+    weights = ops.dropout(weights, heads.dropout)
+    width = heads.count * heads.value_size
+    out = ops.to(ops.matmul(weights, v, q.rows, width, "attention", exact=True), dtype)
+    if dtype != "fp32":  # the weights are cast too, for nobody
+        unused = tape.tensor(rows, 1, dtype, "weights")
+        del unused
+    return out
 
 
 def _eager(

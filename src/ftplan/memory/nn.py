@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
 from ftplan.memory.tape import ONE, SEQ, TOKENS, Parameter, Size, Tape, Tensor
 
@@ -316,8 +317,14 @@ class Network(Module):
     def classify(self, labels: int) -> None:
         """Put a linear ``score`` over ``labels`` in place of the language model's head.
 
-        What transformers does for decoders (``GenericForSequenceClassification``).
+        What transformers does for decoders (``GenericForSequenceClassification``). Raises
+        UnsupportedError for an encoder-decoder.
         """
+        if len(self.stages) > 1:
+            raise UnsupportedError(
+                "a head that classifies on an encoder-decoder",
+                remedy="classify with a decoder or an encoder (llama, qwen3, bert, roberta ...)",
+            )
         head = self.child(self.head_name)
         assert isinstance(head, Linear)
         del self.children[self.head_name]

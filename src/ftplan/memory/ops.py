@@ -188,9 +188,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
     return out
 
 
-def matmul(a: Tensor, b: Tensor, rows: Size, width: int, name: str = "matmul") -> Tensor:
-    """A batched product of two activations; ``rows`` x ``width`` is the shape of the result."""
-    a, b = autocast(a), autocast(b)
+def matmul(
+    a: Tensor, b: Tensor, rows: Size, width: int, name: str = "matmul", *, exact: bool = False
+) -> Tensor:
+    """A batched product of two activations; ``rows`` x ``width`` is the shape of the result.
+
+    ``exact``: inside a kernel, where autocast does not reach.
+    """
+    if not exact:
+        a, b = autocast(a), autocast(b)
     out = a.tape.tensor(rows, width, a.dtype, name)
     saved_a = a if b.requires_grad else None
     saved_b = b if a.requires_grad else None
