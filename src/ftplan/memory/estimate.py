@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ftplan.dtypes import find_format
-from ftplan.memory.job import Job
+from ftplan.memory.fsdp import shard_shape
+from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.nn import Network
 from ftplan.memory.optimizer import rounded, state_bytes, step_bytes
 from ftplan.memory.prepare import counted_parameters, prepare
@@ -94,8 +95,10 @@ def estimate(job: Job) -> Estimate:
     """The peak of the second step of ``job`` on one GPU."""
     network = prepare(job)
     counted = counted_parameters(network)
-    learned = [entry for entry in counted if entry[0].trainable]
-    static = static_terms(job, counted)
+    ranks = shard_ranks(job.sharding)
+    local = [(_shard(p, ranks), times, matrix) for p, times, matrix in counted]
+    learned = [entry for entry in local if entry[0].trainable]
+    static = static_terms(job, local)
     gradients = _weights(learned, "gradients/accumulated", "gradients of earlier micro batches")
     if job.accumulation > 1:
         static.append(gradients)
@@ -118,7 +121,9 @@ def estimate(job: Job) -> Estimate:
         total_params=sum(
             parameter.numel * times for parameter, times, _ in counted if _is_base(parameter)
         ),
-        trainable_params=sum(parameter.numel * times for parameter, times, _ in learned),
+        trainable_params=sum(
+            parameter.numel * times for parameter, times, _ in counted if parameter.trainable
+        ),
     )
 
 
@@ -126,13 +131,34 @@ def _is_base(parameter: Parameter) -> bool:
     return not parameter.added
 
 
+def shard_ranks(sharding: ShardingSpec) -> int:
+    """Over how many ranks each weight is split."""
+    if sharding.kind not in ("fsdp", "zero3"):
+        return 1
+    return sharding.world // (sharding.tp * sharding.pp * sharding.cp * sharding.dp_replicate)
+
+
+def _shard(parameter: Parameter, ranks: int) -> Parameter:
+    """Rank 0's part of a weight."""
+    shape = shard_shape(parameter.shape, ranks)
+    part = Parameter(parameter.name, shape, parameter.dtype, parameter.trainable)
+    part.added = parameter.added
+    return part
+
+
 def program_of(job: Job, network: Network) -> Program:
     """Record the job's step."""
+    sharding = job.sharding if job.sharding.kind == "fsdp" else None
+    if sharding is not None:
+        for parameter, _, _ in counted_parameters(network):
+            parameter.stored = parameter.dtype
+            parameter.dtype = sharding.param_dtype or parameter.dtype
     recording = record_step(
         network,
         job.environment,
         checkpoint_every=job.checkpoint_every,
         input_grads=job.checkpoint_every > 0 or job.prepare_kbit,
         accumulated=job.accumulation > 1,
+        sharding=sharding,
     )
     return Program(recording, recording.phases())

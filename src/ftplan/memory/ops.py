@@ -177,6 +177,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
         grad_weight = (
             tape.tensor(weight_rows, width, dtype, "weight gradient") if wants[1] else None
         )
+        for product in (grad_x, grad_weight):
+            if product is not None:
+                product.based = True  # seen through a view or a transpose
         if not has_bias:
             return grad_x, grad_weight
         grad_bias = tape.tensor(ONE, bias_width, dtype, "bias gradient") if wants[2] else None

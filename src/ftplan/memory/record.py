@@ -8,13 +8,15 @@ the borders of the blocks; :mod:`replay` then plays the segments as often as the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ftplan.memory import ops
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.env import Environment
+from ftplan.memory.fsdp import Fsdp, Unit
+from ftplan.memory.job import ShardingSpec
 from ftplan.memory.loss import compute_loss
 from ftplan.memory.nn import Module, Network, Shared, Stack, Stage
 from ftplan.memory.tape import BATCH, ONE, TOKENS, Label, Node, Parameter, Tape, Tensor, backward
@@ -79,6 +81,38 @@ class _Recorder:
         self.regions: list[_Region] = []
         self.casts: list[dict[int, Tensor]] = []
         self.start = 0
+        self.fsdp: Fsdp | None = None
+        self.units: list[Unit] = []
+
+    def shard(self, fsdp: Fsdp) -> None:
+        """Make the root a unit; blocks become one as they run."""
+        self.fsdp = fsdp
+        own = {id(p): p for _, p in self.network.named_parameters()}  # tied weights once
+        self.units.append(Unit("root", list(own.values())))
+
+    def begin_root(self) -> None:
+        """Gather what belongs to no block."""
+        if self.fsdp is not None:
+            self.fsdp.begin_forward(self.units[0])
+
+    def end_root(self, loss: Tensor) -> Tensor:
+        """The model's forward is over."""
+        if self.fsdp is None:
+            return loss
+        self.fsdp.end_model(self.units[0])
+        return self.fsdp.leave(self.units[0], loss)
+
+    def run_block(self, block: Module, x: Tensor, shared: Shared, *, checkpointed: bool) -> Tensor:
+        """A block's forward, as a unit of FSDP where the job is sharded."""
+        run = _checkpoint if checkpointed else _run
+        if self.fsdp is None:
+            return run(block, x, shared)
+        unit = Unit("block", [p for _, p in block.named_parameters()])
+        self.units.append(unit)
+        self.fsdp.begin_forward(unit)
+        out = run(block, self.fsdp.enter(unit, x), shared)
+        self.fsdp.end_forward(unit)
+        return self.fsdp.leave(unit, out)
 
     def cut(self, name: str) -> int:
         """End a forward segment here."""
@@ -108,18 +142,22 @@ def record_step(
     checkpoint_every: int = 0,
     input_grads: bool = False,
     accumulated: bool = False,
+    sharding: ShardingSpec | None = None,
 ) -> Recording:
     """Forward, loss and backward of one micro batch.
 
     ``checkpoint_every`` n > 0 recomputes every n-th block. ``input_grads`` makes the embedding's
     output ask for a gradient (``enable_input_require_grads``). ``accumulated``: gradients of
-    earlier micro batches are there already.
+    earlier micro batches are there already. ``sharding``: by FSDP2.
     """
     recorder = _Recorder(network, env)
     tape = recorder.tape
+    if sharding is not None:
+        recorder.shard(Fsdp(tape, sharding))
     if accumulated:
         _hold_gradients(network, tape)
     inputs = _inputs(tape)
+    recorder.begin_root()
     recorder.recording.forward_order.append(recorder.cut("inputs"))
     shared = Shared()
     x: Tensor | None = None
@@ -130,6 +168,7 @@ def record_step(
     assert x is not None
     root = _loss(recorder, x)
     del x
+    root = recorder.end_root(root)
     recorder.recording.forward_order.append(recorder.cut("the model returns"))
     recorder.end_autocast()
     recorder.recording.saved = _alive(tape)
@@ -198,10 +237,11 @@ def _run_stage(
         x.requires_grad, x.node = True, Parameter("", (), x.dtype, True)
     _name_boundary(x)
     order.append(recorder.cut("embedding"))
-    seen: dict[tuple[int, bool, bool], int] = {}
+    seen: dict[tuple[Hashable, ...], int] = {}
     for layer, kind in enumerate(stage.stack.pattern):
         checkpointed = checkpoint_every > 0 and layer % checkpoint_every == 0
-        key = (kind, x.requires_grad, checkpointed)
+        edge = layer if recorder.fsdp and layer in (0, stage.stack.count - 1) else None
+        key = (kind, x.requires_grad, checkpointed, edge)
         last = len(recorder.network.stages) > 1 and _is_last(stage.stack, layer)
         if key in seen and not last:
             order.append(seen[key])
@@ -211,8 +251,7 @@ def _run_stage(
             block = copy.deepcopy(block)  # a layer of its own: its gradients are too
         _name_parts(block, recorder.tape)
         # the caller's name for the input lives until the block returns
-        run = _checkpoint if checkpointed else _run
-        x = run(block, x, shared)
+        x = recorder.run_block(block, x, shared, checkpointed=checkpointed)
         _name_boundary(x)
         seen[key] = recorder.cut("block")
         order.append(seen[key])
@@ -292,6 +331,8 @@ def _run_backward(recorder: _Recorder, root: Tensor) -> None:
             current -= 1
 
     backward(root, tape.tensor(ONE, 1, "fp32", "loss gradient"), on_node)
+    if recorder.fsdp is not None:
+        recorder.fsdp.finish(recorder.units)
     cuts[regions[current].segment] = Segment(regions[current].name, start, len(tape.events))
     empty = Segment("", 0, 0)
     recording.backward = [cuts.get(i, empty) for i in range(len(recording.forward))]

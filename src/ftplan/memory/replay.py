@@ -182,7 +182,9 @@ def _final_labels(recording: Recording) -> list[Label]:
     """Storages that outlive forward are activations (or logits); the rest is temporary."""
     labels: list[Label] = []
     for number, label in enumerate(recording.tape.labels, start=1):
-        named = label.group in ("gradients", "logits", "recomputed") or label == BOUNDARY
+        named = (
+            label.group in ("gradients", "logits", "recomputed", "gathered") or label == BOUNDARY
+        )
         keep = named or number in recording.saved
         labels.append(label if keep else Label("temporary", label.name))
     return labels

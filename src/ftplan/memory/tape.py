@@ -167,7 +167,9 @@ class Storage:
 class Tensor:
     """A tensor without values: ``rows`` x ``width`` elements of ``dtype`` in a storage."""
 
-    __slots__ = ("dtype", "node", "output_nr", "requires_grad", "rows", "storage", "tape", "width")
+    __slots__ = (
+        "based", "dtype", "node", "output_nr", "requires_grad", "rows", "storage", "tape", "width",
+    )  # fmt: skip
 
     def __init__(
         self, tape: Tape, storage: Storage | None, rows: Size, width: int, dtype: str
@@ -180,6 +182,8 @@ class Tensor:
         self.requires_grad = False
         self.node: Node | Parameter | None = None
         self.output_nr = 0
+        self.based = False
+        """A view whose base is alive: autograd will not add to it in place."""
 
     @property
     def numel(self) -> Size:
@@ -204,7 +208,7 @@ class Parameter:
     ``dtype`` is a name of :mod:`ftplan.dtypes` (a weight may be stored in ``nf4``).
     """
 
-    __slots__ = ("added", "dtype", "grad", "name", "shape", "trainable")
+    __slots__ = ("added", "dtype", "grad", "name", "pending", "shape", "stored", "sum", "trainable")
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: str, trainable: bool) -> None:
         self.name = name
@@ -212,6 +216,12 @@ class Parameter:
         self.dtype = dtype
         self.trainable = trainable
         self.grad: Tensor | None = None
+        self.stored = dtype
+        """Dtype of its shard, where FSDP gathers it in another one."""
+        self.pending = 0
+        """Gradients that are still to come in this backward."""
+        self.sum: Tensor | None = None
+        """Gradients that have come and wait for the others."""
         self.added = False
         """An adapter's: not counted as the model's own."""
 
@@ -259,7 +269,9 @@ def _count_dependencies(root: Node, since: int = 0) -> None:
     while stack:
         node = stack.pop()
         for edge in node.edges:
-            if isinstance(edge, tuple):
+            if isinstance(edge, Parameter):
+                edge.pending += 1
+            elif edge is not None:
                 child = edge[0]
                 if child.sequence > since and id(child) not in seen:
                     seen.add(id(child))
@@ -284,8 +296,20 @@ def _expand(node: Node, tape_sequence: int) -> Node:
     return root
 
 
+def _arrive(parameter: Parameter, grad: Tensor | None) -> None:
+    """Gradients of one parameter are summed; the last one to come makes ``.grad``."""
+    held = parameter.sum
+    if grad is not None:
+        parameter.sum = grad if held is None else _sum(held, grad)
+    held = grad = None
+    parameter.pending -= 1
+    if parameter.pending == 0 and parameter.sum is not None:
+        total, parameter.sum = parameter.sum, None
+        _accumulate(parameter, total)
+
+
 def _accumulate(parameter: Parameter, grad: Tensor) -> None:
-    """A parameter's gradient is the incoming buffer; a second one is added in place."""
+    """A parameter's gradient is the incoming buffer; an earlier one is added to in place."""
     if parameter.grad is None:
         parameter.grad = grad
         if grad.storage is not None and parameter.name:
@@ -295,7 +319,7 @@ def _accumulate(parameter: Parameter, grad: Tensor) -> None:
 def _sum(old: Tensor, new: Tensor) -> Tensor:
     """Two gradients of one tensor: added in place unless somebody else holds the first one."""
     # references here: the caller's list and variable, this argument, getrefcount's own
-    if getrefcount(old) <= 4 and getrefcount(old.storage) <= 2:
+    if not old.based and getrefcount(old) <= 4 and getrefcount(old.storage) <= 2:
         return old
     return old.tape.tensor(old.rows, old.width, new.dtype, "gradient sum")
 
@@ -331,8 +355,7 @@ def backward(
             if edge is None:
                 continue
             if isinstance(edge, Parameter):
-                if result is not None:
-                    _accumulate(edge, result)
+                _arrive(edge, result)
                 continue
             child, number = edge
             held = child.buffers[number]

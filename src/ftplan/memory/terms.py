@@ -17,6 +17,7 @@ _GROUPS = {
     "logits": ("logits", "the head and the loss"),
     "gradients": ("gradients", "gradients that have arrived"),
     "temporary": ("temporary", "needed for a moment"),
+    "gathered": ("temporary/gathered", "weights or gradients of a unit, gathered by FSDP"),
 }
 _SYMBOLS = ("", "seq", "micro", "tokens", "micro x seq^2", "seq^2", "chunk tokens")
 

@@ -55,6 +55,21 @@ def _round_up(size: int) -> int:
     return -(-size // ALLOCATION_GRANULE_BYTES) * ALLOCATION_GRANULE_BYTES
 
 
+def _sums_in_place(old: Any, new: Any) -> bool:
+    """Whether this is autograd adding up the gradients of one tensor, which a GPU does in place.
+
+    Autograd reuses the first gradient when nobody else holds it, but never a tensor subclass, as
+    fake tensors are (torch/csrc/autograd/input_buffer.cpp, ``can_accumulate_inplace``).
+    """
+    if torch.is_grad_enabled() or torch._C._current_autograd_node() is None:
+        return False
+    if not isinstance(new, torch.Tensor) or old.shape != new.shape or old.dtype != new.dtype:
+        return False
+    storage = old.untyped_storage()
+    # one for the gradient, one for ``storage``; the base of a view holds a third
+    return bool(torch._C._storage_Use_Count(storage._cdata) <= 2)
+
+
 class Ledger(TorchDispatchMode):
     """Account for every storage that passes through the dispatcher while the mode is on.
 
@@ -188,6 +203,8 @@ class Ledger(TorchDispatchMode):
                 return func(*args, **(kwargs or {}))  # DTensor asking for shapes
         if func is torch.ops.aten._local_scalar_dense.default and self.scalar_answer is not None:
             return self.scalar_answer(args[0], self.phase)
+        if func is torch.ops.aten.add.Tensor and not kwargs and _sums_in_place(*args):
+            return args[0]
         result = func(*args, **(kwargs or {}))
         if self._on_host:
             return result

@@ -1,0 +1,164 @@
+"""FSDP2 on the tape: what is gathered, for how long, and what becomes of gradients.
+
+A unit is a block, or the root with everything else. Its weights are gathered into one flat buffer
+and copied out from there; forward keeps the flat buffer until the next unit has been copied out,
+backward gathers the next unit ahead of time; gradients are copied into one flat buffer, reduced
+and scattered, and that buffer lives until the next unit's turn
+(torch/distributed/fsdp/_fully_shard, torch 2.13: ``wait_for_unshard``, ``foreach_all_gather``,
+``_backward_prefetch``, ``post_backward``, ``foreach_reduce``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from ftplan.memory import ops
+from ftplan.memory.job import ShardingSpec
+from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Storage, Tape, Tensor
+
+__all__ = ["Fsdp", "Unit", "shard_shape"]
+
+
+def shard_shape(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+    """Rank 0's part of a weight: whole rows, the last rank padded."""
+    if not shape:
+        return shape
+    return (-(-shape[0] // ranks), *shape[1:])
+
+
+@dataclass(slots=True)
+class Unit:
+    """Weights that are gathered and freed together."""
+
+    name: str
+    parameters: list[Parameter]
+    gathered: list[Storage] = field(default_factory=list)
+    flat: Storage | None = None
+    reduced: bool = False
+
+
+class Fsdp:
+    """The state of FSDP while one micro batch is recorded."""
+
+    def __init__(self, tape: Tape, spec: ShardingSpec) -> None:
+        self.tape = tape
+        self.spec = spec
+        self.ranks = spec.world // (spec.tp * spec.pp * spec.cp * spec.dp_replicate)
+        self.previous: list[Storage] = []
+        """The flat buffer of the unit before, until this one has been copied out."""
+        self.scattered: list[Storage] = []
+        """The flat gradients of the unit before."""
+        self.order: list[Unit] = []
+
+    def _bytes(self, parameter: Parameter) -> int:
+        shard = prod(shard_shape(parameter.shape, self.ranks))
+        return shard * self.ranks * ITEM_BYTES[parameter.dtype]
+
+    def _allocate(self, size: int, name: str) -> Storage:
+        storage = self.tape.allocate(ONE * size, name)
+        self.tape.labels[storage.index - 1] = Label("gathered", name)
+        return storage
+
+    def _gather(self, unit: Unit) -> None:
+        """``foreach_all_gather``: a cast copy of the shards, then the flat buffer."""
+        if unit.flat is not None or unit.gathered:
+            return
+        total = sum(self._bytes(parameter) for parameter in unit.parameters)
+        casts = self._allocate(total // self.ranks, "shards") if self.spec.param_dtype else None
+        unit.flat = self._allocate(total, "flat weights")
+        del casts
+
+    def _copy_out(self, unit: Unit) -> None:
+        unit.gathered = [self._allocate(self._bytes(p), "weights") for p in unit.parameters]
+
+    def begin_forward(self, unit: Unit) -> None:
+        """``pre_forward``: gather and copy out; the unit before gives up its flat buffer."""
+        if unit.gathered:
+            return
+        self._gather(unit)
+        self.previous.clear()
+        self._copy_out(unit)
+        assert unit.flat is not None
+        self.previous.append(unit.flat)
+        unit.flat = None
+
+    def end_forward(self, unit: Unit) -> None:
+        """``post_forward``: free what was gathered, unless it is kept for backward."""
+        if self.spec.reshard_after_forward:
+            unit.gathered = []
+        self.order.append(unit)
+
+    def end_model(self, root: Unit) -> None:
+        """The root's ``post_forward`` also frees the last flat buffer."""
+        self.end_forward(root)
+        self.previous.clear()
+
+    def begin_backward(self, unit: Unit) -> None:
+        """``pre_backward``: gather (unless that was done ahead), then gather the next one."""
+        if not unit.gathered:
+            self._gather(unit)
+            self._copy_out(unit)
+            unit.flat = None
+        index = self.order.index(unit)
+        if index > 0 and not self.order[index - 1].gathered:
+            self._gather(self.order[index - 1])
+
+    def end_backward(self, unit: Unit) -> None:
+        """``post_backward``: free the weights, reduce and scatter the gradients."""
+        if unit.reduced:
+            return
+        unit.reduced = True
+        grads = [(p, p.grad) for p in unit.parameters if p.grad is not None]
+        for parameter, _ in grads:
+            parameter.grad = None
+        unit.gathered = []
+        self.scattered.clear()
+        if not grads:
+            return
+        dtype = self.spec.reduce_dtype or grads[0][0].dtype
+        flat = sum(self._bytes(p) // ITEM_BYTES[p.dtype] for p, _ in grads) * ITEM_BYTES[dtype]
+        self.scattered.append(self._allocate(flat, "flat gradients"))
+        orig = grads[0][0].stored
+        parameters = [parameter for parameter, _ in grads]
+        del grads
+        shard = self._allocate(flat // self.ranks, "reduced gradients")
+        if dtype != orig:
+            shard = self._allocate(
+                flat // self.ranks // ITEM_BYTES[dtype] * ITEM_BYTES[orig], "reduced gradients"
+            )
+        self.tape.labels[shard.index - 1] = Label("gradients", "parameters")
+        held = Tensor(self.tape, shard, ONE, 1, orig)
+        for parameter in parameters:
+            parameter.grad = held
+
+    def finish(self, units: Sequence[Unit]) -> None:
+        """The callback at the end: the root, and blocks whose input asked for no gradient."""
+        for unit in reversed(units):
+            self.end_backward(unit)
+        self.scattered.clear()
+
+    def enter(self, unit: Unit, x: Tensor) -> Tensor:
+        """Mark where the way back leaves the unit."""
+        seen = x.alias()
+        fsdp = self
+
+        def apply(grad: Tensor) -> tuple[Tensor | None, ...]:
+            fsdp.end_backward(unit)
+            return (grad,)
+
+        ops.record([seen], "post_backward", [x], apply)
+        return seen
+
+    def leave(self, unit: Unit, x: Tensor) -> Tensor:
+        """Mark where the way back enters the unit."""
+        seen = x.alias()
+        fsdp = self
+
+        def apply(grad: Tensor) -> tuple[Tensor | None, ...]:
+            fsdp.begin_backward(unit)
+            return (grad,)
+
+        ops.record([seen], "pre_backward", [x], apply)
+        return seen
