@@ -82,7 +82,11 @@ TOLD_TWICE = {"oracle_context": "oracle_context_fixes", "larger_model": "larger_
 def _file(state: State, rows: list[Failure]) -> FailuresFile:
     """A file in which no experiment is told twice, by the state and by the items, differently:
     to forget one of two contradicting tellings is to learn, not to forget."""
+    if state.oracle_context_fixes is not None:
+        state = dataclasses.replace(state, gold_context_in_prompt=None)
     told = {test for test, key in TOLD_TWICE.items() if getattr(state, key) is not None}
+    if state.gold_context_in_prompt is not None:
+        told.add("oracle_context")
     kept = []
     for row in rows:
         tests = {name: result for name, result in (row.tests or {}).items() if name not in told}

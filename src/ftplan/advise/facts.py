@@ -192,20 +192,13 @@ class Facts:
 
     @cached_property
     def prompting(self) -> Truth:
-        """The prompt was worked on systematically (rule PRM001 says when it was not)."""
+        """The prompt was worked on: 5 versions measured, or, where their number is not known, what
+        only comes after that."""
         state = self.state
-        if state.prompt_optimizer_tried is True:
-            return TRUE
-        few = self.below("prompt_iterations", 5)
-        if few.value is True:
-            return FALSE
-        if state.prompts_versioned is False:
-            return FALSE
-        if few.value is False:
-            return TRUE
-        if self.examples_in_prompt or state.finetuned is True:
-            return TRUE
-        return unknown("prompt_iterations")
+        if state.prompt_iterations is not None:
+            return self.at_least("prompt_iterations", 5)
+        implied = state.prompt_optimizer_tried or self.examples_in_prompt or state.finetuned
+        return TRUE if implied else unknown("prompt_iterations")
 
     @cached_property
     def shots(self) -> Truth:

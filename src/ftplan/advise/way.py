@@ -61,6 +61,8 @@ def _done(f: Facts, aim: Aim, step: Step, fired: frozenset[str]) -> Truth:
     if step == "evaluate_first":
         return FALSE if fired & set(GATES) else f.evaluation
     if step == "prompt":
+        if state.prompts_versioned is False:
+            return FALSE  # measured, perhaps, but against what?
         retrieves = aim.axis == "information" and state.rag not in (None, "none")
         if f.prompting.value is None and retrieves:
             return TRUE  # a system that retrieves has a prompt that was made for it

@@ -35,10 +35,13 @@ RULES = (
         code="FTN001",
         title="Behaviour persists after prompting: finetune a pilot",
         when=lambda f: (
-            f.has("behavior") & f.prompting & f.shots & f.at_least("labelled_examples", PILOT)
+            f.has("behavior")
+            & f.prompting
+            & (f.at_least("few_shot_examples", 5) | f.yes("finetuned"))
+            & f.at_least("labelled_examples", PILOT)
         ),
-        checks="Behaviour fails, prompts were versioned and measured, 5 or more examples were "
-        "tried, and there are 50 or more labelled examples.",
+        checks="Behaviour fails, the prompt was worked on, 5 or more examples were tried (or the "
+        "model is tuned already), and there are 50 or more labelled examples.",
         step="finetune",
         reason="Form, style and syntax are what finetuning teaches. Train a pilot on 50, compare "
         "on the same items, and only then label 200 to 500 more.",

@@ -37,7 +37,7 @@ RULES = (
     Rule(
         code="PRM001",
         title="Prompting was minimal or unsystematic",
-        when=lambda f: ~f.prompting,
+        when=lambda f: f.below("prompt_iterations", 5) | f.no("prompts_versioned"),
         checks="Fewer than 5 versions of the prompt were measured, or they are not kept in "
         "versions.",
         step="prompt",
@@ -46,9 +46,9 @@ RULES = (
         sources=(HUYEN, Source(mark="D", text="the number 5 is ours")),
         strength="B",
         stop_when="3 versions in a row without a significant gain",
-        flips_if="a documented run of a prompt optimizer",
+        flips_if="the versions were measured elsewhere, by an optimizer for instance",
         fires=case("wrong_tone_style", prompt_iterations=2),
-        rests=case("wrong_tone_style", prompt_iterations=8),
+        rests=case("wrong_tone_style", prompt_iterations=8, prompts_versioned=True),
     ),
     Rule(
         code="PRM002",
@@ -73,8 +73,11 @@ RULES = (
     Rule(
         code="PRM003",
         title="Behaviour, and hardly any examples in the prompt",
-        when=lambda f: f.has("behavior") & ~f.shots,
-        checks="There are failures of behaviour and fewer than 5 examples in the prompt.",
+        when=lambda f: (
+            f.has("behavior") & f.below("few_shot_examples", 5) & ~f.known_true("finetuned")
+        ),
+        checks="There are failures of behaviour, fewer than 5 examples in the prompt, and no model "
+        "that was tuned on more.",
         step="few_shot",
         reason="Examples show form and style better than words do. A few, representative of real "
         "inputs, also tell whether it is behaviour at all.",
@@ -144,7 +147,9 @@ RULES = (
     Rule(
         code="PRM006",
         title="Reasoning fails, and the prompt does not ask for it",
-        when=lambda f: f.has_kind("reasoning_error", "numeric_error") & ~f.prompting,
+        when=lambda f: (
+            f.has_kind("reasoning_error", "numeric_error") & f.below("prompt_iterations", 5)
+        ),
         checks="Reasoning or arithmetic is wrong, and prompting was minimal.",
         step="prompt",
         reason="Ask for the steps, decompose the task, hand arithmetic to a calculator or code. "
