@@ -44,7 +44,7 @@ def maybe(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 @st.composite
 def methods(draw: st.DrawFn) -> tuple[Method, Precision]:
-    kind = draw(st.sampled_from(("full", "lora", "qlora", "dora", "partial")))
+    kind: Any = draw(st.sampled_from(("full", "lora", "qlora", "dora", "partial")))
     mixed = draw(maybe(st.sampled_from(("no", "bf16", "fp16"))))
     if kind in ("full", "partial"):
         layers = draw(st.integers(1, 8)) if kind == "partial" else None
@@ -79,7 +79,7 @@ def shardings(draw: st.DrawFn) -> Sharding:
         )
     if kind is not None and kind.startswith("zero"):
         three = kind == "zero3"
-        offload = draw(
+        offload: Any = draw(
             st.sampled_from((None, "optimizer", "params") if three else (None, "optimizer"))
         )
         auto = draw(maybe(st.just(True)))
@@ -103,7 +103,7 @@ def plans(draw: st.DrawFn) -> Plan:
     )
     if checkpointing is not None and checkpointing.kind in ("none", "offload"):
         checkpointing = dataclasses.replace(checkpointing, every=1)
-    task = draw(st.sampled_from(("sft", "pt", "dpo", "kto", "orpo", "rm")))
+    task: Any = draw(st.sampled_from(("sft", "pt", "dpo", "kto", "orpo", "rm")))
     return Plan(
         model=Model(name=draw(st.sampled_from(MODELS))),
         task=task,

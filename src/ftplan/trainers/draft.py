@@ -33,7 +33,7 @@ from ftplan.spec import (
 )
 from ftplan.trainers.keys import Keys, Path
 
-__all__ = ["NEUTRAL", "Draft", "Imported", "key_lists"]
+__all__ = ["NEUTRAL", "Draft", "Imported", "key_data", "key_lists"]
 
 _SECTIONS: dict[str, type] = {
     "model": Model,
@@ -317,7 +317,8 @@ SEVERITY: dict[str, Severity] = {
 
 
 @cache
-def _key_data() -> dict[str, Any]:
+def key_data() -> dict[str, Any]:
+    """The key lists of all trainers, as in ``data/keys.json``."""
     path = files("ftplan.trainers").joinpath("data/keys.json")
     data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return data
@@ -327,7 +328,7 @@ def _key_data() -> dict[str, Any]:
 def key_lists(trainer: str) -> tuple[dict[str, str], dict[str, str]]:
     """Patterns of keys that move no memory, and of keys that do but are not modelled (with the
     reason), for one trainer; shared lists included."""
-    data = _key_data()
+    data = key_data()
     neutral: dict[str, str] = {}
     relevant: dict[str, str] = {}
     for name in [*data["uses"].get(trainer, []), trainer]:

@@ -213,15 +213,20 @@ class _Parser:
         out: list[str] = []
         unresolved = False
         quoted = False
+        opened = 0
         array: list[Word] | None = None
         while self.place < len(text):
             char = text[self.place]
             if char in " \t\n;|&()<>" and not (char in "<>" and not out):
-                if char in "()" and out and text[self.place - 1] not in " \t":
-                    out.append(char)
-                    self.place += 1
-                    continue
-                break
+                if char == "(" and out:
+                    opened += 1
+                elif char != ")" or not opened:
+                    break
+                else:
+                    opened -= 1
+                out.append(char)
+                self.place += 1
+                continue
             if text.startswith("\\\n", self.place):
                 self.place += 2
             elif char == "\\" and self.place + 1 < len(text):
