@@ -23,6 +23,11 @@ POSITION_OFFSET = 2
 """Rows of the table of positions before the first position."""
 
 
+def _table_width(config: Config) -> int:
+    """The width of the table of words; only 350M has one of its own."""
+    return int(config.get("word_embed_proj_dim") or config["hidden_size"])
+
+
 class Attention(Module):
     """Multi-head attention; the queries are scaled by themselves."""
 
@@ -85,7 +90,7 @@ class Decoder(Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        hidden, narrow = config["hidden_size"], config["word_embed_proj_dim"]
+        hidden, narrow = config["hidden_size"], _table_width(config)
         affine = bool(config.get("layer_norm_elementwise_affine", True))
         self.embed_tokens = Embedding(config["vocab_size"], narrow)
         self.embed_positions = Embedding(
@@ -110,7 +115,7 @@ class OPT(Network):
         self.decoder = Decoder(config)
         del self.children["decoder"]
         self.model.replace("decoder", self.decoder)
-        self.lm_head = Linear(config["word_embed_proj_dim"], config["vocab_size"])
+        self.lm_head = Linear(_table_width(config), config["vocab_size"])
         if config.get("tie_word_embeddings", True):
             self.tie("lm_head.weight", "model.decoder.embed_tokens.weight")
         self.embedding_names = ("model.decoder.embed_tokens",)
