@@ -335,7 +335,8 @@ def write_bench(
         jobs = []
         for regime, plan, layers in wanted:
             key = json.dumps([plan, layers])
-            if key not in kept and regime not in refused:
+            refused.pop(regime, None)
+            if key not in kept:
                 if seconds is not None and time.monotonic() - started > seconds:
                     continue
                 begun = time.monotonic()

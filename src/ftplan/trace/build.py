@@ -96,7 +96,24 @@ def build_model(job: Job, config: Any) -> Any:
         model = kind.from_config(config, dtype=dtype, attn_implementation=attention)
         model.train()
         model.config.use_cache = False
+        _keep_in_fp32(model, dtype)
     return model
+
+
+def _keep_in_fp32(model: Any, dtype: Any) -> None:
+    """What ``from_pretrained`` loads in fp32 whatever dtype is asked for (transformers 5.23)."""
+    names: set[str] = set()
+    if dtype == torch.float16:
+        names |= set(model._keep_in_fp32_modules or ())
+    if dtype in (torch.float16, torch.bfloat16):
+        names |= set(model._keep_in_fp32_modules_strict or ())
+    for path, module in model.named_modules():
+        for store in (module._parameters, module._buffers):
+            for name, old in store.items():
+                if old is None or not names & {*path.split("."), name} or old.dtype != dtype:
+                    continue
+                new = old.to(torch.float32)
+                store[name] = nn.Parameter(new) if isinstance(old, nn.Parameter) else new
 
 
 def attention_of(job: Job, config: Any) -> str:

@@ -149,6 +149,7 @@ def trace_job(
     gc.freeze()  # what is loaded already need not be searched at every phase
     with _quiet(), contextlib.ExitStack() as stack:
         stack.callback(gc.unfreeze)
+        stack.callback(_forget_autocast)
         ledger.sharded = job.sharding == "fsdp"
         mesh = stack.enter_context(distributed(job, ledger))
         say("building the model")
@@ -168,6 +169,13 @@ def trace_job(
                 with around(model) if around else contextlib.nullcontext():
                     forward_end = _run(job, model, ledger, say, full)
     return _result(model, ledger, forward_end, total, trainable)
+
+
+def _forget_autocast() -> None:
+    """Leave no cast weights behind: a job that failed while recomputing never left autocast."""
+    for _ in range(torch.autocast_increment_nesting()):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager
@@ -256,7 +264,7 @@ def _one_step(
         forward_end = ledger.clock - 1
         say(f"step {step}: backward")
         ledger.enter("backward", step)
-        loss.backward()
+        _backward(loss)
         loss = loss.detach()
         outputs = batch = None
     say(f"step {step}: optimizer")
@@ -267,6 +275,18 @@ def _one_step(
     optimizer.zero_grad(set_to_none=True)
     ledger.enter("end", step + 1)
     return forward_end
+
+
+def _backward(loss: Any) -> None:
+    """``loss.backward()`` by way of the engine.
+
+    The method is a torch function: the function mode that knows CUDA's autocast would be off in
+    it, and with it while checkpointed blocks are recomputed.
+    """
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True,
+        accumulate_grad=True,
+    )  # fmt: skip
 
 
 def _update(job: Job, model: Any, optimizer: Any, ledger: Ledger) -> None:

@@ -53,7 +53,7 @@ def quantize(model: Any, job: Job) -> None:
         conv1d = type(module).__name__ == "Conv1D"
         if not (isinstance(module, nn.Linear) or conv1d) or module is head:
             continue
-        if path.rpartition(".")[2] in ("lm_head", "score", "classifier"):
+        if path.rpartition(".")[2] in _whole(model):
             continue
         parent = model.get_submodule(path.rpartition(".")[0])
         rows, columns = module.weight.shape[::-1] if conv1d else module.weight.shape
@@ -66,6 +66,11 @@ def quantize(model: Any, job: Job) -> None:
     model.is_quantized = True
 
 
+def _whole(model: Any) -> set[str]:
+    """Names of linear layers that transformers' quantiser leaves as they are."""
+    return {"lm_head", "score", "classifier", *(model._keep_in_fp32_modules or ())}
+
+
 def quantize_for_real(model: Any, job: Job, device: Any) -> None:
     """Replace and quantise linear layers one by one on a GPU, from weights on the host."""
     bnb = _bitsandbytes()
@@ -74,7 +79,7 @@ def quantize_for_real(model: Any, job: Job, device: Any) -> None:
         if not isinstance(module, nn.Linear) or module is head:
             continue
         name = path.rpartition(".")[2]
-        if name in ("lm_head", "score", "classifier"):
+        if name in _whole(model):
             continue
         rows, columns = module.weight.shape
         if job.weights == "int8":
