@@ -221,7 +221,8 @@ _OPEN: dict[str, Callable[[Facts, tuple[Vote, ...]], str | None]] = {
 
 def _frequencies(f: Facts, aim: Aim, way: tuple[Rung, ...]) -> NextTest | None:
     rows = [r for r in f.rows if r.weight is None or r.given is None]
-    if len(f.rows) < 2 or not rows:
+    indifferent = len({v.step for v in aim.votes}) < 2 and all(r.given for r in rows)
+    if len(f.rows) < 2 or not rows or indifferent:
         return None
     ids = sorted({r.failure.id for r in rows if r.failure.id is not None})[:MOST_ITEMS]
     return NextTest(

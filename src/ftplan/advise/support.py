@@ -134,7 +134,10 @@ def _distill(f: Facts, kind: Kind) -> int:
     if teacher is False:
         return NO
     if "operational" in kind.classes:
-        return YES if f.at_target_by_point else MAYBE
+        if f.at_target_by_point:
+            return YES
+        # that some prompt meets the quality is what distilling starts from
+        return NO if f.prompting.value is False else MAYBE
     return WEAK
 
 
@@ -158,7 +161,7 @@ def _reinforce(f: Facts, kind: Kind) -> int:
 def _continue_pretraining(f: Facts, kind: Kind) -> int:
     state = f.state
     large = state.corpus_tokens is not None and state.corpus_tokens >= DOMAIN_TOKENS
-    static = state.knowledge_changes in ("never", "yearly")
+    static = state.knowledge_changes in (None, "never", "yearly")
     if not large or not static or state.ml_owner is False or state.needs_citations:
         return NO
     return YES if state.ml_owner else MAYBE

@@ -189,9 +189,11 @@ RULES = (
     Rule(
         code="PRM008",
         title="No training before prompting was tried",
-        when=lambda f: f.has("behavior", "capability") & f.below("prompt_iterations", 5),
-        checks="Behaviour or capability fails, and fewer than 5 versions of the prompt were "
-        "measured.",
+        when=lambda f: (
+            f.has("behavior", "capability", "operational") & f.below("prompt_iterations", 5)
+        ),
+        checks="Behaviour, capability or operation fails, and fewer than 5 versions of the prompt "
+        "were measured.",
         step="prompt",
         blocks=(
             "finetune",
