@@ -51,17 +51,23 @@ class Mixture(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         router = self.route()
-        every = self.children[self.shared_name].forward(x) if self.shared_first else None
+        every: Tensor | None = None
+        if self.shared_first:
+            every = self.every(x)
         routing = router.forward(x)
         out = self.experts.forward(x, routing)
-        if self.shared_gate:
+        if every is not None and self.shared_gate:
             weight = ops.unary(self.shared_expert_gate.forward(x), "sigmoid", "output")
             every = ops.mul(weight, every)
             del weight
         if every is not None:
             return ops.add(out, every)
-        if self.shared_name is not None:
-            return ops.add(out, self.children[self.shared_name].forward(x))
+        return ops.add(out, self.every(x)) if self.shared_name is not None else out
+
+    def every(self, x: Tensor) -> Tensor:
+        """The experts that every token passes."""
+        assert self.shared_name is not None
+        out: Tensor = self.children[self.shared_name].forward(x)
         return out
 
 

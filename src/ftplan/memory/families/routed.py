@@ -33,7 +33,7 @@ from ftplan.memory.families.decoder import (
     rotate_complex,
 )
 from ftplan.memory.families.mixture import Mixture, act
-from ftplan.memory.nn import LayerNorm, Linear, Module, Network, RMSNorm, Shared
+from ftplan.memory.nn import LayerNorm, Linear, Module, Network, RMSNorm, Shared, activation
 from ftplan.memory.tape import SEQ, TOKENS, Grads, Tensor
 
 
@@ -92,7 +92,7 @@ class Llama4Mixture(Module):
         gate, up = ops.split(out, [self.inner, self.inner])
         del out
         out = batched_linear(
-            ops.mul(up, llama.activation(gate, self.act)), tape.leaf(experts["down_proj"]), x.width
+            ops.mul(up, activation(gate, self.act)), tape.leaf(experts["down_proj"]), x.width
         )
         del gate, up
         every = self.shared_expert.forward(x)
@@ -243,7 +243,7 @@ def ernie_moe(raw: Config) -> Network:
     bias = bool(config["use_bias"])
 
     def sparse(layer: int) -> bool:
-        return (layer + 1) % every == 0 and start <= layer <= last
+        return bool((layer + 1) % every == 0 and start <= layer <= last)
 
     def block(config: Config, layer: int) -> Module:
         hidden, inner = config["hidden_size"], config["moe_intermediate_size"]

@@ -256,9 +256,7 @@ def qwen_visual(config: Mapping[str, Any], kind: str) -> Tower:
     new, gated = kind.startswith("qwen3"), kind == "qwen2_5_vl"
     hidden = config["embed_dim"] if kind == "qwen2_vl" else config["hidden_size"]
     out = config["hidden_size"] if kind == "qwen2_vl" else config["out_hidden_size"]
-    inner = (
-        int(hidden * config["mlp_ratio"]) if kind == "qwen2_vl" else config["intermediate_size"]
-    )
+    inner = int(hidden * config["mlp_ratio"]) if kind == "qwen2_vl" else config["intermediate_size"]
     patch, merge = config["patch_size"], config["spatial_merge_size"] ** 2
     channels = config.get("in_channels") or config.get("in_chans") or 3
     _patch(
