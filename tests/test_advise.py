@@ -78,15 +78,13 @@ def test_published_stories(assumed: bool) -> None:
         assert not steps & set(case["unacceptable"]), case["id"]
         coarse = steps | {COARSE[step] for step in steps if step in COARSE}
         accepted.append(bool(coarse & set(case["expected_next"])))
-        if not assumed and answer.recommendation.step == answer.destination.step:
-            continue
     assert sum(accepted) >= 20
 
 
 def test_unknown_is_not_false() -> None:
-    """An empty state blocks nothing, fires no gate, and asks."""
+    """An empty state fires no gate and closes nothing by what it does not say; and it asks."""
     answer = advise(FailuresFile(failures=(Failure(id="t-1", kind="outdated_knowledge"),)))
-    assert answer.blocked == () or {b.rule for b in answer.blocked} == {"FTN005"}
+    assert {entry.rule for entry in answer.blocked} == {"FTN005"}  # by the kind, not the state
     assert answer.recommendation.step == "evaluate_first"
     assert "EVL001" in {entry.rule for entry in answer.undetermined}
     assert answer.next_test is not None
