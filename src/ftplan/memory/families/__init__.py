@@ -31,6 +31,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "gptj": ("gptj", "codegen", "gpt_neo"),
     "falcon": ("falcon",),
     "modernbert": ("modernbert",),
+    "mpt": ("mpt",),
     "t5": ("t5", "mt5", "umt5"),
     "bart": ("bart", "mbart", "pegasus"),
     "mixture": (
