@@ -15,7 +15,7 @@ from ftplan.catalog.gpus import GpuRow, find_gpu
 from ftplan.catalog.models import resolve_model
 from ftplan.catalog.optimizers import find_optimizer
 from ftplan.catalog.stacks import Stack, find_stack
-from ftplan.dtypes import find_format
+from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.memory.env import Environment
 from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
@@ -281,7 +281,7 @@ def job_of(resolved: Resolved) -> Job:
     assert resolved.config is not None and method is not None and plan.optimizer is not None
     assert plan.gradient_checkpointing is not None and plan.loss is not None
     assert batch.micro and batch.seq_len and batch.accumulation
-    storage = find_format(plan.precision.weights or "bf16")
+    storage = _stored(plan.precision.weights or "bf16", double_quant=bool(method.double_quant))
     mixed = None if plan.precision.mixed in (None, "no") else plan.precision.mixed
     checkpointing = plan.gradient_checkpointing
     quantised = storage.name not in ITEM_BYTES
@@ -311,7 +311,6 @@ def job_of(resolved: Resolved) -> Job:
         weights=storage,
         base_dtype=(method.compute_dtype or native) if quantised else storage.name,
         compute_dtype=method.compute_dtype or "bf16",
-        double_quant=bool(method.double_quant),
         prepare_kbit=quantised and bool(method.prepare_kbit),
         trainable_dtype=stack.trainable_dtype if method.kind in ("full", "partial") else None,
         environment=environment,
@@ -327,11 +326,20 @@ def job_of(resolved: Resolved) -> Job:
     )
 
 
+def _stored(name: str, *, double_quant: bool) -> Format:
+    """The format as a library stores it: bitsandbytes' for plain int8 and int4."""
+    name = find_format(name).name
+    name = {"int8": "bnb-int8", "int4": "nf4"}.get(name, name)
+    if double_quant and name in ("nf4", "fp4"):
+        name = f"{name}-dq"
+    return find_format(name)
+
+
 def serving_job_of(resolved: Resolved) -> ServingJob:
     """The calculator's job of a model that is served."""
     plan = resolved.plan
     assert resolved.config is not None and plan.batch.micro and plan.batch.seq_len
-    storage = find_format(plan.precision.weights or "bf16")
+    storage = _stored(plan.precision.weights or "bf16", double_quant=False)
     native = _native_dtype(resolved.config) or "bf16"
     base = native if storage.name not in ITEM_BYTES else storage.name
     if base not in ITEM_BYTES:
@@ -402,6 +410,7 @@ def _optimizer(choice: OptimizerChoice) -> OptimizerSpec:
         step=row.steps[implementation],
         step_counter_on_gpu=implementation in row.step_counter_on_gpu,
         paged=row.paged,
+        keeps_embeddings_fp32="embeddings" in row.keeps_fp32,
         in_backward=row.in_backward if choice.in_backward is None else choice.in_backward,
         others=_optimizer(OptimizerChoice(name=others)) if others else None,
         rank=choice.rank or row.rank or 0,
@@ -416,4 +425,9 @@ def _sharding(plan: Plan) -> ShardingSpec:
         for name in ShardingSpec.__dataclass_fields__
         if name not in ("world",) and getattr(sharding, name, None) is not None
     }
+    mixed = plan.precision.mixed
+    if sharding.kind == "fsdp" and mixed not in (None, "no"):
+        # accelerate's policy: everything in the dtype of mixed precision
+        given.setdefault("param_dtype", mixed)
+        given.setdefault("reduce_dtype", given["param_dtype"])
     return ShardingSpec(world=(hardware.count or 1) * (hardware.nodes or 1), **given)

@@ -76,16 +76,22 @@ def static_terms(job: Job, counted: Counted) -> list[StaticTerm]:
         _weights(frozen, "weights/frozen", "shapes from config.json"),
         _weights(learned, own, "shapes from config.json"),
     ]
-    if not job.optimizer.paged:
-        trained = sum(parameter.numel * times for parameter, times, _ in learned)
+    trained = sum(parameter.numel * times for parameter, times, _ in learned)
+    states = " + ".join(f"{s.name} ({s.dtype}, {s.shape})" for s in job.optimizer.states)
+    terms.append(
+        StaticTerm(
+            name="optimizer/states",
+            bytes=state_bytes(job.optimizer, learned),
+            formula=f"{job.optimizer.name}: {states} for {trained:,} parameters",
+            source=job.optimizer.source,
+        )
+    )
+    if job.sharding.kind == "ddp" and job.sharding.world > 1:
         terms.append(
-            StaticTerm(
-                name="optimizer/states",
-                bytes=state_bytes(job.optimizer, learned),
-                formula=f"{job.optimizer.name}: "
-                + " + ".join(f"{s.name} ({s.dtype}, {s.shape})" for s in job.optimizer.states)
-                + f" for {trained:,} parameters",
-                source=job.optimizer.source,
+            _weights(
+                learned,
+                "gradients/ddp_buckets",
+                "DDP copies every gradient into flat buckets (gradient_as_bucket_view=False)",
             )
         )
     return [term for term in terms if term.bytes]
@@ -109,7 +115,8 @@ def estimate(job: Job) -> Estimate:
     phases = [(name, base + peak) for name, peak in played]
     temporary = step_bytes(job.optimizer, learned)
     resting = program.rest(job.micro, job.seq_len, job.loss_chunk)
-    phases.append(("step", base + temporary + sum(entry.bytes for entry in resting.values())))
+    at_rest = sum(entry.bytes for entry in resting.values())
+    phases.append(("step", base + temporary + at_rest))
     phase, peak = max(phases, key=lambda item: item[1])
     return Estimate(
         peak_bytes=peak,
@@ -142,7 +149,7 @@ def _shard(parameter: Parameter, ranks: int) -> Parameter:
     """Rank 0's part of a weight."""
     shape = shard_shape(parameter.shape, ranks)
     part = Parameter(parameter.name, shape, parameter.dtype, parameter.trainable)
-    part.added = parameter.added
+    part.added, part.embedding = parameter.added, parameter.embedding
     return part
 
 

@@ -37,15 +37,19 @@ class Unit:
     gathered: list[Storage] = field(default_factory=list)
     flat: Storage | None = None
     reduced: bool = False
+    times: dict[int, int] = field(default_factory=dict)
+    """How many tensors of the model a parameter stands for, where that is not one."""
 
 
 class Fsdp:
     """The state of FSDP while one micro batch is recorded."""
 
-    def __init__(self, tape: Tape, spec: ShardingSpec) -> None:
+    def __init__(self, tape: Tape, spec: ShardingSpec, *, accumulated: bool) -> None:
         self.tape = tape
         self.spec = spec
         self.ranks = spec.world // (spec.tp * spec.pp * spec.cp * spec.dp_replicate)
+        self.accumulated = accumulated
+        """Shards of gradients are there already: what arrives is added and freed."""
         self.previous: list[Storage] = []
         """The flat buffer of the unit before, until this one has been copied out."""
         self.scattered: list[Storage] = []
@@ -65,13 +69,18 @@ class Fsdp:
         """``foreach_all_gather``: a cast copy of the shards, then the flat buffer."""
         if unit.flat is not None or unit.gathered:
             return
-        total = sum(self._bytes(parameter) for parameter in unit.parameters)
+        total = self._total(unit, unit.parameters)
         casts = self._allocate(total // self.ranks, "shards") if self.spec.param_dtype else None
         unit.flat = self._allocate(total, "flat weights")
         del casts
 
+    def _total(self, unit: Unit, parameters: Sequence[Parameter]) -> int:
+        return sum(self._bytes(p) * unit.times.get(id(p), 1) for p in parameters)
+
     def _copy_out(self, unit: Unit) -> None:
-        unit.gathered = [self._allocate(self._bytes(p), "weights") for p in unit.parameters]
+        unit.gathered = [
+            self._allocate(self._total(unit, (p,)), "weights") for p in unit.parameters
+        ]
 
     def begin_forward(self, unit: Unit) -> None:
         """``pre_forward``: gather and copy out; the unit before gives up its flat buffer."""
@@ -118,10 +127,10 @@ class Fsdp:
         if not grads:
             return
         dtype = self.spec.reduce_dtype or grads[0][0].dtype
-        flat = sum(self._bytes(p) // ITEM_BYTES[p.dtype] for p, _ in grads) * ITEM_BYTES[dtype]
+        trained = [parameter for parameter, _ in grads]
+        flat = self._total(unit, trained) // ITEM_BYTES[trained[0].dtype] * ITEM_BYTES[dtype]
         self.scattered.append(self._allocate(flat, "flat gradients"))
         orig = grads[0][0].stored
-        parameters = [parameter for parameter, _ in grads]
         del grads
         shard = self._allocate(flat // self.ranks, "reduced gradients")
         if dtype != orig:
@@ -129,8 +138,10 @@ class Fsdp:
                 flat // self.ranks // ITEM_BYTES[dtype] * ITEM_BYTES[orig], "reduced gradients"
             )
         self.tape.labels[shard.index - 1] = Label("gradients", "parameters")
+        if self.accumulated:
+            return
         held = Tensor(self.tape, shard, ONE, 1, orig)
-        for parameter in parameters:
+        for parameter in trained:
             parameter.grad = held
 
     def finish(self, units: Sequence[Unit]) -> None:

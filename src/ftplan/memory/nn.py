@@ -111,6 +111,7 @@ class Embedding(Module):
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
         self.weight = self.parameter("weight", count, width)
+        self.weight.embedding = True
 
     def forward(self, tape: Tape, rows: Size = TOKENS) -> Tensor:
         return ops.embedding(tape, tape.leaf(self.weight), rows)
@@ -256,6 +257,18 @@ class Stack:
                 seen[key] = len(self.kinds)
                 self.kinds.append(self._build(layer))
             self.pattern.append(seen[key])
+
+    def parameters(self) -> list[Parameter]:
+        """The weights of one block of each kind."""
+        return [p for block in self.kinds for _, p in block.named_parameters()]
+
+    def times(self) -> dict[int, int]:
+        """For each of them (by id) in how many layers there is one like it."""
+        return {
+            id(parameter): self.pattern.count(kind)
+            for kind, block in enumerate(self.kinds)
+            for _, parameter in block.named_parameters()
+        }
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """The weights of every layer, by full name."""

@@ -11,8 +11,8 @@ from ftplan.memory.tape import BLOCK_BYTES, ITEM_BYTES, Parameter
 
 __all__ = ["OptimizerSpec", "State", "Step", "rounded", "state_bytes", "step_bytes"]
 
-MATRIX_TARGETS = ("attn", "attention", "mlp")
-"""What ``optim_target_modules`` selects where nothing is said."""
+PAGED_ELEMENTS = 100_000
+"""bitsandbytes pages the states of tensors of at least so many elements."""
 
 
 def rounded(size: int) -> int:
@@ -71,6 +71,8 @@ class OptimizerSpec:
     """States are unified memory: not in PyTorch's allocator, and may leave the GPU."""
     in_backward: bool = False
     """Gradients are used as they arrive and never all alive."""
+    keeps_embeddings_fp32: bool = False
+    """States of embeddings are not quantised (the Trainer's override for bitsandbytes)."""
     others: OptimizerSpec | None = None
     """What handles the parameters that are no hidden matrices; None: this one does."""
     rank: int = 0
@@ -105,12 +107,17 @@ def _elements(state: State, shape: tuple[int, ...], rank: int) -> list[int]:
     }[state.shape]
 
 
-def _storage(state: State, count: int, item: int) -> int:
-    """Bytes of ``count`` elements of a state of a parameter of ``item`` bytes a value."""
+def _storage(state: State, count: int, item: int, *, whole: bool = False) -> int:
+    """Bytes of ``count`` elements of a state of a parameter of ``item`` bytes a value.
+
+    ``whole``: a state that would be quantised stays in fp32.
+    """
     if state.dtype == "param":
         return rounded(count * item)
     if state.dtype in ITEM_BYTES:
         return rounded(count * ITEM_BYTES[state.dtype])
+    if whole:
+        return rounded(count * 4)
     bits, *scale, block = state.dtype.split("-")
     if count < state.min_elements or (state.block_multiple and count % state.block_multiple):
         return rounded(count * (item if state.block_multiple else 4))
@@ -126,8 +133,11 @@ def tensor_state_bytes(optimizer: OptimizerSpec, parameter: Parameter, on: str =
     for state in optimizer.states:
         if state.on != on or (state.when == "half" and item != 2):
             continue
+        if optimizer.paged and parameter.numel >= PAGED_ELEMENTS:
+            continue
+        whole = optimizer.keeps_embeddings_fp32 and parameter.embedding
         total += sum(
-            _storage(state, count, item)
+            _storage(state, count, item, whole=whole)
             for count in _elements(state, parameter.shape, optimizer.rank)
         )
     return total
@@ -150,13 +160,38 @@ def state_bytes(
 
 
 def step_bytes(optimizer: OptimizerSpec, parameters: Sequence[tuple[Parameter, int, bool]]) -> int:
-    """Bytes that are needed only during the step: the worst of its moments."""
-    at_once = largest = second = 0
+    """Bytes that are needed only during the step: the worst of its moments.
+
+    Tensors are updated in the order of the model, matrices first: the Trainer puts what is not
+    decayed (norms, biases) in a group of its own.
+    """
+    at_once = worst = 0
     for parameter, times, matrix in parameters:
         step = _handler(optimizer, parameter, matrix).step
-        half = ITEM_BYTES[parameter.dtype] == 2
-        count = parameter.numel
-        at_once += times * rounded(int(count * step.all[half])) if step.all[half] else 0
-        largest = max(largest, rounded(int(count * step.current[half])))
-        second = max(second, rounded(int(count * step.previous[half])))
-    return at_once + largest + second
+        size = int(parameter.numel * step.all[ITEM_BYTES[parameter.dtype] == 2])
+        at_once += times * rounded(size)
+    before: Parameter | None = None
+    for parameter, matrix in _update_order(parameters):
+        step = _handler(optimizer, parameter, matrix).step
+        moment = _temporary(parameter, step.current)
+        if before is not None:
+            moment += _temporary(before, step.previous)
+        worst = max(worst, moment)
+        before = parameter
+    return at_once + worst
+
+
+def _temporary(parameter: Parameter, per_element: tuple[float, float]) -> int:
+    return rounded(int(parameter.numel * per_element[ITEM_BYTES[parameter.dtype] == 2]))
+
+
+def _update_order(
+    parameters: Sequence[tuple[Parameter, int, bool]],
+) -> list[tuple[Parameter, bool]]:
+    """Embeddings, the blocks (twice, so that each one's first follows a last), the head, norms."""
+    outside = [(p, block) for p, _, block in parameters if not block]
+    blocks = [(p, block) for p, _, block in parameters if block]
+    tables = [entry for entry in outside if entry[0].embedding]
+    rest = [entry for entry in outside if not entry[0].embedding]
+    order = tables + blocks + blocks + rest
+    return [e for e in order if len(e[0].shape) > 1] + [e for e in order if len(e[0].shape) < 2]

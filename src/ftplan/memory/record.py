@@ -50,6 +50,8 @@ class Recording:
     """Indices into ``forward``, one for each block and each part between blocks."""
     outputs: list[Tensor] = field(default_factory=list)
     """The model's outputs, where the caller keeps them until backward has ended."""
+    after: Segment = Segment("", 0, 0)
+    """What dies when backward has ended."""
     saved: set[int] = field(default_factory=set)
     """Storages that are alive between forward and backward."""
 
@@ -60,7 +62,8 @@ class Recording:
         forward += [self.autocast_exit[index] for index in order]
         phases = [("forward", forward)]
         if self.backward:
-            phases.append(("backward", [self.backward[index] for index in reversed(order)]))
+            backward = [self.backward[index] for index in reversed(order)]
+            phases.append(("backward", [*backward, self.after]))
         return phases
 
 
@@ -88,7 +91,12 @@ class _Recorder:
         """Make the root a unit; blocks become one as they run."""
         self.fsdp = fsdp
         own = {id(p): p for _, p in self.network.named_parameters()}  # tied weights once
-        self.units.append(Unit("root", list(own.values())))
+        root = Unit("root", list(own.values()))
+        if fsdp.spec.wrap == "model":
+            for stage in self.network.stages:
+                root.times.update(stage.stack.times())
+                root.parameters += stage.stack.parameters()
+        self.units.append(root)
 
     def begin_root(self) -> None:
         """Gather what belongs to no block."""
@@ -105,7 +113,7 @@ class _Recorder:
     def run_block(self, block: Module, x: Tensor, shared: Shared, *, checkpointed: bool) -> Tensor:
         """A block's forward, as a unit of FSDP where the job is sharded."""
         run = _checkpoint if checkpointed else _run
-        if self.fsdp is None:
+        if self.fsdp is None or self.fsdp.spec.wrap == "model":
             return run(block, x, shared)
         unit = Unit("block", [p for _, p in block.named_parameters()])
         self.units.append(unit)
@@ -124,6 +132,12 @@ class _Recorder:
         self.casts.append(self.tape.weight_cache)
         self.tape.weight_cache = {}
         return index
+
+    def end_step(self) -> None:
+        """The caller lets go of what the model returned."""
+        start = len(self.tape.events)
+        self.recording.outputs.clear()
+        self.recording.after = Segment("outputs dropped", start, len(self.tape.events))
 
     def end_autocast(self) -> None:
         """Autocast drops its casts of weights, those of each block when the model is deep."""
@@ -153,8 +167,8 @@ def record_step(
     recorder = _Recorder(network, env)
     tape = recorder.tape
     if sharding is not None:
-        recorder.shard(Fsdp(tape, sharding))
-    if accumulated:
+        recorder.shard(Fsdp(tape, sharding, accumulated=accumulated))
+    elif accumulated:
         _hold_gradients(network, tape)
     inputs = _inputs(tape)
     recorder.begin_root()
@@ -175,6 +189,7 @@ def record_step(
     del inputs
     if root.requires_grad:
         _run_backward(recorder, root)
+    recorder.end_step()
     del shared  # every block of the real model holds these: they outlive the first one
     return recorder.recording
 
@@ -274,7 +289,8 @@ def _name_parts(block: Module, tape: Tape) -> None:
     """Let storages be named after the part of the block that makes them."""
     for name, part in block.children.items():
         vars(part).pop("forward", None)  # a copied block must not run the original's parts
-        part.forward = _naming(part.forward, name, tape)
+        if hasattr(part, "forward"):
+            part.forward = _naming(part.forward, name, tape)
 
 
 def _naming(forward: Callable[..., Any], name: str, tape: Tape) -> Callable[..., Any]:

@@ -208,7 +208,18 @@ class Parameter:
     ``dtype`` is a name of :mod:`ftplan.dtypes` (a weight may be stored in ``nf4``).
     """
 
-    __slots__ = ("added", "dtype", "grad", "name", "pending", "shape", "stored", "sum", "trainable")
+    __slots__ = (
+        "added",
+        "dtype",
+        "embedding",
+        "grad",
+        "name",
+        "pending",
+        "shape",
+        "stored",
+        "sum",
+        "trainable",
+    )
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: str, trainable: bool) -> None:
         self.name = name
@@ -224,6 +235,8 @@ class Parameter:
         """Gradients that have come and wait for the others."""
         self.added = False
         """An adapter's: not counted as the model's own."""
+        self.embedding = False
+        """A table of embeddings."""
 
     @property
     def numel(self) -> int:
