@@ -44,6 +44,7 @@ ROOMS = {
     # the front: joins shelves and reasoning for the library's verbs
     "resolve": "front",
     "api": "front",
+    "sizing": "front",
     "jobs": "front",
     "checking": "front",
     # the door, and the annex that only the door opens

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ftplan.checking import check
     from ftplan.errors import FtplanError
     from ftplan.files.failures import read_failures as load_failures
-    from ftplan.fit import fit
     from ftplan.jobs import load_plan
     from ftplan.spec import Plan
 

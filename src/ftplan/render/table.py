@@ -30,7 +30,7 @@ from ftplan.units import GB
 
 __all__ = ["Page", "grid", "render_check", "render_report", "render_rows"]
 
-_STYLE = {
+STYLE = {
     "fits": "bold green",
     "tight": "bold yellow",
     "over": "bold red",
@@ -105,16 +105,16 @@ def _report(page: Page, report: Report, explain: bool) -> None:
         page.blank()
         _terms(page, report, explain)
     _phases(page, report)
-    _findings(page, report.findings)
-    _remedies(page, report.remedies)
-    _assumptions(page, report.assumptions)
+    show_findings(page, report.findings)
+    show_remedies(page, report.remedies)
+    show_assumptions(page, report.assumptions)
 
 
 def _answer(page: Page, report: Report) -> None:
     if report.verdict is not None:
         where = f" {report.gpu.name}" if report.gpu is not None else ""
         count = f" x {report.gpu.count}" if report.gpu and report.gpu.count > 1 else ""
-        page.line((f"{VERDICTS[report.verdict]}:{where}{count}", _STYLE[report.verdict]))
+        page.line((f"{VERDICTS[report.verdict]}:{where}{count}", STYLE[report.verdict]))
     if report.allocated_bytes is None:
         return
     if is_textbook(report):
@@ -127,7 +127,7 @@ def _answer(page: Page, report: Report) -> None:
         share = peak.expected / max(1, report.gpu.usable_bytes)
         filled = min(40, round(40 * share))
         page.line(
-            (_BAR * filled + _REST * (40 - filled), _STYLE.get(report.verdict or "", "")),
+            (_BAR * filled + _REST * (40 - filled), STYLE.get(report.verdict or "", "")),
             f" {share:.0%} of {gib(report.gpu.usable_bytes)} GiB usable",
         )
     page.blank()
@@ -253,7 +253,7 @@ def _phases(page: Page, report: Report) -> None:
     page.add(table)
 
 
-def _findings(page: Page, findings: Sequence[Finding]) -> None:
+def show_findings(page: Page, findings: Sequence[Finding]) -> None:
     if not findings:
         return
     page.blank()
@@ -265,7 +265,7 @@ def _finding_lines(page: Page, findings: Sequence[Finding]) -> None:
     for finding in findings:
         where = f"{finding.location}: " if finding.location is not None else ""
         page.line(
-            (f"{finding.severity} {finding.code}", _STYLE[finding.severity]),
+            (f"{finding.severity} {finding.code}", STYLE[finding.severity]),
             f"  {where}{finding.message}",
             indent=2,
         )
@@ -273,7 +273,7 @@ def _finding_lines(page: Page, findings: Sequence[Finding]) -> None:
             page.line((finding.help, "dim"), indent=6)
 
 
-def _remedies(page: Page, remedies: Sequence[Remedy]) -> None:
+def show_remedies(page: Page, remedies: Sequence[Remedy]) -> None:
     if not remedies:
         return
     page.blank()
@@ -288,13 +288,13 @@ def _remedy_table(page: Page, remedies: Sequence[Remedy], indent: int = 2) -> No
         table.add_row(
             change_text(remedy.change),
             gib(max(0, remedy.saves_bytes)),
-            Text(verdict, _STYLE.get(verdict, "")),
+            Text(verdict, STYLE.get(verdict, "")),
             Text(remedy.costs, "dim"),
         )
     page.add(table, indent)
 
 
-def _assumptions(page: Page, assumptions: Sequence[Assumption]) -> None:
+def show_assumptions(page: Page, assumptions: Sequence[Assumption]) -> None:
     if not assumptions:
         return
     page.blank()
@@ -312,11 +312,11 @@ def render_check(check: CheckReport, *, width: int = 80, colour: bool = False) -
     """Every checked file: verdict, peak and its phase, the three largest terms, findings."""
     page = Page(width, colour)
     if not check.results:
-        page.line(("nothing got worse than the baseline", _STYLE["fits"]))
+        page.line(("nothing got worse than the baseline", STYLE["fits"]))
         return page.text()
     for file, report in check.results:
         verdict = report.verdict or "unknown"
-        page.line((file, "bold"), "  ", (VERDICTS[verdict], _STYLE[verdict]))
+        page.line((file, "bold"), "  ", (VERDICTS[verdict], STYLE[verdict]))
         if report.model is not None:
             page.line((f"{headline(report)}, {job_line(report)}", "dim"), indent=2)
         peak = report.device_bytes or report.allocated_bytes
@@ -341,7 +341,7 @@ def render_check(check: CheckReport, *, width: int = 80, colour: bool = False) -
     counts = {v: sum(r.verdict == v for _, r in check.results) for v in VERDICTS}
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     files = len(check.results)
-    page.line((f"{files} file{'s' if files != 1 else ''}: {summary}", _STYLE[check.verdict]))
+    page.line((f"{files} file{'s' if files != 1 else ''}: {summary}", STYLE[check.verdict]))
     return page.text()
 
 
