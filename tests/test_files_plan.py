@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -258,3 +259,30 @@ def test_hardware_is_written_exactly() -> None:
     assert "host_ram: 512GiB" in text
     assert "reserved: 1234567B" in text
     assert plan(text) == original
+
+
+def test_every_real_config_survives_as_a_plan() -> None:
+    """Each real trainer config that imports is written as a plan that reads back the same and
+    that the committed schema accepts."""
+    folder = Path(__file__).resolve().parent.parent.parent / "shared/data/trainer-configs"
+    if not folder.is_dir():
+        pytest.skip("the corpus of trainers' configs is not here")
+    from jsonschema import Draft202012Validator
+
+    from ftplan import trainers
+    from ftplan.errors import FtplanError
+    from ftplan.files.schema import schema
+
+    validator = Draft202012Validator(schema("plan"))
+    read = 0
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        try:
+            imported = trainers.import_file(path)
+        except FtplanError:
+            continue
+        text = dump_plan(imported.plan, assumptions=imported.assumptions, missing=imported.missing)
+        document = parse_document(text, file="plan.yaml")
+        assert parse_plan(document) == imported.plan, path
+        assert not list(validator.iter_errors(document.data)), path
+        read += 1
+    assert read >= 300

@@ -136,7 +136,7 @@ class Document:
             message,
             remedy=remedy,
             location=location,
-            source_line=clip(self.line_text(location.line)),
+            source_line=clip(self.line_text(location.line), location.column),
         )
 
     def get(self, *path: Key, default: Any = None) -> Any:
@@ -176,9 +176,13 @@ def describe(value: Any) -> str:
             return "a mapping"
 
 
-def clip(line: str, width: int = 160) -> str:
-    """A source line short enough for an error message."""
-    return line if len(line) <= width else line[: width - 3] + "..."
+def clip(line: str, column: int | None = None, width: int = 160) -> str:
+    """A source line short enough for an error message, with the part around ``column`` in it."""
+    if len(line) <= width:
+        return line
+    start = max(0, (column or 1) - width // 2)
+    end = start + width
+    return f"{'...' if start else ''}{line[start:end]}{'...' if end < len(line) else ''}"
 
 
 def read_document(path: str | Path, *, file: str | None = None) -> Document:
@@ -384,7 +388,9 @@ class _Builder:
             message,
             remedy=remedy,
             location=Location(file=self._file, line=line + 1, column=node.start_mark.column + 1),
-            source_line=clip(self._lines[line]) if line < len(self._lines) else "",
+            source_line=clip(self._lines[line], node.start_mark.column)
+            if line < len(self._lines)
+            else "",
         )
 
     def _build(self, node: yaml.Node, depth: int) -> tuple[Any, int, int]:
@@ -574,7 +580,7 @@ def _json_document(text: str, file: str) -> Document | None:
         raise InputError(
             f"the file is not JSON: {error.msg[:1].lower()}{error.msg[1:]}",
             location=Location(file=file, line=error.lineno, column=error.colno),
-            source_line=clip(line_text),
+            source_line=clip(line_text, error.colno),
             remedy="JSON has no comments and no comma after the last item",
         ) from error
     except ValueError as error:  # a number with thousands of digits
@@ -649,7 +655,7 @@ def _json_duplicate(text: str, file: str) -> InputError:
                 f"the key {path[-1]!r} is given twice (first on line {seen[path]})",
                 remedy="keep one of the two",
                 location=Location(file=file, line=line, column=column),
-                source_line=clip(text.splitlines()[line - 1]),
+                source_line=clip(text.splitlines()[line - 1], column),
             )
         seen.setdefault(path, line)
     raise AssertionError("json reported a duplicate key that the scanner does not find")
