@@ -239,9 +239,12 @@ class Rope:
 class Body(Module):
     """The table before the blocks and the norm after them."""
 
-    def __init__(self, config: Config, norm: Callable[[int], Module], norm_name: str) -> None:
+    def __init__(
+        self, config: Config, norm: Callable[[int], Module], norm_name: str, embed_name: str
+    ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config["vocab_size"], config["hidden_size"])
+        self.table = Embedding(config["vocab_size"], config["hidden_size"])
+        self.children[embed_name] = self.children.pop("table")
         self.norm_name = norm_name
         setattr(self, norm_name, norm(config["hidden_size"]))
 
@@ -264,7 +267,7 @@ class Decoder(Network):
         windows: Mapping[str, int | None] | None = None,
         norm: Callable[[int], Module] = RMSNorm, norm_name: str = "norm", head_bias: bool = False,
         embed_scaled: bool = False, logits_scaled: bool = False, softcap: bool = False,
-        path: str = "model", eager_only: bool = False,
+        path: str = "model", embed_name: str = "embed_tokens", eager_only: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
@@ -273,7 +276,7 @@ class Decoder(Network):
         self.windows: Mapping[str, int | None] = {"": None} if windows is None else windows
         self.eager_only = eager_only
         self.embed_scaled, self.logits_scaled, self.softcap = embed_scaled, logits_scaled, softcap
-        self.body = Body(config, norm, norm_name)
+        self.body = Body(config, norm, norm_name, embed_name)
         del self.children["body"]
         parent: Module = self
         *above, last = path.split(".")
@@ -283,9 +286,9 @@ class Decoder(Network):
             parent = parent.children[name]
         setattr(parent, last, self.body)
         self.lm_head = Linear(config["hidden_size"], config["vocab_size"], bias=head_bias)
-        self.embedding_names = (f"{path}.embed_tokens",)
+        self.embedding_names = (f"{path}.{embed_name}",)
         if config.get("tie_word_embeddings"):
-            self.tie("lm_head.weight", f"{path}.embed_tokens.weight")
+            self.tie("lm_head.weight", f"{path}.{embed_name}.weight")
         stack = Stack(
             f"{path}.layers", config["num_hidden_layers"], lambda layer: build(config, layer), kind
         )
@@ -293,7 +296,7 @@ class Decoder(Network):
 
     def enter(self, tape: Tape, shared: Shared) -> Tensor:
         """Embed, and build what every block is handed."""
-        x = self.body.embed_tokens.forward(tape)
+        x = self.body.table.forward(tape)
         if self.embed_scaled:
             x = ops.scale(x)
         self.prepare(tape, shared, x.dtype)

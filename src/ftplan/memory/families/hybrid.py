@@ -72,10 +72,13 @@ class GatedNorm(Module):
 class Conv1d(Module):
     """A causal convolution of each channel by itself (``causal_conv1d``'s fallback)."""
 
-    def __init__(self, channels: int, kernel: int, *, bias: bool = False) -> None:
+    def __init__(
+        self, channels: int, kernel: int, *, bias: bool = False, act: bool = True
+    ) -> None:
         super().__init__()
         self.weight = self.parameter("weight", channels, 1, kernel)
         self.bias = self.parameter("bias", channels) if bias else None
+        self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
         tape = x.tape
@@ -95,7 +98,8 @@ class Conv1d(Module):
             return tuple(make(grad) for make in makers)
 
         ops.record([out], "conv1d", inputs, apply)
-        return ops.unary(_cut(out, x.rows), "silu", "input")
+        out = _cut(out, x.rows)
+        return ops.unary(out, "silu", "input") if self.act else out
 
 
 def _cut(x: Tensor, rows: Size) -> Tensor:
@@ -319,7 +323,7 @@ def qwen_hybrid(raw: Config) -> Network:
 
     return Decoder(
         config, block, kind=lambda layer: (types[layer], sparse(layer)), norm=norm,
-        ropes={"": Rope(width=turned)},
+        ropes={"": Rope(width=turned, per_sequence=kind != "qwen3_next")},
     )  # fmt: skip
 
 

@@ -488,6 +488,8 @@ _WRAPPERS: dict[str, tuple[str, str, str, str]] = {
     "qwen2_vl": ("qwen2_vl_text", "qwen2_vl_vision", "visual", "language_model"),
     "qwen2_5_vl": ("qwen2_5_vl_text", "qwen2_5_vl_vision", "visual", "language_model"),
     "qwen3_vl": ("qwen3_vl_text", "qwen3_vl_vision", "visual", "language_model"),
+    "qwen3_5": ("qwen3_5_text", "qwen3_5_vision", "visual", "language_model"),
+    "qwen3_5_moe": ("qwen3_5_moe_text", "qwen3_5_moe_vision", "visual", "language_model"),
     "qwen3_vl_moe": ("qwen3_vl_moe_text", "qwen3_vl_moe_vision", "visual", "language_model"),
 }
 _TEXT_TIES = ("llava", "qwen2_vl", "qwen2_5_vl", "glm4v")
