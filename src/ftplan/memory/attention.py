@@ -112,7 +112,8 @@ def attend(
     if choice == "math":
         return ops.copy(_math(q, k, v, heads))
     if masked and choice != "flash":
-        k, v = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
+        if heads.kv_count > 1:  # one head is repeated by a view
+            k, v = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
         mask = ops.autocast(additive(mask, q.tape, q.dtype))
     out = _fused(q, k, v, heads, mask, choice)
     return ops.copy(out) if by_head and choice == "flash" else out
@@ -145,7 +146,13 @@ def _fused(
     random_state = [tape.allocate(ONE * 16, choice), tape.allocate(ONE * 8, choice)]
     saved = (q, k, v, mask, out.alias(), log_sum_exp, random_state)
     inputs = [q, k, v]
-    makers = [ops.like(t.rows, t.width, t.dtype, True) for t in inputs]
+    shapes = [(t.rows, t.width, t.dtype) for t in inputs]
+    wide = heads.groups if choice == "efficient" and heads.kv_count == 1 else 1
+    repeats = (1, wide, wide)
+    makers = [
+        ops.like(t.rows, t.width * times, t.dtype, True)
+        for t, times in zip(inputs, repeats, strict=True)
+    ]
     wants = [t.requires_grad for t in inputs]
     if mask is not None and mask.requires_grad:
         inputs.append(mask)
@@ -157,8 +164,10 @@ def _fused(
     def apply(grad: Tensor) -> Grads:
         _kept = saved
         tape = grad.tape
-        grads = [make(grad) for make in makers]
+        grads: list[Tensor | None] = [make(grad) for make in makers]
         _workspace(tape, rows, dtype, heads, choice)
+        if wide > 1:  # one gradient for the head that all share
+            grads[1], grads[2] = ops.fit(grads[1], *shapes[1]), ops.fit(grads[2], *shapes[2])
         if len(grads) > 3 and shape is not None:  # one gradient for all sequences
             grads[3] = ops.fit(grads[3], *shape)
         return tuple(g if wanted else None for g, wanted in zip(grads, wants, strict=True))
