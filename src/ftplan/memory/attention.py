@@ -106,14 +106,18 @@ def attend(
     env = q.tape.env
     if eager or env.attention == "eager":
         return _eager(q, k, v, heads, mask, bias, held)
+    given = (k.dtype, v.dtype)
     q, k, v = (ops.autocast(t) for t in (q, k, v))
     masked = mask is not None or env.padding_mask
     choice = kernel(env, heads, q.dtype, masked=masked)
     if choice == "math":
         return ops.copy(_math(q, k, v, heads))
     if masked and choice != "flash":
-        if heads.kv_count > 1:  # one head is repeated by a view
-            k, v = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
+        # one head is repeated by a view, unless autocast then casts what was repeated
+        if heads.kv_count > 1 or k.dtype != given[0]:
+            k = ops.expand_heads(k, heads.groups)
+        if heads.kv_count > 1 or v.dtype != given[1]:
+            v = ops.expand_heads(v, heads.groups)
         mask = ops.autocast(additive(mask, q.tape, q.dtype))
     out = _fused(q, k, v, heads, mask, choice)
     return ops.copy(out) if by_head and choice == "flash" else out
@@ -147,8 +151,9 @@ def _fused(
     saved = (q, k, v, mask, out.alias(), log_sum_exp, random_state)
     inputs = [q, k, v]
     shapes = [(t.rows, t.width, t.dtype) for t in inputs]
-    wide = heads.groups if choice == "efficient" and heads.kv_count == 1 else 1
-    repeats = (1, wide, wide)
+    single = choice == "efficient" and heads.kv_count == 1
+    full = heads.count * heads.size
+    repeats = [1] + [heads.groups if single and t.width < full else 1 for t in (k, v)]
     makers = [
         ops.like(t.rows, t.width * times, t.dtype, True)
         for t, times in zip(inputs, repeats, strict=True)
@@ -166,8 +171,9 @@ def _fused(
         tape = grad.tape
         grads: list[Tensor | None] = [make(grad) for make in makers]
         _workspace(tape, rows, dtype, heads, choice)
-        if wide > 1:  # one gradient for the head that all share
-            grads[1], grads[2] = ops.fit(grads[1], *shapes[1]), ops.fit(grads[2], *shapes[2])
+        for number in (1, 2):  # one gradient for the head that all share
+            if repeats[number] > 1:
+                grads[number] = ops.fit(grads[number], *shapes[number])
         if len(grads) > 3 and shape is not None:  # one gradient for all sequences
             grads[3] = ops.fit(grads[3], *shape)
         return tuple(g if wanted else None for g, wanted in zip(grads, wants, strict=True))
