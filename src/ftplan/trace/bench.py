@@ -271,7 +271,11 @@ def jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, int]]:
             longest = 512
         if seq_len > longest:
             micro, seq_len = micro * seq_len // longest, longest
-        pattern = (2, 4, 3, 6) if depth > 16 else (2, depth, 4, 3)
+        # the held side is shallower: what is held back is its architectures, not its depth
+        deep = 6 if depth > 16 else depth
+        pattern = (2, deep, 4, 3) if depth <= 16 else (2, 4, 3, deep)
+        if ARCHITECTURES[name] == "held":
+            pattern = (2, 3, 2, 4)
         layers = min(depth, pattern[(index + number) % 4])
         plan: Mapping = {"version": 1, "model": name, "stack": "transformers", "task": "sft"}
         for key, value in _written(REGIMES[regime], model_type).items():

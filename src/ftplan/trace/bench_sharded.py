@@ -96,4 +96,4 @@ def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, 
             "hardware": {"gpu": "a100-80gb", "count": world},
             "sharding": {**sharding, **more.get("sharding", {})},
         }  # fmt: skip
-        yield regime, plan, (4, 3, 6)[(index + number) % 3]
+        yield regime, plan, (4, 3, 6)[(index + number) % 3] if index < 6 else 2 + number % 2
