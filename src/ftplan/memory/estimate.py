@@ -14,6 +14,7 @@ from ftplan.memory.prepare import counted_parameters, prepare
 from ftplan.memory.record import record_step
 from ftplan.memory.replay import Alive, Program
 from ftplan.memory.tape import ITEM_BYTES, Label, Parameter
+from ftplan.memory.zero import bucket_bytes, live_bytes, partition
 
 __all__ = ["Estimate", "StaticTerm", "estimate"]
 
@@ -67,8 +68,40 @@ def _weights(counted: Counted, name: str, source: str) -> StaticTerm:
     return StaticTerm(name=name, bytes=total, formula=" + ".join(parts), source=source)
 
 
-def static_terms(job: Job, counted: Counted) -> list[StaticTerm]:
-    """Weights, adapters and optimizer states."""
+def main_weights(updated: Counted) -> StaticTerm:
+    """The fp32 copy that the optimizer updates beside 2-byte weights."""
+    return _weights(
+        updated, "optimizer/main_weights", "fp32 copy of what is trained, updated by the optimizer"
+    )
+
+
+def zero_terms(job: Job, whole: Counted, updated: Counted) -> list[StaticTerm]:
+    """What ZeRO adds: main weights, buckets, gathered weights."""
+    spec = job.sharding
+    trained = [entry for entry in whole if entry[0].trainable]
+    terms = [main_weights(updated)]
+    terms.append(
+        StaticTerm(
+            name="runtime/reduce_buckets",
+            bytes=bucket_bytes(spec, trained),
+            formula=f"2 x {spec.bucket_elements:,} elements (or all there are)",
+            source="DeepSpeed: reduce_bucket_size, overlap_comm",
+        )
+    )
+    if spec.kind == "zero3":
+        terms.append(
+            StaticTerm(
+                name="weights/gathered",
+                bytes=live_bytes(spec, whole),
+                formula=f"{spec.max_live_elements:,} live + {spec.prefetch_elements:,} ahead",
+                source="DeepSpeed: stage3_max_live_parameters, stage3_prefetch_bucket_size",
+            )
+        )
+    return terms
+
+
+def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]:
+    """Weights, adapters and optimizer states. ``whole``: before anything was sharded."""
     frozen = [entry for entry in counted if not entry[0].trainable]
     learned = [entry for entry in counted if entry[0].trainable]
     own = "adapters/parameters" if job.method == "adapter" else "weights/trainable"
@@ -78,11 +111,20 @@ def static_terms(job: Job, counted: Counted) -> list[StaticTerm]:
     ]
     trained = sum(parameter.numel * times for parameter, times, _ in learned)
     states = " + ".join(f"{s.name} ({s.dtype}, {s.shape})" for s in job.optimizer.states)
+    updated, parts = learned, ""
+    if job.sharding.kind.startswith("zero"):
+        ranks = job.sharding.world
+        updated = [(partition(p, ranks), times, m) for p, times, m in whole if p.trainable]
+        parts = f" in fp32 / {ranks} GPUs"
+        terms += zero_terms(job, whole, updated)
+    elif job.main_weights:
+        terms.append(main_weights([(partition(p, 1), n, m) for p, n, m in learned]))
+        updated = [(partition(p, 1), times, m) for p, times, m in learned]
     terms.append(
         StaticTerm(
             name="optimizer/states",
-            bytes=state_bytes(job.optimizer, learned),
-            formula=f"{job.optimizer.name}: {states} for {trained:,} parameters",
+            bytes=state_bytes(job.optimizer, updated),
+            formula=f"{job.optimizer.name}: {states} for {trained:,} parameters{parts}",
             source=job.optimizer.source,
         )
     )
@@ -104,7 +146,7 @@ def estimate(job: Job) -> Estimate:
     ranks = shard_ranks(job.sharding)
     local = [(_shard(p, ranks), times, matrix) for p, times, matrix in counted]
     learned = [entry for entry in local if entry[0].trainable]
-    static = static_terms(job, local)
+    static = static_terms(job, local, counted)
     gradients = _weights(learned, "gradients/accumulated", "gradients of earlier micro batches")
     if job.accumulation > 1:
         static.append(gradients)
@@ -155,8 +197,8 @@ def _shard(parameter: Parameter, ranks: int) -> Parameter:
 
 def program_of(job: Job, network: Network) -> Program:
     """Record the job's step."""
-    sharding = job.sharding if job.sharding.kind == "fsdp" else None
-    if sharding is not None:
+    sharding = job.sharding if job.sharding.kind in ("fsdp", "zero2", "zero3") else None
+    if sharding is not None and sharding.kind == "fsdp":
         for parameter, _, _ in counted_parameters(network):
             parameter.stored = parameter.dtype
             parameter.dtype = sharding.param_dtype or parameter.dtype
@@ -164,8 +206,10 @@ def program_of(job: Job, network: Network) -> Program:
         network,
         job.environment,
         checkpoint_every=job.checkpoint_every,
-        input_grads=job.checkpoint_every > 0 or job.prepare_kbit,
+        input_grads=job.checkpoint_every > 0,
         accumulated=job.accumulation > 1,
         sharding=sharding,
     )
-    return Program(recording, recording.phases())
+    program = Program(recording, recording.phases())
+    program.virtual_tokens = network.virtual_tokens
+    return program

@@ -20,6 +20,7 @@ from ftplan.memory.job import ShardingSpec
 from ftplan.memory.loss import compute_loss
 from ftplan.memory.nn import Module, Network, Shared, Stack, Stage
 from ftplan.memory.tape import BATCH, ONE, TOKENS, Label, Node, Parameter, Tape, Tensor, backward
+from ftplan.memory.zero import Zero
 
 __all__ = ["Recording", "Segment", "record_serving", "record_step"]
 
@@ -162,12 +163,13 @@ def record_step(
 
     ``checkpoint_every`` n > 0 recomputes every n-th block. ``input_grads`` makes the embedding's
     output ask for a gradient (``enable_input_require_grads``). ``accumulated``: gradients of
-    earlier micro batches are there already. ``sharding``: by FSDP2.
+    earlier micro batches are there already. ``sharding``: by FSDP2 or ZeRO.
     """
     recorder = _Recorder(network, env)
     tape = recorder.tape
     if sharding is not None:
-        recorder.shard(Fsdp(tape, sharding, accumulated=accumulated))
+        kind = Fsdp if sharding.kind == "fsdp" else Zero
+        recorder.shard(kind(tape, sharding, accumulated=accumulated))
     elif accumulated:
         _hold_gradients(network, tape)
     inputs = _inputs(tape)
