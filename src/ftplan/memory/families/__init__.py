@@ -42,7 +42,9 @@ _FILES: dict[str, tuple[str, ...]] = {
     "vision": (
         "llava", "llava_next", "mistral3", "gemma3", "paligemma", "internvl", "idefics3", "smolvlm",
         "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
+        "llama4",
     ),
+    "dbrx": ("dbrx",),
     "recurrent": ("mamba", "falcon_mamba", "lfm2"),
     "hybrid": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
     "latent": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm4_moe", "dots1"),

@@ -267,7 +267,8 @@ class Decoder(Network):
         windows: Mapping[str, int | None] | None = None,
         norm: Callable[[int], Module] = RMSNorm, norm_name: str = "norm", head_bias: bool = False,
         embed_scaled: bool = False, logits_scaled: bool = False, softcap: bool = False,
-        path: str = "model", embed_name: str = "embed_tokens", eager_only: bool = False,
+        path: str = "model", embed_name: str = "embed_tokens",
+        layers_name: str = "layers", eager_only: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
@@ -290,7 +291,7 @@ class Decoder(Network):
         if config.get("tie_word_embeddings"):
             self.tie("lm_head.weight", f"{path}.{embed_name}.weight")
         stack = Stack(
-            f"{path}.layers", config["num_hidden_layers"], lambda layer: build(config, layer), kind
+            f"{path}.{layers_name}", config["num_hidden_layers"], lambda layer: build(config, layer), kind
         )
         self.stages = [Stage(stack, self.enter, self.leave)]
 

@@ -550,4 +550,55 @@ def _projector(model: Module, config: Config, text: Config, vision: Config) -> N
         plant(model, "connector.modality_projection.proj", Linear(narrow * scale, wide))
 
 
-MODEL_TYPES = dict.fromkeys(_WRAPPERS, vision_language)
+class Llama4(Network):
+    """``Llama4ForConditionalGeneration``: a whole causal model beside the tower.
+
+    The tower's weights are counted; its forward is not modelled.
+    """
+
+    def __init__(self, raw: Config) -> None:
+        super().__init__()
+        config = filled(raw)
+        text = families.build(_text(raw, "llama4_text"))
+        vision = _sub(config, "vision_config", "llama4_vision_model")
+        self.vision_model = llama4_tower(vision)
+        wide = filled(_text(raw, "llama4_text"))["hidden_size"]
+        plant(
+            self, "multi_modal_projector.linear_1",
+            Linear(vision["vision_output_dim"], wide),
+        )  # fmt: skip
+        plant(self, "language_model.model", text.children["model"])
+        plant(self, "language_model.lm_head", text.children["lm_head"])
+        self.text = [text]
+        self.embedding_names = ("language_model.model.embed_tokens",)
+        self.head_name = "language_model.lm_head"
+        stage = text.stages[0]
+        stage.stack.name = "language_model.model.layers"
+        self.stages = [stage]
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.text[0].head(x)
+
+
+def llama4_tower(config: Mapping[str, Any]) -> Module:
+    """``Llama4VisionModel``: names and shapes."""
+    root, hidden, patch = Module(), config["hidden_size"], config["patch_size"]
+    inner, mlp_out = config["intermediate_size"], config["projector_output_dim"]
+    count = (config["image_size"] // patch) ** 2 + 1
+    weight(root, "class_embedding", hidden)
+    weight(root, "positional_embedding_vlm", count, hidden)
+    plant(root, "patch_embedding.linear", Linear(config["num_channels"] * patch**2, hidden))
+    for name in ("layernorm_pre", "layernorm_post"):
+        plant(root, name, LayerNorm(hidden))
+    for layer in range(config["num_hidden_layers"]):
+        block = VisionBlock(
+            hidden, inner, config["num_attention_heads"], out="o_proj",
+            norms=("input_layernorm", "post_attention_layernorm"),
+        )  # fmt: skip
+        plant(root, f"model.layers.{layer}", block)
+    plant(root, "vision_adapter.mlp.fc1", Linear(inner, config["projector_input_dim"]))
+    plant(root, "vision_adapter.mlp.fc2", Linear(config["projector_input_dim"], mlp_out))
+    return root
+
+
+MODEL_TYPES: dict[str, Any] = {**dict.fromkeys(_WRAPPERS, vision_language), "llama4": Llama4}
