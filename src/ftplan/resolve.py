@@ -248,16 +248,7 @@ def _method(
                 remedy="add last_layers: K, or --last-layers K",
             )
         return method
-    dtype = stack.adapter_dtype_quantized if quantised else stack.adapter_dtype
-    method = replace(
-        method,
-        rank=filler.fill("method.rank", method.rank, 16),
-        targets=filler.fill("method.targets", method.targets, "all-linear"),
-        adapter_dtype=filler.fill(
-            "method.adapter_dtype", method.adapter_dtype, dtype, own("adapter_dtype")
-        ),
-        dropout=method.dropout or 0.0,
-    )
+    method = _adapted(method, stack, quantised, filler, own)
     if not quantised:
         return method
     return replace(
@@ -272,6 +263,33 @@ def _method(
             "method.compute_dtype", method.compute_dtype, mixed if mixed != "no" else "bf16"
         ),
     )
+
+
+_RANKED = ("lora", "qlora", "dora", "vera", "loha", "lokr")
+_TARGETED = (*_RANKED, "oft", "boft")
+_LEARNED_TOKENS = ("prompt_tuning", "prefix_tuning", "p_tuning")
+
+
+def _adapted(
+    method: Method, stack: Stack, quantised: bool, filler: _Filler, own: Any
+) -> Method:
+    """The defaults of what the kind of adapter has: a rank, targets, learned tokens, a dtype."""
+    kind = method.kind
+    rank, targets, dtype = method.rank, method.targets, method.adapter_dtype
+    if kind in _RANKED:
+        rank = filler.fill("method.rank", rank, 16)
+    if kind in _TARGETED:
+        targets = filler.fill("method.targets", targets, "all-linear")
+    tokens = method.virtual_tokens
+    if kind in _LEARNED_TOKENS:
+        tokens = filler.fill("method.virtual_tokens", tokens, 20)
+    elif kind != "bitfit":
+        default = stack.adapter_dtype_quantized if quantised else stack.adapter_dtype
+        dtype = filler.fill("method.adapter_dtype", dtype, default, own("adapter_dtype"))
+    return replace(
+        method, rank=rank, targets=targets, adapter_dtype=dtype, virtual_tokens=tokens,
+        dropout=method.dropout or 0.0,
+    )  # fmt: skip
 
 
 def job_of(resolved: Resolved) -> Job:
@@ -375,8 +393,8 @@ def _capability(gpu: GpuRow | None) -> tuple[int, int] | None:
 def _adapter(method: Method) -> AdapterSpec:
     return AdapterSpec(
         kind=method.kind,
-        rank=method.rank or 16,
-        targets=method.targets or "all-linear",
+        rank=method.rank or 0,
+        targets=method.targets,
         dtype=find_format(method.adapter_dtype or "fp32").name,
         dropout=method.dropout or 0.0,
         use_dora=bool(method.use_dora) or method.kind == "dora",
@@ -385,7 +403,7 @@ def _adapter(method: Method) -> AdapterSpec:
         layers_to_transform=method.layers_to_transform,
         target_parameters=tuple(method.target_parameters or ()),
         virtual_tokens=method.virtual_tokens or 20,
-        bottleneck=method.bottleneck or 64,
+        bottleneck=method.bottleneck or 0,
     )
 
 

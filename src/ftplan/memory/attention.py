@@ -104,6 +104,8 @@ def attend(
     blocks that hold them until they return.
     """
     env = q.tape.env
+    if q.tape.prefix is not None:
+        k, v = q.tape.prefix.join(k), q.tape.prefix.join(v)
     if eager or env.attention == "eager":
         return _eager(q, k, v, heads, mask, bias, held)
     given = (k.dtype, v.dtype)

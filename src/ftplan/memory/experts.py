@@ -10,9 +10,11 @@ autocast's list: under autocast with fp32 weights the experts run in fp32.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from ftplan.memory import ops
 from ftplan.memory.nn import Module, activation
-from ftplan.memory.tape import ONE, TOKENS, Grads, Size, Tensor
+from ftplan.memory.tape import ONE, TOKENS, Grads, Size, Tape, Tensor
 
 __all__ = [
     "Experts", "Router", "Routing", "batched_linear", "gather_rows", "grouped_linear", "masked",
@@ -136,6 +138,14 @@ def normalize_(x: Tensor) -> Tensor:
     return out
 
 
+class Folded(Protocol):
+    """An adapter whose update is added to a weight in each forward."""
+
+    def fold(self, tape: Tape) -> Tensor:
+        """The weight with its update."""
+        ...
+
+
 class Routing:
     """What a router says of each token: ``weights`` and ``index`` (tokens x top_k)."""
 
@@ -175,6 +185,7 @@ class Router(Module):
         self.masked = masked
         self.scaled = scaled
         self.float_logits = float_logits
+        self.folded: dict[str, Folded] = {}
 
     def forward(self, x: Tensor) -> Routing:
         logits = self._logits(x)
@@ -200,7 +211,8 @@ class Router(Module):
         return Routing(logits, weights if self.keep_fp32 else ops.to(weights, logits.dtype), index)
 
     def _logits(self, x: Tensor) -> Tensor:
-        weight = x.tape.leaf(self.weight)
+        adapted = self.folded.get("weight")
+        weight = adapted.fold(x.tape) if adapted else x.tape.leaf(self.weight)
         bias = x.tape.leaf(self.bias) if self.bias else None
         if self.upcast:
             return ops.linear(ops.to(x, "fp32"), ops.to(weight, "fp32"), bias)
@@ -243,6 +255,7 @@ class Experts(Module):
         super().__init__()
         self.hidden, self.inner, self.count, self.act = hidden, inner, count, act
         self.transposed, self.gated = transposed, gated
+        self.folded: dict[str, Folded] = {}
         self.names = ("gate_up_proj" if gated else "up_proj", "down_proj")
         self.has_bias = bias
         wide = 2 * inner if gated else inner
@@ -289,7 +302,9 @@ class Experts(Module):
     def _linear(self, x: Tensor, name: str, bias: Tensor | None, offsets: Tensor) -> Tensor:
         weight = self.parameters[name]
         width = weight.shape[2 if self.transposed else 1]
-        return grouped_linear(x, x.tape.leaf(weight), offsets, width, bias)
+        adapted = self.folded.get(name)
+        operand = adapted.fold(x.tape) if adapted else x.tape.leaf(weight)
+        return grouped_linear(x, operand, offsets, width, bias)
 
 
 def _index(like: Tensor, rows: Size, name: str) -> Tensor:

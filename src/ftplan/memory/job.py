@@ -23,7 +23,8 @@ class AdapterSpec:
 
     kind: str
     rank: int
-    targets: tuple[str, ...] | str
+    targets: tuple[str, ...] | str | None
+    """None: what PEFT targets in this architecture (IA3, layer-norm tuning)."""
     dtype: str
     """Storage of the adapter's parameters."""
     dropout: float = 0.0
@@ -79,7 +80,6 @@ class Job:
     """Dtype of what a quantised format leaves alone, before k-bit preparation."""
     compute_dtype: str
     """What quantised weights are expanded to."""
-    double_quant: bool = False
     prepare_kbit: bool = False
     trainable_dtype: str | None = None
     """What the trainer casts every trainable parameter to; None: nothing."""

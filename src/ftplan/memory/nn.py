@@ -310,6 +310,8 @@ class Network(Module):
         self.embedding_names: tuple[str, ...] = ("model.embed_tokens",)
         """Modules that quantisation and `all-linear` leave alone, beside the head."""
         self.head_name: str = "lm_head"
+        self.virtual_tokens = 0
+        """Learned tokens before each sequence, in tokens of a sequence (prompt tuning)."""
 
     def tie(self, name: str, to: str) -> None:
         """Make the weight ``name`` the same one as ``to``."""

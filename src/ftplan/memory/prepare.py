@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ftplan.memory.adapters import adapt
+from ftplan.memory.adapters import adapt, distinguish
 from ftplan.memory.families import build
 from ftplan.memory.job import Job
 from ftplan.memory.nn import Network
-from ftplan.memory.quantized import quantize
+from ftplan.memory.quantized import KEPT_BY_PREPARATION, quantize
 from ftplan.memory.tape import ITEM_BYTES, Parameter
 
 __all__ = ["counted_parameters", "prepare"]
@@ -20,8 +20,10 @@ def prepare(job: Job) -> Network:
     if job.method == "partial":
         last = network.stages[-1].stack
         last.split(lambda layer: layer >= last.count - job.last_layers)
+    distinguish(network, job)
     quantized = job.weights.name not in ITEM_BYTES
-    plain = ("fp32" if job.prepare_kbit else job.base_dtype) if quantized else job.weights.name
+    casts = job.prepare_kbit and not job.weights.name.startswith(KEPT_BY_PREPARATION)
+    plain = ("fp32" if casts else job.base_dtype) if quantized else job.weights.name
     for parameter in _everything(network):
         parameter.dtype = plain
         parameter.trainable = job.method == "full"
@@ -32,7 +34,7 @@ def prepare(job: Job) -> Network:
             for block in stage.stack.kinds:
                 quantize(block, job.weights, job.compute_dtype)
     if job.adapter is not None:
-        adapt(network, job.adapter)
+        adapt(network, job)
     if job.trainable_dtype is not None:
         for parameter in _everything(network):
             if parameter.trainable:

@@ -80,6 +80,8 @@ class Program:
         self._steps: list[tuple[int, ...]] = []
         """Per segment: index into the table of signed sizes."""
         self._storage_size = storage_size
+        self.virtual_tokens = 0
+        """Learned tokens before each sequence."""
         count = len(self._sizes)
         segments: dict[tuple[int, int], int] = {}
         self.phases: list[Phase] = []
@@ -103,7 +105,7 @@ class Program:
             self.phases.append(Phase(name, tuple(runs)))
 
     def _bytes(self, micro: int, seq_len: int, chunk: int) -> list[int]:
-        point = basis(micro, seq_len, chunk)
+        point = basis(micro, seq_len + self.virtual_tokens, chunk)
         sizes = [rounded(size.at(point)) for size in self._sizes]
         return sizes + [-size for size in sizes]
 

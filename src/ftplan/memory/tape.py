@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from sys import getrefcount
+from typing import Protocol
 
 from ftplan.memory.env import Environment
 
@@ -92,6 +93,14 @@ class Label:
     """The part of the block, or else the operation, that made it."""
 
 
+class Joins(Protocol):
+    """What attention does to keys and to values before it uses them."""
+
+    def join(self, x: Tensor) -> Tensor:
+        """Keys or values, longer."""
+        ...
+
+
 @dataclass(slots=True)
 class Tape:
     """Events in order. An event is ``+k`` where storage k-1 is born and ``-k`` where it dies."""
@@ -107,6 +116,8 @@ class Tape:
     weight_cache: dict[int, Tensor] = field(default_factory=dict)
     """Autocast's casts of weights, by the weight: alive until autocast ends."""
     sequence: int = 0
+    prefix: Joins | None = None
+    """Learned keys and values before those of every layer (prefix tuning)."""
 
     def allocate(self, size: Size, name: str) -> Storage:
         """A storage of ``size`` bytes comes alive."""

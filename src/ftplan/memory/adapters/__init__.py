@@ -1,0 +1,186 @@
+"""Adapters: which modules they wrap, what they add, and how they run, as in PEFT 0.21.
+
+One file per kind of adapter; :mod:`rules` has PEFT's targeting. A network is prepared in two
+steps: :func:`distinguish` builds layers apart that get different adapters, and :func:`adapt`, once
+every weight has its dtype, wraps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+from ftplan.errors import UnsupportedError
+from ftplan.memory.adapters.bottleneck import add_bottlenecks
+from ftplan.memory.adapters.lora import FoldedParameter, LoraEmbedding, LoraLinear
+from ftplan.memory.adapters.lycoris import LohaLinear, LokrLinear
+from ftplan.memory.adapters.prompts import add_prompt
+from ftplan.memory.adapters.rotations import BoftLinear, OftLinear
+from ftplan.memory.adapters.rules import (
+    LORA,
+    Place,
+    Targeting,
+    feedforward,
+    matches,
+    named_layers,
+    rank_of,
+    targeting,
+)
+from ftplan.memory.adapters.vectors import (
+    Ia3Linear,
+    Projections,
+    VeraLinear,
+    train_biases,
+    trained_copy,
+)
+from ftplan.memory.experts import Experts, Router
+from ftplan.memory.job import AdapterSpec, Job
+from ftplan.memory.nn import Embedding, Linear, Module, Network
+
+__all__ = ["adapt", "distinguish", "matches", "rank_of"]
+
+PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning")
+BOTTLENECKS = ("houlsby", "pfeiffer")
+Wrap = Callable[[str, Linear, int], Module]
+
+
+def _classifies(job: Job) -> bool:
+    return job.task in ("classify", "rm")
+
+
+def _model_type(job: Job) -> str:
+    text = job.config.get("text_config")
+    kind = job.config.get("model_type", "")
+    return str((text or {}).get("model_type", kind) if isinstance(text, dict) else kind)
+
+
+def _targeting(network: Network, job: Job) -> Targeting:
+    assert job.adapter is not None
+    return targeting(network, job.adapter, _model_type(job), classifies=_classifies(job))
+
+
+def distinguish(network: Network, job: Job) -> None:
+    """Build layers apart whose adapters differ, before anything else is done to them."""
+    spec = job.adapter
+    if spec is None or spec.kind in (*PROMPTS, *BOTTLENECKS, "bitfit"):
+        return
+    rules = _targeting(network, job)
+    if rules.same_in_every_layer:
+        return
+    for stage in network.stages:
+        stack = stage.stack
+        blocks = [stack.kinds[kind] for kind in stack.pattern]
+
+        def places(layer: int, name: str = stack.name, blocks: list[Module] = blocks) -> Hashable:
+            return tuple(
+                rules.place(f"{name}.{layer}.{path}", module)
+                for path, module in blocks[layer].named_modules()
+                if path
+            )
+
+        stack.split(places)
+
+
+def adapt(network: Network, job: Job) -> None:
+    """Add the adapter to a network whose weights have their dtypes and are frozen.
+
+    Raises UnsupportedError for what PEFT refuses: nothing matches, a module of that kind.
+    """
+    spec = job.adapter
+    assert spec is not None
+    if spec.kind in PROMPTS:
+        add_prompt(network, spec, job)
+    elif spec.kind in BOTTLENECKS:
+        add_bottlenecks(network, spec)
+    elif spec.kind == "bitfit":
+        parameters = {
+            f"{name}.{own}": parameter
+            for _, _, name, module in named_layers(network)
+            for own, parameter in module.parameters.items()
+        }
+        if not train_biases(parameters):
+            raise UnsupportedError(
+                "bitfit on a model without biases", remedy="use ln_tuning, ia3 or lora"
+            )
+    else:
+        _wrap_modules(network, spec, job)
+
+
+def _wrap_modules(network: Network, spec: AdapterSpec, job: Job) -> None:
+    rules = _targeting(network, job)
+    placed = [
+        (*entry, place)
+        for entry in named_layers(network)
+        if entry[2] and (place := rules.place(entry[2], entry[3])) != Place()
+    ]
+    if not any(place.wrapped or place.parameters for *_, place in placed):
+        raise UnsupportedError(
+            f"targets {rules.modules!r} that match no module of this model",
+            remedy="name modules that it has, as [q_proj, v_proj], or use all-linear",
+        )
+    wrap = _wrapper(network, spec, job, [entry for entry in placed if entry[4].wrapped])
+    for root, path, name, module, place in placed:
+        if place.saved:
+            root.replace(path, trained_copy(module, None))
+            network.tied.pop(f"{name}.weight", None)
+        elif place.parameters:
+            _fold(name, module, place, spec)
+        elif spec.kind == "ln_tuning":
+            root.replace(path, trained_copy(module, spec.dtype))
+        elif isinstance(module, Embedding) and spec.kind in LORA:
+            root.replace(path, LoraEmbedding(module, spec, place.rank))
+        elif isinstance(module, Linear):
+            root.replace(path, wrap(name, module, place.rank))
+        else:
+            raise UnsupportedError(
+                f"{spec.kind} on {name}, which is no linear layer",
+                remedy="name the linear layers below it; PEFT refuses it too",
+            )
+
+
+def _fold(name: str, module: Module, place: Place, spec: AdapterSpec) -> None:
+    if spec.kind not in LORA or not isinstance(module, Experts | Router):
+        raise UnsupportedError(
+            f"{spec.kind} on the parameters of {name}",
+            remedy="adapt linear layers, or fused experts and routers with lora",
+        )
+    transposed = isinstance(module, Experts) and module.transposed
+    for own, rank in place.parameters:
+        folded = FoldedParameter(module.parameters[own], spec, rank, transposed=transposed)
+        module.children[f"{own}_lora"] = folded
+        module.folded[own] = folded
+
+
+def _wrapper(
+    network: Network,
+    spec: AdapterSpec,
+    job: Job,
+    placed: list[tuple[Module, str, str, Module, Place]],
+) -> Wrap:
+    """How a linear layer is wrapped by this kind of adapter."""
+    kind = spec.kind
+    if kind == "ia3":
+        ends = feedforward(spec, _model_type(job))
+        return lambda name, base, _rank: Ia3Linear(
+            base, spec, feedforward=any(name.endswith(end) for end in ends)
+        )
+    if kind == "vera":
+        linears = [module for *_, module, _ in placed if isinstance(module, Linear)]
+        shared = Projections(
+            max((m.in_features for m in linears), default=1),
+            max((m.out_features for m in linears), default=1),
+            spec.rank,
+            spec.dtype,
+        )
+        network.children["vera"] = shared
+        return lambda _name, base, rank: VeraLinear(base, spec, rank, shared)
+    simple: dict[str, Callable[[Linear, AdapterSpec, int], Module]] = {
+        **dict.fromkeys(LORA, LoraLinear),
+        "loha": LohaLinear,
+        "lokr": LokrLinear,
+        "oft": OftLinear,
+        "boft": BoftLinear,
+        "ln_tuning": LoraLinear,
+    }
+    if kind not in simple:
+        raise UnsupportedError(f"the adapter {kind!r}", remedy=f"use one of {', '.join(simple)}")
+    return lambda _name, base, rank: simple[kind](base, spec, rank)

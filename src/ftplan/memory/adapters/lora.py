@@ -1,0 +1,257 @@
+"""LoRA and DoRA: around a linear layer, an embedding, or a fused parameter of experts.
+
+Source: peft 0.21.2, ``tuners/lora`` (layer.py, bnb.py, dora.py, variants.py).
+"""
+
+from __future__ import annotations
+
+from ftplan.errors import UnsupportedError
+from ftplan.memory import ops
+from ftplan.memory.job import AdapterSpec
+from ftplan.memory.nn import Embedding, Linear, Module
+from ftplan.memory.quantized import QuantizedLinear, dequantized
+from ftplan.memory.tape import ONE, TOKENS, Grads, Parameter, Size, Tape, Tensor
+
+__all__ = [
+    "Adapted", "FoldedParameter", "LoraEmbedding", "LoraLinear", "Named", "learned", "subtract_bias",
+]  # fmt: skip
+
+
+def learned(name: str, shape: tuple[int, ...], dtype: str, *, trainable: bool = True) -> Parameter:
+    """A weight that the adapter adds to the model."""
+    parameter = Parameter(name, shape, dtype, trainable)
+    parameter.added = True
+    return parameter
+
+
+def thin(in_features: int, out_features: int, dtype: str, *, bias: bool = False) -> Linear:
+    """A linear layer of the adapter's own."""
+    matrix = Linear(in_features, out_features, bias=bias)
+    for parameter in matrix.parameters.values():
+        parameter.dtype = dtype
+        parameter.added = True
+    return matrix
+
+
+class Named(Module):
+    """peft keeps one module per adapter name; ours is ``default``."""
+
+    def __init__(self, module: Module) -> None:
+        super().__init__()
+        self.default = module
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, ...], dtype: str) -> Named:
+        """One parameter per adapter name."""
+        holder = cls.__new__(cls)
+        Module.__init__(holder)
+        holder.parameters["default"] = learned(name, shape, dtype)
+        return holder
+
+
+class Adapted(Linear):
+    """A linear layer with an adapter around it; ``base_layer`` keeps the weight and the bias."""
+
+    def __init__(self, base: Linear) -> None:
+        Module.__init__(self)
+        self.base_layer = base
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        self.transposed = base.transposed
+        # views, so that the weight has one place in the tree of names
+        object.__setattr__(self, "weight", base.weight)
+        object.__setattr__(self, "bias", base.bias)
+
+
+class LoraLinear(Adapted):
+    """The base matrix and two thin ones beside it; with DoRA a magnitude for each output."""
+
+    def __init__(self, base: Linear, spec: AdapterSpec, rank: int) -> None:
+        super().__init__(base)
+        self.lora_A = Named(thin(base.in_features, rank, spec.dtype))
+        self.lora_B = Named(thin(rank, base.out_features, spec.dtype))
+        self.dora = spec.use_dora
+        if spec.use_dora:
+            self.lora_magnitude_vector = Named(Module())
+            self.lora_magnitude_vector.default.parameters["weight"] = learned(
+                "lora_magnitude_vector", (base.out_features,), spec.dtype
+            )
+        self.dropout = spec.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.base_layer, QuantizedLinear) and self.base_layer.bitsandbytes:
+            return self._forward_bitsandbytes(x, copied=self.base_layer.four_bit)
+        result = self.base_layer.forward(x)
+        dtype = result.dtype
+        x = ops.to(x, self._down.weight.dtype)
+        if self.dora:
+            result = self._forward_dora(x, result)
+        else:
+            result = ops.add(result, self._delta(ops.dropout(x, self.dropout)))
+        return ops.to(result, dtype)
+
+    def _forward_bitsandbytes(self, x: Tensor, *, copied: bool) -> Tensor:
+        """``Linear4bit`` copies the base's result defensively; ``Linear8bitLt`` does not."""
+        result = self.base_layer.forward(x)
+        if copied:
+            result = ops.copy(result)
+        converts = x.tape.env.autocast is None
+        dtype = result.dtype
+        if converts:
+            x = ops.to(x, self._down.weight.dtype)
+        if self.dora:
+            result = self._forward_dora(x, result)
+            return ops.to(result, dtype) if converts else result
+        output = self._delta(ops.dropout(x, self.dropout))
+        if converts:
+            output = ops.to(output, dtype)
+        return ops.add(result, output)
+
+    @property
+    def _down(self) -> Linear:
+        matrix = self.lora_A.default
+        assert isinstance(matrix, Linear)
+        return matrix
+
+    def _thin(self, x: Tensor) -> Tensor:
+        out: Tensor = self.lora_B.default.forward(self.lora_A.default.forward(x))
+        return out
+
+    def _delta(self, x: Tensor) -> Tensor:
+        return ops.scale(self._thin(x))
+
+    def _forward_dora(self, x: Tensor, result: Tensor) -> Tensor:
+        """The norm of the whole updated weight is computed anew, outside the graph, each time."""
+        if self.dropout > 0 and x.tape.env.training:
+            x = ops.dropout(x, self.dropout)
+            return ops.add(result, self._dora(x, None))
+        return ops.add(result, self._dora(x, result))
+
+    def _dora(self, x: Tensor, base_result: Tensor | None) -> Tensor:
+        tape = x.tape
+        eye = tape.tensor(ONE * self.in_features, self.in_features, self._down.weight.dtype, "eye")
+        lora_weight = self._thin(eye)
+        del eye
+        lora_weight = ops.to(lora_weight, x.dtype)
+        weight = ops.to(dequantized(self.base_layer, x), x.dtype)
+        with tape.no_grad():
+            scaled = ops.scale(lora_weight.alias())
+            summed = ops.add(weight.alias(), scaled)
+            del scaled
+            norm = tape.tensor(ONE, self.out_features, summed.dtype, "weight norm")
+            del summed
+        magnitude = tape.leaf(self.lora_magnitude_vector.default.parameters["weight"])
+        ratio = ops.mul(magnitude, norm)
+        lora_result = self._thin(x)
+        if base_result is None:
+            base_result = ops.linear(x, weight)
+        elif self.base_layer.bias is not None:
+            base_result = subtract_bias(base_result, self.base_layer.bias)
+        first = ops.mul(ops.shift(ratio), base_result)
+        return ops.add(first, ops.scale(ops.mul(ratio, lora_result)))
+
+
+def subtract_bias(x: Tensor, bias: Parameter) -> Tensor:
+    """``x - bias``: a new tensor."""
+    return ops.add(x, x.tape.leaf(bias))
+
+
+class LoraEmbedding(Embedding):
+    """``peft.tuners.lora.Embedding``; the base table stays frozen."""
+
+    def __init__(self, base: Embedding, spec: AdapterSpec, rank: int) -> None:
+        Module.__init__(self)
+        self.base_layer = base
+        count, width = base.weight.shape
+        object.__setattr__(self, "weight", base.weight)
+        self.lora_embedding_A = Named.of("lora_A", (rank, count), spec.dtype)
+        self.lora_embedding_B = Named.of("lora_B", (width, rank), spec.dtype)
+        self.dora = spec.use_dora
+        if spec.use_dora:
+            self.lora_magnitude_vector = Named.of("lora_magnitude_vector", (width,), spec.dtype)
+
+    def forward(self, tape: Tape, rows: Size = TOKENS) -> Tensor:
+        result = self.base_layer.forward(tape, rows)
+        down = tape.leaf(self.lora_embedding_A.parameters["default"])
+        table = down.alias(ONE * down.width, down.rows[0])
+        table.requires_grad, table.node = down.requires_grad, down.node
+        dtype = result.dtype
+        if not self.dora:
+            after = self._after(tape, table, rows)
+            return ops.to(ops.add(result, after), dtype)
+        count, width = self.weight.shape
+        with tape.no_grad():
+            delta = tape.tensor(ONE * count, width, table.dtype, "embedding update")
+            scaled = ops.scale(delta)
+            summed = ops.add(tape.leaf(self.weight), scaled)
+            del delta, scaled
+            norm = tape.tensor(ONE, width, summed.dtype, "weight norm")
+            del summed
+        ratio = ops.mul(tape.leaf(self.lora_magnitude_vector.parameters["default"]), norm)
+        delta_result = ops.mul(ratio, self._after(tape, table, rows))
+        return ops.to(ops.add(ops.mul(ratio, result), delta_result), dtype)
+
+    def _after(self, tape: Tape, table: Tensor, rows: Size) -> Tensor:
+        up = tape.leaf(self.lora_embedding_B.parameters["default"])
+        return ops.scale(ops.linear(ops.embedding(tape, table, rows), up))
+
+
+class FoldedParameter(Module):
+    """``ParamWrapper``: a parameter of fused experts (or a router's matrix) plus its update.
+
+    The sum is as large as the parameter itself and is made anew in each forward.
+    """
+
+    def __init__(
+        self, parameter: Parameter, spec: AdapterSpec, rank: int, *, transposed: bool
+    ) -> None:
+        super().__init__()
+        if spec.dropout > 0 or spec.use_dora:
+            raise UnsupportedError(
+                "dropout or DoRA on a parameter of fused experts",
+                remedy="use dropout 0 without DoRA, or targets that leave the experts out, as "
+                "[q_proj, k_proj, v_proj, o_proj]; PEFT refuses it too",
+            )
+        shape = parameter.shape
+        if len(shape) not in (2, 3):
+            raise UnsupportedError(f"a parameter of {len(shape)} dimensions as LoRA's target")
+        self.count = shape[0] if len(shape) == 3 else 1
+        first, second = shape[-2:]
+        if not transposed or len(shape) == 2:  # stored (out, in)
+            first, second = second, first
+        object.__setattr__(self, "folded", parameter)
+        self.folded: Parameter
+        self.lora_A = Named(thin(first, rank * self.count, spec.dtype))
+        self.lora_B = Named(thin(rank * self.count, second, spec.dtype))
+
+    def fold(self, tape: Tape) -> Tensor:
+        """The parameter with its update: ``baddbmm``, outside autocast."""
+        weight = tape.leaf(self.folded)
+        factors = []
+        for name in ("lora_A", "lora_B"):
+            matrix = self.children[name].children["default"].parameters["weight"]
+            factors.append(ops.to(tape.leaf(matrix), self.folded.dtype))
+        if self.count == 1:
+            return self._fold_matrix(tape, weight)
+        out = tape.tensor(weight.rows, weight.width, weight.dtype, "folded experts")
+        shapes = [(f.rows, f.width, f.dtype) for f in factors]
+        saved = tuple(factors)
+
+        def apply(grad: Tensor) -> Grads:
+            _kept = saved
+            made = []
+            for rows, width, dtype in reversed(shapes):
+                product = grad.tape.tensor(rows, width, dtype, "gradient")
+                made.append(grad.tape.tensor(rows, width, dtype, "gradient"))
+                del product
+            return tuple(reversed(made))
+
+        ops.record([out], "baddbmm", factors, apply)
+        return out
+
+    def _fold_matrix(self, tape: Tape, weight: Tensor) -> Tensor:
+        """A single matrix: the update is made first, then cast, then added."""
+        down = tape.leaf(self.lora_A.default.parameters["weight"])
+        up = tape.leaf(self.lora_B.default.parameters["weight"])
+        delta = ops.matmul(up, down, weight.rows, weight.width, "update")
+        return ops.add(weight, ops.to(ops.scale(delta), weight.dtype))
