@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ftplan import __version__
-from ftplan.errors import UnsupportedError
+from ftplan.catalog.gpus import search_gpus
+from ftplan.errors import FtplanError, UnsupportedError
+from ftplan.fit.remedies import Card, Judged, remedies
 from ftplan.memory import textbook
 from ftplan.memory.counters import (
     allocated_interval,
@@ -21,7 +23,16 @@ from ftplan.memory.estimate import estimate as walk
 from ftplan.memory.serving import serve
 from ftplan.memory.terms import all_terms
 from ftplan.memory.ways import ways
-from ftplan.report import Finding, GpuSummary, Interval, ModelSummary, Phase, Report, Verdict
+from ftplan.report import (
+    Finding,
+    GpuSummary,
+    Interval,
+    ModelSummary,
+    Phase,
+    Remedy,
+    Report,
+    Verdict,
+)
 from ftplan.resolve import Resolved, job_of, resolve, serving_job_of
 from ftplan.spec import Plan
 
@@ -35,11 +46,62 @@ def estimate(plan: Plan, *, base: Path | None = None) -> Report:
     remedy) for names that are unknown and jobs that are not modelled.
     """
     resolved = resolve(plan, base=base)
+    report = _sized(resolved)
+    if report.verdict in ("over", "tight") and resolved.config is not None:
+        report = replace(report, remedies=_remedies(plan, resolved, report, base))
+    return report
+
+
+def _sized(resolved: Resolved) -> Report:
     if resolved.config is None:
         return _textbook(resolved)
     if resolved.plan.task == "serve" or resolved.plan.method is None:
         return _report(resolved, serve(serving_job_of(resolved)))
     return _report(resolved, walk(job_of(resolved)))
+
+
+def _remedies(
+    plan: Plan, resolved: Resolved, report: Report, base: Path | None
+) -> tuple[Remedy, ...]:
+    """What would help, tried one by one with this same calculator."""
+
+    def judged(resolved: Resolved, report: Report) -> Judged:
+        assert report.verdict and report.allocated_bytes and report.device_bytes
+        return Judged(
+            plan=resolved.plan,
+            allocated_bytes=report.allocated_bytes.expected,
+            device_bytes=report.device_bytes.high,
+            verdict=report.verdict,
+        )
+
+    def judge(changed: Plan) -> Judged | None:
+        try:
+            after = resolve(changed, base=base)
+            return judged(after, _sized(after))
+        except FtplanError:  # a change that is not modelled is no remedy
+            return None
+        except Exception:  # nor is one we fail at, and it must not hide the answer
+            return None
+
+    card = Card(
+        capability=_capability(resolved) if resolved.gpu else (8, 0), larger=_larger(resolved)
+    )
+    return remedies(plan, judged(resolved, report), judge, card)
+
+
+def _larger(resolved: Resolved) -> tuple[str, ...]:
+    """Data-centre cards of the same maker that hold more, smallest first."""
+    gpu = resolved.gpu
+    assert gpu is not None
+    rows = [
+        row
+        for row in search_gpus()
+        if row.vendor == gpu.vendor
+        and row.kind == "data-centre"
+        and row.usable_bytes > gpu.usable_bytes
+        and row.supports_bf16
+    ]
+    return tuple(row.name for row in sorted(rows, key=lambda row: row.usable_bytes))
 
 
 def _report(resolved: Resolved, result: Estimate) -> Report:

@@ -136,11 +136,21 @@ def _first_remedy(report: Report) -> str:
     if not fits:
         return "ftplan fit shows what would fit"
     changes = [
-        f"{key}: {value}"
-        for remedy in report.remedies[: fits[0] + 1]
-        for key, value in remedy.change.items()
+        text for remedy in report.remedies[: fits[0] + 1] for text in _written(remedy.change)
     ]
     return "it would with " + ", ".join(changes)
+
+
+def _written(change: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """A change to a plan, key by key: ``batch.micro: 1``."""
+    texts: list[str] = []
+    for key, value in change.items():
+        if isinstance(value, Mapping):
+            texts += _written(value, f"{prefix}{key}.")
+        else:
+            shown = str(value).lower() if isinstance(value, bool) else value
+            texts.append(f"{prefix}{key}: {shown}")
+    return texts
 
 
 def _refused(

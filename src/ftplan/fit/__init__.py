@@ -1,0 +1,1 @@
+"""What fits, what would help, how long it takes: pure functions over plans and jobs."""
