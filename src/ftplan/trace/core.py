@@ -35,6 +35,7 @@ from ftplan.spec import Plan
 from ftplan.trace import build, cuda
 from ftplan.trace.job import Job, resolve
 from ftplan.trace.ledger import Entry, Ledger
+from ftplan.trace.losses import loss_of
 from ftplan.trace.optimizers import host_scalars
 from ftplan.trace.quantized import emulated
 from ftplan.trace.shard import distributed, local, shard
@@ -155,8 +156,11 @@ def trace_job(
         say("building the model")
         model_config = build.model_config(config, layers)
         model = build.build_model(job, model_config)
+        reference = _reference(job, config, layers)
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
             build.materialize(model)
+            if reference is not None:
+                build.materialize(reference)
             total = _count(model)
             with cuda.as_on_cuda(ledger, job.capability), emulated(job, ledger):
                 with cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors):
@@ -167,8 +171,20 @@ def trace_job(
                 gc.collect()
                 _mark_model(ledger, model)
                 with around(model) if around else contextlib.nullcontext():
-                    forward_end = _run(job, model, ledger, say, full)
+                    forward_end = _run(job, model, reference, ledger, say, full)
     return _result(model, ledger, forward_end, total, trainable)
+
+
+def _reference(job: Job, config: dict[str, Any], layers: int | None) -> Any:
+    """The second, frozen model of a preference job that has no adapter to switch off."""
+    kind = job.reference
+    if kind == "none":
+        kind = "model" if job.method in ("full", "partial", "bitfit") else "adapter"
+    if job.task != "dpo" or kind != "model":
+        return None
+    model = build.build_model(job, build.model_config(config, layers))
+    model.requires_grad_(False)
+    return model.eval()
 
 
 def _forget_autocast() -> None:
@@ -209,7 +225,14 @@ def _mark_model(ledger: Ledger, model: Any) -> None:
             entry.module = name
 
 
-def _run(job: Job, model: Any, ledger: Ledger, say: Callable[[str], None], full: bool) -> int:
+def _run(
+    job: Job,
+    model: Any,
+    reference: Any,
+    ledger: Ledger,
+    say: Callable[[str], None],
+    full: bool,
+) -> int:
     """Two steps; returns the clock at the end of the second step's (last) forward."""
     optimizer = build.build_optimizer(job, model)
     for parameter in model.parameters():
@@ -218,7 +241,7 @@ def _run(job: Job, model: Any, ledger: Ledger, say: Callable[[str], None], full:
                 lambda p: ledger.mark([p.grad], "gradients")
             )
     ledger.watch_modules(model)
-    forward = _forward_of(job, model)
+    forward = loss_of(job, model, _forward_of(job, model), reference)
     gc.freeze()
     if full or job.sharding == "fsdp":
         _one_step(job, model, optimizer, forward, ledger, say, 1)
@@ -331,7 +354,8 @@ def _forward_of(job: Job, model: Any) -> Callable[..., Any]:
 
 def batch_of(job: Job, device: Any = "cpu", vocabulary: int = 1) -> dict[str, Any]:
     """Token ids and labels, and a mask where the plan pads; int64, shape (micro, seq_len)."""
-    shape = (job.micro, job.seq_len)
+    # a preference batch is chosen and rejected together
+    shape = (2 * job.micro if job.task == "dpo" else job.micro, job.seq_len)
     ids = torch.randint(0, vocabulary, shape, device=device)
     labels = ids.clone()
     if job.task in ("classify", "rm"):
