@@ -45,6 +45,7 @@ _FILES: dict[str, tuple[str, ...]] = {
         "llama4",
     ),
     "dbrx": ("dbrx",),
+    "chunked": ("mamba2", "granitemoehybrid"),
     "recurrent": ("mamba", "falcon_mamba", "lfm2"),
     "hybrid": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
     "latent": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm4_moe", "dots1"),
