@@ -522,6 +522,11 @@ def export(plan: Plan) -> writing.Exported:
                     out.mapping("bnb_config_kwargs", options)
     if plan.task in ("dpo", "kto", "orpo"):
         out.line("rl", plan.task)
+        quantised = method is not None and method.kind == "qlora"
+        if quantised and plan.sharding.kind == "fsdp":
+            out.refuse(f"{plan.task} on a quantised base under FSDP2")
+    if plan.task == "kto":
+        out.line("remove_unused_columns", False)
     if plan.task == "rm":
         out.line("reward_model", True)
     if plan.reference == "precomputed":
@@ -530,11 +535,7 @@ def export(plan: Plan) -> writing.Exported:
     out.line("micro_batch_size", plan.batch.micro)
     out.line("gradient_accumulation_steps", plan.batch.accumulation)
     out.line("sample_packing", plan.batch.packing)
-    mixed = plan.precision.mixed
-    out.line("bf16", mixed == "bf16" if mixed != "fp16" else None)
-    out.line("fp16", True if mixed == "fp16" else None)
-    pure = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(weights or "")
-    out.line("torch_dtype", pure)
+    _export_precision(out, plan)
     out.attention(
         "attn_implementation", {"eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
     )
@@ -562,3 +563,20 @@ def export(plan: Plan) -> writing.Exported:
         dp_replicate="dp_replicate_size",
     )
     return out.done(hint="launch with: axolotl train FILE")
+
+
+def _export_precision(out: writing.Writer, plan: Plan) -> None:
+    """``bf16`` and ``fp16`` are autocast and the weights' dtype in one; the long names are the
+    dtype alone."""
+    mixed, weights = plan.precision.mixed, plan.precision.weights
+    out.line("bf16", mixed == "bf16" if mixed != "fp16" else None)
+    out.line("fp16", True if mixed == "fp16" else None)
+    if weights not in ("bf16", "fp16", "fp32"):
+        return
+    if mixed in ("bf16", "fp16"):
+        if weights != mixed:
+            why = f"axolotl loads in {mixed} when it trains in {mixed}"
+            out.differs("precision.weights", weights, why)
+        return
+    long = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    out.line(long[weights], True)

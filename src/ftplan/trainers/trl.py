@@ -6,6 +6,7 @@ Keys and defaults read from huggingface/trl trl/trainer/*_config.py and model_co
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from ftplan.catalog.stacks import find_stack
@@ -265,7 +266,12 @@ def export(plan: Plan) -> writing.Exported:
     out.tasks("sft", "dpo", "kto", "rm")
     out.methods("full", "lora", "qlora", "dora")
     stack = find_stack(NAME)
-    out.profile(stack)
+    stored: Any = plan.precision.weights
+    if plan.sharding.kind == "zero3" and stored in ("fp32", "bf16", "fp16"):
+        # PEFT's upcast is off under ZeRO-3: adapters stay in the base's dtype
+        out.profile(replace(stack, adapter_dtype=stored))
+    else:
+        out.profile(stack)
     kind = stack.loss_kind(
         method=plan.method.kind if plan.method else None, task=plan.task or "sft"
     )

@@ -41,7 +41,7 @@ class Writer:
     def refuse(self, what: str) -> NoReturn:
         """There is no key for this: the export stops and says so."""
         raise UnsupportedError(
-            f"{what} in a {self.trainer} file",
+            f"writing {what} to a {self.trainer} file",
             remedy=f"change the plan, or export to another trainer than {self.trainer}",
         )
 
@@ -242,6 +242,10 @@ class Writer:
         optimizer = self.plan.optimizer
         if optimizer is None:
             return
+        blockwise = optimizer.name.startswith(("galore", "apollo", "badam"))
+        adapter = self.plan.method is not None and self.plan.method.kind not in ("full", "partial")
+        if blockwise and adapter and self.trainer == "llamafactory":
+            self.refuse(f"{optimizer.name} with an adapter")
         for family in ("galore", "apollo"):
             if optimizer.name.startswith(f"{family}_adamw") and self.trainer == "llamafactory":
                 self.line(f"use_{family}", True)
