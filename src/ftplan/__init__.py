@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ftplan.errors import FtplanError
     from ftplan.files.failures import read_failures as load_failures
     from ftplan.jobs import load_plan
+    from ftplan.sizing import fit
     from ftplan.spec import Plan
 
 __version__ = "0.1.0"
@@ -57,7 +58,7 @@ _PLACES = {
     "find_gpu": ("ftplan.catalog.gpus", "find_gpu"),
     "find_model": ("ftplan.catalog.models", "find_model"),
     "find_optimizer": ("ftplan.catalog.optimizers", "find_optimizer"),
-    "fit": ("ftplan.fit", "fit"),
+    "fit": ("ftplan.sizing", "fit"),
     "load_failures": ("ftplan.files.failures", "read_failures"),
     "load_plan": ("ftplan.jobs", "load_plan"),
 }

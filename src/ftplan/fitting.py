@@ -1,0 +1,87 @@
+"""What ``fit`` answers: which ways of running a job fit a card, and how far each can go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ftplan.report import Assumption, Finding, GpuSummary, ModelSummary, Remedy, Verdict
+
+__all__ = ["FitReport", "FitRow", "GpuOffer", "GpuOption"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuOffer:
+    """A card that could be used: what the search needs to know of a catalogue row."""
+
+    name: str
+    usable_bytes: int
+    compute_capability: str | None
+    price_per_hour: float | None = None
+    """As the user gave it; prices are never built in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitRow:
+    """One way of running the job on the card."""
+
+    way: str
+    """`lora, checkpointed`; `as planned` for the plan itself."""
+    change: Mapping[str, Any]
+    """What differs from the plan, by plan key."""
+    verdict: Verdict
+    """At the plan's own micro batch and sequence length."""
+    peak_bytes: int | None
+    """Expected bytes on the device, there; None: it could not be computed."""
+    headroom_bytes: int | None
+    """Usable bytes less the upper end of the peak; negative: it does not fit for sure."""
+    trainable_params: int | None
+    largest_micro: int | None
+    """Most sequences at once that still fit at the plan's sequence length; None: none does."""
+    longest_seq_len: int | None
+    """Longest sequence that still fits at the plan's micro batch; None: none does."""
+    note: str = ""
+    """Why a row has no numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuOption:
+    """A card, or several of them, on which a way fits."""
+
+    gpu: str
+    count: int
+    way: str
+    verdict: Verdict
+    peak_bytes: int
+    usable_bytes: int
+    price_per_hour: float | None = None
+    """For all cards together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitReport:
+    """The answer of ``ftplan fit``."""
+
+    verdict: Verdict
+    """`fits` when any row does, else `tight`, else `over`; `unknown` when nothing was decided."""
+    model: ModelSummary | None
+    gpu: GpuSummary | None
+    micro: int
+    """Micro batch at which the rows were judged."""
+    seq_len: int
+    """Sequence length at which the rows were judged."""
+    recommended: str | None
+    """The way of the row to take."""
+    reason: str
+    rows: tuple[FitRow, ...]
+    gpus: tuple[GpuOption, ...]
+    """The cheapest (with prices) or smallest single cards that fit, best first."""
+    fewest: GpuOption | None
+    """The fewest cards of the plan's kind that fit, sharded."""
+    remedies: tuple[Remedy, ...]
+    """For the job as planned, when it does not fit."""
+    findings: tuple[Finding, ...] = ()
+    assumptions: tuple[Assumption, ...] = ()
+    schema_version: int = 1
+    tool_version: str = ""
