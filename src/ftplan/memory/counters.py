@@ -8,10 +8,19 @@ allocator of PyTorch sees: the CUDA context and the libraries' own buffers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ftplan.report import Interval
 from ftplan.units import MIB
 
-__all__ = ["allocated_interval", "context_interval", "reserved_interval", "workspace_bytes"]
+__all__ = [
+    "Counters",
+    "allocated_interval",
+    "context_interval",
+    "counters",
+    "reserved_interval",
+    "workspace_bytes",
+]
 
 _CONTEXT = {  # low, expected, high: the CUDA context with its loaded kernels, MiB
     (7, 0): (280, 320, 450),
@@ -59,3 +68,26 @@ def context_interval(capability: tuple[int, int] | None, gpus: int) -> Interval:
     if gpus > 1:  # NCCL's channels and buffers
         low, expected, high = low + 100, expected + 400, high + 1200
     return Interval(low=low * MIB, expected=expected * MIB, high=high * MIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counters:
+    """The three counters of one peak."""
+
+    allocated: Interval
+    reserved: Interval
+    device: Interval
+
+
+def counters(
+    peak: int, static: int, *, capability: tuple[int, int] | None, named: bool, gpus: int
+) -> Counters:
+    """All three for a walk's peak of which ``static`` bytes never come and go.
+
+    ``named``: a card is named, so cuBLAS's workspace is known; ``gpus`` is how many there are.
+    """
+    transient = peak - static
+    allocated = allocated_interval(peak + workspace_bytes(capability if named else None), transient)
+    reserved = reserved_interval(allocated, transient)
+    device = reserved.plus(context_interval(capability, gpus))
+    return Counters(allocated=allocated, reserved=reserved, device=device)

@@ -16,7 +16,7 @@ from ftplan.memory.replay import Alive, Program
 from ftplan.memory.tape import ITEM_BYTES, Label, Parameter
 from ftplan.memory.zero import bucket_bytes, live_bytes, partition
 
-__all__ = ["Estimate", "StaticTerm", "estimate"]
+__all__ = ["Estimate", "StaticTerm", "Structure", "estimate"]
 
 Counted = Sequence[tuple[Parameter, int, bool]]
 
@@ -139,41 +139,68 @@ def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]
     return [term for term in terms if term.bytes]
 
 
+class Structure:
+    """A job but for the sizes of its batch: every weight placed, one step recorded.
+
+    What is static does not depend on the batch, and what comes and goes is a sum of sizes that
+    grow with it: the peak never falls as the micro batch or the sequence length goes up.
+    """
+
+    def __init__(self, job: Job) -> None:
+        network = prepare(job)
+        counted = counted_parameters(network)
+        ranks = shard_ranks(job.sharding)
+        local = [(_shard(p, ranks), times, matrix) for p, times, matrix in counted]
+        learned = [entry for entry in local if entry[0].trainable]
+        static = static_terms(job, local, counted)
+        if job.accumulation > 1:
+            static.append(
+                _weights(learned, "gradients/accumulated", "gradients of earlier micro batches")
+            )
+        self.static = tuple(static)
+        self.static_bytes = sum(term.bytes for term in static)
+        self.step_bytes = step_bytes(job.optimizer, learned)
+        self.program = program_of(job, network)
+        self.total_params = sum(
+            parameter.numel * times for parameter, times, _ in counted if _is_base(parameter)
+        )
+        self.trainable_params = sum(
+            parameter.numel * times for parameter, times, _ in counted if parameter.trainable
+        )
+
+    def phases(self, micro: int, seq_len: int, chunk: int = 0) -> list[tuple[str, int]]:
+        """The most that is alive in each phase, in bytes."""
+        played, rest = self.program.levels(micro, seq_len, chunk)
+        phases = [(name, self.static_bytes + peak) for name, peak in played]
+        phases.append(("step", self.static_bytes + self.step_bytes + rest))
+        return phases
+
+    def peak(self, micro: int, seq_len: int, chunk: int = 0) -> int:
+        """The worst moment in bytes: the integer of :meth:`at`, without what is alive at it."""
+        return max(peak for _, peak in self.phases(micro, seq_len, chunk))
+
+    def at(self, micro: int, seq_len: int, chunk: int = 0) -> Estimate:
+        """The worst moment for a micro batch, a sequence length and a chunk of the loss."""
+        phases = self.phases(micro, seq_len, chunk)
+        phase, peak = max(phases, key=lambda item: item[1])
+        is_step = phase == "step"
+        return Estimate(
+            peak_bytes=peak,
+            peak_phase=phase,
+            phases=tuple(phases),
+            static=self.static,
+            alive=self.program.rest(micro, seq_len, chunk)
+            if is_step
+            else self.program.moment(micro, seq_len, chunk).alive,
+            step_temporary_bytes=self.step_bytes if is_step else 0,
+            total_params=self.total_params,
+            trainable_params=self.trainable_params,
+        )
+
+
 def estimate(job: Job) -> Estimate:
     """The peak of the second step of ``job`` on one GPU."""
-    network = prepare(job)
-    counted = counted_parameters(network)
-    ranks = shard_ranks(job.sharding)
-    local = [(_shard(p, ranks), times, matrix) for p, times, matrix in counted]
-    learned = [entry for entry in local if entry[0].trainable]
-    static = static_terms(job, local, counted)
-    gradients = _weights(learned, "gradients/accumulated", "gradients of earlier micro batches")
-    if job.accumulation > 1:
-        static.append(gradients)
-    base = sum(term.bytes for term in static)
-    program = program_of(job, network)
-    moment = program.moment(job.micro, job.seq_len, job.loss_chunk)
-    played = program.phase_peaks(job.micro, job.seq_len, job.loss_chunk)
-    phases = [(name, base + peak) for name, peak in played]
-    temporary = step_bytes(job.optimizer, learned)
-    resting = program.rest(job.micro, job.seq_len, job.loss_chunk)
-    at_rest = sum(entry.bytes for entry in resting.values())
-    phases.append(("step", base + temporary + at_rest))
-    phase, peak = max(phases, key=lambda item: item[1])
-    return Estimate(
-        peak_bytes=peak,
-        peak_phase=phase,
-        phases=tuple(phases),
-        static=tuple(static),
-        alive=resting if phase == "step" else moment.alive,
-        step_temporary_bytes=temporary if phase == "step" else 0,
-        total_params=sum(
-            parameter.numel * times for parameter, times, _ in counted if _is_base(parameter)
-        ),
-        trainable_params=sum(
-            parameter.numel * times for parameter, times, _ in counted if parameter.trainable
-        ),
-    )
+    return Structure(job).at(job.micro, job.seq_len, job.loss_chunk)
 
 
 def _is_base(parameter: Parameter) -> bool:

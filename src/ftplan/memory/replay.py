@@ -111,6 +111,10 @@ class Program:
 
     def phase_peaks(self, micro: int, seq_len: int, chunk: int = 0) -> list[tuple[str, int]]:
         """The most that is alive in each phase, in bytes on top of what is static."""
+        return self.levels(micro, seq_len, chunk)[0]
+
+    def levels(self, micro: int, seq_len: int, chunk: int = 0) -> tuple[list[tuple[str, int]], int]:
+        """The same, and what is alive when the last phase has ended."""
         table = self._bytes(micro, seq_len, chunk)
         shapes: list[tuple[int, int]] = []
         for steps in self._steps:
@@ -125,7 +129,7 @@ class Program:
                 peak = max(peak, level + top, level + (run.times - 1) * net + top)
                 level += run.times * net
             peaks.append((phase.name, peak))
-        return peaks
+        return peaks, level
 
     def peak(self, micro: int, seq_len: int, chunk: int = 0) -> int:
         """The largest moment, in bytes on top of what is static."""
