@@ -26,14 +26,19 @@ def checkpoint(
     inputs = [x, *others]
     if not tape.grad_enabled or not (trains or any(t.requires_grad for t in inputs)):
         return function(x)
+    held: list[Tensor] = []
     with tape.no_grad():
+        tape.escaped = None if tape.env.reentrant else held
         out = function(x)
+        tape.escaped = None
 
     def forward_again(grad: Tensor | None) -> Tensor:
         cache, tape.weight_cache = tape.weight_cache, {}
         with tape.scoped("recomputed"):
             kept: list[Tensor | None] = [x]
+            tape.recalled = held if held else None
             again = function(_entry(x, kept))
+            tape.recalled = None
         tape.weight_cache = cache
         if tape.env.reentrant:  # its backward holds the gradient and the output on the stack
             kept += [grad, again]

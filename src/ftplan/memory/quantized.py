@@ -90,7 +90,7 @@ def _matmul(x: Tensor, in_features: int, out_features: int, *, keeps_input: bool
 
 
 def _matmul_int8(x: Tensor, in_features: int, out_features: int, *, adds: bool) -> Tensor:
-    """Quantised input, int32 product, fp16 result, each for a moment; the input is kept."""
+    """Quantised input, int32 product, fp16 result, each for a moment; the input is held."""
     tape = x.tape
     rows, dtype = x.rows, x.dtype
     with tape.no_grad():
@@ -106,7 +106,7 @@ def _matmul_int8(x: Tensor, in_features: int, out_features: int, *, adds: bool) 
         if adds:
             result = tape.tensor(rows, out_features, "fp32" if dtype == "fp32" else dtype, "bias")
         result = ops.to(result, dtype)
-    saved = x
+    saved = tape.hold(x)
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved

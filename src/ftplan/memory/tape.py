@@ -118,6 +118,10 @@ class Tape:
     sequence: int = 0
     prefix: Joins | None = None
     """Learned keys and values before those of every layer (prefix tuning)."""
+    escaped: list[Tensor] | None = None
+    """Inside a checkpoint: what its functions hold by themselves, out of the checkpoint's sight."""
+    recalled: list[Tensor] | None = None
+    """While a checkpoint runs again: what escaped the first time, in order."""
 
     def allocate(self, size: Size, name: str) -> Storage:
         """A storage of ``size`` bytes comes alive."""
@@ -126,6 +130,18 @@ class Tape:
         index = len(self.sizes)
         self.events.append(index)
         return Storage(self, index)
+
+    def hold(self, x: Tensor) -> Tensor | None:
+        """What a Python function keeps as an attribute instead of ``save_for_backward``.
+
+        Checkpointing without reentry sees only the latter: the first forward's tensor stays.
+        """
+        if self.escaped is not None:
+            self.escaped.append(x.alias())
+            return None
+        if self.recalled is not None:
+            return self.recalled.pop(0)
+        return x
 
     def tensor(self, rows: Size, width: int, dtype: str, name: str) -> Tensor:
         """A fresh tensor of ``rows`` x ``width`` elements."""
