@@ -39,15 +39,17 @@ from ftplan.spec import Plan
 __all__ = ["estimate"]
 
 
-def estimate(plan: Plan, *, base: Path | None = None) -> Report:
+def estimate(plan: Plan, *, base: Path | None = None, with_remedies: bool = True) -> Report:
     """How much memory a job takes, and whether it fits when the plan names a GPU.
 
-    ``base`` is the folder that relative paths in the plan start at. Raises FtplanError (with a
-    remedy) for names that are unknown and jobs that are not modelled.
+    ``base`` is the folder that relative paths in the plan start at. Without ``with_remedies`` a
+    job that does not fit is not searched for a way out, which is what a search itself asks for.
+    Raises FtplanError (with a remedy) for names that are unknown and jobs that are not modelled.
     """
     resolved = resolve(plan, base=base)
     report = _sized(resolved)
-    if report.verdict in ("over", "tight") and resolved.config is not None:
+    over = report.verdict in ("over", "tight") and resolved.config is not None
+    if over and with_remedies:
         report = replace(report, remedies=_remedies(plan, resolved, report, base))
     return report
 

@@ -45,7 +45,7 @@ def fit(
         ways = (Way(name="as planned", sets={}, plan=replace(plan, method=None)),)
 
     def judge(changed: Plan) -> Report:
-        return api.estimate(changed, base=base)
+        return api.estimate(changed, base=base, with_remedies=False)
 
     paid = {find_gpu(name).name: price for name, price in (prices or {}).items()}
     if plan.hardware.gpu is None:
@@ -77,7 +77,7 @@ def fit(
         fewest=fewest_gpus(_sized(ways[0], micro, seq_len), judge, price_per_hour=price)
         if not serving
         else None,
-        remedies=planned.remedies if planned is not None else (),
+        remedies=api.estimate(plan, base=base).remedies if planned is not None else (),
         findings=shown.findings,
         assumptions=_shared(rows),
         tool_version=__version__,

@@ -134,7 +134,9 @@ def group_terms(terms: tuple[Term, ...]) -> dict[str, list[Term]]:
 
 
 def change_text(change: Mapping[str, Any]) -> str:
-    """A remedy's change as a user writes it: ``batch.micro: 1``."""
+    """A remedy's change as a user writes it: ``batch.micro: 1``; the last may change nothing."""
+    if not change:
+        return "-"
     return ", ".join(f"{key}: {_value(value)}" for key, value in _flatten(change))
 
 
