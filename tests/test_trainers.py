@@ -317,3 +317,26 @@ def test_nothing_but_an_ftplan_error_leaves_a_reader() -> None:
                 except FtplanError:
                     continue
     assert tried > 1000
+
+
+def test_a_command_whose_config_is_not_there_fills_in_no_default() -> None:
+    """What the missing file may overrule is left open, the method too, and each flag is named."""
+    imported = import_text(
+        "torchrun --nproc_per_node 8 -m axolotl.cli.train job.yml --sequence-len 512", file="a.sh"
+    )
+    plan = imported.plan
+    assert (plan.hardware.count, plan.batch.seq_len) == (8, 512)
+    assert (plan.method, plan.batch.micro, plan.optimizer) == (None, None, None)
+    assert {"method.kind", "batch.micro", "model.name"} <= set(imported.missing)
+    assert not imported.assumptions
+
+
+def test_batch_directives_of_slurm_give_gpus_and_nodes() -> None:
+    """`#SBATCH` lines say nodes and GPUs a node, and fill the variables that scripts use."""
+    text = (
+        "#!/bin/bash\n#SBATCH --nodes=2\n#SBATCH --gres=gpu:4\n"
+        "srun torchrun --nproc_per_node $SLURM_GPUS_ON_NODE --nnodes $SLURM_NNODES train.py "
+        "--model_name_or_path a/b --per_device_train_batch_size 1 --output_dir o\n"
+    )
+    plan = import_text(text, file="job").plan
+    assert (plan.hardware.count, plan.hardware.nodes) == (4, 2)

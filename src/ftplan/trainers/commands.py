@@ -403,7 +403,9 @@ def _script(stripped: _Stripped, command: Command, text: str, file: str) -> Job 
             # what the script is, its configuration tells
             return _job("config", head.text, rest, None, stripped, command, text, file)
         return None
-    clues = ("use_peft", "lora_r", "dataset_name", "max_length", "packing", "lora_target_modules")
+    clues = ("use_peft", "dataset_name", "max_length", "packing", "lora_target_modules")
+    if any(key in data for key in ("model_max_length", "data_path", "q_lora", "block_size")):
+        clues = ("use_peft",)
     trainer = "trl" if any(clue in data for clue in clues) and not stem.startswith("run_") else ""
     return _job(trainer or "transformers", head.text, rest, None, stripped, command, text, file)
 
@@ -441,8 +443,17 @@ def _job(
                 marks[path[:length]] = word
         elif not word.unresolved:
             keep.append(word.text)
-    for key in ("config", "config_file", "cfg", "recipe_config"):
+    for key in ("config", "config_file", "cfg", "recipe_config", "c"):
         named = data.get(key)
+        if isinstance(named, list) and named:
+            for item in named[1:]:
+                name, sign, value = str(item).partition("=")
+                if sign:
+                    path = tuple(name.split("."))
+                    word = marks[(key,)]
+                    _nest(data, path, scalar(Word(value, word.line, word.column)))
+                    marks |= {path[:length]: word for length in range(1, len(path) + 1)}
+            named = named[0]
         if isinstance(named, str) and (
             named.endswith((".yaml", ".yml", ".json")) or trainer == "torchtune"
         ):

@@ -100,6 +100,8 @@ class Draft:
         self.assumptions: list[Assumption] = []
         self._seen: list[Keys] = []
         self._asked: dict[str, str] = {}
+        self.incomplete = False
+        """The file that says most of the job could not be read: no default is filled in."""
 
     # --- what the file says ------------------------------------------------------------------
 
@@ -165,7 +167,10 @@ class Draft:
 
     def finish(self, keys: Keys, *, lint: Callable[[Plan, Draft], None]) -> Imported:
         """The plan, completed by the stack's profile and checked."""
-        self._profile()
+        if self.incomplete:
+            self._only_given(keys)
+        else:
+            self._profile()
         self._missing(keys)
         plan = self.plan()
         for one in self._seen:
@@ -194,6 +199,24 @@ class Draft:
         for name, given in sections.items():
             parts[name] = _SECTIONS[name](**given)
         return Plan(stack=self.stack.name, **parts)
+
+    def _only_given(self, keys: Keys) -> None:
+        """Keep what stands in the file itself: a default may be overruled in the missing one."""
+        root = keys.at()
+        given = {key for key, place in self.places.items() if place != root}
+        self.values = {key: value for key, value in self.values.items() if key in given}
+        self.assumptions = []
+        if (
+            any(key.startswith("method.") for key in self.values)
+            and "method.kind" not in self.values
+        ):
+            self.values = {k: v for k, v in self.values.items() if not k.startswith("method.")}
+        if (
+            any(key.startswith("optimizer.") for key in self.values)
+            and "optimizer.name" not in self.values
+        ):
+            self.values = {k: v for k, v in self.values.items() if not k.startswith("optimizer.")}
+        self.findings = [one for one in self.findings if one.code[:3] == "IMP"]
 
     def _profile(self) -> None:
         """Fill from the stack's profile what the file leaves to the trainer."""

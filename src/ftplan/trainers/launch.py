@@ -117,12 +117,13 @@ def _launcher(context: Context, keys: Keys) -> None:
 
 
 def _environment(draft: Draft, keys: Keys) -> None:
-    for name in ("NPROC_PER_NODE", "GPUS_PER_NODE"):
+    for name in ("NPROC_PER_NODE", "GPUS_PER_NODE", "SLURM_GPUS_PER_NODE"):
         count = keys.word(ENV, name)
-        if count is not None and count.isdigit() and int(count) > 0:
+        given = draft.get("hardware.count") is not None and name.startswith("SLURM")
+        if count is not None and count.isdigit() and int(count) > 0 and not given:
             draft.put("hardware.count", int(count), keys.at(ENV, name))
             break
-    nodes = keys.word(ENV, "NNODES")
+    nodes = keys.word(ENV, "NNODES") or keys.word(ENV, "SLURM_NNODES")
     if nodes is not None and nodes.isdigit() and int(nodes) > 1:
         draft.put("hardware.nodes", int(nodes), keys.at(ENV, "NNODES"))
     visible = visible_devices(keys)

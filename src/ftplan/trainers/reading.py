@@ -317,6 +317,7 @@ def _import(
             where,
             help="run where it is, or give that file itself",
         )
+    draft.incomplete = bool(unread) and len(layers) == 1
     if job is not None and job.others:
         draft.find(
             "IMP008",

@@ -67,6 +67,12 @@ _KEYWORDS = {
 }  # fmt: skip
 _ASSIGN = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(\+?)=")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SBATCH = re.compile(r"^#SBATCH\s+--(nodes|gpus-per-node|gres)[= ](\S+)", re.MULTILINE)
+_SLURM = {
+    "nodes": ("SLURM_NNODES", "SLURM_JOB_NUM_NODES"),
+    "gpus-per-node": ("SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"),
+    "gres": ("SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"),
+}
 _HEREDOC = re.compile(r"<<-?\s*(['\"]?)([A-Za-z_][A-Za-z0-9_]*)\1")
 _REDIRECT = re.compile(r"(?:\d*|&)(?:<<<|>>|>&|<&|>|<)")
 _ARRAY = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\[[@*]\]\}")
@@ -90,6 +96,13 @@ class _Parser:
         self.count = 0
         self.starts = [0, *(m.end() for m in re.finditer("\n", self.text))]
         self.row = 0
+        for match in _SBATCH.finditer(self.text):
+            line, column = self._position(match.start(1))
+            count = match[2].rsplit(":", 1)[-1]
+            if count.isdigit():
+                word = Word(count, line, column)
+                for name in _SLURM[match[1]]:
+                    self.variables[name] = word
 
     def run(self) -> list[Command]:
         commands: list[Command] = []
