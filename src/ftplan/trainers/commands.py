@@ -403,7 +403,13 @@ def _script(stripped: _Stripped, command: Command, text: str, file: str) -> Job 
             # what the script is, its configuration tells
             return _job("config", head.text, rest, None, stripped, command, text, file)
         return None
-    clues = ("use_peft", "dataset_name", "max_length", "packing", "lora_target_modules")
+    clues: tuple[str, ...] = (
+        "use_peft",
+        "dataset_name",
+        "max_length",
+        "packing",
+        "lora_target_modules",
+    )
     if any(key in data for key in ("model_max_length", "data_path", "q_lora", "block_size")):
         clues = ("use_peft",)
     trainer = "trl" if any(clue in data for clue in clues) and not stem.startswith("run_") else ""

@@ -83,6 +83,7 @@ _FACTS = {
     "model.name": ("which model is trained", "--model NAME"),
     "batch.micro": ("the micro batch", "--micro-batch N"),
     "batch.seq_len": ("the sequence length", "--seq-len N"),
+    "method.kind": ("how the model is trained", "--method KIND"),
     "hardware.gpu": ("the GPU", "--gpu NAME"),
     "hardware.count": ("the number of GPUs", "--gpus N"),
 }
@@ -206,16 +207,10 @@ class Draft:
         given = {key for key, place in self.places.items() if place != root}
         self.values = {key: value for key, value in self.values.items() if key in given}
         self.assumptions = []
-        if (
-            any(key.startswith("method.") for key in self.values)
-            and "method.kind" not in self.values
-        ):
-            self.values = {k: v for k, v in self.values.items() if not k.startswith("method.")}
-        if (
-            any(key.startswith("optimizer.") for key in self.values)
-            and "optimizer.name" not in self.values
-        ):
-            self.values = {k: v for k, v in self.values.items() if not k.startswith("optimizer.")}
+        for section, needed in (("method.", "method.kind"), ("optimizer.", "optimizer.name")):
+            if needed not in self.values:
+                for key in [key for key in self.values if key.startswith(section)]:
+                    del self.values[key]
         self.findings = [one for one in self.findings if one.code[:3] == "IMP"]
 
     def _profile(self) -> None:
@@ -271,6 +266,8 @@ class Draft:
         for key in ("batch.micro", "batch.seq_len"):
             if self.get(key) is None:
                 self._ask(key, keys, "warning")
+        if self.get("method.kind") is None:
+            self._ask("method.kind", keys, "warning")
         if self.get("hardware.gpu") is None:
             self._ask("hardware.gpu", keys, "info")
         if self.get("hardware.count") is None:

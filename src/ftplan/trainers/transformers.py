@@ -46,7 +46,7 @@ def read(context: Context, keys: Keys) -> None:
     if keys.flag("use_peft") or keys.flag("use_lora") or keys.flag("q_lora") or keys.has("lora_r"):
         put_lora(draft, keys, kind="lora", rank=8, default_targets=None)
         if keys.flag("q_lora"):
-            draft.put("precision.weights", "nf4", keys.at("q_lora"))
+            put_quantised(draft, "nf4", keys, "q_lora")
     else:
         draft.put("method.kind", "full")
     training_arguments(context, keys, micro=8)
@@ -286,5 +286,5 @@ def stage_of(name: str) -> str | None:
     """The ZeRO stage that a DeepSpeed file's name states (``ds_z3_offload.json``), if it does."""
     import re
 
-    match = re.search(r"(?:zero|z|stage)_?-?([0-3])(?![0-9])", name.lower())
+    match = re.search(r"(?:zero|z|stage|_s)_?-?([0-3])(?![0-9])", name.lower())
     return None if match is None else deepspeed.STAGES[int(match[1])]
