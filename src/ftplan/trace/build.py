@@ -25,6 +25,7 @@ __all__ = [
     "build_model",
     "build_optimizer",
     "checkpoint",
+    "copy_tensor",
     "family_of",
     "materialize",
     "model_config",
@@ -264,6 +265,19 @@ def apply_to_tensors(self: Any, fn: Any, recurse: bool = True) -> Any:
         if old is not None:
             self._buffers[name] = fn(old)
     return self
+
+
+def copy_tensor(self: Any, memo: dict[int, Any]) -> Any:
+    """``Tensor.__deepcopy__`` for fake tensors: through the dispatcher, which counts the copy.
+
+    The original copies the bytes of the storage, and a fake storage has none.
+    """
+    if id(self) not in memo:
+        copied = self.detach().clone()
+        if isinstance(self, nn.Parameter):
+            copied = nn.Parameter(copied, requires_grad=self.requires_grad)
+        memo[id(self)] = copied
+    return memo[id(self)]
 
 
 def materialize(model: Any) -> None:

@@ -163,7 +163,10 @@ def trace_job(
                 build.materialize(reference)
             total = _count(model)
             with cuda.as_on_cuda(ledger, job.capability), emulated(job, ledger):
-                with cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors):
+                with (
+                    cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors),
+                    cuda.patched(torch.Tensor, "__deepcopy__", build.copy_tensor),
+                ):
                     model = build.adapt(model, job)
                 build.checkpoint(job, model)
                 trainable = _count(model, trained=True)
