@@ -33,7 +33,7 @@ qwen2_5_vl_text qwen2_5_vl_vision qwen3_vl qwen3_vl_text qwen3_vl_vision qwen3_v
 qwen3_vl_moe_text qwen3_vl_moe_vision qwen3_5 qwen3_5_moe qwen3_5_vision qwen3_5_moe_vision llama4
 llama4_vision_model mllama mllama_text_model mllama_vision_model mistral3 llava llava_next
 paligemma gemma3 idefics3 idefics3_vision smolvlm smolvlm_vision internvl internvl_vision glm4v
-glm4v_text glm4v_vision glm4v_moe glm4v_moe_text glm4v_moe_vision
+mistral4 glm4v_text glm4v_vision glm4v_moe glm4v_moe_text glm4v_moe_vision
 """.split()  # noqa: SIM905 - one list literal of these would be a hundred lines
 # what moves neither a shape nor an operation
 IGNORED = {

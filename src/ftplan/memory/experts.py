@@ -162,8 +162,8 @@ class Router(Module):
     """A linear layer over the experts, then scores and the ``top_k`` of them.
 
     ``scoring``: ``softmax`` (of all, then top k), ``top_softmax`` (of the top k only),
-    ``sigmoid`` (DeepSeek-V3: grouped choice, then gathered scores). ``upcast`` computes the
-    logits from fp32 copies. ``keep_fp32`` leaves the weights in fp32; otherwise they return to
+    ``sigmoid`` (DeepSeek-V3: grouped choice, then gathered scores), ``gathered`` (so, of a
+    softmax). ``upcast`` computes the logits from fp32 copies. ``keep_fp32`` leaves the weights in fp32; otherwise they return to
     the dtype of the logits. ``masked`` keeps a mask of experts (group-limited choice).
     ``float_logits`` casts the logits, and the weights back to the dtype of the input.
     """
@@ -197,8 +197,8 @@ class Router(Module):
             return Routing(
                 logits, weights if not self.float_logits else ops.to(weights, x.dtype), index
             )
-        if self.scoring == "sigmoid":
-            weights, index = self._sigmoid(logits)
+        if self.scoring in ("sigmoid", "gathered"):
+            weights, index = self._gathered(logits)
         else:
             scores = ops.softmax(logits, "fp32")
             if self.masked:
@@ -218,8 +218,11 @@ class Router(Module):
             return ops.linear(ops.to(x, "fp32"), ops.to(weight, "fp32"), bias)
         return ops.linear(x, weight, bias)
 
-    def _sigmoid(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        scores = ops.unary(logits, "sigmoid", "output")
+    def _gathered(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if self.scoring == "sigmoid":
+            scores = ops.unary(logits, "sigmoid", "output")
+        else:
+            scores = ops.softmax(ops.autocast_fp32(logits))
         tape = logits.tape
         with tape.no_grad():  # what chooses has no way to the result: it dies with the router
             choice = ops.scale(scores)

@@ -48,7 +48,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "chunked": ("mamba2", "granitemoehybrid"),
     "recurrent": ("mamba", "falcon_mamba", "lfm2"),
     "hybrid": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
-    "latent": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm4_moe", "dots1"),
+    "latent": ("mistral4", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm4_moe", "dots1"),
 }  # fmt: skip
 
 

@@ -9,7 +9,15 @@ Source: transformers 5.23.0, models/mamba2, granitemoehybrid.
 from __future__ import annotations
 
 from ftplan.memory import ops
-from ftplan.memory.families.decoder import Attention, Block, Config, Decoder, Rope, filled, head_size
+from ftplan.memory.families.decoder import (
+    Attention,
+    Block,
+    Config,
+    Decoder,
+    Rope,
+    filled,
+    head_size,
+)
 from ftplan.memory.families.hybrid import Conv1d
 from ftplan.memory.families.mixture import SharedBlock, fused_mlp, granite_mixture
 from ftplan.memory.nn import Linear, Module, Network, RMSNorm, Shared

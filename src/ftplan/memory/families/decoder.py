@@ -291,7 +291,10 @@ class Decoder(Network):
         if config.get("tie_word_embeddings"):
             self.tie("lm_head.weight", f"{path}.{embed_name}.weight")
         stack = Stack(
-            f"{path}.{layers_name}", config["num_hidden_layers"], lambda layer: build(config, layer), kind
+            f"{path}.{layers_name}",
+            config["num_hidden_layers"],
+            lambda layer: build(config, layer),
+            kind,
         )
         self.stages = [Stage(stack, self.enter, self.leave)]
 

@@ -953,6 +953,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "glm4v": {
         "text_config": None, "vision_config": None, "tie_word_embeddings": False,
     },
+    "mistral4": {
+        "vocab_size": 131072, "hidden_size": 4096, "intermediate_size": 12288,
+        "moe_intermediate_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "n_shared_experts": 1, "n_routed_experts": 128,
+        "output_router_logits": False, "routed_scaling_factor": 1.0, "kv_lora_rank": 256,
+        "q_lora_rank": 1024, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 64,
+        "n_group": 1, "topk_group": 1, "num_experts_per_tok": 4, "first_k_dense_replace": 0,
+        "norm_topk_prob": True, "hidden_act": "silu", "max_position_embeddings": 1048576,
+        "tie_word_embeddings": False, "rope_interleave": True, "attention_bias": False,
+        "attention_dropout": 0.0, "partial_rotary_factor": 0.5,
+    },
     "glm4v_text": {
         "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 13696,
         "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 2,
@@ -1198,6 +1209,9 @@ ALIASES: dict[str, dict[str, str]] = {
         "image_token_id": "image_token_index",
         "boi_token_id": "boi_token_index",
         "eoi_token_id": "eoi_token_index",
+    },
+    "mistral4": {
+        "num_local_experts": "n_routed_experts",
     },
     "glm4v_vision": {
         "num_attention_heads": "num_heads",

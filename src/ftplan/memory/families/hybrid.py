@@ -72,9 +72,7 @@ class GatedNorm(Module):
 class Conv1d(Module):
     """A causal convolution of each channel by itself (``causal_conv1d``'s fallback)."""
 
-    def __init__(
-        self, channels: int, kernel: int, *, bias: bool = False, act: bool = True
-    ) -> None:
+    def __init__(self, channels: int, kernel: int, *, bias: bool = False, act: bool = True) -> None:
         super().__init__()
         self.weight = self.parameter("weight", channels, 1, kernel)
         self.bias = self.parameter("bias", channels) if bias else None

@@ -23,14 +23,15 @@ from ftplan.memory.families.decoder import (
 from ftplan.memory.families.llama import rotate
 from ftplan.memory.families.mixture import Mixture, act
 from ftplan.memory.nn import Linear, Module, Network, RMSNorm, Shared
-from ftplan.memory.tape import TOKENS, Grads, Tensor
+from ftplan.memory.tape import SEQ, TOKENS, Grads, Tensor
 
 
 class LatentAttention(Module):
     """Multi-head latent attention. ``rotation``: ``pairs``, ``half`` or ``complex``."""
 
-    def __init__(self, config: Config, rotation: str) -> None:
+    def __init__(self, config: Config, rotation: str, *, scaled: bool = False) -> None:
         super().__init__()
+        self.scaled = scaled
         hidden, count = config["hidden_size"], config["num_attention_heads"]
         self.plain, self.turned = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
         self.rank, value = config["kv_lora_rank"], config["v_head_dim"]
@@ -70,6 +71,8 @@ class LatentAttention(Module):
         cos, sin = shared.rope[""]
         q_turned, k_turned = self.turn(q_turned, cos, sin), self.turn(k_turned, cos, sin)
         query = ops.cat((q_plain, q_turned))
+        if self.scaled:  # by position, beyond the trained length (Mistral 4)
+            query = ops.mul(query, x.tape.tensor(SEQ, 1, query.dtype, "attention scales"))
         key, value = self.expand(kv, k_turned)
         out = attend(query, key, value, self.heads, shared.masks[""], held=held)
         return self.o_proj.forward(out)
@@ -145,6 +148,14 @@ def softmax_router(config: Config) -> Router:
     )  # fmt: skip
 
 
+def mistral_router(config: Config) -> Router:
+    """``Mistral4TopkRouter``."""
+    return Router(
+        config["hidden_size"], config["n_routed_experts"], config["num_experts_per_tok"],
+        scoring="gathered", keep_fp32=True, scaled=True, normalize=bool(config["norm_topk_prob"]),
+    )  # fmt: skip
+
+
 def sparse_layers(config: Config) -> list[bool]:
     """Which layers have experts."""
     count = config["num_hidden_layers"]
@@ -159,11 +170,11 @@ def deepseek(raw: Config) -> Network:
     """``DeepseekV2ForCausalLM``, ``DeepseekV3ForCausalLM``, ``Glm4MoeLiteForCausalLM``."""
     config = filled(raw)
     sparse = sparse_layers(config)
-    second = config["model_type"] == "deepseek_v2"
+    second, fourth = config["model_type"] == "deepseek_v2", config["model_type"] == "mistral4"
     rotation = "complex" if second else "pairs" if config["rope_interleave"] else "half"
 
     def block(config: Config, layer: int) -> Module:
-        attention = LatentAttention(config, rotation)
+        attention = LatentAttention(config, rotation, scaled=fourth)
         if not sparse[layer]:
             mlp = MLP(
                 config["hidden_size"], config["intermediate_size"], act(config),
@@ -171,6 +182,8 @@ def deepseek(raw: Config) -> Network:
             )  # fmt: skip
             return Block(config, attention, mlp)
         router = softmax_router(config) if second else sigmoid_router(config)
+        if fourth:
+            router = mistral_router(config)
         return Block(
             config, attention, deepseek_mixture(config, router, config["n_routed_experts"])
         )
@@ -216,6 +229,7 @@ def grouped(raw: Config) -> Network:
 MODEL_TYPES = {
     "deepseek_v2": deepseek,
     "deepseek_v3": deepseek,
+    "mistral4": deepseek,
     "glm4_moe_lite": deepseek,
     "glm4_moe": grouped,
     "dots1": grouped,
