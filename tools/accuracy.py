@@ -1,0 +1,243 @@
+"""How far the calculator is from what is known to be true: the bench, and published readings.
+
+The library behind ``gen_accuracy.py`` and the tests; it prints nothing. A job of the bench is a
+plan and the peak of the real libraries' second step, traced (``validation/bench``); some are traced
+with fewer layers than the model has, and are calculated so too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ftplan.api import estimate
+from ftplan.errors import FtplanError
+from ftplan.files.document import parse_document
+from ftplan.files.plan import parse_plan
+from ftplan.memory.estimate import estimate as walk
+from ftplan.report import Interval, Verdict
+from ftplan.resolve import job_of, resolve
+from ftplan.spec import Plan
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = ROOT / "validation" / "bench"
+PUBLISHED = ROOT / "validation" / "published.json"
+OUT_OF_MEMORY = ROOT / "validation" / "oom.json"
+KNOWN = ROOT / "validation" / "known_residuals.json"
+LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One traced job of the bench."""
+
+    architecture: str
+    split: str
+    """``build``: looked at while the calculator was written; ``held``: not."""
+    regime: str
+    number: int
+    """Position in the file of its architecture."""
+    layers: int | None
+    """Layers it was traced with; None: all."""
+    plan: Mapping[str, Any]
+    true_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A case and what the calculator says of it."""
+
+    case: Case
+    predicted_bytes: int | None
+    refusal: str = ""
+    """Why there is no prediction: a named refusal, or an error of ours."""
+
+    @property
+    def error(self) -> float:
+        """Relative error, negative when the calculator is under the truth."""
+        assert self.predicted_bytes is not None
+        return self.predicted_bytes / self.case.true_bytes - 1
+
+    @property
+    def name(self) -> str:
+        """The case in one line."""
+        return f"{self.case.architecture} {self.case.regime}"
+
+
+def cases() -> list[Case]:
+    """Every job of the bench, in the order of its files."""
+    return [case for path in sorted(BENCH.glob("*.json")) for case in _cases_of(path)]
+
+
+def _cases_of(path: Path) -> Iterator[Case]:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    for number, job in enumerate(document["jobs"]):
+        yield Case(
+            architecture=document["architecture"],
+            split=document["split"],
+            regime=job["regime"],
+            number=number,
+            layers=job.get("layers"),
+            plan=job["plan"],
+            true_bytes=job["allocated_bytes"],
+        )
+
+
+def plan_of(mapping: Mapping[str, Any]) -> Plan:
+    """A plan, read as a plan file is read."""
+    return parse_plan(parse_document(json.dumps(mapping), file="plan"))
+
+
+def predict(case: Case) -> Row:
+    """The calculator's peak for one case."""
+    try:
+        resolved = resolve(plan_of(case.plan))
+        config = _cut(resolved.config or {}, case.layers)
+        peak = walk(job_of(replace(resolved, config=config))).peak_bytes
+    except FtplanError as error:
+        return Row(case=case, predicted_bytes=None, refusal=str(error).splitlines()[0])
+    except Exception as error:
+        return Row(case=case, predicted_bytes=None, refusal=f"crash: {error!r}")
+    return Row(case=case, predicted_bytes=peak)
+
+
+def _cut(config: Mapping[str, Any], layers: int | None) -> dict[str, Any]:
+    """The config of the same model with fewer layers, as the trace cuts it."""
+    cut = dict(config)
+    if layers is not None:
+        cut.update({key: layers for key in LAYER_KEYS if key in cut})
+        cut.update(
+            {key: cut[key][:layers] for key in LAYER_LISTS if isinstance(cut.get(key), list)}
+        )
+    return cut
+
+
+def predict_all(chosen: Sequence[Case], *, workers: int = 2) -> list[Row]:
+    """The calculator's peaks, in the order of the cases."""
+    with ProcessPoolExecutor(workers) as pool:
+        return list(pool.map(predict, chosen, chunksize=8))
+
+
+def known_reason(row: Row) -> str | None:
+    """Why a residual is there, when it is known and explained; None when it is not."""
+    for known in _known():
+        if known["regime"] in ("*", row.case.regime) and known["architecture"] in (
+            "*",
+            row.case.architecture,
+        ):
+            return str(known["reason"])
+    return None
+
+
+def _known() -> list[dict[str, str]]:
+    listed: list[dict[str, str]] = json.loads(KNOWN.read_text(encoding="utf-8"))["residuals"]
+    return listed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Errors of a set of predictions, as shares of the truth."""
+
+    count: int
+    median: float
+    p95: float
+    worst: float
+    lowest: float
+    """The most that any prediction is under the truth (0: none is)."""
+    bias: float
+    """Mean of the signed errors."""
+
+
+def summary(errors: Iterable[float]) -> Summary:
+    """The figures of merit of signed relative errors. Raises ValueError for none."""
+    signed = list(errors)
+    size = sorted(abs(error) for error in signed)
+    if not size:
+        raise ValueError("no errors to sum up")
+    return Summary(
+        count=len(size),
+        median=median(size),
+        p95=size[max(0, -(-95 * len(size) // 100) - 1)],
+        worst=size[-1],
+        lowest=min([0.0, *signed]),
+        bias=sum(signed) / len(signed),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A number that somebody else read off a real GPU, and the report of the same job."""
+
+    identity: str
+    source: str
+    """Whose reading: the first part of its identity."""
+    counter: str
+    """``allocated``, ``reserved`` or ``device``."""
+    true_bytes: int
+    predicted: Interval
+    quality: str
+    """A: every knob is known. B: nearly."""
+    stack_of_today: bool
+    """Whether the software is what the calculator mirrors."""
+    gpus: int
+    training: bool
+
+    @property
+    def error(self) -> float:
+        """Relative error, negative when the calculator is under the reading."""
+        return self.predicted.expected / self.true_bytes - 1
+
+    @property
+    def inside(self) -> bool:
+        """The reading lies between low and high."""
+        return self.predicted.low <= self.true_bytes <= self.predicted.high
+
+    @property
+    def width(self) -> float:
+        """(high - low) / expected."""
+        return (self.predicted.high - self.predicted.low) / self.predicted.expected
+
+
+def published() -> tuple[list[Reading], list[tuple[str, str]]]:
+    """Readings that can be compared, and those that cannot with the reason."""
+    document = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    compared, left_out = [], []
+    for entry in document["readings"]:
+        if "not_comparable" in entry:
+            left_out.append((entry["id"], entry["not_comparable"]))
+            continue
+        report = estimate(plan_of({"version": 1, **entry["plan"]}))
+        predicted = getattr(report, f"{entry['counter']}_bytes")
+        compared.append(
+            Reading(
+                identity=entry["id"],
+                source=entry["group"],
+                counter=entry["counter"],
+                true_bytes=entry["bytes"],
+                predicted=predicted,
+                quality=entry["quality"],
+                stack_of_today=entry.get("stack_of_today", False),
+                gpus=entry["plan"].get("hardware", {}).get("count", 1),
+                training="method" in entry["plan"],
+            )
+        )
+    return compared, left_out
+
+
+def out_of_memory() -> tuple[list[tuple[str, Verdict | None, str]], list[tuple[str, str]]]:
+    """Jobs that ran out: (identity, verdict, cause), and those left out with the reason."""
+    document = json.loads(OUT_OF_MEMORY.read_text(encoding="utf-8"))
+    judged, left_out = [], []
+    for entry in document["jobs"]:
+        if "not_comparable" in entry:
+            left_out.append((entry["id"], entry["not_comparable"]))
+            continue
+        report = estimate(plan_of({"version": 1, **entry["plan"]}))
+        judged.append((entry["id"], report.verdict, entry["cause"]))
+    return judged, left_out
