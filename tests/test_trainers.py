@@ -340,3 +340,17 @@ def test_batch_directives_of_slurm_give_gpus_and_nodes() -> None:
     )
     plan = import_text(text, file="job").plan
     assert (plan.hardware.count, plan.hardware.nodes) == (4, 2)
+
+
+@pytest.mark.parametrize("name", ("findings", "stacks"))
+def test_the_generated_pages_are_up_to_date(name: str) -> None:
+    """docs/trainers/findings.md and stacks.md are what the data says."""
+    from ftplan.trainers import pages
+
+    path = Path(__file__).parents[1] / "docs" / "trainers" / f"{name}.md"
+    write = (
+        f'python -c "from ftplan.trainers.pages import {name}_markdown as m; '
+        f"open('docs/trainers/{name}.md', 'w').write(m())\""
+    )
+    text = getattr(pages, f"{name}_markdown")()
+    assert path.read_text(encoding="utf-8") == text, f"run: {write}"

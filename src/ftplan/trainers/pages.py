@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from ftplan.catalog.stacks import stack_names, stack_page
 from ftplan.errors import UnknownNameError
 
-__all__ = ["Page", "finding_codes", "finding_page"]
+__all__ = ["Page", "finding_codes", "finding_page", "findings_markdown", "stacks_markdown"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,3 +49,40 @@ def finding_page(code: str) -> Page:
     if page is None:
         raise UnknownNameError("code", code, remedy="known here are " + ", ".join(_pages()))
     return page
+
+
+def findings_markdown() -> str:
+    """All pages as one document: ``docs/trainers/findings.md`` is this text."""
+    parts = ["# Findings of trainers' files", "", "Codes are permanent. `ftplan explain CODE`.", ""]
+    for code in finding_codes():
+        page = finding_page(code)
+        parts += [f"## {code}: {page.title}", "", "### What", "", page.what, ""]
+        parts += ["### Why it matters", "", page.why, "", "### What to write instead", "", page.fix]
+        parts += ["", "### Source", "", page.source, ""]
+    return "\n".join(parts)
+
+
+def stacks_markdown() -> str:
+    """All stack profiles as one document: ``docs/trainers/stacks.md`` is this text."""
+    parts = [
+        "# Stack profiles",
+        "",
+        "What each trainer does when a plan says nothing, and where it was read. A profile says",
+        "which operations run and in which dtypes; it multiplies nothing. `ftplan explain NAME`.",
+        "",
+    ]
+    for name in stack_names():
+        stack, rows = stack_page(name)
+        parts += [f"## {name}: {stack.title}", "", f"Read: {stack.versions}", ""]
+        parts += ["| key | value | source |", "| --- | --- | --- |"]
+        for row in rows:
+            source = row.source.replace("|", "\\|")
+            parts.append(f"| {row.key} | {_cell(row.value)} | {source} |")
+        parts += ["", *(f"- {note}" for note in stack.notes), ""]
+    return "\n".join(parts)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(str(item) for item in value)
+    return "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
