@@ -58,17 +58,17 @@ class DbrxExperts(Module):
         self.count, self.top_k = settings["moe_num_experts"], settings["moe_top_k"]
         self.inner = inner
         self.act = (settings["ffn_act_fn"] or {}).get("name", "silu")
+        self.layer = Linear(hidden, self.count)
         self.router = Module()
-        self.router.layer = Linear(hidden, self.count)
-        self.experts = Module()
-        self.experts.mlp = Module()
+        self.router.children["layer"] = self.children.pop("layer")
+        self.experts, weights = Module(), Module()
+        self.experts.children["mlp"] = weights
         self.weights = [
-            self.experts.mlp.parameter(name, self.count * inner, hidden)
-            for name in ("w1", "v1", "w2")
+            weights.parameter(name, self.count * inner, hidden) for name in ("w1", "v1", "w2")
         ]
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = ops.softmax(self.router.layer.forward(x))
+        scores = ops.softmax(self.layer.forward(x))
         values, index = topk(scores, self.top_k)
         values = ops.scale(values, "div")
         rows = TOKENS * self.top_k
@@ -124,22 +124,23 @@ class DbrxBlock(Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.first = Module()
-        self.first.norm_1 = LayerNorm(config["d_model"], bias=False)
-        self.first.attn = DbrxAttention(config)
-        self.first.norm_2 = LayerNorm(config["d_model"], bias=False)
-        self.children["norm_attn_norm"] = self.children.pop("first")
+        self.norm_1 = LayerNorm(config["d_model"], bias=False)
+        self.attn = DbrxAttention(config)
+        self.norm_2 = LayerNorm(config["d_model"], bias=False)
+        first = Module()
+        first.children = {name: self.children.pop(name) for name in ("norm_1", "attn", "norm_2")}
+        self.norm_attn_norm = first
         self.ffn = DbrxExperts(config)
         self.dropout = config.get("resid_pdrop") or 0.0
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         held: list[Tensor] = []
-        first, residual = self.first, x
-        x = ops.to(first.norm_1.forward(x), x.dtype)
-        x = ops.dropout(first.attn.forward(x, shared, held), self.dropout)
+        residual = x
+        x = ops.to(self.norm_1.forward(x), x.dtype)
+        x = ops.dropout(self.attn.forward(x, shared, held), self.dropout)
         x = ops.add(x, residual)
         residual = x
-        x = ops.to(first.norm_2.forward(x), x.dtype)
+        x = ops.to(self.norm_2.forward(x), x.dtype)
         x = ops.dropout(self.ffn.forward(x), self.dropout)
         return ops.add(residual, x)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ftplan.errors import UnsupportedError
 from ftplan.memory import families, ops
 from ftplan.memory.attention import Heads, attend
 from ftplan.memory.families.decoder import (
@@ -578,6 +579,11 @@ class Llama4(Network):
 
     def head(self, x: Tensor) -> Tensor:
         return self.text[0].head(x)
+
+    def classify(self, labels: int) -> None:
+        raise UnsupportedError(
+            f"Llama 4 with a head over {labels} labels", remedy="use its text model, llama4_text"
+        )
 
 
 def llama4_tower(config: Mapping[str, Any]) -> Module:
