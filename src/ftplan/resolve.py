@@ -270,9 +270,7 @@ _TARGETED = (*_RANKED, "oft", "boft")
 _LEARNED_TOKENS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 
 
-def _adapted(
-    method: Method, stack: Stack, quantised: bool, filler: _Filler, own: Any
-) -> Method:
+def _adapted(method: Method, stack: Stack, quantised: bool, filler: _Filler, own: Any) -> Method:
     """The defaults of what the kind of adapter has: a rank, targets, learned tokens, a dtype."""
     kind = method.kind
     rank, targets, dtype = method.rank, method.targets, method.adapter_dtype
@@ -303,15 +301,18 @@ def job_of(resolved: Resolved) -> Job:
     mixed = None if plan.precision.mixed in (None, "no") else plan.precision.mixed
     checkpointing = plan.gradient_checkpointing
     quantised = storage.name not in ITEM_BYTES
+    # accelerate hands FSDP2 a mixed-precision policy and does not autocast
+    policy = plan.sharding.kind == "fsdp" and plan.sharding.version != 1
+    autocast = None if policy else mixed
     environment = Environment(
-        autocast=mixed,
+        autocast=autocast,
         attention=plan.attention or "sdpa",
         capability=_capability(gpu),
         padding_mask=batch.padding == "right",
         kernels=plan.kernels or "none",
         loss=plan.loss.kind,
         keep_outputs=stack.keeps_outputs,
-        outputs_to_fp32=mixed is not None and stack.outputs_to_fp32,
+        outputs_to_fp32=autocast is not None and stack.outputs_to_fp32,
         seq_len=batch.seq_len,
         reentrant=bool(checkpointing.reentrant),
     )
