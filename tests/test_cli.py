@@ -451,6 +451,24 @@ def test_init(ftplan_: Terminal, tmp_path: Path, kind: str) -> None:
     assert ftplan_(verb, path).code == 0
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+def test_every_answer_has_its_formats(command: object) -> None:
+    """Every command but the HTML page takes --format, and every one that answers takes -o."""
+    name = getattr(command, "name", "")
+    page = help_text(name)
+    assert "--format" in page or name == "report"
+    assert "-o, --output" in page
+
+
+def test_init_and_schema_formats(ftplan_: Terminal) -> None:
+    """The starter and the schemas are the same data in JSON and YAML."""
+    from ftplan.files.document import parse_document
+
+    for arguments in (("init", "plan"), ("init", "failures"), ("schema", "plan")):
+        data = ftplan_(*arguments, "--format", "json").data
+        assert parse_document(ftplan_(*arguments, "-f", "yaml").out, file="f").data == data
+
+
 @pytest.mark.parametrize("what", ["models", "gpus", "optimizers"])
 def test_catalogues(ftplan_: Terminal, what: str) -> None:
     """Every row of a catalogue has a name and a source; an unknown query suggests."""

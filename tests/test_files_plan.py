@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftplan import spec
-from ftplan.errors import InputError, UnknownNameError
+from ftplan.errors import InputError, UnknownNameError, UnsupportedError
 from ftplan.files.document import parse_document
 from ftplan.files.plan import dump_plan, looks_like_plan, parse_plan, place_error, plan_to_mapping
 from ftplan.files.starter import STARTERS
@@ -124,6 +124,7 @@ def test_short_forms(text: str, check: typing.Callable[[Plan], bool]) -> None:
         (HEAD + "budget: {headroom: 100%}\n", "3:10", "nothing to use", "5%"),
         (HEAD + "method: {kind: lora, targets: 3}\n", "3:22", "is a list", "[3]"),
         (HEAD + "method: {kind: lora, targets: [3]}\n", "3:32", "is a text", '"3"'),
+        (HEAD + "method: {kind: lora, targets: '['}\n", "3:22", "regular expression", "list"),
         (HEAD + "optimizer: 3\n", "3:1", "a name or a mapping", "adamw"),
         (HEAD + "attention: no\n", "3:1", "cannot be false", "eager"),
         (HEAD + "kernels: false\n", "3:1", "cannot be false", "none"),
@@ -168,6 +169,14 @@ def test_place_error() -> None:
     error = place_error(UnknownNameError("gpu", "a1000"), document)
     assert str(error.location) == "plan.yaml:4:3"
     assert error.source_line.strip() == "gpu: a1000"
+
+
+def test_place_error_by_the_value_it_names() -> None:
+    """A refusal that quotes a value stands where the value stands; else it names the file only."""
+    document = parse_document(HEAD + "method: {kind: lora, targets: nix}\n", file="plan.yaml")
+    quoted = place_error(UnsupportedError("targets 'nix' that match nothing"), document)
+    assert str(quoted.location) == "plan.yaml:3:22"
+    assert str(place_error(UnsupportedError("the moon"), document).location) == "plan.yaml"
 
 
 def test_missing_facts_are_null() -> None:

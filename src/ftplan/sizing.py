@@ -189,5 +189,5 @@ def _reason(chosen: FitRow | None, rows: list[FitRow], plan: Plan) -> str:
     passed = dict.fromkeys(r.way.split(",")[0] for r in earlier if r.verdict in ("over", "tight"))
     passed.pop(chosen.way.split(",")[0], None)
     verb = "does" if len(passed) == 1 else "do"
-    before = f"; {' and '.join(passed)} {verb} not" if passed else ""
+    before = f"; {', '.join(passed)} {verb} not" if passed else ""
     return f"the first of these ways that fits at {size}{before}"

@@ -372,6 +372,18 @@ def _names(text: str) -> tuple[str, ...] | str:
     return text
 
 
+def _refuse_bad_expression(text: str) -> None:
+    import re
+
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(
+            f"--targets {text!r} is no regular expression: {error}",
+            remedy="write names with commas, attention, all-linear, or mend the expression",
+        ) from error
+
+
 _COMMON = ("rank", "alpha", "targets", "dropout", "adapter_dtype", "modules_to_save",
            "rank_pattern", "layers_to_transform", "target_parameters", "use_rslora")  # fmt: skip
 
@@ -396,6 +408,8 @@ def _method(plan: Plan, flags: JobFlags, any_method: bool) -> Plan:
         changes["rank"] = flags.rank
     if flags.targets is not None:
         changes["targets"] = _names(flags.targets)
+        if isinstance(changes["targets"], str):
+            _refuse_bad_expression(flags.targets)
     if flags.modules_to_save is not None:
         names = tuple(part.strip() for part in flags.modules_to_save.split(",") if part.strip())
         changes["modules_to_save"] = names

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ftplan.cli.output import OutputOption, emit
+from ftplan.cli.output import Format, OutputOption, emit
 
 
 def schema(
@@ -15,11 +15,15 @@ def schema(
         Literal["plan", "failures", "report", "advice"],
         typer.Argument(metavar="NAME", help="Which schema."),
     ],
+    format: Annotated[
+        Format, typer.Option("--format", "-f", help="json, or the same as yaml.")
+    ] = "json",
     output: OutputOption = None,
 ) -> int:
     """The JSON Schema of plan and failures files, and of the answers."""
     from ftplan.files.schema import schema as make
-    from ftplan.render.json import render
+    from ftplan.render import json, yaml
 
-    emit(render(make(name)), output)
+    text = yaml.render(make(name)) if format == "yaml" else json.render(make(name))
+    emit(f"```json\n{text}```\n" if format == "markdown" else text, output)
     return 0

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ftplan.errors import FtplanError, UnitError, UnknownNameError
+from ftplan.errors import FtplanError, Location, UnitError
 from ftplan.files.document import Document, Key, describe, parse_document, read_document
 from ftplan.files.typed import LARGEST, build, nearest
 from ftplan.report import Assumption
@@ -113,7 +113,24 @@ def parse_plan(document: Document) -> Plan:
                 remedy=f"write {key}: {example}",
             )
     spelled = _Speller(document).spell_out(data)
-    return build(Plan, spelled, document, bounds=BOUNDS)
+    plan = build(Plan, spelled, document, bounds=BOUNDS)
+    targets = plan.method.targets if plan.method is not None else None
+    if isinstance(targets, str) and (fault := regex_fault(targets)):
+        raise document.error(
+            f"method.targets is no regular expression: {fault}",
+            ("method", "targets"),
+            remedy="write module names as a list, [q_proj, v_proj], or mend the expression",
+        )
+    return plan
+
+
+def regex_fault(pattern: str) -> str:
+    """What is wrong with a regular expression; empty when nothing is."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return str(error)
+    return ""
 
 
 class _Speller:
@@ -250,13 +267,19 @@ def place_error(error: FtplanError, document: Document) -> FtplanError:
     """
     if error.location is not None:
         return error
-    path: tuple[Key, ...] = ()
-    if isinstance(error, UnknownNameError):
-        path = _KINDS.get(error.kind.lower(), ())
-        found = find_value(document.data, error.name)
-        path = found if found is not None else path
+    kind = getattr(error, "kind", "")
+    path = _KINDS.get(str(kind).lower())
+    names = [getattr(error, "name", ""), *re.findall(r"'([^']+)'", error.message)]
+    for name in names:
+        found = find_value(document.data, str(name)) if name else None
+        if found is not None:
+            path = found
+            break
+    if path is None:
+        error.location = Location(file=document.file)
+        return error
     error.location = document.locate(path)
-    error.source_line = document.line_text(error.location.line) if path else ""
+    error.source_line = document.line_text(error.location.line)
     return error
 
 

@@ -73,7 +73,7 @@ def job_line(report: Report) -> str:
     """The job in one line: ``qlora rank 16, 2 x 2048 tokens, adamw_torch_fused, fsdp x 8``."""
     job = report.job
     parts: list[str] = []
-    kind = _word(job, "method", "kind")
+    kind = _word(job, "method", "kind") if job.get("task") != "serve" else None
     batch = job.get("batch") if isinstance(job.get("batch"), Mapping) else {}
     assert isinstance(batch, Mapping)
     if kind is None:
