@@ -160,6 +160,7 @@ class Structure:
         self.static = tuple(static)
         self.static_bytes = sum(term.bytes for term in static)
         self.step_bytes = step_bytes(job.optimizer, learned)
+        self.network = network
         self.program = program_of(job, network)
         self.total_params = sum(
             parameter.numel * times for parameter, times, _ in counted if _is_base(parameter)
