@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ftplan.memory import ops
 from ftplan.memory.env import Environment
-from ftplan.memory.tape import ONE, SCORES, SQUARE, Grads, Size, Tape, Tensor
+from ftplan.memory.tape import ONE, SCORES, SQUARE, TOKENS, Grads, Size, Tape, Tensor
 
 __all__ = ["Heads", "additive", "attend", "attend_broadcast", "kernel", "make_mask"]
 
@@ -106,6 +106,7 @@ def attend(
     env = q.tape.env
     if q.tape.prefix is not None:
         k, v = q.tape.prefix.join(k), q.tape.prefix.join(v)
+        mask = q.tape.prefix.mask
     if eager or env.attention == "eager":
         return _eager(q, k, v, heads, mask, bias, held)
     given = (k.dtype, v.dtype)
@@ -125,6 +126,11 @@ def attend(
     return ops.copy(out) if by_head and choice == "flash" else out
 
 
+def pairs(tape: Tape) -> Size:
+    """Pairs of a query and a key, of one head of all sequences."""
+    return SCORES if tape.prefix is None else SCORES + TOKENS * tape.prefix.tokens
+
+
 def additive(mask: Tensor | None, tape: Tape, dtype: str) -> Tensor:
     """SDPA turns a boolean mask into an additive one of (b, 1, s, s), in every layer anew.
 
@@ -132,9 +138,12 @@ def additive(mask: Tensor | None, tape: Tape, dtype: str) -> Tensor:
     """
     if mask is not None and mask.dtype != "bool":
         return mask
-    inverse = tape.tensor(SCORES, 1, "bool", "inverted mask")
-    bias = tape.tensor(SCORES, 1, dtype, "additive mask")
+    inverse = tape.tensor(pairs(tape), 1, "bool", "inverted mask")
+    bias = tape.tensor(pairs(tape), 1, dtype, "additive mask")
     del inverse
+    if tape.prefix is not None and tape.prefix.tokens % 16:  # rows are padded to 16 numbers
+        width = -(-tape.prefix.tokens // 16) * 16
+        bias = tape.tensor(SCORES + TOKENS * width, 1, dtype, "additive mask")
     return bias
 
 
@@ -248,7 +257,7 @@ def _eager(
     held: list[Tensor] | None,
 ) -> Tensor:
     """transformers' ``eager_attention_forward``."""
-    rows = SCORES * heads.count
+    rows = pairs(q.tape) * heads.count
     dtype = q.dtype
     keys, values = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
     weights = ops.scale(ops.matmul(_dense(q), _dense(keys), rows, 1, "scores"))

@@ -96,6 +96,9 @@ class Label:
 class Joins(Protocol):
     """What attention does to keys and to values before it uses them."""
 
+    tokens: int
+    mask: Tensor
+
     def join(self, x: Tensor) -> Tensor:
         """Keys or values, longer."""
         ...

@@ -125,7 +125,7 @@ def _wrap_modules(network: Network, spec: AdapterSpec, job: Job) -> None:
         elif place.parameters:
             _fold(name, module, place, spec)
         elif spec.kind == "ln_tuning":
-            root.replace(path, trained_copy(module, spec.dtype))
+            root.replace(path, trained_copy(module))
         elif isinstance(module, Embedding) and spec.kind in LORA:
             root.replace(path, LoraEmbedding(module, spec, place.rank))
         elif isinstance(module, Linear):

@@ -16,7 +16,7 @@ from ftplan.memory.adapters.lora import thin
 from ftplan.memory.families import complete
 from ftplan.memory.job import AdapterSpec, Job
 from ftplan.memory.nn import Embedding, Module, Network, Shared
-from ftplan.memory.tape import BATCH, ONE, TOKENS, Grads, Size, Tape, Tensor
+from ftplan.memory.tape import BATCH, ONE, SCORES, TOKENS, Grads, Size, Tape, Tensor
 
 __all__ = ["add_prompt"]
 
@@ -89,20 +89,25 @@ def _join(first: Tensor, second: Tensor, name: str = "cat") -> Tensor:
 
 
 class Prefix:
-    """What attention joins before its keys and values in every layer, for as long as it runs."""
+    """What attention joins before its keys and values in every layer."""
 
-    def __init__(self, past: Tensor, layers: int, tokens: int, width: int) -> None:
+    def __init__(self, past: Tensor, tokens: int, width: int) -> None:
+        tape = past.tape
         self.past = past
-        self.layers = layers
         self.tokens = tokens
         self.width = width
-        self.cache: list[Tensor] = []
+        rows = SCORES + TOKENS * tokens
+        self.mask = tape.tensor(rows, 1, "bool", "mask")
+        """More keys than queries: no kernel's causal flag will do."""
+        if tape.env.attention == "eager":
+            self.mask = tape.tensor(rows, 1, past.dtype, "mask")
 
     def join(self, x: Tensor) -> Tensor:
         """Keys (or values) of one layer behind the prefix's; the cache holds them too."""
         own = _slice(self.past, BATCH * self.tokens, self.width)
         out = _join(own, x, "keys with prefix")
-        self.cache.append(out.alias())
+        held = out.tape.weight_cache  # what is dropped once the model has returned
+        held[-1 - len(held)] = out.alias()
         return out
 
 
@@ -166,11 +171,9 @@ def _add_prefix(network: Network, config: Mapping[str, Any], tokens: int, job: J
     enter = stage.enter
 
     def entered(tape: Tape, shared: Shared) -> Tensor:
-        past = _repeat(table.forward(tape, ONE * tokens), BATCH * tokens)
+        past = table.forward(tape, BATCH * tokens)
         x = enter(tape, shared)
-        past = ops.to(past, x.dtype)
-        tape.prefix = Prefix(past, layers, tokens, width)
+        tape.prefix = Prefix(ops.to(past, x.dtype), tokens, width)
         return x
 
     stage.enter = entered
-    network.prefix_tokens = tokens

@@ -76,16 +76,15 @@ class VeraLinear(Adapted):
         return ops.to(ops.to(result, dtype), before)
 
 
-def trained_copy(module: Module, dtype: str | None) -> Module:
-    """A copy of a module that is trained in full, beside the frozen original.
+def trained_copy(module: Module) -> Module:
+    """A copy of a module that is trained in full beside the frozen original.
 
-    ``LNTuningLayer`` casts the copy to the adapter's dtype; ``ModulesToSaveWrapper`` does not.
+    ``ModulesToSaveWrapper`` and ``LNTuningLayer`` keep both, in the base's dtype.
     """
     twin = copy.deepcopy(module)
     for _, parameter in twin.named_parameters():
         parameter.trainable = True
         parameter.added = True
-        parameter.dtype = dtype or parameter.dtype
     twin.original_module = module
     return twin
 
