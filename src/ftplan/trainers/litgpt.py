@@ -11,7 +11,7 @@ from typing import Any
 from ftplan.trainers.draft import Draft
 from ftplan.trainers.keys import Keys
 from ftplan.trainers.launch import Context, surroundings
-from ftplan.trainers.words import litgpt_model, optimizer_name
+from ftplan.trainers.words import litgpt_model, optimizer_name, own_names
 
 __all__ = ["NAME", "matches", "read"]
 
@@ -147,7 +147,11 @@ def _method(draft: Draft, keys: Keys, kind: str, verb: str | None) -> None:
     }
     picked = tuple(module for name, modules in names.items() if chosen[name] for module in modules)
     if picked and any(value is not None for value in on.values()):
-        draft.put("method.targets", picked, keys.at("lora_query"))
+        model = draft.get("model.name")
+        draft.put("method.targets", own_names(model, picked), keys.at("lora_query"))
+    else:
+        usual = own_names(draft.get("model.name"), ("q_proj", "v_proj"))
+        draft.assume("method.targets", usual, SOURCE % "finetune/lora.py: lora_query, lora_value")
 
 
 def _batch(context: Context, keys: Keys, verb: str | None) -> None:

@@ -36,6 +36,11 @@ _TUNERS = {
     "boft": "boft", "ia3": "ia3", "dora": "dora", "lora_llm": "lora", "oft": "oft",
     "adapter": "houlsby",
 }  # fmt: skip
+_MEGATRON_NAMES = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"), "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"), "linear_fc2": ("down_proj",),
+}  # fmt: skip
+"""Megatron-core's modules by the names of the model's own class."""
 _QUANT = {
     ("bnb", 4): "nf4", ("bnb", 8): "int8", ("hqq", 4): "int4", ("hqq", 8): "int8",
     ("eetq", 8): "int8", ("gptq", 4): "gptq-int4", ("awq", 4): "awq-int4", ("quanto", 8): "int8",
@@ -169,6 +174,8 @@ def _method(draft: Draft, keys: Keys, megatron: bool) -> None:
         found = keys.words("target_modules")
         if found and "all-router" in found:
             found = tuple(one for one in found if one != "all-router")
+        if found and megatron:
+            found = tuple(part for name in found for part in _MEGATRON_NAMES.get(name, (name,)))
         draft.put("method.targets", targets(found), keys.at("target_modules"))
     draft.assume(
         "method.targets",

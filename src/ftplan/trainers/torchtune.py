@@ -17,7 +17,13 @@ from ftplan.trainers import writing
 from ftplan.trainers.draft import Draft
 from ftplan.trainers.keys import Keys
 from ftplan.trainers.launch import Context, surroundings
-from ftplan.trainers.words import dtype, model_name, optimizer_name, torchtune_model
+from ftplan.trainers.words import (
+    dtype,
+    model_name,
+    optimizer_name,
+    own_names,
+    torchtune_model,
+)
 
 __all__ = ["NAME", "export", "matches", "read", "refuse"]
 
@@ -190,7 +196,8 @@ def _adapter(draft: Draft, keys: Keys, section: str, method: str | None) -> None
             draft.put("method.targets", "all-linear", keys.at(section, "lora_attn_modules"))
         else:
             chosen = [*names, *(MLP_NAMES if mlp else ()), *(["lm_head"] if head else [])]
-            draft.put("method.targets", tuple(chosen), keys.at(section, "lora_attn_modules"))
+            named = own_names(draft.get("model.name"), tuple(chosen))
+            draft.put("method.targets", named, keys.at(section, "lora_attn_modules"))
     if keys.flag(section, "use_dora"):
         draft.put("method.kind", "dora", keys.at(section, "use_dora"))
         draft.put("method.use_dora", True, keys.at(section, "use_dora"))

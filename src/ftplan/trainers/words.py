@@ -15,6 +15,7 @@ __all__ = [
     "dtype",
     "model_name",
     "optimizer_name",
+    "own_names",
     "peft_default_targets",
     "targets",
     "torchtune_model",
@@ -114,6 +115,18 @@ def peft_default_targets(model: str | None) -> tuple[tuple[str, ...] | str, str]
         if part in name:
             return (tuple(names) if isinstance(names, list) else names), words["source"]
     return tuple(words["other"]), words["source"]
+
+
+def own_names(model: str | None, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Llama's module names as the model's own family calls them (``qkv_proj``), each once.
+
+    litgpt and torchtune name the parts of every network alike; a plan names modules of the model.
+    """
+    name = (model or "").lower()
+    for part, table in _words()["own_names"]["families"]:
+        if part in name:
+            return tuple(dict.fromkeys(table.get(one, one) for one in names))
+    return names
 
 
 def model_name(name: str | None) -> str | None:
