@@ -199,6 +199,12 @@ def placed(error: FtplanError, job: JobInput) -> FtplanError:
     """The error, at the key of the job's file that it is about."""
     if error.location is not None or job.file is None:
         return error
+    if "model_type" in error.message:  # the same word may stand elsewhere, as a chat template
+        where = job.locate("model.name") or job.locate("model.config") or job.locate("model")
+        error.location = where or Location(file=job.file)
+        if job.document is not None:
+            error.source_line = job.document.line_text(error.location.line)
+        return error
     if job.document is not None:
         return place_error(error, job.document)
     error.location = Location(file=job.file)

@@ -261,9 +261,19 @@ def show_findings(page: Page, findings: Sequence[Finding]) -> None:
     _finding_lines(page, findings)
 
 
-def _finding_lines(page: Page, findings: Sequence[Finding]) -> None:
+def _place(finding: Finding, file: str | None) -> str:
+    """Where a finding is; under the heading of its own file the line is enough."""
+    where = finding.location
+    if where is None:
+        return ""
+    if where.file != file:
+        return f"{where}: "
+    return f"line {where.line}: " if where.line is not None else ""
+
+
+def _finding_lines(page: Page, findings: Sequence[Finding], file: str | None = None) -> None:
     for finding in findings:
-        where = f"{finding.location}: " if finding.location is not None else ""
+        where = _place(finding, file)
         page.line(
             (f"{finding.severity} {finding.code}", STYLE[finding.severity]),
             f"  {where}{finding.message}",
@@ -333,7 +343,7 @@ def render_check(check: CheckReport, *, width: int = 80, colour: bool = False) -
             page.line(
                 "largest: " + ", ".join(f"{t.name} {gib(t.bytes)} GiB" for t in largest), indent=2
             )
-        _finding_lines(page, report.findings)
+        _finding_lines(page, report.findings, file)
         if report.remedies:
             page.line("would help, in order:", indent=2)
             _remedy_table(page, report.remedies, indent=4)
