@@ -178,3 +178,82 @@ def test_importing_the_annex_loads_no_torch() -> None:
     code = "import sys, ftplan.trace; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_suite_is_measured_job_by_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every job of the suite is a line of the readings, a refused one with its error."""
+    from ftplan.errors import UnsupportedError
+    from ftplan.trace import measure
+
+    def fake(plan: Any, config: Any, **options: Any) -> dict[str, Any]:
+        if config["model_type"] == "gpt2":
+            raise UnsupportedError("a GPT of another kind")
+        return {"allocated_bytes": 1, "layers": options["layers"]}
+
+    monkeypatch.setattr(measure, "measure_plan", fake)
+    suite = BENCH.parent / "suite.yaml"
+    readings = tmp_path / "deep" / "readings.jsonl"
+    count = measure.measure_suite(suite, readings)
+    lines = [json.loads(line) for line in readings.read_text().splitlines()]
+    assert count == len(lines) >= 20
+    refused = [line for line in lines if "error" in line]
+    assert len(refused) == 2
+    assert all(line["allocated_bytes"] == 1 for line in lines if line not in refused)
+    assert {line["layers"] for line in lines if line not in refused} >= {None, 8, 16}
+
+
+@pytest.mark.parametrize("text", ["", "jobs: []", "[1, 2]", "jobs: {a: 1}"])
+def test_a_suite_without_jobs_is_refused(tmp_path: Path, text: str) -> None:
+    """An empty suite is a mistake, and the error shows how one is written."""
+    from ftplan.errors import InputError
+    from ftplan.trace.measure import measure_suite
+
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(text)
+    with pytest.raises(InputError) as caught:
+        measure_suite(suite, tmp_path / "readings.jsonl")
+    assert "jobs:" in caught.value.remedy
+
+
+def test_the_witness_agreed() -> None:
+    """On ten jobs MemTracker and the ledger differ by rounding up to 512 bytes, nothing else."""
+    document = json.loads((BENCH.parent / "mem_tracker.json").read_text(encoding="ascii"))
+    assert len(document["jobs"]) >= 10
+    for job in document["jobs"]:
+        assert 0 <= job["ledger_bytes"] - job["witness_bytes"] < 100_000
+
+
+REFUSED: list[dict[str, Any]] = [
+    {"method": None},
+    {"stack": "torchtune"},
+    {"kernels": "liger"},
+    {"sharding": {"kind": "fsdp", "tp": 2}},
+    {"sharding": {"kind": "fsdp", "offload": "params"}},
+    {"optimizer": {"name": "adamw", "in_backward": True}},
+    {"batch": {"images": 1}},
+]
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_what_cannot_be_run_is_refused_by_name(change: dict[str, Any]) -> None:
+    """A choice that a trace would not make true is refused, never traced without it."""
+    from ftplan.errors import UnsupportedError
+    from ftplan.trace.job import plan_from, resolve
+
+    plan = {"model": "llama-3.2-1b", "method": {"kind": "lora"}}
+    resolve(plan_from(plan))
+    with pytest.raises(UnsupportedError):
+        resolve(plan_from({**plan, **change}))
+
+
+def test_cards_have_their_capability() -> None:
+    """The card decides which attention kernel runs: an older one cannot run flash."""
+    from ftplan.trace.job import plan_from, resolve
+
+    for gpu, capability in (
+        ("t4-16gb", (7, 5)), ("a100-80gb", (8, 0)), ("a10g-24gb", (8, 6)), ("l4-24gb", (8, 9)),
+        ("h100-80gb", (9, 0)), ("h200-141gb", (9, 0)), ("rtx-4090-24gb", (8, 9)),
+        ("v100-32gb", (7, 0)), (None, (8, 0)),
+    ):  # fmt: skip
+        plan = {"model": "x", "method": {"kind": "full"}, "hardware": {"gpu": gpu}}
+        assert resolve(plan_from(plan)).capability == capability, gpu

@@ -29,6 +29,7 @@ __all__ = [
     "family_of",
     "materialize",
     "model_config",
+    "train_in_fp32",
 ]
 
 
@@ -306,6 +307,20 @@ def materialize(model: Any) -> None:
         if "dynamic" in str(getattr(module, "rope_type", "")):
             # positions decide which frequencies are used, never how large anything is
             module.rope_type = "default"
+
+
+def train_in_fp32(job: Job, model: Any) -> None:
+    """LLaMA-Factory casts whatever is trained to fp32 (model/adapter.py, cast_trainable_params)."""
+    if job.stack != "llamafactory":
+        return
+    swapped: dict[int, Any] = {}
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is None or not old.requires_grad or old.dtype == torch.float32:
+                continue
+            if id(old) not in swapped:
+                swapped[id(old)] = (nn.Parameter(old.detach().to(torch.float32)), old)
+            module._parameters[name] = swapped[id(old)][0]
 
 
 def checkpoint(job: Job, model: Any) -> None:

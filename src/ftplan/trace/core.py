@@ -168,6 +168,7 @@ def trace_job(
                     cuda.patched(torch.Tensor, "__deepcopy__", build.copy_tensor),
                 ):
                     model = build.adapt(model, job)
+                    build.train_in_fp32(job, model)
                 build.checkpoint(job, model)
                 trainable = _count(model, trained=True)
                 model = shard(model, job, mesh)

@@ -9,7 +9,7 @@ from typing import Any
 from ftplan.errors import UnsupportedError
 from ftplan.spec import Plan
 
-__all__ = ["Job", "resolve"]
+__all__ = ["HF_STACKS", "Job", "plan_from", "resolve"]
 
 QUANTIZED = ("nf4", "fp4", "int8", "int4")
 _FLOATS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -93,6 +93,37 @@ def _capability(gpu: str | None) -> tuple[int, int]:
     return table.get(best, (8, 0))
 
 
+HF_STACKS = ("transformers", "pytorch", "trl", "axolotl", "llamafactory", "ms-swift")
+"""Stacks that run transformers' own model code, which is what a trace runs."""
+
+
+def _refuse(plan: Plan) -> None:
+    """Name what the plan asks for and a trace cannot run."""
+    sharding, choice = plan.sharding, plan.optimizer
+    stack = plan.stack or "transformers"
+    if stack not in HF_STACKS:
+        raise UnsupportedError(
+            f"tracing the stack {stack!r}, whose model code is its own,",
+            remedy=f"trace one of {', '.join(HF_STACKS)}",
+        )
+    for name in ("tp", "pp", "cp", "ep", "dp_replicate"):
+        if (getattr(sharding, name) or 1) > 1:
+            raise UnsupportedError(f"tracing sharding.{name}", remedy="leave it at 1")
+    if (sharding.offload or "none") != "none":
+        raise UnsupportedError("tracing offload", remedy="trace with offload: none")
+    if (plan.kernels or "none") != "none":
+        raise UnsupportedError(
+            f"tracing {plan.kernels} kernels, which run on a GPU only,",
+            remedy="trace with kernels: none",
+        )
+    if choice is not None and (choice.in_backward or choice.state_dtype):
+        raise UnsupportedError(
+            "tracing an optimizer that steps in backward or stores its states in another dtype"
+        )
+    if plan.batch.images:
+        raise UnsupportedError("tracing images", remedy="trace the text alone")
+
+
 _IMPLEMENTATIONS = {
     "adamw_torch_fused": ("adamw", "fused"),
     "adamw_torch": ("adamw", "foreach"),
@@ -109,6 +140,7 @@ def resolve(plan: Plan) -> Job:
         raise UnsupportedError(
             "tracing inference", remedy="give the plan a method, as {kind: lora}"
         )
+    _refuse(plan)
     stack = plan.stack or "transformers"
     kind = method.kind
     precision, batch, sharding = plan.precision, plan.batch, plan.sharding

@@ -39,8 +39,6 @@ def distributed(job: Job, ledger: Ledger) -> Iterator[Any]:
             f"tracing {job.sharding}" + (" version 1" if job.sharding == "fsdp" else ""),
             remedy="trace {kind: fsdp, version: 2} or {kind: ddp}",
         )
-    if job.offload != "none":
-        raise UnsupportedError("tracing offload", remedy="trace with offload: none")
     import torch.distributed as dist
     import torch.distributed._tools.fake_collectives
     from torch.distributed.device_mesh import init_device_mesh
