@@ -18,8 +18,8 @@ from ftplan.memory.counters import (
     reserved_interval,
     workspace_bytes,
 )
-from ftplan.memory.estimate import Estimate
-from ftplan.memory.estimate import estimate as walk
+from ftplan.memory.estimate import Estimate, Structure
+from ftplan.memory.host import Wire, disk_bytes, host_interval, wire_of
 from ftplan.memory.serving import serve
 from ftplan.memory.terms import all_terms
 from ftplan.memory.ways import ways
@@ -59,7 +59,66 @@ def _sized(resolved: Resolved) -> Report:
         return _textbook(resolved)
     if resolved.plan.task == "serve" or resolved.plan.method is None:
         return _report(resolved, serve(serving_job_of(resolved)))
-    return _report(resolved, walk(job_of(resolved)))
+    return _training(resolved)
+
+
+def _training(resolved: Resolved) -> Report:
+    """The walk, and what lies beside the GPU: host memory, disk, the wire."""
+    job = job_of(resolved)
+    structure = Structure(job)
+    report = _report(resolved, structure.at(job.micro, job.seq_len, job.loss_chunk))
+    plan, counted = resolved.plan, structure.counted
+    host = host_interval(job, counted, gpus_per_node=plan.hardware.count or 1)
+    details: dict[str, Any] = {"disk_bytes": disk_bytes(job, counted)}
+    wire = wire_of(job, counted)
+    if wire is not None:
+        details["communication"] = _communication(resolved, wire)
+    return replace(
+        report,
+        host_bytes=host,
+        details={**report.details, **details},
+        findings=(*report.findings, *_host_findings(resolved, host)),
+    )
+
+
+def _communication(resolved: Resolved, wire: Wire) -> dict[str, Any]:
+    """Bytes on the wire a step and, where the card is known, seconds at its full rate."""
+    told: dict[str, Any] = {
+        "collective": wire.collective,
+        "bytes_per_step": wire.bytes_per_step,
+    }
+    if resolved.gpu is not None and resolved.gpu.interconnect.bytes_per_s:
+        rate = resolved.gpu.interconnect.bytes_per_s // 2  # one direction
+        told["interconnect"] = resolved.gpu.interconnect.kind
+        told["least_seconds_per_step"] = round(wire.bytes_per_step / rate, 4)
+    return told
+
+
+def _host_findings(resolved: Resolved, host: Interval) -> tuple[Finding, ...]:
+    """What the user should know of host memory and of what stands in for something else."""
+    findings: list[Finding] = []
+    ram = resolved.plan.hardware.host_ram
+    if ram is not None and host.expected > ram:
+        findings.append(
+            Finding(
+                code="FIT002",
+                severity="error",
+                message=f"a node needs {host.expected:,} bytes of host memory and has {ram:,}",
+                help="load on one rank only, quantise, or offload less",
+            )
+        )
+    sharding = resolved.plan.sharding
+    if sharding.kind == "fsdp" and sharding.version == 1:
+        findings.append(
+            Finding(
+                code="FIT003",
+                severity="warning",
+                message="FSDP1 is sized as FSDP2: its flat parameters also take gradients of "
+                "frozen weights in a unit that trains anything",
+                help="use fsdp_version: 2, or leave headroom",
+            )
+        )
+    return tuple(findings)
 
 
 def _remedies(

@@ -20,6 +20,7 @@ from ftplan.errors import InputError, UnsupportedError
 from ftplan.memory.env import Environment
 from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
 from ftplan.memory.optimizer import OptimizerSpec, State
+from ftplan.memory.parallel import local_config, local_seq_len
 from ftplan.memory.serving import ServingJob
 from ftplan.memory.tape import ITEM_BYTES
 from ftplan.report import Assumption, Finding
@@ -313,12 +314,13 @@ def job_of(resolved: Resolved) -> Job:
         loss=plan.loss.kind,
         keep_outputs=stack.keeps_outputs,
         outputs_to_fp32=autocast is not None and stack.outputs_to_fp32,
-        seq_len=batch.seq_len,
+        seq_len=local_seq_len(batch.seq_len, _sharding(plan)),
         reentrant=bool(checkpointing.reentrant),
     )
     native = _native_dtype(resolved.config) or "bf16"
+    sharding = _sharding(plan)
     return Job(
-        config=resolved.config,
+        config=local_config(resolved.config, sharding),
         task=plan.task or "sft",
         method="full"
         if method.kind == "full"
@@ -334,14 +336,14 @@ def job_of(resolved: Resolved) -> Job:
         trainable_dtype=stack.trainable_dtype if method.kind in ("full", "partial") else None,
         environment=environment,
         micro=batch.micro,
-        seq_len=batch.seq_len,
+        seq_len=local_seq_len(batch.seq_len, sharding),
         accumulation=batch.accumulation,
         checkpoint_every=0 if checkpointing.kind == "none" else checkpointing.every,
-        checkpoint_offload=checkpointing.kind == "offload",
+        checkpoint_offload=checkpointing.kind == "offload" or sharding.offload == "activations",
         loss_chunk=plan.loss.chunk or 0,
         optimizer=_optimizer(plan.optimizer),
         main_weights=stack.main_weights and storage.name in ("bf16", "fp16"),
-        sharding=_sharding(plan),
+        sharding=sharding,
     )
 
 

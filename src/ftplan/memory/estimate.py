@@ -109,6 +109,9 @@ def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]
         _weights(frozen, "weights/frozen", "shapes from config.json"),
         _weights(learned, own, "shapes from config.json"),
     ]
+    offload = job.sharding.offload
+    if offload in ("params", "nvme"):
+        terms = []  # they wait on the host, or on NVMe
     trained = sum(parameter.numel * times for parameter, times, _ in learned)
     states = " + ".join(f"{s.name} ({s.dtype}, {s.shape})" for s in job.optimizer.states)
     updated, parts = learned, ""
@@ -136,7 +139,15 @@ def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]
                 "DDP copies every gradient into flat buckets (gradient_as_bucket_view=False)",
             )
         )
-    return [term for term in terms if term.bytes]
+    return [term for term in terms if term.bytes and not _waits_elsewhere(term, job.sharding)]
+
+
+def _waits_elsewhere(term: StaticTerm, sharding: ShardingSpec) -> bool:
+    """States are off the GPU when they, or FSDP's weights with them, are offloaded."""
+    if not term.name.startswith("optimizer/"):
+        return False
+    moved = sharding.offload in ("optimizer", "nvme")
+    return moved or (sharding.offload == "params" and sharding.kind == "fsdp")
 
 
 class Structure:
@@ -153,6 +164,15 @@ class Structure:
         local = [(_shard(p, ranks), times, matrix) for p, times, matrix in counted]
         learned = [entry for entry in local if entry[0].trainable]
         static = static_terms(job, local, counted)
+        if network.buffer_bytes:
+            static.append(
+                StaticTerm(
+                    name="weights/buffers",
+                    bytes=network.buffer_bytes,
+                    formula=f"{network.buffer_bytes:,}",
+                    source="masks and tables that the model keeps beside its weights",
+                )
+            )
         if job.accumulation > 1:
             static.append(
                 _weights(learned, "gradients/accumulated", "gradients of earlier micro batches")
@@ -161,6 +181,7 @@ class Structure:
         self.static_bytes = sum(term.bytes for term in static)
         self.step_bytes = step_bytes(job.optimizer, learned)
         self.network = network
+        self.counted = counted
         self.program = program_of(job, network)
         self.total_params = sum(
             parameter.numel * times for parameter, times, _ in counted if _is_base(parameter)

@@ -138,8 +138,8 @@ class Fsdp:
                 flat // self.ranks // ITEM_BYTES[dtype] * ITEM_BYTES[orig], "reduced gradients"
             )
         self.tape.labels[shard.index - 1] = Label("gradients", "parameters")
-        if self.accumulated:
-            return
+        if self.accumulated or self.spec.offload == "params":
+            return  # CPUOffloadPolicy copies shards of gradients to the host
         held = Tensor(self.tape, shard, ONE, 1, orig)
         for parameter in trained:
             parameter.grad = held

@@ -38,8 +38,8 @@ class Zero(Fsdp):
         trained = [p for p in unit.parameters if p.grad is not None]
         for parameter in trained:
             parameter.grad = None
-        if not trained or self.accumulated:
-            return
+        if not trained or self.accumulated or self.spec.offload in ("optimizer", "nvme"):
+            return  # with offload the rank's own part goes to the host
         elements = sum(p.numel * unit.times.get(id(p), 1) for p in trained)
         dtype = trained[0].stored
         part = self.tape.allocate(

@@ -1,0 +1,72 @@
+"""Tensor, context and expert parallelism: the shapes that one rank sees.
+
+Each is a change of the model's shape, not a division of a sum. Tensor parallelism splits heads and
+the inner width of the MLP and leaves the residual stream whole (transformers' ``tp_plan``:
+column-wise q, k, v, gate, up; row-wise o and down); expert parallelism splits the experts; context
+parallelism splits the sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ftplan.errors import UnsupportedError
+from ftplan.memory.job import ShardingSpec
+
+__all__ = ["local_config", "local_seq_len"]
+
+_INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def local_seq_len(seq_len: int, spec: ShardingSpec) -> int:
+    """Tokens of each sequence that one rank of a context-parallel group holds."""
+    return -(-seq_len // spec.cp)
+
+
+def local_config(config: Mapping[str, Any], spec: ShardingSpec) -> Mapping[str, Any]:
+    """The shape of one rank's part. Raises UnsupportedError, by name, for what cannot be split."""
+    if spec.pp > 1:
+        raise UnsupportedError(
+            "pipeline parallelism",
+            remedy="size one stage: a config.json with its share of num_hidden_layers, micro "
+            "batches in flight as --micro-batch",
+        )
+    local = dict(config)
+    if spec.tp > 1:
+        _split_heads(local, spec.tp)
+    if spec.ep > 1:
+        _split_experts(local, spec.ep)
+    return local
+
+
+def _split_heads(config: dict[str, Any], tp: int) -> None:
+    heads = config.get("num_attention_heads")
+    if not isinstance(heads, int) or "hidden_size" not in config:
+        raise UnsupportedError(f"tensor parallelism of {config.get('model_type')}")
+    kv = config.get("num_key_value_heads") or heads
+    if heads % tp:
+        raise UnsupportedError(
+            f"tensor parallelism {tp} of {heads} heads", remedy=f"use a degree that divides {heads}"
+        )
+    config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
+    config["num_attention_heads"] = heads // tp
+    config["num_key_value_heads"] = max(1, kv // tp)
+    for name in _INNER:
+        if isinstance(config.get(name), int):
+            config[name] = -(-config[name] // tp)
+
+
+def _split_experts(config: dict[str, Any], ep: int) -> None:
+    for name in _EXPERTS:
+        count = config.get(name)
+        if isinstance(count, int) and count > 1:
+            if count % ep:
+                raise UnsupportedError(
+                    f"expert parallelism {ep} of {count} experts",
+                    remedy=f"use a degree that divides {count}",
+                )
+            config[name] = count // ep
+            return
+    raise UnsupportedError(f"expert parallelism of {config.get('model_type')}: it has no experts")
