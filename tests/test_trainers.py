@@ -354,3 +354,18 @@ def test_the_generated_pages_are_up_to_date(name: str) -> None:
     )
     text = getattr(pages, f"{name}_markdown")()
     assert path.read_text(encoding="utf-8") == text, f"run: {write}"
+
+
+def test_targets_are_named_as_the_model_names_its_modules() -> None:
+    """litgpt's, torchtune's and Megatron's words for a projection become the model's own."""
+    script = "litgpt finetune_lora {} --lora_key true --lora_mlp true --train.max_seq_length 9"
+    falcon = import_text(script.format("tiiuae/falcon-7b"), file="a.sh").plan.method
+    assert falcon is not None
+    assert falcon.targets == ("query_key_value", "dense_h_to_4h", "dense_4h_to_h")
+    text = (
+        "megatron sft --model a/b --tuner_type lora --target_modules linear_qkv linear_fc2 "
+        "--max_length 9"
+    )
+    swift = import_text(text, file="a.sh").plan.method
+    assert swift is not None
+    assert swift.targets == ("q_proj", "k_proj", "v_proj", "down_proj")
