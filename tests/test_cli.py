@@ -105,7 +105,7 @@ def test_our_own_faults_are_exit_2(
     monkeypatch.delenv("FTPLAN_DEBUG")
     checked = ftplan_("check", plan, "--format", "json")
     assert checked.code == 2
-    assert checked.data["results"][0]["findings"][0]["code"] == "CHK000"
+    assert checked.data["results"][0]["findings"][0]["code"] == "FIT010"
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -481,7 +481,7 @@ def test_catalogues(ftplan_: Terminal, what: str) -> None:
     assert (said.code, said.out) == (2, "")
 
 
-@pytest.mark.parametrize("name", ["activations", "weights/frozen", "nf4", "CHK003", "axolotl"])
+@pytest.mark.parametrize("name", ["activations", "weights/frozen", "nf4", "FIT013", "axolotl"])
 def test_explain(ftplan_: Terminal, name: str) -> None:
     """A page has why and source under fixed headings."""
     page = ftplan_("explain", name).out

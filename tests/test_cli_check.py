@@ -90,7 +90,7 @@ def test_every_file_has_a_result(ftplan_: Terminal) -> None:
     assert [r["verdict"] for r in data["results"]] == ["unknown", "fits", "unknown", "over"]
     refused = data["results"][0]
     assert refused["allocated_bytes"] is None
-    assert refused["findings"][0]["code"] == "CHK001"
+    assert refused["findings"][0]["code"] == "FIT011"
     assert refused["findings"][0]["location"]["line"] == 3
 
 
@@ -98,7 +98,7 @@ def test_a_job_without_a_gpu_says_what_to_pass(ftplan_: Terminal) -> None:
     """Unknown comes with what would decide it, and with the numbers that are known."""
     [result] = ftplan_("check", "nogpu.yaml", "--format", "json").data["results"]
     assert result["allocated_bytes"]["expected"] > 0
-    [finding] = [f for f in result["findings"] if f["code"] == "CHK003"]
+    [finding] = [f for f in result["findings"] if f["code"] == "FIT013"]
     assert "--gpu" in finding["help"]
 
 
@@ -170,7 +170,7 @@ def test_against_a_smaller_plan(ftplan_: Terminal) -> None:
     said = ftplan_("check", "huge.yaml", "--against", "over.yaml", "--format", "json")
     assert said.code == 1
     [result] = said.data["results"]
-    [growth] = [f for f in result["findings"] if f["code"] == "CHK010"]
+    [growth] = [f for f in result["findings"] if f["code"] == "FIT015"]
     assert "GiB more than the baseline" in growth["message"]
 
 
@@ -187,7 +187,7 @@ def test_against_an_earlier_answer(ftplan_: Terminal) -> None:
     said = ftplan_("check", "over.yaml", "fits.yaml", "--against", "main.json", "--format", "json")
     assert said.code == 0
     assert [r["file"] for r in said.data["results"]] == ["fits.yaml"]
-    assert said.data["results"][0]["findings"][0]["code"] == "CHK010"
+    assert said.data["results"][0]["findings"][0]["code"] == "FIT015"
 
 
 def test_a_new_file_is_reported_whole(ftplan_: Terminal) -> None:

@@ -101,7 +101,7 @@ def _host_findings(resolved: Resolved, host: Interval) -> tuple[Finding, ...]:
     if ram is not None and host.expected > ram:
         findings.append(
             Finding(
-                code="FIT002",
+                code="FIT003",
                 severity="error",
                 message=f"a node needs {host.expected:,} bytes of host memory and has {ram:,}",
                 help="load on one rank only, quantise, or offload less",
@@ -111,7 +111,7 @@ def _host_findings(resolved: Resolved, host: Interval) -> tuple[Finding, ...]:
     if sharding.kind == "fsdp" and sharding.version == 1:
         findings.append(
             Finding(
-                code="FIT003",
+                code="FIT004",
                 severity="warning",
                 message="FSDP1 is sized as FSDP2: its flat parameters also take gradients of "
                 "frozen weights in a unit that trains anything",

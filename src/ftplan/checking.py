@@ -84,7 +84,7 @@ def check_one(
                 describe_fault(error),
                 remedy="this is a fault of ftplan; FTPLAN_DEBUG=1 shows where it happened",
             ),
-            code="CHK000",
+            code="FIT010",
             job=job,
         )
     return _judged(job, report)
@@ -96,7 +96,7 @@ def _judged(job: JobInput, report: Report) -> Report:
         return replace(report, findings=(*_verdict_finding(job, report), *report.findings))
     if report.gpu is None:
         finding = Finding(
-            code="CHK003",
+            code="FIT013",
             severity="error",
             message="no GPU is named, so nothing can be said about fitting",
             location=job.locate("hardware") or Location(file=job.file or ""),
@@ -111,14 +111,12 @@ def _verdict_finding(job: JobInput, report: Report) -> tuple[Finding, ...]:
     peak = report.device_bytes or report.allocated_bytes
     if report.verdict not in ("over", "tight") or report.gpu is None or peak is None:
         return ()
-    if any(f.code == "FIT001" for f in report.findings):
-        return ()
     is_over = report.verdict == "over"
     count = f" on each of {report.gpu.count}" if report.gpu.count > 1 else ""
     need = peak.expected if is_over else peak.high
     return (
         Finding(
-            code="CHK005" if is_over else "CHK006",
+            code="FIT001" if is_over else "FIT002",
             severity="error" if is_over else "warning",
             message=(
                 f"{'needs' if is_over else 'may need'} {need / GIB:.2f} GiB{count}, "
@@ -158,9 +156,9 @@ def _refused(
 ) -> Report:
     if code is None:
         kinds: tuple[tuple[type[FtplanError], str], ...] = (
-            (UnsupportedError, "CHK004"),
-            (UnknownNameError, "CHK002"),
-            (FtplanError, "CHK001"),
+            (UnsupportedError, "FIT014"),
+            (UnknownNameError, "FIT012"),
+            (FtplanError, "FIT011"),
         )
         code = next(code for kind, code in kinds if isinstance(error, kind))
     line = f" ({error.source_line.strip()})" if error.source_line.strip() else ""
@@ -288,7 +286,7 @@ def worsened(results: Results, baselines: Mapping[str, Baseline]) -> Results:
         worse = _RANK[report.verdict or "unknown"] > _RANK.get(before.verdict, 2)
         if grew > 0 and peak is not None:
             growth = Finding(
-                code="CHK010",
+                code="FIT015",
                 severity="error" if worse and report.verdict == "over" else "warning",
                 message=(
                     f"needs {grew / GIB:.2f} GiB more than the baseline "
