@@ -369,3 +369,13 @@ def test_targets_are_named_as_the_model_names_its_modules() -> None:
     swift = import_text(text, file="a.sh").plan.method
     assert swift is not None
     assert swift.targets == ("q_proj", "k_proj", "v_proj", "down_proj")
+
+
+def test_the_stock_trainers_files_are_not_taken_for_trl() -> None:
+    """A file for transformers' own scripts has the stock Trainer's defaults, not TRL's."""
+    text = '{"model_name_or_path": "a/b", "train_file": "x", "block_size": 512, "do_train": true}'
+    imported = import_text(text, file="args.json")
+    assert imported.trainer == "transformers"
+    assert imported.plan.loss is not None
+    assert imported.plan.loss.kind == "full"
+    assert imported.plan.batch.seq_len == 512

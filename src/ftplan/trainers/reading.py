@@ -89,6 +89,8 @@ def detect(document: Document) -> str:
         return llamafactory.NAME
     if swift.matches(data):
         return swift.NAME
+    if transformers.matches(data):
+        return transformers.NAME
     if trl.matches(data):
         return trl.NAME
     raise _unknown(data, keys)

@@ -30,8 +30,19 @@ SOURCE = "huggingface/transformers src/transformers/training_args.py, 5.23.0"
 
 
 def matches(data: dict[str, Any]) -> bool:
-    """Whether a mapping is a file of TrainingArguments for a model."""
-    return "model_name_or_path" in data and "per_device_train_batch_size" in data
+    """Whether a mapping holds flags of transformers' example scripts (or FastChat's), not TRL's."""
+    ours = any(key in data for key in _SCRIPT_KEYS)
+    return "model_name_or_path" in data and ours and not any(key in data for key in _TRL_KEYS)
+
+
+_SCRIPT_KEYS = (
+    "block_size", "train_file", "validation_file", "task_name", "model_max_length", "data_path",
+    "q_lora", "max_source_length", "source_prefix", "max_train_samples", "pad_to_max_length",
+)  # fmt: skip
+_TRL_KEYS = (
+    "use_peft", "packing", "loss_type", "dataset_mixture", "max_length", "beta", "reward_funcs",
+    "dataset_mixer", "max_prompt_length", "num_generations",
+)  # fmt: skip
 
 
 def read(context: Context, keys: Keys) -> None:
