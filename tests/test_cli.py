@@ -198,7 +198,7 @@ def test_explain_flag(ftplan_: Terminal, plan: Path) -> None:
         (("--params", "1e9", "--method", "lora", "--last-layers", "2"), "partial", "leave"),
         (("--params", "1e9", "--trainable", "1e8", "--last-layers", "2"), "both say", "--params"),
         (("--params", "1e9", "--optimizer", "sgd"), "acts on training", "--method"),
-        (("--params", "1e9", "--task", "sft"), "no method says how", "--method"),
+        (("--params", "1e9", "--task", "dpo"), "no method says how", "--method"),
         (("--params", "1e9", "--task", "serve", "--method", "full"), "contradicts it", ""),
         (("--params", "1GB"), "unknown suffix", "K, M, B or T"),
         (("--params", "-1"), "not a count", "13e9"),

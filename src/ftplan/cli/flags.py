@@ -255,6 +255,8 @@ _ADAPTER_FLAGS = ("rank", "targets", "modules_to_save", "adapter_dtype")
 _TRAINING_FLAGS = ("optimizer", "grad_accum", "gradient_checkpointing", "loss")
 _FULL_PRECISION = {"fp32", "float32", "tf32", "fp16", "float16", "half", "bf16", "bfloat16", "fp64"}
 _SERVING = ("serve",)
+_NEEDS_METHOD = ("pt", "rm", "dpo", "kto", "orpo", "ppo", "grpo", "distill")
+"""Tasks that say nothing about a model that is only run; the others are what it was made for."""
 
 
 def apply_flags(
@@ -322,7 +324,7 @@ def _refuse_idle(plan: Plan, given: dict[str, Any]) -> None:
                 remedy="add --method full, lora, qlora, ...",
             )
         task = given.get("task")
-        if task is not None and task != "serve" and plan.method is None:
+        if task in _NEEDS_METHOD and plan.method is None:
             raise InputError(
                 f"--task {task} trains the model, but no method says how",
                 remedy="add --method full, lora, qlora, ...",

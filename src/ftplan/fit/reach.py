@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from ftplan.errors import FtplanError
+from ftplan.errors import FtplanError, describe_fault
 from ftplan.fit.ways import Way
 from ftplan.fitting import FitRow, GpuOffer, GpuOption
 from ftplan.report import Interval, Report, Verdict
@@ -47,10 +47,13 @@ def rows_of(
         plan = _sized(way.plan, micro, seq_len)
         try:
             report = judge(plan)
+            row = _row(way, plan, report, judge, micro, seq_len, most_seq_len)
         except FtplanError as error:
-            rows.append((way, _refused(way, error), None))
-            continue
-        rows.append((way, _row(way, plan, report, judge, micro, seq_len, most_seq_len), report))
+            rows.append((way, _refused(way, error.message), None))
+        except Exception as error:  # our own fault in one way must not hide the others
+            rows.append((way, _refused(way, describe_fault(error)), None))
+        else:
+            rows.append((way, row, report))
     return rows
 
 
@@ -58,7 +61,7 @@ def _sized(plan: Plan, micro: int, seq_len: int) -> Plan:
     return replace(plan, batch=replace(plan.batch, micro=micro, seq_len=seq_len))
 
 
-def _refused(way: Way, error: FtplanError) -> FitRow:
+def _refused(way: Way, why: str) -> FitRow:
     return FitRow(
         way=way.name,
         change=way.sets,
@@ -68,7 +71,7 @@ def _refused(way: Way, error: FtplanError) -> FitRow:
         trainable_params=None,
         largest_micro=None,
         longest_seq_len=None,
-        note=error.message,
+        note=why,
     )
 
 
@@ -163,7 +166,7 @@ def _peak_on(plan: Plan, gpu: str, judge: Judge) -> Interval | None:
     sharding = replace(plan.sharding, kind=None)
     try:
         report = judge(replace(plan, hardware=hardware, sharding=sharding))
-    except FtplanError:
+    except Exception:  # refused, or our own fault: nothing is known about this card
         return None
     return report.device_bytes or report.allocated_bytes
 
@@ -181,7 +184,7 @@ def fewest_gpus(way: Way, judge: Judge, *, price_per_hour: float | None) -> GpuO
         )
         try:
             report = judge(plan)
-        except FtplanError:
+        except Exception:  # refused, or our own fault: nothing is known about this number
             continue
         peak = report.device_bytes or report.allocated_bytes
         if report.verdict == "fits" and peak is not None and report.gpu is not None:
