@@ -12,7 +12,7 @@ from ftplan.memory import ops
 from ftplan.memory.env import Environment
 from ftplan.memory.tape import ONE, SCORES, SQUARE, TOKENS, Grads, Size, Tape, Tensor
 
-__all__ = ["Heads", "additive", "attend", "attend_broadcast", "kernel", "make_mask"]
+__all__ = ["Heads", "additive", "attend", "attend_broadcast", "kernel", "make_mask", "pairs", "with_prefix"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +104,8 @@ def attend(
     blocks that hold them until they return.
     """
     env = q.tape.env
-    if q.tape.prefix is not None:
-        k, v = q.tape.prefix.join(k), q.tape.prefix.join(v)
-        mask = q.tape.prefix.mask
+    if heads.causal:
+        k, v, mask = with_prefix(k, v, mask)
     if eager or env.attention == "eager":
         return _eager(q, k, v, heads, mask, bias, held)
     given = (k.dtype, v.dtype)
@@ -124,6 +123,14 @@ def attend(
         mask = ops.autocast(additive(mask, q.tape, q.dtype))
     out = _fused(q, k, v, heads, mask, choice)
     return ops.copy(out) if by_head and choice == "flash" else out
+
+
+def with_prefix(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values behind the learned ones of prefix tuning, and the mask that fits them."""
+    prefix = k.tape.prefix
+    if prefix is None:
+        return k, v, mask
+    return prefix.join(k), prefix.join(v), prefix.mask if mask is None else mask
 
 
 def pairs(tape: Tape) -> Size:

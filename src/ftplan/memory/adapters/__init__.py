@@ -11,12 +11,13 @@ from collections.abc import Callable, Hashable
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory.adapters.bottleneck import add_bottlenecks
-from ftplan.memory.adapters.lora import FoldedParameter, LoraEmbedding, LoraLinear
+from ftplan.memory.adapters.lora import FoldedLinear, FoldedParameter, LoraEmbedding, LoraLinear
 from ftplan.memory.adapters.lycoris import LohaLinear, LokrLinear
 from ftplan.memory.adapters.prompts import add_prompt
 from ftplan.memory.adapters.rotations import BoftLinear, OftLinear
 from ftplan.memory.adapters.rules import (
     LORA,
+    MASKED,
     Place,
     Targeting,
     feedforward,
@@ -35,6 +36,7 @@ from ftplan.memory.adapters.vectors import (
 from ftplan.memory.experts import Experts, Router
 from ftplan.memory.job import AdapterSpec, Job
 from ftplan.memory.nn import Embedding, Linear, Module, Network
+from ftplan.memory.quantized import QuantizedLinear
 
 __all__ = ["adapt", "distinguish", "matches", "rank_of"]
 
@@ -88,6 +90,12 @@ def adapt(network: Network, job: Job) -> None:
     spec = job.adapter
     assert spec is not None
     if spec.kind in PROMPTS:
+        if _model_type(job) in MASKED and not _classifies(job):
+            raise UnsupportedError(
+                f"{spec.kind} of a masked language model",
+                remedy="use lora; PEFT has learned tokens for causal, sequence-to-sequence and "
+                "classification models",
+            )
         add_prompt(network, spec, job)
     elif spec.kind in BOTTLENECKS:
         add_bottlenecks(network, spec)
@@ -120,8 +128,10 @@ def _wrap_modules(network: Network, spec: AdapterSpec, job: Job) -> None:
     wrap = _wrapper(network, spec, job, [entry for entry in placed if entry[4].wrapped])
     for root, path, name, module, place in placed:
         if place.saved:
-            root.replace(path, trained_copy(module, None))
+            root.replace(path, trained_copy(module))
             network.tied.pop(f"{name}.weight", None)
+        elif place.parameters and isinstance(module, Linear):
+            _fold_linear(root, path, module, place, spec)
         elif place.parameters:
             _fold(name, module, place, spec)
         elif spec.kind == "ln_tuning":
@@ -135,6 +145,14 @@ def _wrap_modules(network: Network, spec: AdapterSpec, job: Job) -> None:
                 f"{spec.kind} on {name}, which is no linear layer",
                 remedy="name the linear layers below it; PEFT refuses it too",
             )
+
+
+def _fold_linear(root: Module, path: str, module: Linear, place: Place, spec: AdapterSpec) -> None:
+    """``target_parameters`` may name a linear layer's weight too."""
+    ((own, rank),) = place.parameters
+    if own != "weight" or isinstance(module, QuantizedLinear):
+        raise UnsupportedError(f"the target parameter {own!r} of a linear layer")
+    root.replace(path, FoldedLinear(module, spec, rank))
 
 
 def _fold(name: str, module: Module, place: Place, spec: AdapterSpec) -> None:

@@ -13,7 +13,7 @@ from ftplan.memory.quantized import QuantizedLinear, dequantized
 from ftplan.memory.tape import ONE, TOKENS, Grads, Parameter, Size, Tape, Tensor
 
 __all__ = [
-    "Adapted", "FoldedParameter", "LoraEmbedding", "LoraLinear", "Named", "learned", "subtract_bias",
+    "Adapted", "FoldedLinear", "FoldedParameter", "LoraEmbedding", "LoraLinear", "Named", "learned", "subtract_bias",
 ]  # fmt: skip
 
 
@@ -255,3 +255,17 @@ class FoldedParameter(Module):
         up = tape.leaf(self.lora_B.default.parameters["weight"])
         delta = ops.matmul(up, down, weight.rows, weight.width, "update")
         return ops.add(weight, ops.to(ops.scale(delta), weight.dtype))
+
+
+class FoldedLinear(Adapted):
+    """A linear layer whose weight is a target parameter."""
+
+    def __init__(self, base: Linear, spec: AdapterSpec, rank: int) -> None:
+        super().__init__(base)
+        self.weight_lora = FoldedParameter(base.weight, spec, rank, transposed=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tape = x.tape
+        weight = self.weight_lora.fold(tape)
+        bias = self.base_layer.bias
+        return ops.linear(x, weight, tape.leaf(bias) if bias else None)

@@ -154,16 +154,12 @@ def _add_prefix(network: Network, config: Mapping[str, Any], tokens: int, job: J
             remedy="set gradient_checkpointing: false; the prefix lives in a cache, which PEFT and "
             "transformers drop when they checkpoint",
         )
-    if len(network.stages) > 1:
-        raise UnsupportedError(
-            "prefix tuning of an encoder-decoder", remedy="use prompt_tuning or lora"
-        )
     heads = _of(config, "num_attention_heads", "n_head", "num_heads")
     width = _of(config, "hidden_size", "n_embd", "d_model")
     if config.get("num_key_value_heads"):
         size = config.get("head_dim") or width // heads
         width = size * int(config["num_key_value_heads"])
-    stage = network.stages[0]
+    stage = network.stages[-1]  # a decoder's own attention, never an encoder's
     layers = stage.stack.count
     table = Embedding(tokens, layers * 2 * width)
     _learned(table)

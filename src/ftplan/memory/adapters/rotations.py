@@ -32,6 +32,13 @@ def nearest_divisor(number: int, wanted: int) -> int:
     return lower if wanted - lower <= higher - wanted else higher
 
 
+def _refuse_transposed(base: Linear, kind: str) -> None:
+    if base.transposed:
+        raise UnsupportedError(
+            f"{kind} on GPT-2's transposed layers", remedy="use lora or ia3; PEFT refuses it too"
+        )
+
+
 class OftLinear(Adapted):
     """A block-diagonal rotation; a block is the Cayley transform of a skew-symmetric matrix.
 
@@ -39,6 +46,7 @@ class OftLinear(Adapted):
     """
 
     def __init__(self, base: Linear, spec: AdapterSpec, blocks: int) -> None:
+        _refuse_transposed(base, spec.kind)
         super().__init__(base)
         width = base.in_features
         if blocks:
@@ -109,7 +117,8 @@ class BoftLinear(Adapted):
     The permutation is a dense fp32 matrix of (in x in), a buffer of each layer.
     """
 
-    def __init__(self, base: Linear, spec: AdapterSpec, rank: int) -> None:
+    def __init__(self, base: Linear, spec: AdapterSpec, _rank: int) -> None:
+        _refuse_transposed(base, spec.kind)
         super().__init__(base)
         width = base.in_features
         if width % BOFT_BLOCK:

@@ -23,6 +23,9 @@ __all__ = ["Place", "Targeting", "matches", "named_layers", "rank_of", "targetin
 
 LORA = ("lora", "qlora", "dora")
 CLASSIFIERS = ("classifier", "score")
+MASKED = (
+    "bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "modernbert",
+)  # fmt: skip
 FIRST_LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
 
@@ -69,7 +72,7 @@ class Targeting:
         found = tuple(
             (own, rank_of(f"{name}.{own}", self.rank, self.rank_pattern))
             for own in sorted(module.parameters)
-            if not isinstance(module, Linear) and matches(f"{name}.{own}", self.parameters)
+            if matches(f"{name}.{own}", self.parameters)
         )
         if not wrapped:
             return Place(parameters=found) if found else NOTHING

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ftplan.memory import ops
-from ftplan.memory.attention import make_mask
+from ftplan.memory.attention import make_mask, pairs, with_prefix
 from ftplan.memory.families.llama import Config
 from ftplan.memory.nn import (
     Embedding,
@@ -15,7 +15,7 @@ from ftplan.memory.nn import (
     Stack,
     Stage,
 )
-from ftplan.memory.tape import SCORES, TOKENS, Grads, Tape, Tensor
+from ftplan.memory.tape import TOKENS, Grads, Tape, Tensor
 
 
 def bloom_gelu(x: Tensor) -> Tensor:
@@ -74,15 +74,16 @@ class Attention(Module):
         fused = self.query_key_value.forward(x)
         width = fused.width // 3
         q, k, v = (ops.copy(ops.part(fused, width)) for _ in range(3))
-        rows = SCORES * self.count
+        k, v, mask = with_prefix(k, v, shared.mask)
+        rows = pairs(x.tape) * self.count
         alibi = shared.bias
         assert alibi is not None
         dtype = q.dtype
         _alibi = ops.autocast(alibi)
         scores = ops.matmul(q, k, rows, 1, "scores")
         del _alibi
-        assert shared.mask is not None
-        weights = ops.add(scores, shared.mask)
+        assert mask is not None
+        weights = ops.add(scores, mask)
         probabilities = ops.to(ops.softmax(weights, "fp32"), dtype)
         probabilities = ops.dropout(probabilities, self.attention_dropout)
         held.append(probabilities)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 from ftplan.memory import ops
-from ftplan.memory.attention import attend
+from ftplan.memory.attention import attend, pairs, with_prefix
 from ftplan.memory.experts import Experts, Router
 from ftplan.memory.families.decoder import (
     Attention,
@@ -61,8 +61,9 @@ class SinkAttention(Attention):
     ) -> Tensor:
         """``eager_attention_forward``: the scores have one column more than there are keys."""
         heads, dtype = self.heads, v.dtype
+        k, v, mask = with_prefix(k, v, mask)
         keys, values = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
-        weights = ops.scale(ops.matmul(q, keys, SCORES * heads.count, 1, "scores"))
+        weights = ops.scale(ops.matmul(q, keys, pairs(q.tape) * heads.count, 1, "scores"))
         if mask is not None:
             weights = ops.add(weights, mask)
         joined = _with_sinks(weights, q.tape.leaf(self.sinks), heads.count)

@@ -7,11 +7,11 @@ positions and a causal mask of its own in every layer.
 from __future__ import annotations
 
 from ftplan.memory import ops
-from ftplan.memory.attention import make_mask
+from ftplan.memory.attention import make_mask, pairs, with_prefix
 from ftplan.memory.families.llama import Config, rotate_part
 from ftplan.memory.families.neox import PlainMLP
 from ftplan.memory.nn import Embedding, LayerNorm, Linear, Module, Network, Shared, Stack, Stage
-from ftplan.memory.tape import SCORES, SEQ, Tape, Tensor
+from ftplan.memory.tape import SEQ, Tape, Tensor
 
 
 class Attention(Module):
@@ -62,14 +62,15 @@ class Attention(Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, shared: Shared, held: list[Tensor]
     ) -> Tensor:
+        k, v, mask = with_prefix(k, v, shared.mask)
         q, k = ops.to(q, "fp32"), ops.to(k, "fp32")
-        weights = ops.matmul(q, k, SCORES * self.count, 1, "scores")
+        weights = ops.matmul(q, k, pairs(q.tape) * self.count, 1, "scores")
         if self.name == "gptj":
             weights = ops.scale(weights)
         if self.name == "gpt_neo":
             weights = ops.scale(weights, "where")
-        assert shared.mask is not None
-        weights = ops.add(weights, shared.mask)
+        assert mask is not None
+        weights = ops.add(weights, mask)
         if self.name == "codegen":
             weights = ops.scale(weights)
         weights = ops.softmax(ops.autocast_fp32(weights))
