@@ -12,12 +12,7 @@ from ftplan.catalog.gpus import search_gpus
 from ftplan.errors import FtplanError, UnsupportedError
 from ftplan.fit.remedies import Card, Judged, remedies
 from ftplan.memory import textbook
-from ftplan.memory.counters import (
-    allocated_interval,
-    context_interval,
-    reserved_interval,
-    workspace_bytes,
-)
+from ftplan.memory.counters import counters, unexplained, workspace_bytes
 from ftplan.memory.estimate import Estimate, Structure
 from ftplan.memory.host import Wire, disk_bytes, host_interval, wire_of
 from ftplan.memory.serving import serve
@@ -167,30 +162,37 @@ def _larger(resolved: Resolved) -> tuple[str, ...]:
 
 def _report(resolved: Resolved, result: Estimate) -> Report:
     capability = _capability(resolved)
-    workspace = workspace_bytes(capability if resolved.gpu else None)
-    transient = result.peak_bytes - result.static_bytes
-    expected = result.peak_bytes + workspace
-    allocated = allocated_interval(expected, transient)
-    reserved = reserved_interval(allocated, transient)
-    world = (resolved.plan.hardware.count or 1) * (resolved.plan.hardware.nodes or 1)
-    device = reserved.plus(context_interval(capability, world))
+    named = resolved.gpu is not None
+    workspace = workspace_bytes(capability) if named else 0
+    traced = not (resolved.stack.own_modules and resolved.plan.method is not None)
+    shown = counters(
+        result.peak_bytes,
+        result.static_bytes,
+        capability=capability,
+        named=named,
+        gpus=(resolved.plan.hardware.count or 1) * (resolved.plan.hardware.nodes or 1),
+        traced=traced,
+    )
+    terms = all_terms(result, workspace)
+    if not traced:
+        terms.append(unexplained(shown.allocated, stack=resolved.stack.title))
     gpu = _gpu(resolved)
     return Report(
-        verdict=_verdict(device, gpu),
+        verdict=_verdict(shown.device, gpu),
         model=ModelSummary(
             name=resolved.name,
             total_params=result.total_params,
             trainable_params=result.trainable_params,
         ),
         job=job_mapping(resolved.plan),
-        allocated_bytes=allocated,
-        reserved_bytes=reserved,
-        device_bytes=device,
+        allocated_bytes=shown.allocated,
+        reserved_bytes=shown.reserved,
+        device_bytes=shown.device,
         host_bytes=None,
         gpu=gpu,
         peak_phase=result.peak_phase,
         phases=tuple(Phase(name=n, peak_bytes=b + workspace) for n, b in result.phases),
-        terms=tuple(all_terms(result, workspace)),
+        terms=tuple(terms),
         findings=resolved.findings,
         assumptions=resolved.assumptions,
         tool_version=__version__,

@@ -21,6 +21,9 @@ __all__ = ["Stack", "StackRow", "find_stack", "stack_names", "stack_page"]
 UNMODELLED = {"mlx": "training with MLX on Apple silicon (unified memory, no CUDA allocator)"}
 """Stacks that are recognised and refused, and what is not modelled."""
 
+OWN_MODULES = frozenset({"torchtune", "litgpt", "nemo", "megatron", "unsloth"})
+"""Stacks that run their own model code, which the walk was not held against."""
+
 ALIASES = {
     "hf": "transformers",
     "trainer": "transformers",
@@ -109,6 +112,11 @@ class Stack:
     """What no field can say, and what differs between versions."""
     sources: Mapping[str, str]
     """Per field: repository, path and version where its value was read."""
+
+    @property
+    def own_modules(self) -> bool:
+        """It runs its own model code instead of transformers'."""
+        return self.name in OWN_MODULES
 
     def chunk_tokens(self, tokens: int) -> int | None:
         """Tokens of one chunk of the loss when ``tokens`` go through it; None: not chunked."""

@@ -1,78 +1,64 @@
 """From what is allocated to what the card shows: the allocator's cache, and what lies around it.
 
-Three counters that are never mixed. ``allocated`` is the worst moment of the step. ``reserved``
-adds what PyTorch's caching allocator holds and does not use: it grows with what comes and goes,
-not with what stays, so it is taken as a share of the transient bytes. ``device`` adds what no
-allocator of PyTorch sees: the CUDA context and the libraries' own buffers.
+Three counters that are never mixed.
+
+``allocated`` is the worst moment of the step: the walk, and cuBLAS's workspaces.
+
+``reserved`` adds what PyTorch's caching allocator holds and does not use. It asks the driver for
+whole segments (c10/cuda/CUDACachingAllocator.cpp): 2 MiB for tensors up to 1 MiB, 20 MiB for those
+up to 10 MiB, and the size rounded up to 2 MiB above. A block that is freed serves only tensors
+that fit into it, so tensors of differing sizes that come and go leave gaps; what stays leaves
+none. The waste is therefore a share of the transient bytes, and at least one segment of each size.
+
+``device`` adds what no allocator of PyTorch sees: the CUDA context with the kernels that were
+loaded, and NCCL's buffers.
+
+The shares are what readings of others show (docs/accuracy.md counts how many fall inside): they
+are the width of an interval, and no part of ``allocated``'s expected value.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftplan.report import Interval
+from ftplan.report import Interval, Term
 from ftplan.units import MIB
 
-__all__ = [
-    "Counters",
-    "allocated_interval",
-    "context_interval",
-    "counters",
-    "reserved_interval",
-    "workspace_bytes",
-]
+__all__ = ["Counters", "counters", "unexplained", "workspace_bytes"]
 
-_CONTEXT = {  # low, expected, high: the CUDA context with its loaded kernels, MiB
-    (7, 0): (280, 320, 450),
+SMALL_SEGMENT = 2 * MIB
+LARGE_SEGMENT = 20 * MIB
+
+WALK = (0.03, 0.05)
+"""Share of the transient bytes that a GPU's kernels take less, or more, than the walk: what their
+workspaces and the lifetimes of buffers inside them come to."""
+UNTRACED = (0.12, 0.20)
+"""The same for stacks with modules of their own, that were never traced."""
+WASTE = (0.01, 0.12, 0.22)
+"""Low, expected, high: gaps in the allocator's segments as a share of the transient bytes."""
+
+_CONTEXT = {  # compute capability: low, expected, high in MiB, kernels loaded lazily (CUDA 11.7+)
+    (7, 0): (270, 310, 450),
     (7, 5): (100, 145, 330),
-    (8, 0): (350, 420, 600),
+    (8, 0): (290, 420, 600),
     (8, 6): (200, 300, 520),
-    (8, 9): (200, 320, 560),
-    (9, 0): (450, 520, 750),
+    (8, 9): (250, 430, 560),
+    (9, 0): (430, 520, 750),
     (10, 0): (450, 600, 900),
     (12, 0): (350, 500, 800),
 }
-
-
-def workspace_bytes(capability: tuple[int, int] | None) -> int:
-    """cuBLAS's workspaces, which PyTorch allocates through its own allocator.
-
-    ``:4096:2:16:8`` (8,519,680 bytes) before Hopper and 32 MiB from Hopper on
-    (aten/src/ATen/cuda/CublasHandlePool.cpp, ``parseChosenWorkspaceSize``), one for the thread
-    that runs forward and one for autograd's. None where no GPU is named.
-    """
-    if capability is None:
-        return 0
-    return 2 * (32 * MIB if capability >= (9, 0) else 8_519_680)
-
-
-def allocated_interval(expected: int, transient: int) -> Interval:
-    """The uncertainty of the walk itself: kernels' workspaces grow with what is transient."""
-    low = expected - round(transient * 0.02)
-    high = expected + round(transient * 0.04) + 32 * MIB
-    return Interval(low=max(0, low), expected=expected, high=high)
-
-
-def reserved_interval(allocated: Interval, transient: int) -> Interval:
-    """What ``max_memory_reserved`` shows: blocks of 2 and 20 MiB that are not full."""
-    return Interval(
-        low=allocated.low + round(transient * 0.01),
-        expected=allocated.expected + round(transient * 0.06) + 20 * MIB,
-        high=allocated.high + round(transient * 0.20) + 64 * MIB,
-    )
-
-
-def context_interval(capability: tuple[int, int] | None, gpus: int) -> Interval:
-    """What lies on the card outside PyTorch's allocator, in bytes."""
-    low, expected, high = _CONTEXT.get(capability or (0, 0), (0, 300, 600))
-    if gpus > 1:  # NCCL's channels and buffers
-        low, expected, high = low + 100, expected + 400, high + 1200
-    return Interval(low=low * MIB, expected=expected * MIB, high=high * MIB)
+"""Read off by others: 274 MiB beside one tensor (pytorch/pytorch#86509), 300 to 400 MiB
+(pytorch/pytorch#107667, #109888), 426 MiB on an RTX 6000 Ada (unslothai/unsloth-zoo#1053), 141 MiB
+on a T4 and about 0.5 GiB on an H100. Cards without a reading of their own stand between their
+neighbours, with a wider interval."""
+_OTHER_CONTEXT = (0, 300, 600)
+_NCCL = (100, 400, 1200)
+"""MiB: channels and their buffers, which grow with the number of GPUs and of communicators."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
-    """The three counters of one peak."""
+    """What the three counters will show, in bytes on one GPU."""
 
     allocated: Interval
     reserved: Interval
@@ -80,14 +66,69 @@ class Counters:
 
 
 def counters(
-    peak: int, static: int, *, capability: tuple[int, int] | None, named: bool, gpus: int
+    peak_bytes: int,
+    static_bytes: int,
+    *,
+    capability: tuple[int, int] | None,
+    named: bool,
+    gpus: int,
+    traced: bool = True,
 ) -> Counters:
-    """All three for a walk's peak of which ``static`` bytes never come and go.
+    """The three counters of a job whose walk peaks at ``peak_bytes``.
 
-    ``named``: a card is named, so cuBLAS's workspace is known; ``gpus`` is how many there are.
+    ``static_bytes`` of them never come and go. ``capability``: of the card, None for one that is
+    not NVIDIA's; ``named``: the plan names a card, so its workspaces are counted. ``traced``: the
+    stack's modules are those that the walk was held against.
     """
-    transient = peak - static
-    allocated = allocated_interval(peak + workspace_bytes(capability if named else None), transient)
-    reserved = reserved_interval(allocated, transient)
-    device = reserved.plus(context_interval(capability, gpus))
-    return Counters(allocated=allocated, reserved=reserved, device=device)
+    transient = peak_bytes - static_bytes
+    expected = peak_bytes + (workspace_bytes(capability) if named else 0)
+    less, more = WALK if traced else UNTRACED
+    allocated = Interval(
+        low=max(0, expected - round(transient * less)),
+        expected=expected,
+        high=expected + round(transient * more) + 2 * SMALL_SEGMENT,
+    )
+    low, middle, high = WASTE
+    segments = SMALL_SEGMENT + LARGE_SEGMENT
+    reserved = Interval(
+        low=allocated.low + round(transient * low),
+        expected=expected + round(transient * middle) + segments,
+        high=allocated.high + round(transient * high) + 2 * segments,
+    )
+    return Counters(
+        allocated=allocated,
+        reserved=reserved,
+        device=reserved.plus(_around(capability, gpus)),
+    )
+
+
+def unexplained(allocated: Interval, *, stack: str) -> Term:
+    """The line of what we do not know: how far a stack's own modules may be from the walk."""
+    below, above = allocated.expected - allocated.low, allocated.high - allocated.expected
+    return Term(
+        name="unexplained/stack",
+        bytes=above,
+        at_peak=False,
+        formula=f"low {-below:,}, high +{above:,}",
+        source=f"{stack} runs modules of its own, which were not traced; not part of any sum",
+    )
+
+
+def workspace_bytes(capability: tuple[int, int] | None) -> int:
+    """cuBLAS's workspaces, which PyTorch allocates through its own allocator.
+
+    ``:4096:2:16:8`` (8,519,680 bytes) before Hopper and 32 MiB from Hopper on
+    (aten/src/ATen/cuda/CublasHandlePool.cpp, ``parseChosenWorkspaceSize``), one for the thread
+    that runs forward and one for autograd's. 0 for cards that are not NVIDIA's.
+    """
+    if capability is None:
+        return 0
+    return 2 * (32 * MIB if capability >= (9, 0) else 8_519_680)
+
+
+def _around(capability: tuple[int, int] | None, gpus: int) -> Interval:
+    """What lies on the card outside PyTorch's allocator, in bytes."""
+    context = _CONTEXT.get(capability or (0, 0), _OTHER_CONTEXT)
+    nccl = _NCCL if gpus > 1 else (0, 0, 0)
+    low, expected, high = (MIB * (c + n) for c, n in zip(context, nccl, strict=True))
+    return Interval(low=low, expected=expected, high=high)
