@@ -1,7 +1,8 @@
 """A job for a few steps on the GPU here: random weights from the config, nothing downloaded.
 
 What is read, per job: the allocator's peaks over the steps after the first (which makes the
-optimizer's states), what the driver says is in use, the host's peak, the time of a step.
+optimizer's states), what the driver says is in use on the card (by everyone), the host's peak, the
+time of a step.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ def _built(job: Any, build: Any, config: Any, device: Any) -> tuple[Any, Any]:
         quantize_for_real(model, job, device)
     model.to(device)
     model = build.adapt(model, job, quantized_already=True)
+    build.train_in_fp32(job, model)
     model.to(device)
     model.train()
     build.checkpoint(job, model)
@@ -118,7 +120,11 @@ def _steps(
 ) -> Reading:
     import torch
 
-    forward = _forward(job, model)
+    from ftplan.trace.losses import loss_of
+
+    if job.task == "dpo" and not hasattr(model, "disable_adapter"):
+        raise UnsupportedError("measuring a preference job with a second model")
+    forward = loss_of(job, model, _forward(job, model), None)
     # the scaler touches memory only by a few scalars, but without it fp16 steps are skipped
     scaler = torch.amp.GradScaler("cuda", enabled=job.mixed == "float16")
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -261,8 +267,9 @@ def measure_suite(
                 resolved.plan, dict(resolved.config), layers=job.get("layers"), steps=steps,
                 progress=progress,
             )  # fmt: skip
-        except (FtplanError, KeyError) as error:
-            line["error"] = str(error)
+        except Exception as error:
+            # whatever one job does, the others are still worth a reading
+            line["error"] = f"{type(error).__name__}: {error}"
             say(f"  refused: {error}")
         with readings.open("a", encoding="utf-8") as sink:
             sink.write(json.dumps(line) + "\n")
