@@ -17,15 +17,17 @@ from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.env import Environment
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.job import ShardingSpec
-from ftplan.memory.loss import compute_loss
+from ftplan.memory.loss import classify_loss, compute_loss, model_outputs
 from ftplan.memory.nn import Module, Network, Shared, Stack, Stage
 from ftplan.memory.tape import BATCH, ONE, TOKENS, Label, Node, Parameter, Tape, Tensor, backward
+from ftplan.memory.tasks import Objective
 from ftplan.memory.zero import Zero
 
 __all__ = ["Recording", "Segment", "record_serving", "record_step"]
 
 
 BOUNDARY = Label("activations", "block inputs")
+BORDER = Label("temporary", "gradient between blocks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,10 @@ class Recording:
     """Per forward segment: its way back."""
     forward_order: list[int] = field(default_factory=list)
     """Indices into ``forward``, one for each block and each part between blocks."""
+    before_order: list[int] = field(default_factory=list)
+    """The same for what runs before the step, without a graph (GRPO's log-probabilities)."""
+    tail_order: list[int] = field(default_factory=list)
+    """The same for what a task does with the model's outputs after autocast has ended."""
     outputs: list[Tensor] = field(default_factory=list)
     """The model's outputs, where the caller keeps them until backward has ended."""
     after: Segment = Segment("", 0, 0)
@@ -61,9 +67,12 @@ class Recording:
         order = self.forward_order
         forward = [self.forward[index] for index in order]
         forward += [self.autocast_exit[index] for index in order]
+        forward += [self.forward[index] for index in self.tail_order]
         phases = [("forward", forward)]
+        if self.before_order:
+            phases.insert(0, ("scoring", [self.forward[index] for index in self.before_order]))
         if self.backward:
-            backward = [self.backward[index] for index in reversed(order)]
+            backward = [self.backward[index] for index in reversed(order + self.tail_order)]
             phases.append(("backward", [*backward, self.after]))
         return phases
 
@@ -82,6 +91,8 @@ class _Recorder:
         self.network = network
         self.recording = Recording(Tape(env))
         self.tape = self.recording.tape
+        self.order = self.recording.forward_order
+        """Which of the recording's orders is being recorded."""
         self.regions: list[_Region] = []
         self.casts: list[dict[int, Tensor]] = []
         self.start = 0
@@ -158,12 +169,14 @@ def record_step(
     input_grads: bool = False,
     accumulated: bool = False,
     sharding: ShardingSpec | None = None,
+    objective: Objective | None = None,
 ) -> Recording:
     """Forward, loss and backward of one micro batch.
 
     ``checkpoint_every`` n > 0 recomputes every n-th block. ``input_grads`` makes the embedding's
     output ask for a gradient (``enable_input_require_grads``). ``accumulated``: gradients of
-    earlier micro batches are there already. ``sharding``: by FSDP2 or ZeRO.
+    earlier micro batches are there already. ``sharding``: by FSDP2 or ZeRO. ``objective``: the
+    task, where it is another one than a language model's own loss.
     """
     recorder = _Recorder(network, env)
     tape = recorder.tape
@@ -172,9 +185,11 @@ def record_step(
         recorder.shard(kind(tape, sharding, accumulated=accumulated))
     elif accumulated:
         _hold_gradients(network, tape)
+    if objective is not None and objective.before:
+        _score_before(recorder, objective)
     inputs = _inputs(tape)
     recorder.begin_root()
-    recorder.recording.forward_order.append(recorder.cut("inputs"))
+    recorder.order.append(recorder.cut("inputs"))
     shared = Shared()
     x: Tensor | None = None
     for number, stage in enumerate(network.stages):
@@ -182,11 +197,19 @@ def record_step(
             shared.memory = x
         x = _run_stage(recorder, stage, shared, checkpoint_every, input_grads and number == 0)
     assert x is not None
-    root = _loss(recorder, x)
-    del x
-    root = recorder.end_root(root)
-    recorder.recording.forward_order.append(recorder.cut("the model returns"))
-    recorder.end_autocast()
+    if objective is None or objective.inside:
+        root = _loss(recorder, x, objective)
+        del x
+        root = recorder.end_root(root)
+        recorder.order.append(recorder.cut("the model returns"))
+        recorder.end_autocast()
+    else:
+        held = [_outputs(recorder, x, objective)]
+        del x
+        held.append(recorder.end_root(held.pop()))
+        recorder.order.append(recorder.cut("the model returns"))
+        recorder.end_autocast()
+        root = _task_loss(recorder, held, objective)
     recorder.recording.saved = _alive(tape)
     del inputs
     if root.requires_grad:
@@ -200,7 +223,7 @@ def record_serving(network: Network, env: Environment) -> Recording:
     """One prompt through the model without a graph; logits of its last token only."""
     recorder = _Recorder(network, env)
     tape = recorder.tape
-    order = recorder.recording.forward_order
+    order = recorder.order
     with tape.no_grad():
         inputs = [tape.tensor(TOKENS, 1, "int64", "token ids")]
         order.append(recorder.cut("inputs"))
@@ -248,7 +271,7 @@ def _alive(tape: Tape) -> set[int]:
 def _run_stage(
     recorder: _Recorder, stage: Stage, shared: Shared, checkpoint_every: int, input_grads: bool
 ) -> Tensor:
-    order = recorder.recording.forward_order
+    order = recorder.order
     x = stage.enter(recorder.tape, shared)
     if input_grads and not x.requires_grad:
         x.requires_grad, x.node = True, Parameter("", (), x.dtype, True)
@@ -319,18 +342,79 @@ def _trains(block: Module) -> bool:
     return any(parameter.trainable for _, parameter in block.named_parameters())
 
 
-def _loss(recorder: _Recorder, x: Tensor) -> Tensor:
+def _loss(recorder: _Recorder, x: Tensor, objective: Objective | None) -> Tensor:
     """Logits and loss, as the model class computes them inside its forward."""
     tape = recorder.tape
     with tape.scoped("logits"):
-        loss, logits = compute_loss(recorder.network, x)
+        if objective is not None and objective.kind == "labels":
+            loss, logits = classify_loss(recorder.network, x)
+        else:
+            loss, logits = compute_loss(recorder.network, x)
         if logits is not None and tape.env.outputs_to_fp32:
             logits = ops.to(logits, "fp32")
     if logits is not None and tape.env.keep_outputs:
         recorder.recording.outputs.append(logits)
     del logits
-    recorder.recording.forward_order.append(recorder.cut("loss"))
+    recorder.order.append(recorder.cut("loss"))
     return loss
+
+
+def _outputs(recorder: _Recorder, x: Tensor, objective: Objective) -> Tensor:
+    """What the model returns where the loss is computed outside it."""
+    with recorder.tape.scoped("logits"):
+        outputs = model_outputs(recorder.network, x, objective.completion)
+    recorder.order.append(recorder.cut("logits"))
+    return outputs
+
+
+def _task_loss(recorder: _Recorder, held: list[Tensor], objective: Objective) -> Tensor:
+    """The trainer's loss function: it holds the model's outputs until it returns."""
+    tape, recording = recorder.tape, recorder.recording
+    recorder.order = recording.tail_order
+    if tape.env.outputs_to_fp32:
+        held.append(ops.to(held.pop(), "fp32"))
+
+    def again(network: Network) -> Tensor:
+        recorder.order.append(recorder.cut("the policy's part"))
+        return _run_again(recorder, network, objective)
+
+    with tape.scoped("logits"):
+        loss = objective.loss(held, again)
+    if tape.env.keep_outputs:
+        recording.outputs += held
+    held.clear()
+    recorder.order.append(recorder.cut("the task's loss"))
+    return loss
+
+
+def _run_again(recorder: _Recorder, network: Network, objective: Objective) -> Tensor:
+    """Another network's outputs on the same batch; the caller has turned the graph off."""
+    shared = Shared()
+    x: Tensor | None = None
+    with recorder.tape.scoped("activations"):
+        for stage in network.stages:
+            if x is not None:
+                shared.memory = x
+            x = _run_stage(recorder, stage, shared, 0, False)
+    assert x is not None
+    outputs = model_outputs(network, x, objective.completion)
+    del x
+    if recorder.tape.env.outputs_to_fp32:
+        outputs = ops.to(outputs, "fp32")
+    recorder.order.append(recorder.cut("the other model's logits"))
+    return outputs
+
+
+def _score_before(recorder: _Recorder, objective: Objective) -> None:
+    """Log-probabilities that are made before the step: a forward with nothing else alive."""
+    if objective.other is None:
+        return
+    recorder.order = recorder.recording.before_order
+    with recorder.tape.no_grad(), recorder.tape.scoped("logits"):
+        held = [_run_again(recorder, objective.other, objective)]
+        objective.scores(held.pop())
+    recorder.order.append(recorder.cut("log-probabilities"))
+    recorder.order = recorder.recording.forward_order
 
 
 def _run_backward(recorder: _Recorder, root: Tensor) -> None:
@@ -347,6 +431,9 @@ def _run_backward(recorder: _Recorder, root: Tensor) -> None:
             cuts[regions[current].segment] = Segment(f"{regions[current].name}", start, stop)
             start = stop
             current -= 1
+            for grad in node.buffers:  # whichever block made it, it has one name
+                if grad is not None and grad.storage is not None:
+                    tape.labels[grad.storage.index - 1] = BORDER
 
     backward(root, tape.tensor(ONE, 1, "fp32", "loss gradient"), on_node)
     if recorder.fsdp is not None:

@@ -40,6 +40,7 @@ def moment_terms(alive: Mapping[Label, Alive]) -> list[Term]:
         name = "parameters" if label.group == "gradients" else label.name.replace(" ", "_")
         bytes_, size, _ = merged.get((group, name), (0, Size((0,) * 7), ""))
         merged[group, name] = (bytes_ + entry.bytes, size + entry.size, why)
+    _fold_negatives(merged)
     terms = [
         Term(
             name=f"{group}/{name}",
@@ -51,6 +52,22 @@ def moment_terms(alive: Mapping[Label, Alive]) -> list[Term]:
         for (group, name), (bytes_, size, why) in merged.items()
     ]
     return sorted(terms, key=lambda term: -term.bytes)
+
+
+def _fold_negatives(merged: dict[tuple[str, str], tuple[int, Size, str]]) -> None:
+    """What one block made and another one freed under its own name is taken from the largest.
+
+    Blocks of different kinds hand tensors to each other; the sum of a group is exact, and only
+    the names within it can be crossed.
+    """
+    for key, (bytes_, size, _) in list(merged.items()):
+        if bytes_ > 0:
+            continue
+        del merged[key]
+        others = [k for k in merged if k[0] == key[0]] or list(merged)
+        largest = max(others, key=lambda k: merged[k][0])
+        there, there_size, why = merged[largest]
+        merged[largest] = (there + bytes_, there_size + size, why)
 
 
 def all_terms(result: Estimate, workspace: int) -> list[Term]:
