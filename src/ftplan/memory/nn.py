@@ -310,6 +310,8 @@ class Network(Module):
         self.embedding_names: tuple[str, ...] = ("model.embed_tokens",)
         """Modules that quantisation and `all-linear` leave alone, beside the head."""
         self.head_name: str = "lm_head"
+        self.unquantised: tuple[str, ...] = ()
+        """Linear layers that transformers keeps as they are (``_keep_in_fp32_modules``)."""
         self.virtual_tokens = 0
         """Learned tokens before each sequence, in tokens of a sequence (prompt tuning)."""
 
@@ -349,6 +351,13 @@ class Network(Module):
         self.replace("score", score)
         self.head = score.forward  # type: ignore[method-assign]
 
+    def drop_head(self) -> None:
+        """Return the last hidden states (``AutoModel``): an embedding model has no head."""
+        self.classify(1)
+        for name in (self.head_name.partition(".")[0], "pooler"):
+            self.children.pop(name, None)
+        self.head = _as_it_is  # type: ignore[method-assign]
+
     def all_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Every weight of the model once, by the name transformers gives it."""
         for name, parameter in self.named_parameters():
@@ -356,6 +365,10 @@ class Network(Module):
                 yield name, parameter
         for stage in self.stages:
             yield from stage.stack.named_parameters()
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def rope_table(tape: Tape, width: int, dtype: str) -> tuple[Tensor, Tensor]:

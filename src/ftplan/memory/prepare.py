@@ -13,10 +13,16 @@ from ftplan.memory.tape import ITEM_BYTES, Parameter
 
 __all__ = ["counted_parameters", "prepare"]
 
+HEADS = ("lm_head", "score", "classifier")
+"""Linear layers outside the blocks that are never quantised."""
+
 
 def prepare(job: Job) -> Network:
     """Build the model of the job and bring every weight to the state it is trained in."""
-    network = build(job.config)
+    labels = {"rm": 1, "classify": job.labels}.get(job.task)
+    network = build(job.config, labels=labels)
+    if job.task == "embed":
+        network.drop_head()
     if job.method == "partial":
         last = network.stages[-1].stack
         last.split(lambda layer: layer >= last.count - job.last_layers)
@@ -30,9 +36,11 @@ def prepare(job: Job) -> Network:
     if job.method == "partial":
         _train_last(network, job.last_layers)
     if quantized:
+        skipped = (*network.unquantised, network.head_name.rpartition(".")[2], *HEADS)
+        quantize(network, job.weights, job.compute_dtype, whole=skipped)
         for stage in network.stages:
             for block in stage.stack.kinds:
-                quantize(block, job.weights, job.compute_dtype)
+                quantize(block, job.weights, job.compute_dtype, whole=network.unquantised)
     if job.adapter is not None:
         adapt(network, job)
     if job.trainable_dtype is not None:

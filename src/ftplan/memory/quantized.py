@@ -131,8 +131,12 @@ def dequantized(linear: Linear, like: Tensor) -> Tensor:
     return weight.alias(ONE * linear.out_features, linear.in_features)
 
 
-def quantize(block: Module, storage: Format, compute_dtype: str) -> None:
-    """Store every matrix of a block in ``storage``."""
+def quantize(
+    block: Module, storage: Format, compute_dtype: str, *, whole: tuple[str, ...] = ()
+) -> None:
+    """Store every matrix of a block in ``storage``, but those named in ``whole``."""
     for path, module in list(block.named_modules()):
+        if path.rpartition(".")[2] in whole:
+            continue
         if isinstance(module, Linear) and not isinstance(module, QuantizedLinear):
             block.replace(path, QuantizedLinear(module, storage, compute_dtype))

@@ -215,6 +215,7 @@ class T5(Network):
         self.tie("lm_head.weight", "shared.weight")  # the classes always tie
         self.embedding_names = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
         self.loss_in_fp32 = False
+        self.unquantised = ("wo",)
         # T5 1.1 is told by its config to leave the outputs as they are; mT5 and UMT5 never scale
         self.scaled = (
             config["model_type"] == "t5" and config.get("tie_word_embeddings") is not False
