@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from ftplan.catalog.optimizers import find_optimizer
     from ftplan.checking import check
     from ftplan.errors import FtplanError
+    from ftplan.explaining import explain
     from ftplan.files.failures import read_failures as load_failures
-    from ftplan.jobs import load_plan
+    from ftplan.jobs import diff, load_plan
     from ftplan.sizing import fit
     from ftplan.spec import Plan
+    from ftplan.trainers import export_plan, import_file
 
 __version__ = "0.1.0"
 
@@ -40,11 +42,15 @@ __all__ = [
     "Plan",
     "advise",
     "check",
+    "diff",
     "estimate",
+    "explain",
+    "export_plan",
     "find_gpu",
     "find_model",
     "find_optimizer",
     "fit",
+    "import_file",
     "load_failures",
     "load_plan",
 ]
@@ -54,11 +60,15 @@ _PLACES = {
     "Plan": ("ftplan.spec", "Plan"),
     "advise": ("ftplan.advise", "advise"),
     "check": ("ftplan.checking", "check"),
+    "diff": ("ftplan.jobs", "diff"),
     "estimate": ("ftplan.api", "estimate"),
+    "explain": ("ftplan.explaining", "explain"),
+    "export_plan": ("ftplan.trainers", "export_plan"),
     "find_gpu": ("ftplan.catalog.gpus", "find_gpu"),
     "find_model": ("ftplan.catalog.models", "find_model"),
     "find_optimizer": ("ftplan.catalog.optimizers", "find_optimizer"),
     "fit": ("ftplan.sizing", "fit"),
+    "import_file": ("ftplan.trainers", "import_file"),
     "load_failures": ("ftplan.files.failures", "read_failures"),
     "load_plan": ("ftplan.jobs", "load_plan"),
 }

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ftplan import __version__, api, trainers
+from ftplan.difference import Difference, difference
 from ftplan.errors import FtplanError, InputError, Location
 from ftplan.files.document import Document, parse_document, read_document, read_text
 from ftplan.files.plan import looks_like_plan, parse_plan, place_error
 from ftplan.report import Assumption, Finding, Report
 from ftplan.spec import Model, Plan
 
-__all__ = ["Change", "JobInput", "estimate_job", "explicit", "load_plan", "read_job"]
+__all__ = ["Change", "JobInput", "diff", "estimate_job", "explicit", "load_plan", "read_job"]
 
 Change = Callable[[Plan | None], tuple[Plan, tuple[Assumption, ...]]]
 """Lays something over a plan (None: makes one of nothing) and lists what it replaced."""
@@ -193,6 +194,11 @@ def explicit(plan: Plan) -> Plan:
         hub_ids = resolve_model(model.name).row.hub_ids
         model = replace(model, name=hub_ids[0] if hub_ids else model.name)
     return replace(plan, batch=batch, method=method, model=model)
+
+
+def diff(before: Plan, after: Plan, *, base: Path | None = None) -> Difference:
+    """What changed between two plans: their keys after defaults, and the answers' terms."""
+    return difference(*(api.estimate(plan, base=base) for plan in (before, after)))
 
 
 def placed(error: FtplanError, job: JobInput) -> FtplanError:
