@@ -97,3 +97,25 @@ def test_known_residuals_are_few_and_still_there(rows: list[Any]) -> None:
     assert len(excepted) <= MOST_KNOWN * len(rows)
     healed = [row for row in excepted if row.predicted_bytes and abs(row.error) < MEDIAN]
     assert not healed, f"within 1 % now, take them off the list:\n{_named(healed)}"
+
+
+def test_every_published_reading_is_compared_or_left_out_with_a_reason() -> None:
+    """Readings of others are held against reports of the same jobs; none is dropped silently.
+
+    What is asserted is coverage of the list and that the center holds, not each reading: most come
+    from software that is years old, and the page of errors shows every group.
+    """
+    compared, left_out = accuracy.published()
+    assert len(compared) >= 50 and len(compared) + len(left_out) >= 160
+    assert all(len(reason) > 10 for _, reason in left_out)
+    walked = [r for r in compared if r.quality == "A" and r.gpus == 1 and r.walked]
+    assert accuracy.summary(reading.error for reading in walked).median <= 0.03
+    widths = sorted(reading.width for reading in compared)
+    assert widths[len(widths) // 2] < 0.15
+
+
+def test_no_job_that_ran_out_of_memory_is_called_fits() -> None:
+    """Jobs that ran out, for a stated cause, are over or tight."""
+    judged, left_out = accuracy.out_of_memory()
+    assert len(judged) >= 6 and len(judged) + len(left_out) >= 40
+    assert not [identity for identity, verdict, _ in judged if verdict == "fits"]

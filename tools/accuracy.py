@@ -183,8 +183,8 @@ class Reading:
     predicted: Interval
     quality: str
     """A: every knob is known. B: nearly."""
-    stack_of_today: bool
-    """Whether the software is what the calculator mirrors."""
+    walked: bool
+    """Whether its software runs transformers' modules, which the calculator walks."""
     gpus: int
     training: bool
 
@@ -222,7 +222,7 @@ def published() -> tuple[list[Reading], list[tuple[str, str]]]:
                 true_bytes=entry["bytes"],
                 predicted=predicted,
                 quality=entry["quality"],
-                stack_of_today=entry.get("stack_of_today", False),
+                walked=entry["walked"],
                 gpus=entry["plan"].get("hardware", {}).get("count", 1),
                 training="method" in entry["plan"],
             )

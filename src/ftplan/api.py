@@ -11,6 +11,7 @@ from ftplan import __version__
 from ftplan.catalog.gpus import search_gpus
 from ftplan.errors import FtplanError, UnsupportedError
 from ftplan.fit.remedies import Card, Judged, remedies
+from ftplan.fit.sizer import Sizer
 from ftplan.memory import textbook
 from ftplan.memory.counters import counters, unexplained, workspace_bytes
 from ftplan.memory.estimate import Estimate, Structure
@@ -47,6 +48,15 @@ def estimate(plan: Plan, *, base: Path | None = None, with_remedies: bool = True
     if over and with_remedies:
         report = replace(report, remedies=_remedies(plan, resolved, report, base))
     return report
+
+
+def estimate_summary(resolved: Resolved, sizer: Sizer | None) -> ModelSummary | None:
+    """The model of a resolved job, all of its parameters."""
+    if sizer is not None:
+        total = sizer.structure(sizer.job.seq_len).total_params
+    else:
+        total = serve(serving_job_of(resolved)).total_params
+    return ModelSummary(name=resolved.name, total_params=total, trainable_params=0)
 
 
 def _sized(resolved: Resolved) -> Report:
@@ -140,7 +150,7 @@ def _remedies(
             return None
 
     card = Card(
-        capability=_capability(resolved) if resolved.gpu else (8, 0), larger=_larger(resolved)
+        capability=capability_of(resolved) if resolved.gpu else (8, 0), larger=_larger(resolved)
     )
     return remedies(plan, judged(resolved, report), judge, card)
 
@@ -160,11 +170,15 @@ def _larger(resolved: Resolved) -> tuple[str, ...]:
     return tuple(row.name for row in sorted(rows, key=lambda row: row.usable_bytes))
 
 
+def _cache_bytes(result: Estimate) -> int:
+    return sum(term.bytes for term in result.static if term.name.startswith("kv_cache/"))
+
+
 def _report(resolved: Resolved, result: Estimate) -> Report:
-    capability = _capability(resolved)
+    capability = capability_of(resolved)
     named = resolved.gpu is not None
     workspace = workspace_bytes(capability) if named else 0
-    traced = not (resolved.stack.own_modules and resolved.plan.method is not None)
+    traced = is_traced(resolved)
     shown = counters(
         result.peak_bytes,
         result.static_bytes,
@@ -172,11 +186,12 @@ def _report(resolved: Resolved, result: Estimate) -> Report:
         named=named,
         gpus=(resolved.plan.hardware.count or 1) * (resolved.plan.hardware.nodes or 1),
         traced=traced,
+        cache_bytes=None if resolved.plan.method else _cache_bytes(result),
     )
     terms = all_terms(result, workspace)
     if not traced:
         terms.append(unexplained(shown.allocated, stack=resolved.stack.title))
-    gpu = _gpu(resolved)
+    gpu = gpu_of(resolved)
     return Report(
         verdict=_verdict(shown.device, gpu),
         model=ModelSummary(
@@ -199,7 +214,13 @@ def _report(resolved: Resolved, result: Estimate) -> Report:
     )
 
 
-def _capability(resolved: Resolved) -> tuple[int, int] | None:
+def is_traced(resolved: Resolved) -> bool:
+    """Whether the stack's modules are those that the walk was held against."""
+    return not (resolved.stack.own_modules and resolved.plan.method is not None)
+
+
+def capability_of(resolved: Resolved) -> tuple[int, int] | None:
+    """CUDA compute capability of the card; Ampere's where none is named."""
     gpu = resolved.gpu
     if gpu is None:
         return (8, 0)
@@ -209,7 +230,8 @@ def _capability(resolved: Resolved) -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-def _gpu(resolved: Resolved) -> GpuSummary | None:
+def gpu_of(resolved: Resolved) -> GpuSummary | None:
+    """The card that the job is held against."""
     if resolved.gpu is None:
         return None
     plan = resolved.plan
@@ -269,7 +291,7 @@ def _textbook(resolved: Resolved) -> Report:
         phase = "step"
     total = result.total
     interval = Interval(low=total, expected=total, high=total)
-    gpu = _gpu(resolved)
+    gpu = gpu_of(resolved)
     return Report(
         verdict=_verdict(interval, gpu),
         model=ModelSummary(

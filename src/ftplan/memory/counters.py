@@ -73,16 +73,22 @@ def counters(
     named: bool,
     gpus: int,
     traced: bool = True,
+    cache_bytes: int | None = None,
 ) -> Counters:
     """The three counters of a job whose walk peaks at ``peak_bytes``.
 
     ``static_bytes`` of them never come and go. ``capability``: of the card, None for one that is
     not NVIDIA's; ``named``: the plan names a card, so its workspaces are counted. ``traced``: the
-    stack's modules are those that the walk was held against.
+    stack's modules are those that the walk was held against. ``cache_bytes``: of the
+    key-value cache when a model is served. Prompts may be shorter than the context, so that less
+    is transient; and a cache that grows by concatenation, token by token, leaves blocks that are
+    too small for the next one, so that as much again may lie idle.
     """
     transient = peak_bytes - static_bytes
     expected = peak_bytes + (workspace_bytes(capability) if named else 0)
     less, more = WALK if traced else UNTRACED
+    if cache_bytes is not None:
+        less = 1.0
     allocated = Interval(
         low=max(0, expected - round(transient * less)),
         expected=expected,
@@ -93,7 +99,7 @@ def counters(
     reserved = Interval(
         low=allocated.low + round(transient * low),
         expected=expected + round(transient * middle) + segments,
-        high=allocated.high + round(transient * high) + 2 * segments,
+        high=allocated.high + round(transient * high) + 2 * segments + (cache_bytes or 0),
     )
     return Counters(
         allocated=allocated,
