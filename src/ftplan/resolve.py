@@ -23,8 +23,9 @@ from ftplan.memory.optimizer import OptimizerSpec, State
 from ftplan.memory.parallel import local_config, local_seq_len
 from ftplan.memory.serving import ServingJob
 from ftplan.memory.tape import ITEM_BYTES
+from ftplan.memory.tasks import HEADS
 from ftplan.report import Assumption, Finding
-from ftplan.spec import Checkpointing, Loss, Method, OptimizerChoice, Plan
+from ftplan.spec import Checkpointing, Loss, Method, OptimizerChoice, Plan, Rollout
 
 __all__ = ["Resolved", "read_config", "resolve"]
 
@@ -107,7 +108,7 @@ def resolve(plan: Plan, *, base: Path | None = None) -> Resolved:
     task = filler.fill("task", plan.task, "sft" if plan.method else "serve")
     plan = replace(plan, stack=stack.name, task=task)
     if plan.method is not None and task != "serve":
-        plan = _training(plan, stack, config, filler)
+        plan = _with_task(_training(plan, stack, config, filler), config, filler)
     else:
         plan = _serving(plan, config, filler)
     plan = _placement(plan, filler)
@@ -237,6 +238,98 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
     )
 
 
+_REFERRED = ("dpo", "kto", "grpo")
+
+
+def _with_task(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) -> Plan:
+    """What a task needs beyond a model and a batch, and what it has no use for."""
+    task, method = plan.task or "sft", plan.method
+    assert method is not None
+    _refuse_unused(plan, task)
+    if task in _REFERRED:
+        adapted = method.kind not in ("full", "partial")
+        default = "adapter" if adapted else "model"
+        if task == "grpo":
+            default = "none"
+        reference = filler.fill(
+            "reference", plan.reference, default, "trl/trainer/*_trainer.py 1.16"
+        )
+        if reference == "adapter" and not adapted:
+            raise InputError(
+                f"method {method.kind!r} has no adapter to switch off for the reference",
+                remedy="use reference: model, or reference: precomputed",
+            )
+        if reference == "none" and task != "grpo":
+            raise InputError(
+                f"the task {task!r} compares with a reference",
+                remedy="use reference: model, adapter or precomputed; orpo has none",
+            )
+        plan = replace(plan, reference=reference)
+    if task == "grpo":
+        plan = _with_rollout(plan, filler)
+    return plan
+
+
+def _refuse_unused(plan: Plan, task: str) -> None:
+    if plan.reference not in (None, "none") and task not in _REFERRED:
+        raise InputError(
+            f"the task {task!r} has no reference model",
+            remedy=f"leave reference out; {', '.join(_REFERRED)} have one",
+        )
+    if plan.rollout is not None and task not in ("grpo", "ppo"):
+        raise InputError(f"the task {task!r} generates nothing", remedy="leave rollout out")
+    if plan.teacher is not None and task != "distill":
+        raise InputError(f"the task {task!r} has no teacher", remedy="leave teacher out")
+
+
+def _with_rollout(plan: Plan, filler: _Filler) -> Plan:
+    """Prompt and completion make the sequence; a group is so many sequences."""
+    given = plan.rollout or Rollout()
+    seq_len = plan.batch.seq_len or 2048
+    sampler = filler.fill("rollout.sampler", given.sampler, "server", "nothing on this card")
+    share = given.sampler_share
+    if sampler == "colocate":
+        source = "trl/trainer/grpo_config.py 1.16: vllm_gpu_memory_utilization"
+        share = filler.fill("rollout.sampler_share", share, 0.3, source)
+    elif share is not None:
+        raise InputError(
+            f"sampler_share has no meaning with sampler: {sampler}",
+            remedy="use sampler: colocate, or leave sampler_share out",
+        )
+    prompt, completion = given.prompt_tokens, given.completion_tokens
+    if prompt is not None and completion is not None:
+        seq_len = prompt + completion
+    elif completion is None:
+        half = seq_len - prompt if prompt is not None else seq_len // 2
+        completion = filler.fill("rollout.completion_tokens", None, half, CONTRACT)
+    if completion >= seq_len:
+        raise InputError(
+            f"a completion of {completion:,} tokens in a sequence of {seq_len:,}",
+            remedy="give prompt_tokens and completion_tokens; their sum is the sequence",
+        )
+    generations = filler.fill("rollout.generations", given.generations, 8)
+    world = (plan.hardware.count or 1) * (plan.hardware.nodes or 1)
+    at_once = (plan.batch.micro or 1) * (plan.batch.accumulation or 1) * world
+    if at_once % generations:
+        filler.findings.append(
+            Finding(
+                code="MEM004",
+                severity="warning",
+                message=f"{at_once} completions a step are no whole groups of {generations}: "
+                "TRL refuses this",
+                help="make micro x accumulation x GPUs a multiple of rollout.generations",
+            )
+        )
+    return replace(
+        plan,
+        batch=replace(plan.batch, seq_len=seq_len),
+        rollout=replace(
+            given, sampler=sampler, sampler_share=share, completion_tokens=completion,
+            prompt_tokens=seq_len - completion, generations=generations,
+        ),
+    )  # fmt: skip
+
+
 def _method(
     method: Method, stack: Stack, quantised: bool, mixed: str, filler: _Filler, own: Any
 ) -> Method:
@@ -328,7 +421,7 @@ def job_of(resolved: Resolved) -> Job:
         if method.kind == "partial"
         else "adapter",
         last_layers=method.last_layers or 0,
-        adapter=_adapter(method) if method.kind not in ("full", "partial") else None,
+        adapter=_adapter(method, plan.task) if method.kind not in ("full", "partial") else None,
         weights=storage,
         base_dtype=(method.compute_dtype or native) if quantised else storage.name,
         compute_dtype=method.compute_dtype or "bf16",
@@ -344,7 +437,35 @@ def job_of(resolved: Resolved) -> Job:
         optimizer=_optimizer(plan.optimizer),
         main_weights=stack.main_weights and storage.name in ("bf16", "fp16"),
         sharding=sharding,
+        labels=_labels(resolved.config),
+        reference=plan.reference or "none",
+        completion_tokens=(plan.rollout.completion_tokens or 0) if plan.rollout else 0,
+        teacher=_teacher(plan),
+        sampler_bytes=_sampler_bytes(plan, gpu),
     )
+
+
+def _labels(config: Mapping[str, Any]) -> int:
+    """How many labels a config.json names; two where it names none, as transformers has it."""
+    named = config.get("id2label")
+    return int(config.get("num_labels") or (len(named) if isinstance(named, Mapping) else 0) or 2)
+
+
+def _teacher(plan: Plan) -> Mapping[str, Any] | None:
+    return resolve_model(plan.teacher).row.config if plan.teacher is not None else None
+
+
+def _sampler_bytes(plan: Plan, gpu: GpuRow | None) -> int:
+    """What an engine reserves that generates on the same card."""
+    rollout = plan.rollout
+    if rollout is None or rollout.sampler != "colocate":
+        return 0
+    if gpu is None:
+        raise InputError(
+            "a sampler on the same card reserves a share of it, and no card is named",
+            remedy="name one (--gpu h100-80gb), or use rollout.sampler: server",
+        )
+    return int((rollout.sampler_share or 0.0) * gpu.usable_bytes)
 
 
 def _stored(name: str, *, double_quant: bool) -> Format:
@@ -393,7 +514,8 @@ def _capability(gpu: GpuRow | None) -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-def _adapter(method: Method) -> AdapterSpec:
+def _adapter(method: Method, task: str | None) -> AdapterSpec:
+    heads = HEADS if task in ("rm", "classify") else ()
     return AdapterSpec(
         kind=method.kind,
         rank=method.rank or 0,
@@ -401,7 +523,7 @@ def _adapter(method: Method) -> AdapterSpec:
         dtype=find_format(method.adapter_dtype or "fp32").name,
         dropout=method.dropout or 0.0,
         use_dora=bool(method.use_dora) or method.kind == "dora",
-        modules_to_save=tuple(method.modules_to_save or ()),
+        modules_to_save=(*(method.modules_to_save or ()), *heads),
         rank_pattern=method.rank_pattern or {},
         layers_to_transform=method.layers_to_transform,
         target_parameters=tuple(method.target_parameters or ()),

@@ -14,6 +14,7 @@ from ftplan.memory.prepare import counted_parameters, prepare
 from ftplan.memory.record import record_step
 from ftplan.memory.replay import Alive, Program
 from ftplan.memory.tape import ITEM_BYTES, Label, Parameter
+from ftplan.memory.tasks import Objective, objective_of
 from ftplan.memory.zero import bucket_bytes, live_bytes, partition
 
 __all__ = ["Estimate", "StaticTerm", "Structure", "estimate"]
@@ -150,6 +151,16 @@ def _waits_elsewhere(term: StaticTerm, sharding: ShardingSpec) -> bool:
     return moved or (sharding.offload == "params" and sharding.kind == "fsdp")
 
 
+def _sampler(job: Job) -> StaticTerm:
+    """An engine that generates completions on the same card and keeps its share of it."""
+    return StaticTerm(
+        name="runtime/sampler",
+        bytes=job.sampler_bytes,
+        formula="vllm_gpu_memory_utilization x the card",
+        source="trl/trainer/grpo_trainer.py 1.16: vLLM in the trainer's process, not asleep",
+    )
+
+
 class Structure:
     """A job but for the sizes of its batch: every weight placed, one step recorded.
 
@@ -173,6 +184,11 @@ class Structure:
                     source="masks and tables that the model keeps beside its weights",
                 )
             )
+        objective = objective_of(job)
+        for model in objective.resident:
+            static.append(_weights(counted_parameters(model.network), model.name, model.why))
+        if job.sampler_bytes:
+            static.append(_sampler(job))
         if job.accumulation > 1:
             static.append(
                 _weights(learned, "gradients/accumulated", "gradients of earlier micro batches")
@@ -182,7 +198,7 @@ class Structure:
         self.step_bytes = step_bytes(job.optimizer, learned)
         self.network = network
         self.counted = counted
-        self.program = program_of(job, network)
+        self.program = program_of(job, network, objective)
         self.total_params = sum(
             parameter.numel * times for parameter, times, _ in counted if _is_base(parameter)
         )
@@ -244,7 +260,7 @@ def _shard(parameter: Parameter, ranks: int) -> Parameter:
     return part
 
 
-def program_of(job: Job, network: Network) -> Program:
+def program_of(job: Job, network: Network, objective: Objective) -> Program:
     """Record the job's step."""
     sharding = job.sharding if job.sharding.kind in ("fsdp", "zero2", "zero3") else None
     if sharding is not None and sharding.kind == "fsdp":
@@ -258,7 +274,9 @@ def program_of(job: Job, network: Network) -> Program:
         input_grads=job.checkpoint_every > 0,
         accumulated=job.accumulation > 1,
         sharding=sharding,
+        objective=objective,
     )
     program = Program(recording, recording.phases())
     program.virtual_tokens = network.virtual_tokens
+    program.sequences = objective.sequences
     return program

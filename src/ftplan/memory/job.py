@@ -100,3 +100,13 @@ class Job:
     main_weights: bool = False
     """An fp32 copy of each 2-byte trainable parameter, and an fp32 gradient."""
     sharding: ShardingSpec = ShardingSpec()
+    labels: int = 2
+    """``classify``: how many labels there are."""
+    reference: Literal["none", "adapter", "model", "precomputed"] = "none"
+    """Preference and RL tasks: where the reference's log-probabilities come from."""
+    completion_tokens: int = 0
+    """Reinforcement finetuning: tokens of a sequence that the loss looks at; 0: all."""
+    teacher: Mapping[str, Any] | None = None
+    """Distillation: the config.json of the teacher."""
+    sampler_bytes: int = 0
+    """What a sampler that shares the GPU reserves."""

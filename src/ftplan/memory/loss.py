@@ -5,9 +5,9 @@ from __future__ import annotations
 from ftplan.memory import ops
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.nn import Linear, Network
-from ftplan.memory.tape import CHUNK, ONE, TOKENS, Grads, Tensor
+from ftplan.memory.tape import BATCH, CHUNK, ONE, TOKENS, Grads, Tensor
 
-__all__ = ["chunk_tokens", "compute_loss"]
+__all__ = ["chunk_tokens", "classify_loss", "compute_loss", "model_outputs"]
 
 LIGER_CHUNK_FACTOR = 1
 """Liger bounds a chunk's logits to this many times the hidden states."""
@@ -34,6 +34,32 @@ def compute_loss(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return _fused(network, x), None
     logits = network.head(x)
     return _full(network, logits), logits
+
+
+def model_outputs(network: Network, x: Tensor, completion: int = 0) -> Tensor:
+    """What the model returns where the loss is the trainer's: logits, all or a completion's.
+
+    ``completion`` tokens at the end of each sequence reach the head, and the one before them,
+    whose next token is the first of the completion (``logits_to_keep``).
+    """
+    if completion:
+        x = ops.rows_slice(x, BATCH * (completion + 1))
+    logits = network.head(x)
+    return pooled(logits) if logits.width <= 1 and network.head_name == "score" else logits
+
+
+def classify_loss(network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``GenericForSequenceClassification``: a score for every token, of which the last counts."""
+    logits = pooled(network.head(x))
+    labels = logits.tape.tensor(BATCH, 1, "int64", "labels")
+    return ops.cross_entropy(logits, labels), logits
+
+
+def pooled(logits: Tensor) -> Tensor:
+    """The scores of each sequence's last token, picked by index; backward fills a whole tensor."""
+    if logits.rows == BATCH:
+        return logits
+    return ops.gather(logits, BATCH)
 
 
 def _full(network: Network, logits: Tensor) -> Tensor:

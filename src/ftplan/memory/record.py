@@ -19,7 +19,18 @@ from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.loss import classify_loss, compute_loss, model_outputs
 from ftplan.memory.nn import Module, Network, Shared, Stack, Stage
-from ftplan.memory.tape import BATCH, ONE, TOKENS, Label, Node, Parameter, Tape, Tensor, backward
+from ftplan.memory.tape import (
+    BATCH,
+    ONE,
+    TOKENS,
+    Label,
+    Node,
+    Parameter,
+    Size,
+    Tape,
+    Tensor,
+    backward,
+)
 from ftplan.memory.tasks import Objective
 from ftplan.memory.zero import Zero
 
@@ -188,6 +199,8 @@ def record_step(
     if objective is not None and objective.before:
         _score_before(recorder, objective)
     inputs = _inputs(tape)
+    if input_grads:
+        _ask_for_input_grads(network)
     recorder.begin_root()
     recorder.order.append(recorder.cut("inputs"))
     shared = Shared()
@@ -242,6 +255,22 @@ def record_serving(network: Network, env: Environment) -> Recording:
     recorder.recording.saved = _alive(tape)
     del inputs, shared
     return recorder.recording
+
+
+def _ask_for_input_grads(network: Network) -> None:
+    """``enable_input_require_grads``: what the word embedding returns asks for a gradient."""
+    for name in network.embedding_names:
+        embedding = network.child(name)
+
+        def asked(
+            tape: Tape, rows: Size = TOKENS, forward: Callable[..., Any] = embedding.forward
+        ) -> Tensor:
+            out: Tensor = forward(tape, rows)
+            if not out.requires_grad:
+                out.requires_grad, out.node = True, Parameter("", (), out.dtype, True)
+            return out
+
+        embedding.forward = asked
 
 
 def _hold_gradients(network: Network, tape: Tape) -> None:
@@ -371,8 +400,9 @@ def _task_loss(recorder: _Recorder, held: list[Tensor], objective: Objective) ->
     """The trainer's loss function: it holds the model's outputs until it returns."""
     tape, recording = recorder.tape, recorder.recording
     recorder.order = recording.tail_order
-    if tape.env.outputs_to_fp32:
-        held.append(ops.to(held.pop(), "fp32"))
+    with tape.scoped("logits"):
+        if tape.env.outputs_to_fp32:
+            held.append(ops.to(held.pop(), "fp32"))
 
     def again(network: Network) -> Tensor:
         recorder.order.append(recorder.cut("the policy's part"))

@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from ftplan.memory.record import BOUNDARY, Recording, Segment
-from ftplan.memory.tape import BLOCK_BYTES, Label, Size, basis
+from ftplan.memory.tape import BATCH, BLOCK_BYTES, SCORES, TOKENS, Label, Size, basis
 
 __all__ = ["Alive", "Moment", "Phase", "Program", "Run", "rounded"]
 
@@ -82,6 +82,8 @@ class Program:
         self._storage_size = storage_size
         self.virtual_tokens = 0
         """Learned tokens before each sequence."""
+        self.sequences = 1
+        """Sequences that go through the model for each of the micro batch."""
         count = len(self._sizes)
         segments: dict[tuple[int, int], int] = {}
         self.phases: list[Phase] = []
@@ -105,7 +107,7 @@ class Program:
             self.phases.append(Phase(name, tuple(runs)))
 
     def _bytes(self, micro: int, seq_len: int, chunk: int) -> list[int]:
-        point = basis(micro, seq_len + self.virtual_tokens, chunk)
+        point = basis(micro * self.sequences, seq_len + self.virtual_tokens, chunk)
         sizes = [rounded(size.at(point)) for size in self._sizes]
         return sizes + [-size for size in sizes]
 
@@ -130,6 +132,11 @@ class Program:
                 level += run.times * net
             peaks.append((phase.name, peak))
         return peaks, level
+
+    def births(self) -> int:
+        """How many storages are made in a micro batch."""
+        each = [sum(event > 0 for event in events) for events in self._events]
+        return sum(each[run.segment] * run.times for p in self.phases for run in p.runs)
 
     def peak(self, micro: int, seq_len: int, chunk: int = 0) -> int:
         """The largest moment, in bytes on top of what is static."""
@@ -170,7 +177,11 @@ class Program:
                 entry = alive.setdefault(self._labels[storage], [0, NOTHING])
                 entry[0] += table[index] * sign
                 entry[1] = entry[1] + self._sizes[index] * sign
-        return {label: Alive(*entry) for label, entry in alive.items() if entry[0]}
+        return {
+            label: Alive(entry[0], per_sample(entry[1], self.sequences))
+            for label, entry in alive.items()
+            if entry[0]
+        }
 
     def _until(self, where: tuple[int, int, int, int]) -> Iterator[tuple[tuple[int, ...], int]]:
         """Every segment that ran before the moment with its repeats, then the part of the last."""
@@ -182,6 +193,15 @@ class Program:
                     yield self._events[run.segment][: event + 1], 1
                     return
                 yield self._events[run.segment], run.times
+
+
+def per_sample(size: Size, sequences: int) -> Size:
+    """A size as an expression in samples, where each is so many sequences."""
+    batch = (BATCH, TOKENS, SCORES)
+    return Size(
+        value * sequences if any(unit[at] for unit in batch) else value
+        for at, value in enumerate(size)
+    )
 
 
 def _final_labels(recording: Recording) -> list[Label]:

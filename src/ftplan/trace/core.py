@@ -359,10 +359,11 @@ def _forward_of(job: Job, model: Any) -> Callable[..., Any]:
 def batch_of(job: Job, device: Any = "cpu", vocabulary: int = 1) -> dict[str, Any]:
     """Token ids and labels, and a mask where the plan pads; int64, shape (micro, seq_len)."""
     # a preference batch is chosen and rejected together
-    shape = (2 * job.micro if job.task == "dpo" else job.micro, job.seq_len)
+    pairs = job.task in ("dpo", "rm")
+    shape = (2 * job.micro if pairs else job.micro, job.seq_len)
     ids = torch.randint(0, vocabulary, shape, device=device)
     labels = ids.clone()
-    if job.task in ("classify", "rm"):
+    if job.task == "classify":
         labels = torch.zeros(job.micro, dtype=torch.int64, device=device)
     batch = {"input_ids": ids, "labels": labels}
     if job.padding != "none":

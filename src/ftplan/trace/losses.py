@@ -24,6 +24,8 @@ def loss_of(job: Job, model: Any, forward: Callable[..., Any], reference: Any) -
     """A function from a batch to the model's outputs with ``loss``, for the job's task."""
     if job.task == "dpo":
         return _pairs(job, model, forward, reference)
+    if job.task == "rm":
+        return _rewards(forward)
     if job.task in ("kto", "orpo", "ppo", "grpo", "distill", "embed"):
         raise UnsupportedError(f"tracing the task {job.task!r}", remedy="trace sft, pt, rm or dpo")
     if job.loss == "full":
@@ -37,6 +39,17 @@ def loss_of(job: Job, model: Any, forward: Callable[..., Any], reference: Any) -
         raise UnsupportedError("tracing a chunked loss of an encoder-decoder")
     _chunk_head(base, job.chunk)
     return forward
+
+
+def _rewards(forward: Callable[..., Any]) -> Any:
+    """TRL's reward trainer: chosen and rejected in one batch, the loss outside the model."""
+
+    def loss(input_ids: Any, labels: Any, attention_mask: Any = None) -> Any:
+        outputs = forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        chosen, rejected = torch.chunk(outputs["logits"].squeeze(-1), chunks=2)
+        return {"loss": -F.logsigmoid(chosen - rejected).mean(), "logits": outputs["logits"]}
+
+    return loss
 
 
 def _chunk_head(base: Any, size: int) -> None:
@@ -84,17 +97,37 @@ def _one_chunk(hidden: Any, weight: Any, bias: Any, wanted: Any) -> Any:
     return loss, correct, entropy
 
 
+class _Gather(torch.autograd.Function):
+    """``torch.gather``, whose gradient is added in place: on tensor subclasses, which fake
+    tensors are, PyTorch makes a second copy there (FunctionsManual.cpp, ``gather_backward``)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Any, index: Any) -> Any:  # type: ignore[override]
+        ctx.save_for_backward(values, index)
+        return torch.gather(values, -1, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
+        values, index = ctx.saved_tensors
+        whole = torch.zeros_like(values)
+        return whole.scatter_add_(-1, index, grad), None
+
+
+def _gather(values: Any, index: Any) -> Any:
+    return _Gather.apply(values, index)
+
+
 def _picked(logits: Any, index: Any) -> Any:
     """Log-probabilities of the labels, a sequence at a time, shape of ``index``."""
     index = index.unsqueeze(-1)
     if logits.dtype == torch.float32:
-        selected = torch.gather(logits, dim=-1, index=index)
+        selected = _gather(logits, index)
         sums = torch.stack([torch.logsumexp(row, dim=-1) for row in logits])
         return (selected - sums.unsqueeze(-1)).squeeze(-1)
     rows = []
     for row, labels in zip(logits, index, strict=True):
         log_probs = F.log_softmax(row, dim=-1)
-        rows.append(log_probs.gather(dim=-1, index=labels))
+        rows.append(_gather(log_probs, labels))
     return torch.stack(rows).squeeze(-1)
 
 
