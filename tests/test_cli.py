@@ -387,6 +387,17 @@ def test_output_is_whole_or_not_at_all(ftplan_: Terminal, plan: Path) -> None:
     assert {p.name for p in Path().iterdir()} == {"plan.yaml", "out.json"}
 
 
+def test_output_keeps_links_and_devices(ftplan_: Terminal, plan: Path) -> None:
+    """A link still points at the file that was written; a device or - is written to."""
+    Path("real.json").write_text("before")
+    Path("link.json").symlink_to("real.json")
+    assert ftplan_("memory", plan, "-f", "json", "-o", "link.json").code == 0
+    assert Path("link.json").is_symlink()
+    assert json.loads(Path("real.json").read_text())["schema_version"] == 1
+    assert ftplan_("memory", plan, "-o", os.devnull).code == 0
+    assert ftplan_("memory", plan, "-f", "json", "-o", "-").data["schema_version"] == 1
+
+
 def test_colour(ftplan_: Terminal, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No colour in a pipe; FORCE_COLOR gives it; NO_COLOR wins over it; a file never has it."""
     assert "\x1b[" not in ftplan_("memory", plan).out

@@ -39,7 +39,7 @@ OutputOption = Annotated[
 def emit(text: str, output: Path | None = None) -> None:
     """Print the answer on stdout, or write it to ``output`` (whole or not at all)."""
     text = text if text.endswith("\n") or not text else text + "\n"
-    if output is not None and str(output) != "-":
+    if output is not None and str(output) not in ("-", "/dev/stdout"):
         write_file(output, text)
         return
     try:
@@ -61,11 +61,11 @@ def note(message: str) -> None:
 
 def write_file(path: Path, text: str) -> None:
     """Replace ``path`` with ``text`` in one step: a reader sees the old file or the new one."""
-    path = path.resolve()  # a link keeps pointing, at the new text
     try:
         if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")  # /dev/stdout, a pipe: nothing to replace
+            path.write_text(text, encoding="utf-8")  # a pipe or a device: nothing to replace
             return
+        path = path.resolve()  # a link keeps pointing, at the new text
         with tempfile.NamedTemporaryFile(
             "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
         ) as temporary:
