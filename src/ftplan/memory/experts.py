@@ -163,7 +163,7 @@ class Router(Module):
 
     ``scoring``: ``softmax`` (of all, then top k), ``top_softmax`` (of the top k only),
     ``sigmoid`` (DeepSeek-V3: grouped choice, then gathered scores), ``gathered`` (so, of a
-    softmax). ``upcast`` computes the logits from fp32 copies. ``keep_fp32`` leaves the weights in
+    softmax), ``sigmoid_topk`` (the top k of the sigmoids). ``upcast`` computes the logits from fp32 copies. ``keep_fp32`` leaves the weights in
     fp32; otherwise they return to the dtype of the logits. ``masked`` keeps a mask
     of experts (group-limited choice). ``float_logits`` casts the logits, and the weights back to
     the dtype of the input.
@@ -198,7 +198,9 @@ class Router(Module):
             return Routing(
                 logits, weights if not self.float_logits else ops.to(weights, x.dtype), index
             )
-        if self.scoring in ("sigmoid", "gathered"):
+        if self.scoring == "sigmoid_topk":
+            weights, index = topk(ops.unary(logits, "sigmoid", "output"), self.top_k)
+        elif self.scoring in ("sigmoid", "gathered"):
             weights, index = self._gathered(logits)
         else:
             scores = ops.softmax(logits, "fp32")
@@ -285,10 +287,11 @@ class Experts(Module):
         counts = tape.tensor(rows, 1, "int32", "experts of rows")
         offsets = tape.tensor(ONE, self.count, "int32", "expert offsets")
         bias = self._bias(self.names[0], index)
-        out = self._linear(picked, self.names[0], bias, offsets)
+        folded: list[Tensor] = []  # ``parametrize.cached``: alive until the experts return
+        out = self._linear(picked, self.names[0], bias, offsets, folded)
         out = self.gate(out) if self.gated else activation(out, self.act)
         bias = self._bias(self.names[1], index)
-        out = self._linear(out, self.names[1], bias, offsets)
+        out = self._linear(out, self.names[1], bias, offsets, folded)
         weighted = ops.mul(out, weights, "weighted experts")
         back = _index(routing.index, rows, "inverse order")
         weighted = gather_rows(weighted, back, rows, weighted.width)
@@ -303,11 +306,16 @@ class Experts(Module):
         bias = index.tape.leaf(self.parameters[f"{name}_bias"])
         return gather_rows(bias, index, index.rows, bias.width)
 
-    def _linear(self, x: Tensor, name: str, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    def _linear(
+        self, x: Tensor, name: str, bias: Tensor | None, offsets: Tensor,
+        folded: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         weight = self.parameters[name]
         width = weight.shape[2 if self.transposed else 1]
         adapted = self.folded.get(name)
         operand = adapted.fold(x.tape) if adapted else x.tape.leaf(weight)
+        if adapted and folded is not None:
+            folded.append(operand)
         return grouped_linear(x, operand, offsets, width, bias)
 
 
