@@ -51,6 +51,14 @@ this page's generator, and are not the jobs of the tables above.
 LLMem (arXiv 2404.10933) publishes 1.6 % on one GPU and 3.0 % on several for its own method; it
 probes the job on a GPU.
 """
+READINGS = """\
+Read by others on real GPUs, each with its source in `validation/published.json`. All were made with
+older software than the calculator mirrors; its versions stand beside each reading there, and a
+plan names the stack of that time where there is a profile of it (`transformers-4.46`). LitGPT,
+torchtune, and ms-swift 2 with Qwen's first models run modules of their own, which are not what the
+calculator walks: their errors are what a plan that names such a stack must expect.
+`inside`: the reading lies between low and high; `width`: (high - low) / expected, the median.
+"""
 GPU = """
 ## Against our own GPU readings
 
@@ -129,12 +137,7 @@ def readings_table() -> str:
     compared, left_out = accuracy.published()
     parts = [
         "\n## Against published readings\n",
-        "Read by others on real GPUs, each with its source in `validation/published.json`. All "
-        "were made with\nolder software than the calculator mirrors; its versions stand beside each "
-        "reading in that file.\n`inside`: the reading lies between low and high. "
-        "LitGPT, torchtune and ms-swift 2 with Qwen's first\nmodels run modules of their own, which "
-        "are not what the calculator walks: their errors are what a plan\nthat names such a stack "
-        "must expect.\n",
+        READINGS,
     ]
     groups: dict[tuple[str, ...], list[Reading]] = defaultdict(list)
     for reading in compared:

@@ -405,6 +405,7 @@ def job_of(resolved: Resolved) -> Job:
         padding_mask=batch.padding == "right",
         kernels=plan.kernels or "none",
         loss=plan.loss.kind,
+        loss_shifts=stack.loss_shifts,
         keep_outputs=stack.keeps_outputs,
         outputs_to_fp32=autocast is not None and stack.outputs_to_fp32,
         seq_len=local_seq_len(batch.seq_len, _sharding(plan)),

@@ -82,6 +82,8 @@ class Stack:
     """Tasks for which ``loss`` holds (else `full`); None: all."""
     loss_upcasts: bool
     """Whether the loss casts logits to fp32."""
+    loss_shifts: Literal["labels", "logits"] = "labels"
+    """What the loss moves by one token; moving the logits copies them."""
     outputs_to_fp32: bool
     """Whether mixed precision also casts the returned logits to fp32 (accelerate)."""
     keeps_outputs: bool
@@ -146,11 +148,12 @@ class StackRow:
 def _stacks() -> dict[str, Stack]:
     path = files("ftplan.catalog").joinpath("data/stacks.json")
     raw = json.loads(path.read_text(encoding="utf-8"))["stacks"]
-    return {name: _stack(name, entry) for name, entry in raw.items()}
+    return {name: _stack(name, entry, raw) for name, entry in raw.items()}
 
 
-def _stack(name: str, entry: Mapping[str, Any]) -> Stack:
-    rows = entry["fields"]
+def _stack(name: str, entry: Mapping[str, Any], raw: Mapping[str, Any]) -> Stack:
+    # a profile may be like another one but for a few fields: an earlier version of it
+    rows = {**(raw[entry["like"]]["fields"] if "like" in entry else {}), **entry["fields"]}
     values = {key: _tuple(row["value"]) for key, row in rows.items()}
     return Stack(
         name=name,

@@ -26,6 +26,8 @@ class Environment:
     """Fused kernels that replace the model's own."""
     loss: Literal["full", "chunked", "fused"] = "full"
     """How the loss meets the logits."""
+    loss_shifts: Literal["labels", "logits"] = "labels"
+    """What the loss moves by one token; moving the logits copies them."""
     keep_outputs: bool = False
     """The caller holds the model's outputs until backward has ended."""
     outputs_to_fp32: bool = False

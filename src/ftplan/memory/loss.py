@@ -67,6 +67,9 @@ def _full(network: Network, logits: Tensor) -> Tensor:
     if network.loss_in_fp32:
         logits = ops.to(logits, "fp32")
     labels = logits.tape.tensor(TOKENS, 1, "int64", "shifted labels")
+    if logits.tape.env.loss_shifts == "logits":
+        # transformers until 4.48: logits[..., :-1, :].contiguous(), beside the logits themselves
+        return ops.cross_entropy(ops.copy(logits, "shifted logits"), labels)
     return ops.cross_entropy(logits, labels)
 
 
