@@ -79,7 +79,9 @@ class Conv1d(Module):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        tape = x.tape
+        tape, dtype = x.tape, x.dtype
+        if self.act:  # the fallback casts its input to the weight's dtype, its output back
+            x = ops.to(x, self.weight.dtype)
         x = ops.autocast(x)
         weight = ops.autocast(tape.leaf(self.weight))
         inputs = [x, weight]
@@ -97,7 +99,7 @@ class Conv1d(Module):
 
         ops.record([out], "conv1d", inputs, apply)
         out = _cut(out, x.rows)
-        return ops.unary(out, "silu", "input") if self.act else out
+        return ops.to(ops.unary(out, "silu", "input"), dtype) if self.act else out
 
 
 def _cut(x: Tensor, rows: Size) -> Tensor:

@@ -9,8 +9,10 @@ Source: transformers 5.23.0, models/mamba, falcon_mamba, lfm2.
 from __future__ import annotations
 
 from ftplan.memory import ops
+from ftplan.memory.experts import Experts, Router
 from ftplan.memory.families.decoder import MLP, Attention, Block, Config, Decoder, filled
 from ftplan.memory.families.hybrid import Conv1d
+from ftplan.memory.families.mixture import Mixture
 from ftplan.memory.nn import Linear, Module, Network, RMSNorm, Shared
 from ftplan.memory.tape import TOKENS, Grads, Tensor
 
@@ -45,13 +47,19 @@ class MambaMixer(Module):
         selected = self.x_proj.forward(ops.copy(inner, "contiguous"))
         step, b, c = ops.split(selected, [self.rank, self.states, self.states])
         del selected
-        if self.normed:
-            step, b, c = (RMSNorm(t.width, weight=False).forward(t) for t in (step, b, c))
+        step, b, c = self.selected(step, b, c)
         assert self.dt_proj.bias is not None
         step = ops.linear(step, tape.leaf(self.dt_proj.weight))
         bias = ops.to(tape.leaf(self.dt_proj.bias), "fp32")
         out = self.scan(inner, step, rate, b, c, gate, bias)
         return self.out_proj.forward(ops.to(out, dtype))
+
+    def selected(self, step: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The time step, B and C as the scan takes them."""
+        if not self.normed:
+            return step, b, c
+        step, b, c = (RMSNorm(t.width, weight=False).forward(t) for t in (step, b, c))
+        return step, b, c
 
     def scan(
         self, inner: Tensor, step: Tensor, rate: Tensor, b: Tensor, c: Tensor, gate: Tensor,
@@ -225,4 +233,38 @@ def lfm2(raw: Config) -> Network:
     )
 
 
-MODEL_TYPES = {"mamba": mamba, "falcon_mamba": mamba, "lfm2": lfm2}
+def lfm2_moe(raw: Config) -> Network:
+    """``Lfm2MoeForCausalLM``: experts in all but the first layers."""
+    config = filled(raw)
+    config["tie_word_embeddings"] = raw.get("tie_embedding", config["tie_word_embeddings"])
+    count, dense = config["num_hidden_layers"], config["num_dense_layers"]
+    types = list(config.get("layer_types") or ()) or ["full_attention"] * count
+
+    def block(config: Config, layer: int) -> Module:
+        hidden = config["hidden_size"]
+        conv = types[layer] == "conv"
+        mixer: Module = ShortConv(config) if conv else LfmAttention(config)
+        if layer < dense:
+            mlp: Module = MLP(
+                hidden, config["intermediate_size"], "silu", names=("w1", "w3", "w2")
+            )
+        else:
+            chosen = "sigmoid" if config["use_expert_bias"] else "sigmoid_topk"
+            router = Router(
+                hidden, config["num_experts"], config["num_experts_per_tok"], scoring=chosen,
+                normalize=bool(config["norm_topk_prob"]), scaled=True, keep_fp32=True,
+            )  # fmt: skip
+            experts = Experts(hidden, config["moe_intermediate_size"], config["num_experts"])
+            mlp = Mixture(router, experts)
+        return Block(
+            config, mixer, mlp, mixer_name="conv" if conv else "self_attn",
+            mlp_name="feed_forward", norms=("operator_norm", "ffn_norm"),
+        )  # fmt: skip
+
+    return Decoder(
+        config, block, kind=lambda layer: (types[layer] == "conv", layer < dense),
+        norm_name="embedding_norm",
+    )  # fmt: skip
+
+
+MODEL_TYPES = {"mamba": mamba, "falcon_mamba": mamba, "lfm2": lfm2, "lfm2_moe": lfm2_moe}
