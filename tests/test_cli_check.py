@@ -110,6 +110,15 @@ def test_over_points_at_the_gpu(ftplan_: Terminal) -> None:
     assert text.startswith("::error title=ftplan (")
 
 
+def test_a_wrong_flag_does_not_blame_the_file(ftplan_: Terminal) -> None:
+    """A GPU that only a flag names wrongly is about no line of the file."""
+    said = ftplan_("check", "fits.yaml", "--gpu", "a1000x", "--format", "json")
+    assert said.code == 2
+    finding = said.data["results"][0]["findings"][0]
+    assert (finding["code"], finding["location"]["line"]) == ("CHK002", None)
+    assert "a1000x" in finding["message"]
+
+
 def test_wrong_fail_on(ftplan_: Terminal) -> None:
     """A verdict that does not exist is refused."""
     said = ftplan_("check", "fits.yaml", "--fail-on", "maybe")

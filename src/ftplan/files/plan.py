@@ -249,26 +249,15 @@ def _share(path: tuple[str, str]) -> Callable[[Any], float]:
     return parse
 
 
-_KINDS: dict[str, tuple[Key, ...]] = {
-    "model": ("model",),
-    "gpu": ("hardware", "gpu"),
-    "optimizer": ("optimizer",),
-    "stack": ("stack",),
-    "dtype": ("precision", "weights"),
-    "format": ("precision", "weights"),
-}
-
-
 def place_error(error: FtplanError, document: Document) -> FtplanError:
     """The same error, at the key of ``document`` that it is about when that can be told.
 
     The calculator knows no files: what it refuses is placed here, for the name it did not know
-    stands in the document.
+    stands in the document. What came from elsewhere (a flag) is about the file as a whole.
     """
     if error.location is not None:
         return error
-    kind = getattr(error, "kind", "")
-    path = _KINDS.get(str(kind).lower())
+    path: tuple[Key, ...] | None = None
     names = [getattr(error, "name", ""), *re.findall(r"'([^']+)'", error.message)]
     for name in names:
         found = find_value(document.data, str(name)) if name else None
