@@ -105,3 +105,140 @@ def test_every_adapter_runs(name: str, index: int) -> None:
     result = estimate(job)
     assert result.trainable_params == row["trained"]
     assert result.peak_bytes > result.static_bytes
+
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 256, "hidden_size": 128, "intermediate_size": 352,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+MIXTRAL: dict[str, Any] = LOADED["mixtral"]["config"]
+
+
+def trained(config: dict[str, Any], method: dict[str, Any], **changed: Any) -> int:
+    """Parameters that are trained."""
+    return estimate(job_of(config, method, **changed)).trainable_params
+
+
+@pytest.mark.parametrize(("kind", "places"), [("houlsby", 2), ("pfeiffer", 1)])
+def test_bottlenecks_are_those_of_the_adapters_library(kind: str, places: int) -> None:
+    """A bottleneck is two matrices and two biases; a sixteenth of the width unless given."""
+    for width in (0, 24):
+        inner = width or 128 // 16
+        one = 2 * 128 * inner + inner + 128
+        method = {"kind": kind, **({"bottleneck": width} if width else {})}
+        assert trained(LLAMA, method) == 4 * places * one
+
+
+def test_bottlenecks_stand_after_a_mixture() -> None:
+    """A block whose feed-forward part is experts gets its bottleneck after all of them."""
+    one = 2 * 128 * 8 + 8 + 128
+    assert trained(MIXTRAL, {"kind": "pfeiffer"}) == 3 * one
+    assert trained(MIXTRAL, {"kind": "houlsby"}) == 6 * one
+
+
+def test_bitfit_trains_every_bias_and_adds_nothing() -> None:
+    """Biases are trained where they stand; a model without any is refused."""
+    config = LOADED["opt"]["config"]
+    per_layer = 4 * 128 + 512 + 128 + 2 * 128
+    assert trained(config, {"kind": "bitfit"}) == 3 * per_layer + 128
+    with pytest.raises(UnsupportedError):
+        prepare(job_of(LLAMA, {"kind": "bitfit"}))
+
+
+def test_adapter_dtype_is_the_storage_of_what_is_added() -> None:
+    """bf16 adapters take half the bytes of fp32 ones, and nothing else changes its dtype."""
+    for kind in ("lora", "dora", "ia3", "vera", "loha", "lokr", "oft", "boft"):
+        method = {"kind": kind, "targets": ["q_proj", "v_proj"]}
+        if kind == "ia3":
+            method["targets"] = ["k_proj", "down_proj"]
+        for dtype in ("fp32", "bf16"):
+            network = prepare(job_of(LLAMA, {**method, "dtype": dtype}))
+            for parameter, _, _ in counted_parameters(network):
+                if parameter.trainable:
+                    assert parameter.dtype == dtype
+                elif not parameter.added:
+                    assert parameter.dtype == "bf16"
+
+
+def test_saved_modules_stay_twice() -> None:
+    """modules_to_save trains a copy in the base's dtype and keeps the frozen original."""
+    method = {"kind": "lora", "rank": 8, "targets": ["q_proj"], "modules_to_save": ["lm_head"]}
+    plain = estimate(job_of(LLAMA, {**method, "modules_to_save": []}))
+    saved = estimate(job_of(LLAMA, method))
+    numbers = 256 * 128
+    assert saved.trainable_params - plain.trainable_params == numbers
+    assert saved.total_params == plain.total_params
+    weights = {term.name: term.bytes for term in saved.static}
+    before = {term.name: term.bytes for term in plain.static}
+    assert weights["weights/frozen"] == before["weights/frozen"]
+    assert weights["adapters/parameters"] - before["adapters/parameters"] == numbers * 2
+
+
+def test_layers_with_different_adapters_are_built_apart() -> None:
+    """Only layers that a rule tells apart get a kind of their own."""
+    same = prepare(job_of(LLAMA, {"kind": "lora", "targets": ["q_proj"]}))
+    assert len(same.stages[0].stack.kinds) == 1
+    some = {"kind": "lora", "targets": ["q_proj"], "layers_to_transform": [1, 3]}
+    apart = prepare(job_of(LLAMA, some))
+    assert apart.stages[0].stack.pattern == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("storage", ["nf4", "nf4-dq", "fp4", "bnb-int8", "gptq-int4", "awq-int4"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "vera"])
+def test_adapters_run_on_quantised_bases(kind: str, storage: str) -> None:
+    """A quantised base trains as many parameters as a plain one, in fewer bytes."""
+    method = {"kind": kind, "rank": 8} if kind != "ia3" else {"kind": kind}
+    plain = estimate(job_of(LLAMA, method))
+    small = estimate(job_of(LLAMA, method, weights=find_format(storage)))
+    assert small.trainable_params == plain.trainable_params
+    assert small.static_bytes < plain.static_bytes
+
+
+def test_preparation_casts_what_is_not_quantised_unless_peft_leaves_it() -> None:
+    """k-bit preparation makes fp32 of norms, embeddings and fused experts; not for GPTQ."""
+    method = {"kind": "lora", "targets": ["q_proj"]}
+    for storage, expected in (("nf4", "fp32"), ("awq-int4", "fp32"), ("gptq-int4", "bf16")):
+        job = job_of(MIXTRAL, method, weights=find_format(storage), prepare_kbit=True)
+        plain = {
+            parameter.dtype
+            for parameter, _, _ in counted_parameters(prepare(job))
+            if not parameter.added and parameter.dtype != storage
+        }
+        assert plain == {expected}
+
+
+def test_int8_inputs_escape_a_checkpoint_without_reentry() -> None:
+    """LLM.int8 holds its inputs itself: only the reentrant checkpoint forgets them."""
+    method = {"kind": "lora", "targets": ["q_proj", "v_proj"]}
+    peaks = {}
+    for reentrant in (False, True):
+        job = job_of(
+            LLAMA, method, weights=find_format("bnb-int8"), checkpoint_every=1, micro=4,
+            seq_len=512, environment=Environment(reentrant=reentrant),
+        )  # fmt: skip
+        peaks[reentrant] = dict(estimate(job).phases)["forward"]
+    assert peaks[False] > peaks[True]
+
+
+def test_learned_tokens_lengthen_the_sequence() -> None:
+    """Prompt tuning runs the model on more tokens; a prefix is refused under checkpointing."""
+    few = estimate(job_of(LLAMA, {"kind": "prompt_tuning", "virtual_tokens": 8}))
+    many = estimate(job_of(LLAMA, {"kind": "prompt_tuning", "virtual_tokens": 64}))
+    assert many.peak_bytes > few.peak_bytes
+    with pytest.raises(UnsupportedError, match="checkpointing"):
+        prepare(job_of(LLAMA, {"kind": "prefix_tuning"}, checkpoint_every=1))
+
+
+@pytest.mark.parametrize(
+    ("number", "factors"), [(256, (16, 16)), (128, (8, 16)), (127, (1, 127)), (896, (28, 32))]
+)
+def test_factors_of_lokr(number: int, factors: tuple[int, int]) -> None:
+    """LoKr cuts a side into two factors as near to each other as there are."""
+    assert factorization(number) == factors
+
+
+@pytest.mark.parametrize(("number", "wanted", "found"), [(96, 32, 32), (128, 48, 32), (20, 32, 20)])
+def test_nearest_divisor(number: int, wanted: int, found: int) -> None:
+    """OFT takes the nearest block size that divides the input."""
+    assert nearest_divisor(number, wanted) == found

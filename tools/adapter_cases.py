@@ -74,9 +74,7 @@ def trained(config: dict[str, Any], method: dict[str, Any]) -> dict[str, Any]:
         adapted = peft.get_peft_model(model, configuration(method, task))
     except (ValueError, TypeError, KeyError) as error:
         return {"refused": type(error).__name__}
-    shapes = sorted(
-        [sorted(p.shape) for _, p in adapted.named_parameters() if p.requires_grad]
-    )
+    shapes = sorted([sorted(p.shape) for _, p in adapted.named_parameters() if p.requires_grad])
     counted: dict[str, int] = {}
     for shape in shapes:
         key = "x".join(map(str, shape))

@@ -64,10 +64,9 @@ class QuantizedLinear(Linear):
         if self.bias is not None:
             self.bias.dtype = x.dtype
         fused = self.bias is not None and self.bias.dtype == "fp16"
-        out = _matmul_int8(
+        return _matmul_int8(
             x, self.in_features, self.out_features, adds=bool(self.bias) and not fused
         )
-        return out
 
 
 def _matmul(x: Tensor, in_features: int, out_features: int, *, keeps_input: bool) -> Tensor:

@@ -86,7 +86,9 @@ class AfterLinear(Linear):
 
 def _outputs(block: Module, *, both: bool) -> list[str]:
     """Where self-attention (``both``) and the feed-forward part of a block end."""
-    attention, rest, mixtures = [], [], []
+    attention: list[str] = []
+    rest: list[str] = []
+    mixtures: list[str] = []
     for path, module in block.named_modules():
         if isinstance(module, Experts):
             mixtures.append(path.rpartition(".")[0])

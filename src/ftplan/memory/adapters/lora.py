@@ -13,7 +13,8 @@ from ftplan.memory.quantized import QuantizedLinear, dequantized
 from ftplan.memory.tape import ONE, TOKENS, Grads, Parameter, Size, Tape, Tensor
 
 __all__ = [
-    "Adapted", "FoldedLinear", "FoldedParameter", "LoraEmbedding", "LoraLinear", "Named", "learned", "subtract_bias",
+    "Adapted", "FoldedLinear", "FoldedParameter", "LoraEmbedding", "LoraLinear", "Named", "learned",
+    "subtract_bias",
 ]  # fmt: skip
 
 

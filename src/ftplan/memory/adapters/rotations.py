@@ -58,9 +58,7 @@ class OftLinear(Adapted):
         self.elements = self.size * (self.size - 1) // 2
         self.oft_R = Named(Module())
         rotation = self.oft_R.default
-        rotation.parameters["weight"] = learned(
-            "oft_R", (self.blocks, self.elements), spec.dtype
-        )
+        rotation.parameters["weight"] = learned("oft_R", (self.blocks, self.elements), spec.dtype)
         for name in ("rows", "cols"):
             rotation.parameters[name] = learned(name, (self.elements,), "int64", trainable=False)
 

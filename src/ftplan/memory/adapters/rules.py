@@ -131,7 +131,9 @@ def named_layers(network: Network) -> Iterator[tuple[Module, str, str, Module]]:
                 yield block, path, f"{name}.{path}" if path else name, module
 
 
-def targeting(network: Network, spec: AdapterSpec, model_type: str, *, classifies: bool) -> Targeting:
+def targeting(
+    network: Network, spec: AdapterSpec, model_type: str, *, classifies: bool
+) -> Targeting:
     """The rules that hold for this adapter of this model. Raises UnsupportedError as PEFT does."""
     modules = _modules(spec, model_type)
     saved = (*spec.modules_to_save, *(CLASSIFIERS if classifies else ()))

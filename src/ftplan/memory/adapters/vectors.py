@@ -97,4 +97,3 @@ def train_biases(parameters: dict[str, Parameter]) -> int:
             parameter.trainable = True
             found += 1
     return found
-
