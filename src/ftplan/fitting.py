@@ -8,7 +8,61 @@ from typing import Any
 
 from ftplan.report import Assumption, Finding, GpuSummary, ModelSummary, Remedy, Verdict
 
-__all__ = ["FitReport", "FitRow", "GpuOffer", "GpuOption"]
+__all__ = ["FitReport", "FitRow", "GpuOffer", "GpuOption", "Solution", "Spread", "TimeEstimate"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """An estimate that is no count of bytes: seconds, tokens a second, hours, money."""
+
+    low: float
+    expected: float
+    high: float
+
+    def times(self, factor: float) -> Spread:
+        """Everything times a number."""
+        return Spread(
+            low=self.low * factor, expected=self.expected * factor, high=self.high * factor
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeEstimate:
+    """How fast a way runs, all cards together, and what the data costs with it."""
+
+    micro: int
+    """Micro batch at which it was estimated."""
+    seq_len: int
+    flops_per_micro_batch: int
+    """What one card computes, recomputation included."""
+    model_flops_per_micro_batch: int
+    """Without recomputation: what MFU counts."""
+    seconds_per_micro_batch: Spread
+    tokens_per_second: Spread
+    bound: str
+    """`compute`, `memory bandwidth`, `kernel launches` or `interconnect`."""
+    tokens: int | None = None
+    """Tokens to process; None: not given."""
+    steps: int | None = None
+    """Optimizer steps for them."""
+    hours: Spread | None = None
+    cost: Spread | None = None
+    """In the currency of the price that was given."""
+    energy_kwh: Spread | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """The answer to ``--for``: one thing solved."""
+
+    of: str
+    """`micro-batch`, `seq-len`, `gpu`, `gpus`, `method` or `rank`."""
+    value: int | str | None
+    """None: nothing fits."""
+    way: str | None
+    change: Mapping[str, Any]
+    """What to write in the plan."""
+    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +95,8 @@ class FitRow:
     """Most sequences at once that still fit at the plan's sequence length; None: none does."""
     longest_seq_len: int | None
     """Longest sequence that still fits at the plan's micro batch; None: none does."""
+    time: TimeEstimate | None = None
+    """How fast it runs; None: no card is named or it does not fit."""
     note: str = ""
     """Why a row has no numbers."""
 
@@ -81,6 +137,10 @@ class FitReport:
     """The fewest cards of the plan's kind that fit, sharded."""
     remedies: tuple[Remedy, ...]
     """For the job as planned, when it does not fit."""
+    solution: Solution | None = None
+    """What ``--for`` asked for."""
+    candidates: int = 0
+    """Plans that the answer chose from."""
     findings: tuple[Finding, ...] = ()
     assumptions: tuple[Assumption, ...] = ()
     schema_version: int = 1

@@ -1,17 +1,23 @@
-"""``ftplan fit``: what fits on this GPU, how far each way goes, which card is enough."""
+"""``ftplan fit``: what fits on this GPU, how far each way goes, how long and how much."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ftplan.cli.flags import JobFlags, with_job_flags
-from ftplan.cli.output import FormatOption, OutputOption, emit, screen_width, use_colour
-from ftplan.errors import InputError
+from ftplan.cli.output import FormatOption, OutputOption, emit, note, screen_width, use_colour
+from ftplan.errors import FtplanError, InputError
+
+if TYPE_CHECKING:
+    from ftplan.fitting import FitReport
+    from ftplan.jobs import JobInput
+
+_DATA = "Data, time and cost"
 
 
 @with_job_flags
@@ -26,32 +32,70 @@ def fit(
             show_default=False,
         ),
     ] = None,
+    solve: Annotated[
+        Literal["micro-batch", "seq-len", "gpu", "gpus", "method", "rank"] | None,
+        typer.Option("--for", help="Solve for one thing and say it first.", show_default=False),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="Training data (JSON Lines): gives the tokens, and a sequence length.",
+            rich_help_panel=_DATA,
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--tokens", metavar="COUNT", help="Tokens to process, as in 10M.", rich_help_panel=_DATA
+        ),
+    ] = None,
+    epochs: Annotated[
+        float,
+        typer.Option("--epochs", min=0.001, help="Passes over the data.", rich_help_panel=_DATA),
+    ] = 1.0,
     price: Annotated[
         list[str] | None,
         typer.Option(
             "--price",
-            metavar="GPU=PRICE",
-            help="What a card costs you per hour, to find the cheapest; repeatable.",
+            metavar="PRICE",
+            help="Per card and hour: 2.49/h, GPU=2.49, or a file of such lines; repeatable.",
+            rich_help_panel=_DATA,
             show_default=False,
+        ),
+    ] = None,
+    watts: Annotated[
+        float | None,
+        typer.Option(
+            "--watts", min=1, help="What one card draws.", rich_help_panel=_DATA, show_default=False
         ),
     ] = None,
     format: FormatOption = "table",
     output: OutputOption = None,
 ) -> int:
-    """What fits this GPU: the ways to finetune, the largest batch, the cheapest card."""
+    """What fits this GPU: methods, the largest batch, the time, the cheapest card.
+
+    -o FILE.yaml with the table writes the plan to take: the recommended way, or the mended plan.
+    """
     from ftplan import sizing
     from ftplan.cli.reading import read_with_flags
     from ftplan.jobs import placed
 
+    flags, reserved, share = _card(flags)
     job = read_with_flags(file, flags, any_method=True)
+    if reserved:
+        hardware = replace(job.plan.hardware, reserved=reserved)
+        job = replace(job, plan=replace(job.plan, hardware=hardware))
+    job, count = _with_data(job, data, tokens, epochs)
+    workload = sizing.Workload(
+        tokens=count, prices=_prices(price or []), watts=watts, slice_share=share
+    )
     try:
-        answer = sizing.fit(job.plan, base=job.base, prices=_prices(price or []))
-    except Exception as error:
-        from ftplan.errors import FtplanError
-
-        if isinstance(error, FtplanError):
-            raise placed(error, job) from error
-        raise
+        answer = sizing.fit(job.plan, base=job.base, workload=workload, solve=solve)
+    except FtplanError as error:
+        raise placed(error, job) from error.__cause__
     answer = replace(
         answer,
         findings=job.findings + answer.findings,
@@ -61,27 +105,180 @@ def fit(
         from ftplan.render import json, yaml
 
         emit(json.render(answer) if format == "json" else yaml.render(answer), output)
-    else:
-        from ftplan.render.fit import render, render_markdown
+    elif format == "markdown":
+        from ftplan.render.fit import render_markdown
 
-        if format == "markdown":
-            emit(render_markdown(answer), output)
-        else:
-            emit(render(answer, width=screen_width(output), colour=use_colour(output)), output)
+        emit(render_markdown(answer), output)
+    else:
+        from ftplan.render.fit import render
+
+        plan_file = output if output and output.suffix.lower() in (".yaml", ".yml") else None
+        target = None if plan_file else output
+        emit(render(answer, width=screen_width(target), colour=use_colour(target)), target)
+        if plan_file is not None:
+            _write_plan(job, answer, plan_file)
+    if solve is not None:
+        return 0 if answer.solution is not None and answer.solution.value is not None else 1
     return {"fits": 0, "tight": 0, "over": 1, "unknown": 2}[answer.verdict]
 
 
+def _write_plan(job: JobInput, answer: FitReport, path: Path) -> None:
+    """The plan to take: with the recommended row's changes, or with the remedies."""
+    from ftplan.files.plan import dump_plan
+    from ftplan.fit.changes import apply_change
+
+    plan = job.plan
+    row = next((row for row in answer.rows if row.way == answer.recommended), None)
+    notes = ["written by ftplan fit"]
+    if row is not None:
+        changes = [row.change]
+        notes.append(f"{row.way}: {answer.reason}")
+    else:
+        changes = [remedy.change for remedy in answer.remedies]
+        if not changes or answer.remedies[-1].verdict != "fits":
+            note(f"nothing fits, so {path} was not written")
+            return
+        notes.append("mended: " + "; ".join(remedy.costs for remedy in answer.remedies))
+    if answer.solution is not None:
+        changes.append(answer.solution.change)
+    if row is not None and row.change:
+        plan = apply_change(plan, {"method": None})
+    for change in changes:
+        plan = apply_change(plan, change)
+    from ftplan.cli.output import write_file
+
+    write_file(path, dump_plan(plan, notes=notes))
+    note(f"wrote {path}")
+
+
+def _with_data(
+    job: JobInput, data: Path | None, tokens: str | None, epochs: float
+) -> tuple[JobInput, int | None]:
+    """The tokens to process; data also give a sequence length where the plan has none."""
+    from ftplan.units import parse_count
+
+    if data is None:
+        return job, None if tokens is None else round(parse_count(tokens) * epochs)
+    if tokens is not None:
+        raise InputError("--data and --tokens both say how much there is", remedy="give one")
+    from ftplan.files.dataset import read_dataset
+    from ftplan.report import Assumption
+
+    summary = read_dataset(data)
+    if job.plan.batch.seq_len is None:
+        batch = replace(job.plan.batch, seq_len=summary.covering_seq_len)
+        assumed = Assumption(
+            key="batch.seq_len",
+            value=batch.seq_len,
+            source=f"the longest sample of {data} (line {summary.longest_line}) fits",
+        )
+        job = replace(
+            job,
+            plan=replace(job.plan, batch=batch),
+            assumptions=(*job.assumptions, assumed),
+        )
+    return job, round(summary.tokens.expected * epochs)
+
+
+# --- Prices -------------------------------------------------------------------------------------
+
+
 def _prices(texts: list[str]) -> Mapping[str, float]:
-    prices = {}
+    """Prices by card; the empty name is the plan's own card."""
+    prices: dict[str, float] = {}
     for text in texts:
-        name, _, amount = text.partition("=")
-        try:
-            prices[name.strip()] = float(amount)
-        except ValueError:
-            prices[name.strip()] = -1.0
-        if not name.strip() or not 0 <= prices[name.strip()] < 1e9:
-            raise InputError(
-                f"--price {text!r} is not a card and what it costs",
-                remedy="write it like --price a100-80gb=1.79",
-            )
+        path = Path(text)
+        if "=" not in text and path.suffix and path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                bare = line.split("#")[0].strip().replace(":", "=", 1)
+                if bare:
+                    prices |= _price(bare, where=text)
+        else:
+            prices |= _price(text)
     return prices
+
+
+def _price(text: str, where: str = "--price") -> dict[str, float]:
+    name, sign, amount = text.rpartition("=")
+    number = amount.strip().lower().removesuffix("/h").removesuffix("/hour").strip(" $")
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9 or (sign and not name.strip()):
+        raise InputError(
+            f"{where}: {text!r} is not a price per hour",
+            remedy="write 2.49/h for the plan's card, or a100-80gb=1.79",
+        )
+    return {name.strip().strip("\"'"): value}
+
+
+# --- Cards --------------------------------------------------------------------------------------
+
+
+def _card(flags: JobFlags) -> tuple[JobFlags, int, float]:
+    """``--gpu auto`` and slices: the card, bytes of it that are not free, share of its units."""
+    from ftplan.catalog.gpus import find_gpu
+    from ftplan.fit.slices import parse_slice, slice_of
+
+    if flags.gpu is None:
+        return flags, 0, 1.0
+    if flags.gpu == "auto":
+        return _detected(flags)
+    name, profile = parse_slice(flags.gpu)
+    if profile is None:
+        return flags, 0, 1.0
+    row = find_gpu(name)
+    part = slice_of(profile, usable_bytes=row.usable_bytes, label_gb=row.label_gb)
+    return replace(flags, gpu=row.name), row.usable_bytes - part.usable_bytes, part.compute_share
+
+
+def _detected(flags: JobFlags) -> tuple[JobFlags, int, float]:
+    from ftplan.catalog.gpus import find_gpu
+    from ftplan.fit.slices import parse_query, parse_slices, slice_of
+
+    cards = parse_query(_nvidia_smi("--query-gpu=name,memory.total,memory.free", "--format=csv"))
+    if not cards:
+        raise InputError("nvidia-smi lists no GPU", remedy="name one: --gpu a100-80gb")
+    card = cards[0]
+    alike = sum(other.name == card.name for other in cards)
+    row = find_gpu(card.name)
+    profiles = parse_slices(_nvidia_smi("-L"))
+    if profiles:
+        part = slice_of(profiles[0], usable_bytes=row.usable_bytes, label_gb=row.label_gb)
+        note(f"found {row.name}, slice {profiles[0]}")
+        reserved = row.usable_bytes - part.usable_bytes
+        return replace(flags, gpu=row.name), reserved, part.compute_share
+    taken = max(0, card.total_bytes - max(c.free_bytes for c in cards if c.name == card.name))
+    # what the driver keeps for itself is not in usable_bytes already
+    reserved = max(0, taken - max(0, (row.smi_bytes or card.total_bytes) - row.usable_bytes))
+    note(f"found {alike} x {row.name}, {card.free_bytes / 2**30:.2f} GiB free on the first")
+    gpus = flags.gpus if flags.gpus is not None else alike
+    return replace(flags, gpu=row.name, gpus=gpus), reserved, 1.0
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    import shutil
+    import subprocess
+
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        raise InputError(
+            "--gpu auto asks nvidia-smi, which is not installed here",
+            remedy="name the GPU: --gpu a100-80gb (ftplan gpus lists them)",
+        )
+    try:
+        done = subprocess.run(
+            [program, *arguments], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise InputError(
+            f"nvidia-smi did not answer: {error}", remedy="name the GPU: --gpu a100-80gb"
+        ) from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()[:1]
+        raise InputError(
+            f"nvidia-smi failed: {said[0] if said else done.returncode}",
+            remedy="name the GPU: --gpu a100-80gb",
+        )
+    return done.stdout

@@ -118,12 +118,16 @@ _ADAM = ("adamw_torch_fused", "adamw_torch", "adamw_bnb_32bit", "adamw_anyprecis
 
 
 def _eight_bit(plan: Plan, card: Card) -> Iterator[Change]:
+    if plan.sharding.kind == "fsdp":
+        return  # bitsandbytes' optimizers do not step FSDP2's sharded tensors
     if plan.optimizer is not None and plan.optimizer.name in _ADAM and card.capability:
         yield {"optimizer": "adamw_bnb_8bit"}
 
 
 def _paged(plan: Plan, card: Card) -> Iterator[Change]:
     names = (*_ADAM, "adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit")
+    if plan.sharding.kind == "fsdp":
+        return
     if plan.optimizer is not None and plan.optimizer.name in names and card.capability:
         yield {"optimizer": "paged_adamw_8bit"}
 

@@ -1,17 +1,17 @@
-"""The ways to finetune a model that are worth comparing, as plans."""
+"""The ways to finetune a model that are worth comparing, as plans at sensible settings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from ftplan.spec import Checkpointing, Loss, Method, OptimizerChoice, Plan
+from ftplan.fit.changes import Change, apply_change, merge
+from ftplan.spec import Plan
 
 __all__ = ["Way", "ways_to_train"]
 
 PLAIN_FORMATS = ("fp32", "tf32", "bf16", "fp16", "float32", "bfloat16", "float16")
-EIGHT_BIT = "adamw_bnb_8bit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,65 +19,80 @@ class Way:
     """One way of running a job."""
 
     name: str
-    """`lora, checkpointed`; `as planned` for the plan itself."""
+    """`lora`; `as planned` for the plan itself."""
     sets: Mapping[str, Any]
-    """What it sets, as a fragment of a plan file."""
+    """What it sets, as a fragment of a plan file: laid over the plan it makes :attr:`plan`."""
     plan: Plan
 
 
-def ways_to_train(plan: Plan) -> Iterator[Way]:
-    """The ways of finetuning the plan's model, in the order in which to prefer them: everything,
-    adapters that reach every layer, adapters on a rounded base, the last blocks alone.
+_METHODS: tuple[tuple[str, Change], ...] = (
+    ("full", {"method": {"kind": "full"}}),
+    ("full, 8-bit Adam", {"method": {"kind": "full"}, "optimizer": "adamw_bnb_8bit"}),
+    ("lora", {"method": {"kind": "lora"}}),
+    ("dora", {"method": {"kind": "dora"}}),
+    ("lora, int8 base", {"method": {"kind": "lora"}, "precision": {"weights": "int8"}}),
+    ("qlora", {"method": {"kind": "qlora", "double_quant": True}, "precision": {"weights": "nf4"}}),
+    ("last 2 blocks", {"method": {"kind": "partial", "last_layers": 2}}),
+)
+"""In the order in which to prefer them: everything, adapters that reach every layer, adapters on a
+rounded base, the last blocks alone."""
+_ADAPTER_KEYS = ("rank", "alpha", "targets", "dropout", "adapter_dtype", "modules_to_save")
 
-    What the plan says itself (checkpointing, loss, optimizer) is kept and not varied.
+
+def ways_to_train(plan: Plan, *, has_bf16: bool = True, is_cuda: bool = True) -> Iterator[Way]:
+    """The ways of finetuning the plan's model.
+
+    What the plan says itself (checkpointing, loss, optimizer, an adapter's rank and targets) is
+    kept and not varied. What it leaves open is set as an expert would: 16-bit weights, a recomputed
+    forward, Adam in one fused kernel, weights sharded over several cards. ``has_bf16``: the card
+    computes in it; ``is_cuda``: bitsandbytes runs there.
     """
     if plan.method is not None:
         yield Way(name="as planned", sets={}, plan=plan)
     weights = plan.precision.weights
     is_plain = weights is None or weights in PLAIN_FORMATS
-    plain = weights if is_plain else None
-    for method, name, stored in (
-        (Method(kind="full"), "full", plain),
-        (Method(kind="lora"), "lora", plain),
-        (Method(kind="qlora"), "qlora", "nf4" if is_plain else weights),
-        (Method(kind="partial", last_layers=2), "last 2 blocks", plain),
-    ):
-        sets: dict[str, Any] = {"method": {"kind": method.kind}}
-        if method.last_layers is not None:
-            sets["method"]["last_layers"] = method.last_layers
-        if stored != weights:
-            sets["precision"] = {"weights": stored}
-        changed = replace(plan, method=method, precision=replace(plan.precision, weights=stored))
-        yield from _variants(Way(name=name, sets=sets, plan=changed))
+    common: dict[str, Any] = {}
+    if plan.gradient_checkpointing is None:
+        common["gradient_checkpointing"] = True
+    many = (plan.hardware.count or 1) * (plan.hardware.nodes or 1) > 1
+    if many and plan.sharding.kind is None:
+        common["sharding"] = {"kind": "fsdp"}
+    for name, given in _METHODS:
+        sets = dict(given)
+        kind = given["method"]["kind"]
+        adapter = kind not in ("full", "partial")
+        if not is_cuda and ("8-bit" in name or "int8" in name or kind == "qlora"):
+            continue
+        if "optimizer" in sets and (plan.optimizer is not None or "sharding" in common):
+            continue  # bitsandbytes' optimizers do not step FSDP2's sharded tensors
+        if plan.optimizer is None and "optimizer" not in sets:
+            sets["optimizer"] = "adamw_torch_fused"
+        if adapter and plan.method is not None:
+            kept = {k: v for k in _ADAPTER_KEYS if (v := getattr(plan.method, k)) is not None}
+            sets["method"] = {**kept, **sets["method"]}
+        stored = sets.get("precision", {}).get("weights")
+        if not is_plain:  # the user's own format is the base that adapters are put on
+            if kind != "qlora" and (not adapter or stored):
+                continue
+            if kind != "qlora":
+                continue
+            sets["precision"] = {"weights": weights}
+        elif stored is None:
+            sets["precision"] = _plain(weights, adapter, has_bf16)
+        sets = dict(merge(sets, common))
+        if kind == "partial" and "gradient_checkpointing" in sets:
+            # frozen blocks keep next to nothing, and would be run again all the same
+            sets["gradient_checkpointing"] = False
+        if not sets["precision"]:
+            del sets["precision"]
+        fresh = apply_change(plan, {"method": None})
+        yield Way(name=name, sets=sets, plan=apply_change(fresh, sets))
 
 
-def _variants(way: Way) -> Iterator[Way]:
-    """Without and with checkpointing; then with a loss that never holds all logits; for full
-    finetuning also with an 8-bit optimizer. Only what the plan leaves open."""
-    if way.plan.gradient_checkpointing is None:
-        yield _with(way, "", {"gradient_checkpointing": False}, Checkpointing(kind="none"))
-        way = _with(way, ", checkpointed", {"gradient_checkpointing": True}, Checkpointing())
-    yield way
-    if way.plan.loss is not None:
-        return
-    way = Way(
-        name=f"{way.name}, chunked loss",
-        sets={**way.sets, "loss": "chunked"},
-        plan=replace(way.plan, loss=Loss(kind="chunked")),
-    )
-    yield way
-    is_full = way.plan.method is not None and way.plan.method.kind == "full"
-    if is_full and way.plan.optimizer is None:
-        yield Way(
-            name=f"{way.name}, 8-bit Adam",
-            sets={**way.sets, "optimizer": EIGHT_BIT},
-            plan=replace(way.plan, optimizer=OptimizerChoice(name=EIGHT_BIT)),
-        )
-
-
-def _with(way: Way, label: str, sets: Mapping[str, Any], checkpointing: Checkpointing) -> Way:
-    return Way(
-        name=way.name + label,
-        sets={**way.sets, **sets},
-        plan=replace(way.plan, gradient_checkpointing=checkpointing),
-    )
+def _plain(weights: str | None, adapter: bool, has_bf16: bool) -> dict[str, Any]:
+    """Storage of a base that is not quantised, where the plan leaves it open."""
+    if weights is not None:
+        return {}
+    if has_bf16:
+        return {"weights": "bf16"}
+    return {"weights": "fp16"} if adapter else {"weights": "fp32", "mixed": "fp16"}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from ftplan.memory.moments import WorstMoments
 from ftplan.memory.record import BOUNDARY, Recording, Segment
 from ftplan.memory.tape import BATCH, BLOCK_BYTES, SCORES, TOKENS, Label, Size, basis
 
@@ -80,6 +81,7 @@ class Program:
         self._steps: list[tuple[int, ...]] = []
         """Per segment: index into the table of signed sizes."""
         self._storage_size = storage_size
+        self._worst: WorstMoments | None = None
         self.virtual_tokens = 0
         """Learned tokens before each sequence."""
         self.sequences = 1
@@ -140,7 +142,18 @@ class Program:
 
     def peak(self, micro: int, seq_len: int, chunk: int = 0) -> int:
         """The largest moment, in bytes on top of what is static."""
-        return max(peak for _, peak in self.phase_peaks(micro, seq_len, chunk))
+        return self.peak_and_rest(micro, seq_len, chunk)[0]
+
+    def peak_and_rest(self, micro: int, seq_len: int, chunk: int = 0) -> tuple[int, int]:
+        """The largest moment and what is alive at the end: the integers of :meth:`levels`.
+
+        Only the moments that can be the worst are looked at; they are found at the first call.
+        """
+        if self._worst is None:
+            runs = [(run.segment, run.times) for phase in self.phases for run in phase.runs]
+            self._worst = WorstMoments(self._sizes, self._steps, runs)
+        point = basis(micro * self.sequences, seq_len + self.virtual_tokens, chunk)
+        return self._worst.at(point)
 
     def moment(self, micro: int, seq_len: int, chunk: int = 0) -> Moment:
         """What is alive at the largest moment."""

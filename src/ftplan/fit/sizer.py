@@ -1,0 +1,166 @@
+"""One way of running a job on one card: which batches fit, and how far each goes.
+
+The step is recorded once; every size is then asked of the record. Within one record the peak
+never falls as the batch or the sequence grows, so the last size that fits is found by halving.
+A record holds for sequence lengths on one side of the model's attention window, so there is one
+for each side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+
+from ftplan.fit.flops import Compute, compute_of
+from ftplan.memory.counters import Counters, counters
+from ftplan.memory.estimate import Structure
+from ftplan.memory.job import Job
+from ftplan.report import Verdict
+
+__all__ = ["Room", "Sizer", "largest"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """The card a job has to fit."""
+
+    usable_bytes: int
+    """What a program may use, after headroom and what others hold; 0: no card is named."""
+    capability: tuple[int, int] | None
+    named: bool
+    gpus: int
+    traced: bool = True
+    """The stack's modules are those that the walk was held against."""
+
+
+def largest(fits: Callable[[int], bool], *, most: int) -> int:
+    """The largest n from 0 to ``most`` for which ``fits(n)``, for a property that, once lost, is
+    not regained; 0 when not even 1 fits. Doubling, then halving: about 2 log2(n) calls."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high <= most and fits(high):
+        low, high = high, high * 2
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+class Sizer:
+    """Sizes of a job on a card. ``chunk`` says how many tokens one chunk of the loss holds."""
+
+    def __init__(self, job: Job, room: Room, chunk: Callable[[int], int] | None = None) -> None:
+        self.job = job
+        self.room = room
+        self._chunk = chunk
+        self._structures: dict[int, Structure] = {}
+        self._compute: Compute | None = None
+        self._edges = _windows(job.config)
+        self.evaluated = 0
+        """How many sizes were asked of a record."""
+
+    def structure(self, seq_len: int) -> Structure:
+        """The record that holds for a sequence length."""
+        side = sum(edge <= seq_len for edge in self._edges)
+        if side not in self._structures:
+            environment = replace(self.job.environment, seq_len=seq_len)
+            job = replace(self.job, environment=environment)
+            self._structures[side] = Structure(job)
+        return self._structures[side]
+
+    @property
+    def compute(self) -> Compute:
+        """Operations of the job."""
+        if self._compute is None:
+            self._compute = compute_of(self.structure(self.job.seq_len).network, self.job)
+        return self._compute
+
+    def chunk(self, micro: int, seq_len: int) -> int:
+        """Tokens of one chunk of the loss; 0: it is not chunked."""
+        return self._chunk(micro * seq_len) if self._chunk else self.job.loss_chunk
+
+    def peak(self, micro: int, seq_len: int) -> int:
+        """Worst moment of the walk, in bytes."""
+        self.evaluated += 1
+        return self.structure(seq_len).peak(micro, seq_len, self.chunk(micro, seq_len))
+
+    def counters(self, micro: int, seq_len: int) -> Counters:
+        """What the three counters will show."""
+        room = self.room
+        return counters(
+            self.peak(micro, seq_len),
+            self.structure(seq_len).static_bytes,
+            capability=room.capability,
+            named=room.named,
+            gpus=room.gpus,
+            traced=room.traced,
+        )
+
+    def verdict(self, micro: int, seq_len: int) -> Verdict:
+        """Whether it fits the card."""
+        device = self.counters(micro, seq_len).device
+        if device.high <= self.room.usable_bytes:
+            return "fits"
+        return "tight" if device.expected <= self.room.usable_bytes else "over"
+
+    def fits(self, micro: int, seq_len: int) -> bool:
+        """Whether it fits the card for certain."""
+        return self.counters(micro, seq_len).device.high <= self.room.usable_bytes
+
+    def largest_micro(self, seq_len: int, *, most: int = 4096) -> int:
+        """Most sequences at once that fit; 0: not even one does."""
+        return largest(lambda micro: self.fits(micro, seq_len), most=most)
+
+    def longest(self, micro: int, *, most: int) -> int:
+        """Longest sequence that fits, in tokens; 0: not even one token does."""
+        # Beyond a window the record is another one: each side is searched by itself, the
+        # longest first.
+        edges = [1, *(edge for edge in self._edges if 1 < edge <= most), most + 1]
+        for start, stop in reversed(list(pairwise(edges))):
+            found = largest(partial(self._fits_from, micro, start), most=stop - start)
+            if found:
+                return start + found - 1
+        return 0
+
+    def _fits_from(self, micro: int, start: int, count: int) -> bool:
+        return self.fits(micro, start + count - 1)
+
+    def frontier(self, micros: Sequence[int], seq_lens: Sequence[int]) -> Mapping[int, int]:
+        """For each micro batch the longest of ``seq_lens`` that fits (0: none does).
+
+        Both lists go up. What does not fit at a micro batch does not fit at a larger one, so the
+        border is a staircase: it is walked once, not searched for at every micro batch.
+        """
+        limits: dict[int, int] = {}
+        sides: dict[int, list[int]] = {}
+        for seq_len in seq_lens:
+            sides.setdefault(sum(edge <= seq_len for edge in self._edges), []).append(seq_len)
+        for lengths in sides.values():
+            at = len(lengths) - 1
+            for micro in micros:
+                while at >= 0 and not self.fits(micro, lengths[at]):
+                    at -= 1
+                longest = lengths[at] if at >= 0 else 0
+                limits[micro] = max(limits.get(micro, 0), longest)
+        return limits
+
+
+def _windows(config: Mapping[str, object]) -> list[int]:
+    """Sequence lengths at which the masks of a model change."""
+    edges: set[int] = set()
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            edges |= set(_windows(value))
+        elif isinstance(value, int) and not isinstance(value, bool) and value > 1:
+            if "window" in name or "chunk" in name or "block_size" in name:
+                edges.add(value)
+        elif isinstance(value, list) and "window" in name:
+            edges |= {item for item in value if isinstance(item, int) and item > 1}
+    return sorted(edges)
