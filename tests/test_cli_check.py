@@ -115,7 +115,7 @@ def test_a_wrong_flag_does_not_blame_the_file(ftplan_: Terminal) -> None:
     said = ftplan_("check", "fits.yaml", "--gpu", "a1000x", "--format", "json")
     assert said.code == 2
     finding = said.data["results"][0]["findings"][0]
-    assert (finding["code"], finding["location"]["line"]) == ("CHK002", None)
+    assert (finding["code"], finding["location"]["line"]) == ("FIT012", None)
     assert "a1000x" in finding["message"]
 
 
