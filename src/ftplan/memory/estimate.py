@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ftplan.dtypes import find_format
-from ftplan.memory.fsdp import shard_shape
+from ftplan.errors import UnsupportedError
+from ftplan.memory.fsdp import BUFFERS, shard_shape
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.nn import Network
 from ftplan.memory.optimizer import rounded, state_bytes, step_bytes
@@ -57,7 +58,11 @@ def weight_bytes(parameter: Parameter) -> int:
     """Bytes of one weight as it is stored, each tensor rounded as the allocator does."""
     if parameter.dtype in ITEM_BYTES:
         return rounded(parameter.numel * ITEM_BYTES[parameter.dtype])
-    return sum(rounded(part) for part in find_format(parameter.dtype).storages(parameter.shape))
+    storage = find_format(parameter.dtype)
+    # what is sharded is the packed values: every rank has all of their scales (bitsandbytes'
+    # Linear4bit keeps its quant_state beside the weight: fix_4bit_weight_quant_state_from_module)
+    parts = (storage.storages(parameter.shape)[0], *storage.storages(parameter.whole)[1:])
+    return sum(rounded(part) for part in parts)
 
 
 def _weights(counted: Counted, name: str, source: str) -> StaticTerm:
@@ -195,7 +200,8 @@ class Structure:
             )
         self.static = tuple(static)
         self.static_bytes = sum(term.bytes for term in static)
-        self.step_bytes = step_bytes(job.optimizer, learned)
+        in_backward = job.optimizer.in_backward
+        self.step_bytes = 0 if in_backward else step_bytes(job.optimizer, learned)
         self.network = network
         self.counted = counted
         self.program = program_of(job, network, objective)
@@ -215,7 +221,8 @@ class Structure:
 
     def peak(self, micro: int, seq_len: int, chunk: int = 0) -> int:
         """The worst moment in bytes: the integer of :meth:`at`, without what is alive at it."""
-        return max(peak for _, peak in self.phases(micro, seq_len, chunk))
+        worst, rest = self.program.peak_and_rest(micro, seq_len, chunk)
+        return self.static_bytes + max(worst, self.step_bytes + rest)
 
     def at(self, micro: int, seq_len: int, chunk: int = 0) -> Estimate:
         """The worst moment for a micro batch, a sequence length and a chunk of the loss."""
@@ -254,10 +261,25 @@ def shard_ranks(sharding: ShardingSpec) -> int:
 
 def _shard(parameter: Parameter, ranks: int) -> Parameter:
     """Rank 0's part of a weight."""
+    if parameter.dtype.startswith(BUFFERS):
+        return parameter
     shape = shard_shape(parameter.shape, ranks)
     part = Parameter(parameter.name, shape, parameter.dtype, parameter.trainable)
     part.added, part.embedding = parameter.added, parameter.embedding
+    part.whole = parameter.shape
     return part
+
+
+def _step_of(job: Job) -> Callable[[Parameter], int] | None:
+    """What the step of one parameter needs, for an optimizer that steps in backward."""
+    if not job.optimizer.in_backward:
+        return None
+    if job.accumulation > 1 or job.sharding.kind in ("fsdp", "zero1", "zero2", "zero3"):
+        raise UnsupportedError(
+            "an optimizer that steps in backward with gradient accumulation or sharding",
+            remedy="use accumulation: 1 on one GPU: no gradient outlives its parameter's turn",
+        )
+    return lambda parameter: step_bytes(job.optimizer, [(parameter, 1, len(parameter.shape) > 1)])
 
 
 def program_of(job: Job, network: Network, objective: Objective) -> Program:
@@ -266,7 +288,8 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
     if sharding is not None and sharding.kind == "fsdp":
         for parameter, _, _ in counted_parameters(network):
             parameter.stored = parameter.dtype
-            parameter.dtype = sharding.param_dtype or parameter.dtype
+            if parameter.dtype in ITEM_BYTES:
+                parameter.dtype = sharding.param_dtype or parameter.dtype
     recording = record_step(
         network,
         job.environment,
@@ -275,6 +298,7 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
         accumulated=job.accumulation > 1,
         sharding=sharding,
         objective=objective,
+        step_of=_step_of(job),
     )
     program = Program(recording, recording.phases())
     program.virtual_tokens = network.virtual_tokens

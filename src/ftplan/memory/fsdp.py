@@ -14,11 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+from ftplan.dtypes import find_format
 from ftplan.memory import ops
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Storage, Tape, Tensor
 
-__all__ = ["Fsdp", "Unit", "shard_shape"]
+__all__ = ["BUFFERS", "Fsdp", "Unit", "shard_shape"]
+
+BUFFERS = ("gptq", "awq")
+"""Formats whose linear layers hold buffers, which FSDP and ZeRO leave whole on every rank
+(``register_buffer("qweight", ...)`` in gptqmodel and autoawq)."""
 
 
 def shard_shape(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
@@ -57,8 +62,12 @@ class Fsdp:
         self.order: list[Unit] = []
 
     def _bytes(self, parameter: Parameter) -> int:
-        shard = prod(shard_shape(parameter.shape, self.ranks))
-        return shard * self.ranks * ITEM_BYTES[parameter.dtype]
+        if parameter.dtype.startswith(BUFFERS):
+            return 0
+        shape = shard_shape(parameter.shape, self.ranks)
+        if parameter.dtype not in ITEM_BYTES:  # packed values; their scales are not gathered
+            return find_format(parameter.dtype).storages(shape)[0] * self.ranks
+        return prod(shape) * self.ranks * ITEM_BYTES[parameter.dtype]
 
     def _allocate(self, size: int, name: str) -> Storage:
         storage = self.tape.allocate(ONE * size, name)

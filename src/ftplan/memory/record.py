@@ -181,16 +181,19 @@ def record_step(
     accumulated: bool = False,
     sharding: ShardingSpec | None = None,
     objective: Objective | None = None,
+    step_of: Callable[[Parameter], int] | None = None,
 ) -> Recording:
     """Forward, loss and backward of one micro batch.
 
     ``checkpoint_every`` n > 0 recomputes every n-th block. ``input_grads`` makes the embedding's
     output ask for a gradient (``enable_input_require_grads``). ``accumulated``: gradients of
     earlier micro batches are there already. ``sharding``: by FSDP2 or ZeRO. ``objective``: the
-    task, where it is another one than a language model's own loss.
+    task, where it is another one than a language model's own loss. ``step_of``: the optimizer
+    steps in backward, each parameter as its gradient arrives, and needs so many bytes for it.
     """
     recorder = _Recorder(network, env)
     tape = recorder.tape
+    tape.step_of = step_of
     if sharding is not None:
         kind = Fsdp if sharding.kind == "fsdp" else Zero
         recorder.shard(kind(tape, sharding, accumulated=accumulated))
@@ -267,10 +270,15 @@ def _ask_for_input_grads(network: Network) -> None:
         ) -> Tensor:
             out: Tensor = forward(tape, rows)
             if not out.requires_grad:
-                out.requires_grad, out.node = True, Parameter("", (), out.dtype, True)
+                _ask_for_gradient(out)
             return out
 
         embedding.forward = asked
+
+
+def _ask_for_gradient(x: Tensor) -> None:
+    """Make ``x`` the first node of the graph: its gradient arrives outside of the blocks."""
+    x.requires_grad, x.node = True, Node(x.tape, "input gradient", [], lambda _grad: ())
 
 
 def _hold_gradients(network: Network, tape: Tape) -> None:
@@ -281,11 +289,9 @@ def _hold_gradients(network: Network, tape: Tape) -> None:
 
 
 def _inputs(tape: Tape) -> list[Tensor]:
-    names = (
-        ("token ids", "labels", "padding mask")
-        if tape.env.padding_mask
-        else ("token ids", "labels")
-    )
+    names = ["token ids", "labels"]
+    names += ["padding mask"] if tape.env.padding_mask else []
+    names += ["positions"] if tape.env.packed else []
     with tape.scoped("activations"):
         return [tape.tensor(TOKENS, 1, "int64", name) for name in names]
 
@@ -303,7 +309,7 @@ def _run_stage(
     order = recorder.order
     x = stage.enter(recorder.tape, shared)
     if input_grads and not x.requires_grad:
-        x.requires_grad, x.node = True, Parameter("", (), x.dtype, True)
+        _ask_for_gradient(x)
     _name_boundary(x)
     order.append(recorder.cut("embedding"))
     seen: dict[tuple[Hashable, ...], int] = {}
@@ -364,7 +370,13 @@ def _run(block: Module, x: Tensor, shared: Shared) -> Tensor:
 
 def _checkpoint(block: Module, x: Tensor, shared: Shared) -> Tensor:
     others = [t for t in (shared.memory, shared.bias) if t is not None]
-    return checkpoint(lambda x: _run(block, x, shared), x, others, trains=_trains(block))
+    return checkpoint(
+        lambda x: _run(block, x, shared),
+        x,
+        others,
+        trains=_trains(block),
+        offload=x.tape.env.offload_checkpoints,
+    )
 
 
 def _trains(block: Module) -> bool:

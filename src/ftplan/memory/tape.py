@@ -123,6 +123,8 @@ class Tape:
     """Learned keys and values before those of every layer (prefix tuning)."""
     escaped: list[Tensor] | None = None
     """Inside a checkpoint: what its functions hold by themselves, out of the checkpoint's sight."""
+    step_of: Callable[[Parameter], int] | None = None
+    """An optimizer in backward: bytes that the step of one parameter needs for a moment."""
     recalled: list[Tensor] | None = None
     """While a checkpoint runs again: what escaped the first time, in order."""
 
@@ -249,6 +251,7 @@ class Parameter:
         "stored",
         "sum",
         "trainable",
+        "whole",
     )
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: str, trainable: bool) -> None:
@@ -267,6 +270,8 @@ class Parameter:
         """An adapter's: not counted as the model's own."""
         self.embedding = False
         """A table of embeddings."""
+        self.whole = shape
+        """The shape before it was sharded."""
 
     @property
     def numel(self) -> int:
@@ -353,6 +358,12 @@ def _arrive(parameter: Parameter, grad: Tensor | None) -> None:
 
 def _accumulate(parameter: Parameter, grad: Tensor) -> None:
     """A parameter's gradient is the incoming buffer; an earlier one is added to in place."""
+    tape = grad.tape
+    if tape.step_of is not None:  # a hook steps, and lets go of the gradient
+        if parameter.name:
+            needs = tape.allocate(Size((tape.step_of(parameter), *(0,) * 6)), "optimizer step")
+            del needs
+        return
     if parameter.grad is None:
         parameter.grad = grad
         if grad.storage is not None and parameter.name:

@@ -6,6 +6,7 @@ does, and the scores of all heads are kept.
 
 from __future__ import annotations
 
+from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend, attend_broadcast, make_mask
 from ftplan.memory.families.llama import Config, rotate
@@ -90,6 +91,12 @@ class Attention(Module):
             cos, sin = shared.rope[""]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mask = shared.mask
+        if x.tape.env.attention == "flash":
+            if self.alibi:  # FalconFlashAttention2 raises
+                raise UnsupportedError(
+                    "flash attention of a Falcon with alibi", remedy="use attention: sdpa"
+                )
+            return self.dense.forward(attend(q, k, v, self.heads))
         assert mask is not None
         if x.tape.env.attention == "eager":
             out = self._eager(q, k, v, mask, shared, x.dtype, held)
