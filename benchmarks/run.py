@@ -1,0 +1,78 @@
+"""How fast things are, as ratios to what any program must pay. It asserts nothing.
+
+Run: python benchmarks/run.py
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+from ftplan.memory.estimate import Structure
+from ftplan.memory.terms import all_terms
+from ftplan.resolve import job_of, resolve
+from ftplan.spec import Batch, Checkpointing, Method, Model, Plan, Precision
+
+PLAN = Plan(
+    model=Model(name="llama-3.1-8b"),
+    stack="transformers",
+    method=Method(kind="lora", rank=16, targets="all-linear"),
+    precision=Precision(weights="bf16"),
+    batch=Batch(micro=2, seq_len=2048),
+    gradient_checkpointing=Checkpointing(),
+)
+MEMORY = ["memory", "--model", "llama-3.1-8b", "--method", "lora", "--gpu", "a100-80gb"]
+COMMANDS = {
+    "import ftplan": ["-c", "import ftplan"],
+    "ftplan --version": ["-m", "ftplan", "--version"],
+    "ftplan memory --params 13e9": ["-m", "ftplan", "memory", "--params", "13e9"],
+    "ftplan memory, 8B LoRA": ["-m", "ftplan", *MEMORY],
+}
+REPEATS = 7
+SECONDS = 0.5
+
+
+def started(arguments: list[str]) -> float:
+    """Median seconds of a fresh interpreter with these arguments."""
+    taken = []
+    for _ in range(REPEATS):
+        before = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+        taken.append(time.perf_counter() - before)
+    return median(taken)
+
+
+def per_second(call: Callable[[int], object]) -> float:
+    """Calls a second of this process's own time, the best of a few rounds."""
+    best = 0.0
+    for _ in range(REPEATS):
+        count, before = 0, time.process_time()
+        while (spent := time.process_time() - before) < SECONDS / REPEATS or count < 2:
+            call(count)
+            count += 1
+        best = max(best, count / spent)
+    return best
+
+
+def main() -> None:
+    """Print the tables."""
+    bare = started(["-c", "pass"])
+    print(f"{'bare python':32} {1000 * bare:8.0f} ms")
+    for name, arguments in COMMANDS.items():
+        taken = started(arguments)
+        print(f"{name:32} {1000 * taken:8.0f} ms {taken / bare:6.1f} x bare python")
+    job = job_of(resolve(PLAN))
+    structure = Structure(job)
+    recorded = per_second(lambda _: Structure(job))
+    peaks = per_second(lambda n: structure.peak(1 + n % 8, 512 + n))
+    reports = per_second(lambda n: all_terms(structure.at(1 + n % 8, 512 + n), 0))
+    print(f"{'steps recorded':32} {recorded:8.0f} a second")
+    print(f"{'peaks of a recorded step':32} {peaks:8.0f} a second {peaks / 10_000:6.1f} x 10,000")
+    print(f"{'their terms':32} {reports:8.0f} a second {reports / 1000:6.1f} x 1,000")
+
+
+if __name__ == "__main__":
+    main()
