@@ -23,7 +23,7 @@ from ftplan.memory.optimizer import OptimizerSpec, State
 from ftplan.memory.parallel import local_config, local_seq_len
 from ftplan.memory.serving import ServingJob
 from ftplan.memory.tape import ITEM_BYTES
-from ftplan.memory.tasks import HEADS
+from ftplan.memory.tasks import FULL_LOSS, HEADS
 from ftplan.report import Assumption, Finding
 from ftplan.spec import Checkpointing, Loss, Method, OptimizerChoice, Plan, Rollout
 
@@ -200,7 +200,13 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         seq_len=filler.fill("batch.seq_len", plan.batch.seq_len, 2048),
         accumulation=filler.fill("batch.accumulation", plan.batch.accumulation, 1),
         padding=filler.fill("batch.padding", plan.batch.padding, stack.padding, own("padding")),
+        packing=filler.fill("batch.packing", plan.batch.packing, stack.packing, own("packing")),
     )
+    if batch.packing and batch.padding == "right":
+        raise InputError(
+            "packed sequences are full: nothing is padded",
+            remedy="use padding: none, or packing: false",
+        )
     optimizer = plan.optimizer or OptimizerChoice(
         name=filler.fill("optimizer", None, stack.optimizer, own("optimizer"))
     )
@@ -217,8 +223,19 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
     loss = plan.loss
     if loss is None:
         kind = stack.loss_kind(method=method.kind, task=plan.task or "sft")
+        if plan.task in FULL_LOSS or (kind == "fused" and plan.task not in ("sft", "pt")):
+            kind = "full"
         filler.fill("loss", None, kind, own("loss"))
         loss = Loss(kind=kind)
+    task = plan.task or "sft"
+    if loss.kind != "full" and task in FULL_LOSS:
+        raise UnsupportedError(
+            f"a {loss.kind} loss for the task {task!r}", remedy="leave loss out, or use loss: full"
+        )
+    if loss.kind == "fused" and task not in ("sft", "pt"):
+        raise UnsupportedError(
+            f"a fused loss for the task {task!r}", remedy="use loss: chunked, or loss: full"
+        )
     if loss.kind == "chunked" and loss.chunk is None:
         tokens = (batch.micro or 1) * (batch.seq_len or 1)
         loss = replace(
@@ -398,6 +415,7 @@ def job_of(resolved: Resolved) -> Job:
     # accelerate hands FSDP2 a mixed-precision policy and does not autocast
     policy = plan.sharding.kind == "fsdp" and plan.sharding.version != 1
     autocast = None if policy else mixed
+    sharding = _sharding(plan)
     environment = Environment(
         autocast=autocast,
         attention=plan.attention or "sdpa",
@@ -406,13 +424,18 @@ def job_of(resolved: Resolved) -> Job:
         kernels=plan.kernels or "none",
         loss=plan.loss.kind,
         loss_shifts=stack.loss_shifts,
+        loss_upcasts=stack.loss_upcasts,
+        loss_keeps_chunks=stack.loss_keeps_chunks,
+        loss_columns=stack.loss_columns or 0,
+        offload_checkpoints=_offloads(checkpointing.kind, sharding),
+        checkpoint_attention=_core_alone(checkpointing, stack),
+        packed=bool(batch.packing),
         keep_outputs=stack.keeps_outputs,
         outputs_to_fp32=autocast is not None and stack.outputs_to_fp32,
         seq_len=local_seq_len(batch.seq_len, _sharding(plan)),
         reentrant=bool(checkpointing.reentrant),
     )
     native = _native_dtype(resolved.config) or "bf16"
-    sharding = _sharding(plan)
     return Job(
         config=local_config(resolved.config, sharding),
         task=plan.task or "sft",
@@ -432,8 +455,10 @@ def job_of(resolved: Resolved) -> Job:
         micro=batch.micro,
         seq_len=local_seq_len(batch.seq_len, sharding),
         accumulation=batch.accumulation,
-        checkpoint_every=0 if checkpointing.kind == "none" else checkpointing.every,
-        checkpoint_offload=checkpointing.kind == "offload" or sharding.offload == "activations",
+        checkpoint_every=0
+        if checkpointing.kind == "none" or environment.checkpoint_attention
+        else checkpointing.every,
+        checkpoint_offload=environment.offload_checkpoints,
         loss_chunk=plan.loss.chunk or 0,
         optimizer=_optimizer(plan.optimizer),
         main_weights=stack.main_weights and storage.name in ("bf16", "fp16"),
@@ -444,6 +469,24 @@ def job_of(resolved: Resolved) -> Job:
         teacher=_teacher(plan),
         sampler_bytes=_sampler_bytes(plan, gpu),
     )
+
+
+def _offloads(kind: str, sharding: ShardingSpec) -> bool:
+    """Whether checkpoints wait in host memory."""
+    if sharding.offload != "activations":
+        return kind == "offload"
+    if kind in ("none", "selective"):
+        raise UnsupportedError(
+            "activations that are offloaded without being checkpointed",
+            remedy="use gradient_checkpointing: {kind: offload}",
+        )
+    return True
+
+
+def _core_alone(checkpointing: Checkpointing, stack: Stack) -> bool:
+    """``selective``: Megatron's, of attention's core; torchtune's is of every n-th block."""
+    selective = checkpointing.kind == "selective" and checkpointing.every == 1
+    return selective and stack.name != "torchtune"
 
 
 def _labels(config: Mapping[str, Any]) -> int:

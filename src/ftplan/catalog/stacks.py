@@ -110,6 +110,8 @@ class Stack:
     """Whether a padding mask reaches attention in a batch of samples of full length."""
     pad_rule: str
     """To what length a batch is padded."""
+    loss_columns: int | None = None
+    """`chunked`: columns of the vocabulary that are met at a time; None: all."""
     notes: tuple[str, ...]
     """What no field can say, and what differs between versions."""
     sources: Mapping[str, str]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ftplan.memory import ops
+from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.env import Environment
 from ftplan.memory.tape import ONE, SCORES, SQUARE, TOKENS, Grads, Size, Tape, Tensor
 
@@ -106,6 +107,27 @@ def attend(
     env = q.tape.env
     if heads.causal:
         k, v, mask = with_prefix(k, v, mask)
+    if env.checkpoint_attention and q.tape.grad_enabled and held is None and bias is None:
+
+        def core(q: Tensor) -> Tensor:
+            return _attend(q, k, v, heads, mask, eager, by_head, bias, held)
+
+        return checkpoint(core, q, [k, v], trains=False)
+    return _attend(q, k, v, heads, mask, eager, by_head, bias, held)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: Heads,
+    mask: Tensor | None,
+    eager: bool,
+    by_head: bool,
+    bias: Tensor | None,
+    held: list[Tensor] | None,
+) -> Tensor:
+    env = q.tape.env
     if eager or env.attention == "eager":
         return _eager(q, k, v, heads, mask, bias, held)
     given = (k.dtype, v.dtype)

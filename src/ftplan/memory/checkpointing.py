@@ -16,38 +16,61 @@ def checkpoint(
     others: Sequence[Tensor] = (),
     *,
     trains: bool,
+    offload: bool = False,
 ) -> Tensor:
     """``torch.utils.checkpoint``: ``function(x)``, of which autograd keeps ``x`` alone.
 
     ``others`` are further inputs that may ask for a gradient; ``trains`` says whether the function
-    has weights that do.
+    has weights that do. ``offload``: ``x`` waits in host memory.
     """
     tape = x.tape
     inputs = [x, *others]
     if not tape.grad_enabled or not (trains or any(t.requires_grad for t in inputs)):
         return function(x)
     held: list[Tensor] = []
+    inputs_edges = [ops.edge(t) for t in inputs]
     with tape.no_grad():
         tape.escaped = None if tape.env.reentrant else held
         out = function(x)
         tape.escaped = None
 
+    stored: Callable[[], Tensor] = _host_copy(x) if offload else lambda: x
+
     def forward_again(grad: Tensor | None) -> Tensor:
         cache, tape.weight_cache = tape.weight_cache, {}
         with tape.scoped("recomputed"):
-            kept: list[Tensor | None] = [x]
+            start = stored()
+            kept: list[Tensor | None] = [start]
             tape.recalled = held if held else None
-            again = function(_entry(x, kept))
+            again = function(_entry(start, kept))
+            del start
             tape.recalled = None
         tape.weight_cache = cache
         if tape.env.reentrant:  # its backward holds the gradient and the output on the stack
             kept += [grad, again]
         return again
 
-    node = Node(tape, "checkpoint", [ops.edge(t) for t in inputs], _never)
+    node = Node(tape, "checkpoint", inputs_edges, _never)
     node.recompute = forward_again
     out.requires_grad, out.node = True, node
     return out
+
+
+def _host_copy(x: Tensor) -> Callable[[], Tensor]:
+    """The tensor moved to host memory: its bytes here are free until it is asked back.
+
+    Source: unsloth_zoo/gradient_checkpointing.py, ``Unsloth_Offloaded_Gradient_Checkpointer``;
+    trl/models/activation_offloading.py, 1.16.
+    """
+    tape, rows, width, dtype = x.tape, x.rows, x.width, x.dtype
+    wants, node, number = x.requires_grad, x.node, x.output_nr
+
+    def back() -> Tensor:
+        copy = tape.tensor(rows, width, dtype, "block input from the host")
+        copy.requires_grad, copy.node, copy.output_nr = wants, node, number
+        return copy
+
+    return back
 
 
 def _entry(x: Tensor, kept: list[Tensor | None]) -> Tensor:

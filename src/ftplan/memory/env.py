@@ -28,6 +28,18 @@ class Environment:
     """How the loss meets the logits."""
     loss_shifts: Literal["labels", "logits"] = "labels"
     """What the loss moves by one token; moving the logits copies them."""
+    loss_upcasts: bool = True
+    """The loss casts logits to fp32 where the model class does."""
+    loss_keeps_chunks: bool = False
+    """A chunked loss recomputes nothing: autograd keeps every chunk."""
+    loss_columns: int = 0
+    """A chunked loss meets so many columns of the vocabulary at a time, in one buffer; 0: all."""
+    offload_checkpoints: bool = False
+    """A checkpointed block's input waits in host memory."""
+    checkpoint_attention: bool = False
+    """The core of attention alone is checkpointed (Megatron's selective recomputation)."""
+    packed: bool = False
+    """Samples are joined: positions come with the batch."""
     keep_outputs: bool = False
     """The caller holds the model's outputs until backward has ended."""
     outputs_to_fp32: bool = False

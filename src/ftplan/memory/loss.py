@@ -5,7 +5,7 @@ from __future__ import annotations
 from ftplan.memory import ops
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.nn import Linear, Network
-from ftplan.memory.tape import BATCH, CHUNK, ONE, TOKENS, Grads, Tensor
+from ftplan.memory.tape import BATCH, CHUNK, ONE, TOKENS, Grads, Parameter, Tensor
 
 __all__ = ["chunk_tokens", "classify_loss", "compute_loss", "model_outputs"]
 
@@ -27,7 +27,12 @@ def chunk_tokens(kind: str, tokens: int, given: int, vocab: int, hidden: int) ->
 
 def compute_loss(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Loss, and the logits where the model returns them, from the last hidden states."""
-    kind = x.tape.env.loss
+    env = x.tape.env
+    kind = env.loss
+    if kind == "chunked" and env.loss_columns:
+        return scalar(tiled_log_probs(network, x)), None
+    if kind == "chunked" and env.loss_keeps_chunks:
+        return _kept_chunks(network, x)
     if kind == "chunked":
         return _chunked(network, x), None
     if kind == "fused":
@@ -44,6 +49,8 @@ def model_outputs(network: Network, x: Tensor, completion: int = 0) -> Tensor:
     """
     if completion:
         x = ops.rows_slice(x, BATCH * (completion + 1))
+    if x.tape.env.loss == "chunked" and network.head_name != "score":
+        return tiled_log_probs(network, x)
     logits = network.head(x)
     return pooled(logits) if logits.width <= 1 and network.head_name == "score" else logits
 
@@ -64,7 +71,7 @@ def pooled(logits: Tensor) -> Tensor:
 
 def _full(network: Network, logits: Tensor) -> Tensor:
     """``ForCausalLMLoss``: all logits in fp32, labels shifted by one."""
-    if network.loss_in_fp32:
+    if network.loss_in_fp32 and logits.tape.env.loss_upcasts:
         logits = ops.to(logits, "fp32")
     labels = logits.tape.tensor(TOKENS, 1, "int64", "shifted labels")
     if logits.tape.env.loss_shifts == "logits":
@@ -88,6 +95,104 @@ def _chunked(network: Network, x: Tensor) -> Tensor:
         loss = part if loss is None else ops.add(loss, part)
     assert loss is not None
     return loss
+
+
+def scalar(values: Tensor) -> Tensor:
+    """The sum of a few numbers a token."""
+    loss = values.tape.tensor(ONE, 1, "fp32", "loss")
+    make = ops.like(values.rows, values.width, values.dtype, values.requires_grad)
+    ops.record([loss], "loss", [values], lambda grad: (make(grad),))
+    return loss
+
+
+def _head_weight(network: Network) -> tuple[Parameter, bool]:
+    """The head's matrix (the copy that is trained, where there is one), and whether it is."""
+    matrices = [p for p in network.head_parameters() if len(p.shape) > 1]
+    trained = [p for p in matrices if p.trainable and not p.added]
+    return (trained or matrices)[0], bool(trained)
+
+
+def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
+    """TRL's fused head: a tile of logits is folded into running statistics, then overwritten.
+
+    The shifted hidden states are kept, and fp32 numbers a token. The way back makes each tile
+    again and sums the gradients of states and head in fp32 (trl/kernels/chunked_logprob.py,
+    ``ChunkedLogProbFunction``, and trl/trainer/utils.py, ``add_fused_lm_head``, 1.16).
+    """
+    tape = x.tape
+    parameter, trained = _head_weight(network)
+    weight = tape.leaf(parameter)
+    vocabulary, width = parameter.shape
+    columns = min(tape.env.loss_columns or vocabulary, vocabulary)
+    dtype = tape.env.autocast or x.dtype
+    rows = TOKENS + BATCH * -1 if x.rows == TOKENS else x.rows + BATCH * -1
+    hidden = ops.gather(ops.rows_slice(x, rows))
+
+    def tile(held: list[Tensor]) -> None:
+        """One tile's buffer, and the operands that have another dtype."""
+        held.append(tape.tensor(CHUNK, columns, dtype, "tile of logits"))
+        casts = [] if hidden_dtype == dtype else [tape.tensor(CHUNK, width, dtype, "cast")]
+        if parameter_dtype != dtype:
+            casts.append(tape.tensor(ONE * columns, width, dtype, "cast"))
+        held += casts
+
+    hidden_dtype, parameter_dtype = hidden.dtype, weight.dtype
+    statistics = [tape.tensor(rows, 1, "fp32", "statistics") for _ in range(7)]
+    buffers: list[Tensor] = []
+    tile(buffers)
+    buffers.clear()
+    out = tape.tensor(rows, 1, "fp32", "log-probabilities")
+    saved = (hidden, statistics[:2])
+    del statistics
+    wants = (hidden.requires_grad, trained)
+
+    def apply(_grad: Tensor) -> Grads:
+        _kept = saved
+        held: list[Tensor] = []
+        sums = [
+            tape.tensor(rows, width, "fp32", "gradient") if wants[0] else None,
+            tape.tensor(ONE * vocabulary, width, "fp32", "weight gradient") if wants[1] else None,
+        ]
+        tile(held)
+        return tuple(
+            None if total is None else ops.fit(total, total.rows, total.width, wanted)
+            for total, wanted in zip(sums, (hidden_dtype, parameter_dtype), strict=True)
+        )
+
+    ops.record([out], "tiled log-probabilities", [hidden, weight], apply)
+    return out
+
+
+def _kept_chunks(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A loss in chunks that are not recomputed: only the single large allocation is avoided.
+
+    The last chunk is played; the others leave what they keep, and let go of it on the way back
+    (torchtune/modules/loss/cross_entropy_loss.py, ``LinearCrossEntropyLoss``, 0.7; litgpt/utils.py,
+    ``chunked_cross_entropy``, 0.5).
+    """
+    tape, env = x.tape, x.tape.env
+    rest = TOKENS + CHUNK * -1
+    upcasts = network.loss_in_fp32 and env.loss_upcasts
+    weights = [tape.leaf(p) for p in network.head_parameters() if p.trainable]
+    vocabulary = _head_weight(network)[0].shape[0]
+    computed = env.autocast or x.dtype
+    dtype = "fp32" if upcasts or env.autocast else computed
+    pieces = ops.rows_slice(x, rest), ops.rows_slice(x, CHUNK)
+    logits = tape.tensor(rest, vocabulary, computed, "logits") if env.keep_outputs else None
+    kept = [tape.tensor(rest, vocabulary, dtype, "log-probabilities")]
+    others = tape.tensor(ONE, 1, "fp32", "loss")
+    makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in (pieces[0], *weights)]
+
+    def apply(grad: Tensor) -> Grads:
+        kept.clear()
+        return tuple(make(grad) for make in makers)
+
+    ops.record([others], "earlier chunks", [pieces[0], *weights], apply)
+    last = network.head(pieces[1])
+    if upcasts:
+        last = ops.to(last, "fp32")
+    loss = ops.add(others, ops.cross_entropy(last, tape.tensor(CHUNK, 1, "int64", "labels")))
+    return loss, logits
 
 
 def _chunk_loss(network: Network, hidden: Tensor) -> Tensor:

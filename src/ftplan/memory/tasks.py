@@ -32,7 +32,7 @@ from ftplan.memory.nn import Network
 from ftplan.memory.prepare import prepare
 from ftplan.memory.tape import BATCH, ONE, SEQ, TOKENS, Grads, Size, Tensor
 
-__all__ = ["MODELLED", "Objective", "Resident", "objective_of", "sequences_of"]
+__all__ = ["FULL_LOSS", "HEADS", "MODELLED", "Objective", "Resident", "objective_of", "sequences_of"]
 
 Kind = Literal["tokens", "labels", "rewards", "pairs", "unpaired", "odds", "policy", "teacher",
                "contrast"]  # fmt: skip
@@ -44,6 +44,8 @@ _KINDS: dict[str, Kind] = {
 MODELLED = tuple(_KINDS)
 """Tasks that are sized."""
 _PAIRED = ("rm", "dpo", "orpo", "embed")
+FULL_LOSS = ("classify", "rm", "embed", "orpo", "distill")
+"""Tasks whose loss takes what the model returns whole: no vocabulary, or both models' logits."""
 HEADS = ("classifier", "score")
 """Heads that PEFT trains beside an adapter that classifies (peft_model.py, 0.21)."""
 
