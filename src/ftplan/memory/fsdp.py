@@ -92,14 +92,14 @@ class Fsdp:
         ]
 
     def begin_forward(self, unit: Unit) -> None:
-        """``pre_forward``: gather and copy out; the unit before gives up its flat buffer."""
+        """``pre_forward``: gather and copy out; then the unit before gives up its flat buffer."""
         if unit.gathered:
             return
         self._gather(unit)
-        self.previous.clear()
         self._copy_out(unit)
         assert unit.flat is not None
-        self.previous.append(unit.flat)
+        # the buffer of the unit before still has a local name while this one is copied out
+        self.previous = [unit.flat]
         unit.flat = None
 
     def end_forward(self, unit: Unit) -> None:
