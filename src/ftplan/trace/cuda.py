@@ -155,9 +155,63 @@ class _Efficient(torch.autograd.Function):
         return grad_q, grad_k, grad_v, grad_bias, None
 
 
-def _sdpa(ledger: Ledger, capability: tuple[int, int]) -> Any:
-    math_path = torch.ops.aten._scaled_dot_product_attention_math
+class _SafeSoftmax(torch.autograd.Function):
+    """``_safe_softmax``: a softmax, a mask of rows that are all -inf, and a third tensor of both."""
 
+    @staticmethod
+    def forward(ctx: Any, scores: Any, ledger: Ledger) -> Any:
+        with ledger.named_op("_safe_softmax"):
+            plain = torch.empty_like(scores)
+            masked = torch.empty(scores.shape, dtype=torch.bool)
+            result = torch.empty_like(scores)
+            del plain, masked
+        ctx.save_for_backward(result)
+        ctx.ledger = ledger
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        (result,) = ctx.saved_tensors
+        with ctx.ledger.named_op("_softmax_backward_data"):
+            return torch.empty_like(result), None
+
+
+def _math(
+    query: Any, key: Any, value: Any, mask: Any, dropout: float, causal: bool,
+    scale: float | None, grouped: bool, ledger: Ledger,
+) -> Any:  # fmt: skip
+    """The math path as CUDA runs it: fp32 throughout, mask added in place, one-byte dropout.
+
+    ATen/native/transformers/attention.cpp, ``_scaled_dot_product_attention_math``; its C++ takes
+    other branches when a dispatch mode is on.
+    """
+    origin = query.dtype
+    if origin in LOW_PRECISION:
+        query, key, value = (t.to(torch.float32) for t in (query, key, value))
+    if causal:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.where(mask.logical_not(), float("-inf"), torch.zeros((), dtype=query.dtype))
+    root = (scale if scale is not None else query.shape[-1] ** -0.5) ** 0.5
+    query = query * root
+    if grouped and key.shape[1] != query.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key = key.repeat_interleave(repeats, 1)
+        value = value.repeat_interleave(repeats, 1)
+    scores = torch.matmul(query, key.transpose(-2, -1) * root)
+    if mask is not None:
+        if mask.requires_grad:
+            scores = scores + mask
+        else:
+            scores.add_(mask.to(scores.dtype))
+    weights = _SafeSoftmax.apply(scores, ledger)
+    del scores
+    if dropout > 0.0:
+        weights = torch.native_dropout(weights, dropout, True)[0]
+    return torch.matmul(weights, value).to(origin)
+
+
+def _sdpa(ledger: Ledger, capability: tuple[int, int]) -> Any:
     def scaled_dot_product_attention(
         query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
@@ -174,10 +228,9 @@ def _sdpa(ledger: Ledger, capability: tuple[int, int]) -> Any:
                 )
         kernel = pick_sdpa(query, key, value, attn_mask, dropout_p, is_causal, capability)
         if kernel == "math":
-            return math_path(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
-                enable_gqa=enable_gqa,
-            )[0]  # fmt: skip
+            return _math(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, ledger
+            )
         head = query.shape[-1]
         if kernel == "flash":
             if head % 8:
