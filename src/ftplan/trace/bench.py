@@ -336,32 +336,37 @@ def write_bench(
         wanted = [*jobs_of(name, config), *sharded_jobs_of(name, config)]
         kept = {json.dumps([job["plan"], job["layers"]]): job for job in old["jobs"]}
         refused = dict(old.get("refused", {}))
-        jobs = []
-        for regime, plan, layers in wanted:
-            key = json.dumps([plan, layers])
-            refused.pop(regime, None)
-            if key not in kept:
-                if seconds is not None and time.monotonic() - started > seconds:
-                    continue
-                begun = time.monotonic()
-                try:
-                    kept[key] = record(regime, plan, layers, config)
-                except Exception as error:
-                    refused[regime] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                    print(f"{name} {regime}: {refused[regime]}", file=sys.stderr, flush=True)
-                gc.collect()
-                print(f"{name} {regime} {time.monotonic() - begun:.1f} s", file=sys.stderr)
+        keys = [json.dumps([plan, layers]) for _, plan, layers in wanted]
+
+        def save() -> int:
+            jobs = [kept[key] for key in keys if key in kept]  # noqa: B023 - called in this turn
+            document = {
+                "architecture": name,  # noqa: B023
+                "split": split,  # noqa: B023
+                "versions": versions(),
+                "refused": refused,  # noqa: B023
+                "jobs": jobs,
+            }
+            path.write_text(_compact(document), encoding="ascii")  # noqa: B023
+            return len(jobs)
+
+        for key, (regime, plan, layers) in zip(keys, wanted, strict=True):
             if key in kept:
-                jobs.append(kept[key])
-        total += len(jobs)
-        document = {
-            "architecture": name,
-            "split": split,
-            "versions": versions(),
-            "refused": refused,
-            "jobs": jobs,
-        }
-        path.write_text(_compact(document), encoding="ascii")
+                refused.pop(regime, None)
+                continue
+            if seconds is not None and time.monotonic() - started > seconds:
+                break
+            begun = time.monotonic()
+            try:
+                kept[key] = record(regime, plan, layers, config)
+                refused.pop(regime, None)
+            except Exception as error:
+                refused[regime] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                print(f"{name} {regime}: {refused[regime]}", file=sys.stderr, flush=True)
+            gc.collect()
+            save()
+            print(f"{name} {regime} {time.monotonic() - begun:.1f} s", file=sys.stderr)
+        total += save()
     return total
 
 

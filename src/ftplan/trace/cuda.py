@@ -156,7 +156,7 @@ class _Efficient(torch.autograd.Function):
 
 
 class _SafeSoftmax(torch.autograd.Function):
-    """``_safe_softmax``: a softmax, a mask of rows that are all -inf, and a third tensor of both."""
+    """``_safe_softmax``: a softmax, a mask of rows that are all -inf, and what is both."""
 
     @staticmethod
     def forward(ctx: Any, scores: Any, ledger: Ledger) -> Any:
