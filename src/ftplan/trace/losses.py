@@ -4,6 +4,9 @@ Written after trl 1.10 (trainer/sft_trainer.py, trainer/dpo_trainer.py, trainer/
 tensors exist, in which dtype, in which order. Trainer's own loss needs nothing here.
 """
 
+# torch is not installed where types are checked: its classes are Any there
+# mypy: disable-error-code="misc"
+
 from __future__ import annotations
 
 import contextlib
@@ -102,12 +105,12 @@ class _Gather(torch.autograd.Function):
     tensors are, PyTorch makes a second copy there (FunctionsManual.cpp, ``gather_backward``)."""
 
     @staticmethod
-    def forward(ctx: Any, values: Any, index: Any) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, values: Any, index: Any) -> Any:
         ctx.save_for_backward(values, index)
         return torch.gather(values, -1, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Any) -> Any:
         values, index = ctx.saved_tensors
         whole = torch.zeros_like(values)
         return whole.scatter_add_(-1, index, grad), None
