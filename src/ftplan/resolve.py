@@ -178,11 +178,37 @@ def _serving(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) -> P
     return replace(plan, precision=precision, batch=batch, attention=attention)
 
 
+LIGER = frozenset((
+    "deepseek_v2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gemma3", "glm4", "gpt_oss",
+    "internvl", "llama", "llama4_text", "llama4", "llava", "granite", "ministral", "mistral",
+    "mixtral", "nemotron", "olmo2", "olmo3", "qwen2", "qwen3", "qwen3_moe", "qwen2_vl",
+    "qwen2_5_vl", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
+    "qwen3_vl", "qwen3_vl_moe", "smollm3", "phi3", "paligemma", "falcon_h1", "smolvlm",
+    "hunyuan_v1_dense", "hunyuan_v1_moe", "exaone4",
+))  # fmt: skip
+"""liger_kernel/transformers/monkey_patch.py: MODEL_TYPE_TO_APPLY_LIGER_FN, 0.8.5."""
+
+
+def _check_kernels(plan: Plan, stack: Stack, config: Mapping[str, Any] | None) -> None:
+    """Refuse kernels that would not run."""
+    model_type = (config or {}).get("model_type")
+    if plan.kernels == "liger" and config is not None and model_type not in LIGER:
+        raise UnsupportedError(
+            f"Liger kernels for model_type {model_type!r}", remedy="use kernels: none"
+        )
+    if plan.kernels == "unsloth" and stack.name != "unsloth":
+        raise InputError(
+            f"unsloth's kernels do not come with {stack.title}",
+            remedy="use stack: unsloth, or kernels: liger",
+        )
+
+
 def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler: _Filler) -> Plan:
     def own(field: str) -> str:
         return stack.sources.get(field, f"{stack.title} {stack.versions}")
 
     assert plan.method is not None
+    _check_kernels(plan, stack, config)
     method = plan.method
     quantised = method.kind == "qlora"
     if quantised:
@@ -223,6 +249,8 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
     loss = plan.loss
     if loss is None:
         kind = stack.loss_kind(method=method.kind, task=plan.task or "sft")
+        if plan.kernels == "liger" and kind == "full":
+            kind = "fused"  # apply_liger_kernel_to_*: fused_linear_cross_entropy=True
         if plan.task in FULL_LOSS or (kind == "fused" and plan.task not in ("sft", "pt")):
             kind = "full"
         filler.fill("loss", None, kind, own("loss"))
@@ -455,6 +483,7 @@ def job_of(resolved: Resolved) -> Job:
         micro=batch.micro,
         seq_len=local_seq_len(batch.seq_len, sharding),
         accumulation=batch.accumulation,
+        eval_micro=batch.eval_micro or 0,
         checkpoint_every=0
         if checkpointing.kind == "none" or environment.checkpoint_attention
         else checkpointing.every,

@@ -12,7 +12,7 @@ from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.nn import Network
 from ftplan.memory.optimizer import rounded, state_bytes, step_bytes
 from ftplan.memory.prepare import counted_parameters, prepare
-from ftplan.memory.record import record_step
+from ftplan.memory.record import record_evaluation, record_step
 from ftplan.memory.replay import Alive, Program
 from ftplan.memory.tape import ITEM_BYTES, Label, Parameter
 from ftplan.memory.tasks import Objective, objective_of
@@ -205,6 +205,8 @@ class Structure:
         self.network = network
         self.counted = counted
         self.program = program_of(job, network, objective)
+        self.eval_micro = job.eval_micro
+        self.evaluation = _evaluation_of(job, network, objective) if job.eval_micro else None
         self.total_params = sum(
             parameter.numel * times for parameter, times, _ in counted if _is_base(parameter)
         )
@@ -217,30 +219,64 @@ class Structure:
         played, rest = self.program.levels(micro, seq_len, chunk)
         phases = [(name, self.static_bytes + peak) for name, peak in played]
         phases.append(("step", self.static_bytes + self.step_bytes + rest))
+        if self.evaluation is not None:
+            phases.append(("evaluation", self._evaluated(seq_len, chunk)))
         return phases
+
+    def _evaluated(self, seq_len: int, chunk: int) -> int:
+        """The worst moment of an evaluation, which comes when gradients have gone."""
+        assert self.evaluation is not None
+        static = sum(term.bytes for term in _without_gradients(self.static))
+        return static + self.evaluation.peak(self.eval_micro, seq_len, chunk)
 
     def peak(self, micro: int, seq_len: int, chunk: int = 0) -> int:
         """The worst moment in bytes: the integer of :meth:`at`, without what is alive at it."""
         worst, rest = self.program.peak_and_rest(micro, seq_len, chunk)
-        return self.static_bytes + max(worst, self.step_bytes + rest)
+        peak = self.static_bytes + max(worst, self.step_bytes + rest)
+        return max(peak, self._evaluated(seq_len, chunk)) if self.evaluation else peak
 
     def at(self, micro: int, seq_len: int, chunk: int = 0) -> Estimate:
         """The worst moment for a micro batch, a sequence length and a chunk of the loss."""
         phases = self.phases(micro, seq_len, chunk)
-        phase, peak = max(phases, key=lambda item: item[1])
+        phase, _ = max(phases, key=lambda item: item[1])
         is_step = phase == "step"
+        if phase == "evaluation" and self.evaluation is not None:
+            return self._estimate(
+                phases,
+                _without_gradients(self.static),
+                self.evaluation.moment(self.eval_micro, seq_len, chunk).alive,
+            )
+        resting = self.program.rest(micro, seq_len, chunk) if is_step else None
+        return self._estimate(
+            phases,
+            self.static,
+            self.program.moment(micro, seq_len, chunk).alive if resting is None else resting,
+            step_bytes=self.step_bytes if is_step else 0,
+        )
+
+    def _estimate(
+        self,
+        phases: Sequence[tuple[str, int]],
+        static: Sequence[StaticTerm],
+        alive: Mapping[Label, Alive],
+        *,
+        step_bytes: int = 0,
+    ) -> Estimate:
+        phase, peak = max(phases, key=lambda item: item[1])
         return Estimate(
             peak_bytes=peak,
             peak_phase=phase,
             phases=tuple(phases),
-            static=self.static,
-            alive=self.program.rest(micro, seq_len, chunk)
-            if is_step
-            else self.program.moment(micro, seq_len, chunk).alive,
-            step_temporary_bytes=self.step_bytes if is_step else 0,
+            static=tuple(static),
+            alive=alive,
+            step_temporary_bytes=step_bytes,
             total_params=self.total_params,
             trainable_params=self.trainable_params,
         )
+
+
+def _without_gradients(static: Sequence[StaticTerm]) -> tuple[StaticTerm, ...]:
+    return tuple(term for term in static if not term.name.startswith("gradients/"))
 
 
 def estimate(job: Job) -> Estimate:
@@ -303,4 +339,17 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
     program = Program(recording, recording.phases())
     program.virtual_tokens = network.virtual_tokens
     program.sequences = objective.sequences
+    return program
+
+
+def _evaluation_of(job: Job, network: Network, objective: Objective) -> Program | None:
+    """A batch of the evaluation, where it is the model's own loss on one GPU's whole weights."""
+    if not objective.inside or job.sharding.kind in ("fsdp", "zero3"):
+        raise UnsupportedError(
+            f"evaluation of task {job.task!r} under sharding {job.sharding.kind!r}",
+            remedy="leave out batch.eval_micro to size training alone",
+        )
+    recording = record_evaluation(network, job.environment)
+    program = Program(recording, recording.phases())
+    program.virtual_tokens = network.virtual_tokens
     return program

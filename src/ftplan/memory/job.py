@@ -90,6 +90,8 @@ class Job:
     """Tokens per sequence."""
     accumulation: int
     """Micro batches per optimizer step."""
+    eval_micro: int = 0
+    """Sequences per GPU in evaluation; 0: it is not sized."""
     checkpoint_every: int = 0
     """Recompute every n-th block; 0: none."""
     checkpoint_offload: bool = False

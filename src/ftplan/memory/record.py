@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftplan.memory import ops
@@ -34,7 +34,7 @@ from ftplan.memory.tape import (
 from ftplan.memory.tasks import Objective
 from ftplan.memory.zero import Zero
 
-__all__ = ["Recording", "Segment", "record_serving", "record_step"]
+__all__ = ["Recording", "Segment", "record_evaluation", "record_serving", "record_step"]
 
 
 BOUNDARY = Label("activations", "block inputs")
@@ -257,6 +257,33 @@ def record_serving(network: Network, env: Environment) -> Recording:
     recorder.end_autocast()
     recorder.recording.saved = _alive(tape)
     del inputs, shared
+    return recorder.recording
+
+
+def record_evaluation(network: Network, env: Environment) -> Recording:
+    """A batch that is evaluated: loss and logits without a graph, the logits kept for metrics."""
+    # Liger leaves out the logits in training only (liger_kernel: skip_logits = self.training)
+    loss = "full" if env.loss == "fused" else env.loss
+    env = replace(env, training=False, keep_outputs=True, loss=loss)
+    recorder = _Recorder(network, env)
+    tape = recorder.tape
+    with tape.no_grad():
+        inputs = _inputs(tape)
+        recorder.order.append(recorder.cut("inputs"))
+        shared = Shared()
+        x: Tensor | None = None
+        for stage in network.stages:
+            if x is not None:
+                shared.memory = x
+            x = _run_stage(recorder, stage, shared, 0, False)
+        assert x is not None
+        loss_value = _loss(recorder, x, None)
+        del x
+        recorder.order.append(recorder.cut("the model returns"))
+    recorder.end_autocast()
+    recorder.recording.saved = _alive(tape)
+    del inputs, shared, loss_value
+    recorder.end_step()
     return recorder.recording
 
 
