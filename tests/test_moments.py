@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ftplan.api import estimate
 from ftplan.memory.estimate import Structure
 from ftplan.memory.moments import WorstMoments, chains_of, undominated
 from ftplan.memory.replay import rounded
 from ftplan.memory.tape import Size, basis
 from ftplan.resolve import job_of, resolve
-from ftplan.spec import Batch, Checkpointing, Method, Model, Plan, Precision
+from ftplan.spec import Batch, Checkpointing, Loss, Method, Model, Plan, Precision
 
 PLANS = [
     Plan(model=Model(name="llama-3.1-8b"), method=Method(kind="lora"),
@@ -58,3 +62,25 @@ def test_a_step_that_is_played_again_and_again_grows() -> None:
     """A segment that leaves something behind is the worst in its last run."""
     worst = WorstMoments([Size((512, 0, 0, 0, 0, 0, 0))], [[0, 0, 1]], [(0, 5)])
     assert worst.at(basis(1, 1)) == (6 * 512, 5 * 512)
+
+
+@pytest.mark.parametrize("eval_micro", [1, 32])
+@pytest.mark.parametrize("loss", ["full", "fused"])
+def test_an_evaluation_is_sized_when_it_is_asked_for(
+    eval_micro: int, loss: Literal["full", "fused"]
+) -> None:
+    """A large evaluation batch is the worst moment, a small one is not; terms add up in both."""
+    plan = Plan(
+        model=Model(name="llama-3.2-1b"),
+        method=Method(kind="lora"),
+        batch=Batch(micro=2, seq_len=1024, eval_micro=eval_micro, accumulation=4),
+        gradient_checkpointing=Checkpointing(),
+        loss=Loss(kind=loss),
+    )
+    report = estimate(plan)
+    phases = {phase.name: phase.peak_bytes for phase in report.phases}
+    assert (report.peak_phase == "evaluation") == (eval_micro == 32)
+    assert report.allocated_bytes is not None
+    assert max(phases.values()) == report.allocated_bytes.expected == report.total()
+    job = job_of(resolve(plan))
+    assert Structure(job).peak(2, 1024) == report.allocated_bytes.expected
