@@ -107,10 +107,10 @@ def attend(
     env = q.tape.env
     if heads.causal:
         k, v, mask = with_prefix(k, v, mask)
-    if env.checkpoint_attention and q.tape.grad_enabled and held is None and bias is None:
+    if env.checkpoint_attention and q.tape.grad_enabled and bias is None:
 
         def core(q: Tensor) -> Tensor:
-            return _attend(q, k, v, heads, mask, eager, by_head, bias, held)
+            return _attend(q, k, v, heads, mask, eager, by_head, bias, None)
 
         return checkpoint(core, q, [k, v], trains=False)
     return _attend(q, k, v, heads, mask, eager, by_head, bias, held)

@@ -50,3 +50,8 @@ class Environment:
     """Which implementation of checkpointing recomputes a block."""
     training: bool = True
     """Dropout acts and a graph may be built."""
+
+    @property
+    def fused(self) -> bool:
+        """Kernels take the place of norms, rotations and gates."""
+        return self.kernels != "none"

@@ -135,6 +135,8 @@ class RMSNorm(Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
         weight = x.tape.leaf(self.weight) if self.weight else None
+        if x.tape.env.fused:
+            return ops.fused_rms_norm(x, weight)
         hidden = ops.to(x, "fp32")
         del x
         hidden = ops.mul(hidden, _inverse_root(hidden))
@@ -228,7 +230,10 @@ class Shared:
 
 
 class Stack:
-    """Blocks in a row. Only one of each kind is built; the others are like it."""
+    """Blocks in a row. Only one of each kind is built; the others are like it.
+
+    ``shared``: the blocks of one kind are one block, run several times: its weights count once.
+    """
 
     def __init__(
         self,
@@ -236,8 +241,11 @@ class Stack:
         count: int,
         build: Callable[[int], Module],
         kind: Callable[[int], Hashable] = lambda _layer: 0,
+        *,
+        shared: bool = False,
     ) -> None:
         self.name = name
+        self.shared = shared
         self.count = count
         self._build = build
         self._kind = kind
@@ -265,14 +273,15 @@ class Stack:
     def times(self) -> dict[int, int]:
         """For each of them (by id) in how many layers there is one like it."""
         return {
-            id(parameter): self.pattern.count(kind)
+            id(parameter): 1 if self.shared else self.pattern.count(kind)
             for kind, block in enumerate(self.kinds)
             for _, parameter in block.named_parameters()
         }
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """The weights of every layer, by full name."""
-        for layer, kind in enumerate(self.pattern):
+        places = range(len(self.kinds)) if self.shared else self.pattern
+        for layer, kind in enumerate(places):
             yield from self.kinds[kind].named_parameters(f"{self.name}.{layer}")
 
 

@@ -84,11 +84,14 @@ class LoraLinear(Adapted):
             return self._forward_bitsandbytes(x, copied=self.base_layer.four_bit)
         result = self.base_layer.forward(x)
         dtype = result.dtype
-        x = ops.to(x, self._down.weight.dtype)
+        # a module's call holds its arguments: ``x`` outlives the cast
+        shares = x.tape.env.kernels == "unsloth" and not self.dora and not self.dropout
+        # unsloth/kernels/fast_lora.py: the matrices are cast to the input, not the input to them
+        cast = x if shares else ops.to(x, self._down.weight.dtype)
         if self.dora:
-            result = self._forward_dora(x, result)
+            result = self._forward_dora(cast, result)
         else:
-            result = ops.add(result, self._delta(ops.dropout(x, self.dropout)))
+            result = ops.add(result, self._delta(ops.dropout(cast, self.dropout)))
         return ops.to(result, dtype)
 
     def _forward_bitsandbytes(self, x: Tensor, *, copied: bool) -> Tensor:

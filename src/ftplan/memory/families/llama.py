@@ -387,6 +387,8 @@ class Attention(Module):
     def place(self, q: Tensor, k: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
         """Rotate queries and keys."""
         kind, share = self.traits.rotation, self.rotary_share
+        if q.tape.env.fused:  # a kernel rotates them where they are, forward and backward
+            return ops.view(q, q.rows, q.width), ops.view(k, k.rows, k.width)
         cos, sin = shared.rope[self.layer_type if self.traits.ropes_by_type else ""]
         dtype = q.dtype
         if kind in ("pairs", "pairs_fp32"):
@@ -452,6 +454,9 @@ class GatedMLP(Module):
         self.dropout = _residual_dropout(config) if site == "module" else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.tape.env.fused and self.act.startswith(("silu", "swish", "gelu")):
+            gated = ops.fused_gate(self.gate_proj.forward(x), self.up_proj.forward(x))
+            return ops.dropout(self.down_proj.forward(gated), self.dropout)
         out = self.down_proj.forward(
             ops.mul(activation(self.gate_proj.forward(x), self.act), self.up_proj.forward(x))
         )
