@@ -69,7 +69,8 @@ def test_a_step_that_is_played_again_and_again_grows() -> None:
 def test_an_evaluation_is_sized_when_it_is_asked_for(
     eval_micro: int, loss: Literal["full", "fused"]
 ) -> None:
-    """A large evaluation batch is the worst moment, a small one is not; terms add up in both."""
+    """A large evaluation batch is the worst moment, and a small one where training makes no
+    logits (Liger's loss makes them in evaluation); terms add up in both."""
     plan = Plan(
         model=Model(name="llama-3.2-1b"),
         method=Method(kind="lora"),
@@ -79,7 +80,8 @@ def test_an_evaluation_is_sized_when_it_is_asked_for(
     )
     report = estimate(plan)
     phases = {phase.name: phase.peak_bytes for phase in report.phases}
-    assert (report.peak_phase == "evaluation") == (eval_micro == 32)
+    worst = eval_micro == 32 or loss == "fused"
+    assert (report.peak_phase == "evaluation") == worst
     assert report.allocated_bytes is not None
     assert max(phases.values()) == report.allocated_bytes.expected == report.total()
     job = job_of(resolve(plan))
