@@ -92,6 +92,8 @@ def played(network: Network, mode: str) -> list[int]:
     precision, attention = mode.split("/")
     dtype = "fp32" if precision in ("amp", "fp32") else "bf16"
     for stage in network.stages:  # every layer its own weights
+        if stage.stack.shared:
+            continue
         kinds = [copy.deepcopy(stage.stack.kinds[kind]) for kind in stage.stack.pattern]
         stage.stack.kinds, stage.stack.pattern = kinds, list(range(len(kinds)))
     for _, parameter in network.all_parameters():

@@ -32,7 +32,7 @@ def prepare(job: Job) -> Network:
     plain = ("fp32" if casts else job.base_dtype) if quantized else job.weights.name
     for parameter in _everything(network):
         parameter.dtype = plain
-        parameter.trainable = job.method == "full"
+        parameter.trainable = job.method == "full" and not parameter.fixed
     if job.method == "partial":
         _train_last(network, job.last_layers)
     if quantized:
@@ -54,7 +54,7 @@ def _train_last(network: Network, count: int) -> None:
     stack = network.stages[-1].stack
     for kind in set(stack.pattern[stack.count - count :]):
         for _, parameter in stack.kinds[kind].named_parameters():
-            parameter.trainable = True
+            parameter.trainable = not parameter.fixed
 
 
 def _everything(network: Network) -> Iterator[Parameter]:
@@ -71,7 +71,7 @@ def counted_parameters(network: Network) -> list[tuple[Parameter, int, bool]]:
     for stage in network.stages:
         stack = stage.stack
         for kind, block in enumerate(stack.kinds):
-            times = stack.pattern.count(kind)
+            times = 1 if stack.shared else stack.pattern.count(kind)
             for _, parameter in block.named_parameters():
                 counted[id(parameter)] = (parameter, times, True)
     return list(counted.values())

@@ -291,6 +291,8 @@ def _ask_for_input_grads(network: Network) -> None:
     """``enable_input_require_grads``: what the word embedding returns asks for a gradient."""
     for name in network.embedding_names:
         embedding = network.child(name)
+        if "prompt_encoder" in embedding.children:
+            embedding = embedding.children["base_layer"]
 
         def asked(
             tape: Tape, rows: Size = TOKENS, forward: Callable[..., Any] = embedding.forward
@@ -339,6 +341,11 @@ def _run_stage(
         _ask_for_gradient(x)
     _name_boundary(x)
     order.append(recorder.cut("embedding"))
+    if stage.stack.shared:
+        x = _run_shared(recorder, stage.stack, x, shared)
+        x = stage.leave(x, shared)
+        order.append(recorder.cut("final norm"))
+        return x
     seen: dict[tuple[Hashable, ...], int] = {}
     for layer, kind in enumerate(stage.stack.pattern):
         checkpointed = checkpoint_every > 0 and layer % checkpoint_every == 0
@@ -359,6 +366,17 @@ def _run_stage(
         order.append(seen[key])
     x = stage.leave(x, shared)
     order.append(recorder.cut("final norm"))
+    return x
+
+
+def _run_shared(recorder: _Recorder, stack: Stack, x: Tensor, shared: Shared) -> Tensor:
+    """Every layer as it is: gradients of one weight meet, and its cast is made once."""
+    for block in stack.kinds:
+        _name_parts(block, recorder.tape)
+    for kind in stack.pattern:
+        x = recorder.run_block(stack.kinds[kind], x, shared, checkpointed=False)
+        _name_boundary(x)
+    recorder.recording.forward_order.append(recorder.cut("shared blocks"))
     return x
 
 

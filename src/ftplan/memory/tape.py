@@ -244,6 +244,7 @@ class Parameter:
         "added",
         "dtype",
         "embedding",
+        "fixed",
         "grad",
         "name",
         "pending",
@@ -270,6 +271,8 @@ class Parameter:
         """An adapter's: not counted as the model's own."""
         self.embedding = False
         """A table of embeddings."""
+        self.fixed = False
+        """Never trained, whatever the method: the real class asks for no gradient of it."""
         self.whole = shape
         """The shape before it was sharded."""
 

@@ -25,6 +25,7 @@ LORA = ("lora", "qlora", "dora")
 CLASSIFIERS = ("classifier", "score")
 MASKED = (
     "bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "modernbert",
+    "albert", "mpnet", "deberta-v2",
 )  # fmt: skip
 FIRST_LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 

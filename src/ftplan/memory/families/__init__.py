@@ -28,6 +28,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "opt": ("opt",),
     "bloom": ("bloom",),
     "bert": ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"),
+    "albert": ("albert",),
     "gptj": ("gptj", "codegen", "gpt_neo"),
     "falcon": ("falcon",),
     "modernbert": ("modernbert",),

@@ -100,7 +100,7 @@ class Sinusoids(Embedding):
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__(count, width)
-        self.weight.trainable = False
+        self.weight.trainable, self.weight.fixed = False, True
 
     def forward(self, tape: Tape, rows: Size = SEQ) -> Tensor:
         with tape.no_grad():

@@ -203,7 +203,7 @@ class ErnieRouter(Router):
         super().__init__(config["hidden_size"], config["num_experts"], config["moe_k"], upcast=True)
         self.moe_statics = Module()
         bias = self.moe_statics.parameter("e_score_correction_bias", 1, config["num_experts"])
-        bias.trainable = False
+        bias.trainable, bias.fixed = False, True
 
     def forward(self, x: Tensor) -> Routing:
         tape = x.tape
