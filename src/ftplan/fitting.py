@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ftplan.report import Assumption, Finding, GpuSummary, ModelSummary, Remedy, Verdict
 
-__all__ = ["FitReport", "FitRow", "GpuOffer", "GpuOption", "Solution", "Spread", "TimeEstimate"]
+__all__ = [
+    "DataFormat",
+    "DataSummary",
+    "FitReport",
+    "FitRow",
+    "GpuOffer",
+    "GpuOption",
+    "Solution",
+    "Spread",
+    "TimeEstimate",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,5 +153,65 @@ class FitReport:
     """Plans that the answer chose from."""
     findings: tuple[Finding, ...] = ()
     assumptions: tuple[Assumption, ...] = ()
+    schema_version: int = 1
+    tool_version: str = ""
+
+
+DataFormat = Literal[
+    "chat", "prompt and completion", "preference pairs", "unpaired preference", "text", "unknown"
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSummary:
+    """What ``ftplan data`` answers: training data, counted in one pass."""
+
+    file: str
+    bytes: int
+    examples: int
+    format: DataFormat
+    """What most examples are."""
+    fields: tuple[str, ...]
+    """Keys of the first example."""
+    counted_by: str
+    """The tokenizer, or the rule of the estimate."""
+    is_exact: bool
+    """A tokenizer counted."""
+    tokens: Spread
+    """All tokens of one pass; low and high are those of the estimate."""
+    median_tokens: int
+    p95_tokens: int
+    p99_tokens: int
+    longest_tokens: int
+    longest_line: int
+    """Line of the longest example (its number in an array)."""
+    histogram: tuple[tuple[int, int], ...]
+    """Pairs of upper length in tokens and how many examples are at most as long."""
+    covering_seq_len: int
+    """A sequence length that no example exceeds (a multiple of 64)."""
+    seq_len: int
+    """The sequence length that the following are about."""
+    truncated_examples: int
+    """Examples that are longer."""
+    lost_tokens_share: float
+    """Share of all tokens that is cut off."""
+    padded_efficiency: float
+    """Share of real tokens when every example is padded to ``seq_len``."""
+    packing_efficiency: float
+    """Share of real tokens when examples are packed (best fit decreasing)."""
+    packed_sequences: int
+    duplicates: int
+    """Examples that are a copy of an earlier one."""
+    duplicates_are_complete: bool
+    """Every example was compared; else those beyond memory's limit were not."""
+    empty_targets: int
+    """Examples without anything to learn: no answer, or an empty one."""
+    first_empty_line: int | None
+    unreadable: int
+    """Lines that are no JSON object."""
+    first_unreadable_line: int | None
+    mixed_formats: tuple[str, ...]
+    """Other formats that some examples have."""
+    findings: tuple[Finding, ...] = ()
     schema_version: int = 1
     tool_version: str = ""

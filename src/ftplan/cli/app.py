@@ -59,6 +59,7 @@ class Command:
 COMMANDS: tuple[Command, ...] = (
     Command(name="memory", panel="Memory"),
     Command(name="fit", panel="Memory"),
+    Command(name="data", panel="Memory"),
     Command(name="check", panel="Memory"),
     Command(name="trace", panel="Memory"),
     Command(name="measure", panel="Memory"),

@@ -166,11 +166,15 @@ def _with_data(
 
     summary = read_dataset(data)
     if job.plan.batch.seq_len is None:
-        batch = replace(job.plan.batch, seq_len=summary.covering_seq_len)
+        # a few giants do not set the length: 99 % decide, and what is cut is said
+        whole = summary.longest_tokens <= 2 * summary.p99_tokens
+        wanted = summary.covering_seq_len if whole else -(-summary.p99_tokens // 64) * 64
+        batch = replace(job.plan.batch, seq_len=wanted)
         assumed = Assumption(
             key="batch.seq_len",
             value=batch.seq_len,
-            source=f"the longest sample of {data} (line {summary.longest_line}) fits",
+            source=f"{'all' if whole else '99 %'} of the samples of {data} are whole; the longest "
+            f"has {summary.longest_tokens} tokens (line {summary.longest_line})",
         )
         job = replace(
             job,
