@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftplan import __version__
-from ftplan.catalog.gpus import search_gpus
 from ftplan.errors import FtplanError, UnsupportedError
-from ftplan.fit.remedies import Card, Judged, remedies
-from ftplan.fit.sizer import Sizer
 from ftplan.memory import textbook
 from ftplan.memory.counters import counters, unexplained, workspace_bytes
 from ftplan.memory.estimate import Estimate, Structure
@@ -31,6 +28,9 @@ from ftplan.report import (
 )
 from ftplan.resolve import Resolved, job_of, resolve, serving_job_of
 from ftplan.spec import Plan
+
+if TYPE_CHECKING:
+    from ftplan.fit.sizer import Sizer
 
 __all__ = ["estimate"]
 
@@ -130,6 +130,7 @@ def _remedies(
     plan: Plan, resolved: Resolved, report: Report, base: Path | None
 ) -> tuple[Remedy, ...]:
     """What would help, tried one by one with this same calculator."""
+    from ftplan.fit.remedies import Card, Judged, remedies
 
     def judged(resolved: Resolved, report: Report) -> Judged:
         assert report.verdict and report.allocated_bytes and report.device_bytes
@@ -157,6 +158,8 @@ def _remedies(
 
 def _larger(resolved: Resolved) -> tuple[str, ...]:
     """Data-centre cards of the same maker that hold more, smallest first."""
+    from ftplan.catalog.gpus import search_gpus
+
     gpu = resolved.gpu
     assert gpu is not None
     rows = [

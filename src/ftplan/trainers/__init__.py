@@ -23,19 +23,23 @@ to it and then to the working directory, through ``ftplan.files``.
 
 from __future__ import annotations
 
-from ftplan.trainers.draft import Imported
-from ftplan.trainers.exporting import EXPORTS, export_plan
-from ftplan.trainers.lint import lint_plan
-from ftplan.trainers.pages import Page, finding_codes, finding_page
-from ftplan.trainers.reading import (
-    TRAINERS,
-    detect,
-    detect_file,
-    import_document,
-    import_file,
-    import_text,
-)
-from ftplan.trainers.writing import Exported
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ftplan.trainers.draft import Imported
+    from ftplan.trainers.exporting import EXPORTS, export_plan
+    from ftplan.trainers.lint import lint_plan
+    from ftplan.trainers.pages import Page, finding_codes, finding_page
+    from ftplan.trainers.reading import (
+        TRAINERS,
+        detect,
+        detect_file,
+        import_document,
+        import_file,
+        import_text,
+    )
+    from ftplan.trainers.writing import Exported
 
 __all__ = [
     "EXPORTS",
@@ -53,3 +57,21 @@ __all__ = [
     "import_text",
     "lint_plan",
 ]
+
+_HOME = {
+    "Imported": "draft",
+    "EXPORTS": "exporting",
+    "export_plan": "exporting",
+    "lint_plan": "lint",
+    "Page": "pages",
+    "finding_codes": "pages",
+    "finding_page": "pages",
+    "Exported": "writing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Readers and writers are loaded when one is asked for: most commands need none."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"ftplan.trainers.{_HOME.get(name, 'reading')}"), name)
