@@ -243,10 +243,14 @@ class Body(Module):
         self, config: Config, norm: Callable[[int], Module], norm_name: str, embed_name: str
     ) -> None:
         super().__init__()
-        self.table = Embedding(config["vocab_size"], config["hidden_size"])
-        self.children[embed_name] = self.children.pop("table")
-        self.norm_name = norm_name
+        self.norm_name, self.embed_name = norm_name, embed_name
+        setattr(self, embed_name, Embedding(config["vocab_size"], config["hidden_size"]))
         setattr(self, norm_name, norm(config["hidden_size"]))
+
+    def embed(self, tape: Tape) -> Tensor:
+        """The table's rows; by name, for an adapter may have put something else there."""
+        out: Tensor = self.children[self.embed_name].forward(tape)
+        return out
 
     def last(self, x: Tensor) -> Tensor:
         """The norm after the blocks."""
@@ -300,7 +304,7 @@ class Decoder(Network):
 
     def enter(self, tape: Tape, shared: Shared) -> Tensor:
         """Embed, and build what every block is handed."""
-        x = self.body.table.forward(tape)
+        x = self.body.embed(tape)
         if self.embed_scaled:
             x = ops.scale(x)
         self.prepare(tape, shared, x.dtype)
