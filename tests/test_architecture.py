@@ -43,6 +43,7 @@ ROOMS = {
     "render": "render",
     # the front: joins shelves and reasoning for the library's verbs
     "resolve": "front",
+    "folder": "front",
     "api": "front",
     "sizing": "front",
     "explaining": "front",

@@ -136,9 +136,10 @@ def _check_sizes(config: Mapping[str, Any], where: Location) -> None:
         value = config.get(key)
         for number in value if isinstance(value, list) else [value]:
             most = _LARGEST.get(key, 10**8)
-            if number is not None and (type(number) is not int or not 0 < number <= most):
+            least = 0 if "experts" in key else 1
+            if number is not None and (type(number) is not int or not least <= number <= most):
                 raise InputError(
-                    f"{key} is {number!r}, it must be a whole number from 1 to {most:,}",
+                    f"{key} is {number!r}, it must be a whole number from {least} to {most:,}",
                     location=where,
                 )
     if any(isinstance(value, dict) and key.endswith("_config") for key, value in config.items()):
