@@ -306,8 +306,19 @@ def _ask_for_input_grads(network: Network) -> None:
 
 
 def _ask_for_gradient(x: Tensor) -> None:
-    """Make ``x`` the first node of the graph: its gradient arrives outside of the blocks."""
-    x.requires_grad, x.node = True, Node(x.tape, "input gradient", [], lambda _grad: ())
+    """Make ``x`` the first node of the graph: its gradient arrives outside of the blocks.
+
+    What collects a gradient (``AccumulateGrad``) holds the tensor until then; what passes from
+    block to block is held by the blocks anyway (:func:`_run_stage` drops it here).
+    """
+    held = [x.alias()]
+    x.tape.collecting.append(held)
+
+    def apply(_grad: Tensor) -> tuple[Tensor | None, ...]:
+        held.clear()
+        return ()
+
+    x.requires_grad, x.node = True, Node(x.tape, "input gradient", [], apply)
 
 
 def _hold_gradients(network: Network, tape: Tape) -> None:
@@ -339,6 +350,9 @@ def _run_stage(
     x = stage.enter(recorder.tape, shared)
     if input_grads and not x.requires_grad:
         _ask_for_gradient(x)
+    for held in recorder.tape.collecting:
+        if held and held[0].storage is x.storage:
+            held.clear()
     _name_boundary(x)
     order.append(recorder.cut("embedding"))
     if stage.stack.shared:

@@ -125,6 +125,8 @@ class Tape:
     """Inside a checkpoint: what its functions hold by themselves, out of the checkpoint's sight."""
     step_of: Callable[[Parameter], int] | None = None
     """An optimizer in backward: bytes that the step of one parameter needs for a moment."""
+    collecting: list[list[Tensor]] = field(default_factory=list)
+    """Tensors that are leaves of the graph, held until their gradient arrives."""
     recalled: list[Tensor] | None = None
     """While a checkpoint runs again: what escaped the first time, in order."""
 

@@ -67,14 +67,16 @@ class LohaLinear(WholeUpdate):
             del product, cast
         shapes = [(factor.rows, factor.width, factor.dtype) for factor in factors]
 
+        full = factors[0].dtype  # the way back runs outside autocast
+
         def apply(grad: Tensor) -> Grads:
             scaled = whole(dtype)
-            product = whole(dtype)
-            step = whole(dtype)
+            product = whole(full)
+            step = whole(full)
             del product
             made = [grad.tape.tensor(*shape, "gradient") for shape in shapes[:2]]
-            product = whole(dtype)
-            later = whole(dtype)
+            product = whole(full)
+            later = whole(full)
             del product, step, scaled
             made += [grad.tape.tensor(*shape, "gradient") for shape in shapes[2:]]
             del later
