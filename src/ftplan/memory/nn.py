@@ -228,6 +228,12 @@ class Shared:
     memory: Tensor | None = None
     """The encoder's output, for cross attention."""
 
+    def let_go(self) -> None:
+        """The last block of the real model that holds these has gone."""
+        self.rope.clear()
+        self.masks.clear()
+        self.mask = self.bias = self.cross_bias = self.memory = None
+
 
 class Stack:
     """Blocks in a row. Only one of each kind is built; the others are like it.
@@ -331,6 +337,17 @@ class Network(Module):
         weight = self.child(to_path).parameters[to_attribute]
         setattr(self.child(path), attribute, weight)
         self.tied[name] = to
+
+    def inputs(self, tape: Tape) -> list[Tensor]:
+        """What the caller passes beside the text, and holds: none, but for images."""
+        return []
+
+    def show(self, images: int, tokens: int, *, checkpointed: bool) -> None:
+        """Put ``images`` in each sequence, of ``tokens`` each where the config leaves it open."""
+        raise UnsupportedError(
+            "images in the batch of this model",
+            remedy="leave batch.images out: no tower of this model is run",
+        )
 
     def head_parameters(self) -> list[Parameter]:
         """The weights of the output head."""

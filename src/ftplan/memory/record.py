@@ -156,10 +156,11 @@ class _Recorder:
         self.tape.weight_cache = {}
         return index
 
-    def end_step(self) -> None:
-        """The caller lets go of what the model returned."""
+    def end_step(self, shared: Shared) -> None:
+        """The caller lets go of what the model returned, and of what every block was handed."""
         start = len(self.tape.events)
         self.recording.outputs.clear()
+        shared.let_go()
         self.recording.after = Segment("outputs dropped", start, len(self.tape.events))
 
     def end_autocast(self) -> None:
@@ -201,7 +202,7 @@ def record_step(
         _hold_gradients(network, tape)
     if objective is not None and objective.before:
         _score_before(recorder, objective)
-    inputs = _inputs(tape)
+    inputs = [*_inputs(tape), *network.inputs(tape)]
     if input_grads:
         _ask_for_input_grads(network)
     recorder.begin_root()
@@ -230,8 +231,7 @@ def record_step(
     del inputs
     if root.requires_grad:
         _run_backward(recorder, root)
-    recorder.end_step()
-    del shared  # every block of the real model holds these: they outlive the first one
+    recorder.end_step(shared)
     return recorder.recording
 
 
@@ -268,7 +268,7 @@ def record_evaluation(network: Network, env: Environment) -> Recording:
     recorder = _Recorder(network, env)
     tape = recorder.tape
     with tape.no_grad():
-        inputs = _inputs(tape)
+        inputs = [*_inputs(tape), *network.inputs(tape)]
         recorder.order.append(recorder.cut("inputs"))
         shared = Shared()
         x: Tensor | None = None
@@ -282,8 +282,8 @@ def record_evaluation(network: Network, env: Environment) -> Recording:
         recorder.order.append(recorder.cut("the model returns"))
     recorder.end_autocast()
     recorder.recording.saved = _alive(tape)
-    del inputs, shared, loss_value
-    recorder.end_step()
+    del inputs, loss_value
+    recorder.end_step(shared)
     return recorder.recording
 
 
