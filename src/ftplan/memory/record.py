@@ -109,6 +109,9 @@ class _Recorder:
         self.start = 0
         self.fsdp: Fsdp | None = None
         self.units: list[Unit] = []
+        self.copies: list[Module] = []
+        """Blocks beside the network's own: the real model holds them, and with them their
+        gradients, so no garbage collection may take them while the step is recorded."""
 
     def shard(self, fsdp: Fsdp) -> None:
         """Make the root a unit; blocks become one as they run."""
@@ -372,6 +375,7 @@ def _run_stage(
         block = stage.stack.kinds[kind]
         if any(known[0] == kind for known in seen):
             block = copy.deepcopy(block)  # a layer of its own: its gradients are too
+            recorder.copies.append(block)
         _name_parts(block, recorder.tape)
         # the caller's name for the input lives until the block returns
         x = recorder.run_block(block, x, shared, checkpointed=checkpointed)
