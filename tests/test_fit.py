@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -424,3 +425,25 @@ def test_json_is_stable(ftplan_: Terminal) -> None:
         "way", "change", "verdict", "peak_bytes", "headroom_bytes", "trainable_params",
         "largest_micro", "longest_seq_len", "time", "note",
     }  # fmt: skip
+
+
+def test_the_record_does_not_depend_on_garbage_collection() -> None:
+    """Sizes are the same whether cyclic garbage is collected all the time or never."""
+    plan = replace(
+        CARDS["a 24 GB card"],
+        method=Method(kind="lora"),
+        attention="eager",
+        loss=Loss(kind="fused"),
+        batch=Batch(micro=2, seq_len=4096),
+    )
+    before = gc.get_threshold()
+    peaks = set()
+    try:
+        for threshold in (1, 10, 0):
+            gc.set_threshold(threshold)
+            report = ftplan.estimate(plan)
+            assert report.allocated_bytes is not None
+            peaks.add(report.allocated_bytes.expected)
+    finally:
+        gc.set_threshold(*before)
+    assert len(peaks) == 1
