@@ -30,6 +30,9 @@ from ftplan.spec import Checkpointing, Loss, Method, OptimizerChoice, Plan, Roll
 __all__ = ["Resolved", "read_config", "resolve"]
 
 CONTRACT = "ftplan's default"
+IMAGE_TOKENS = 1280
+"""Tokens of an image where a model takes any resolution (a square of about 1000 pixels in
+Qwen-VL), or fewer where the sequence has no room for them."""
 ADAPTERS = ("lora", "qlora", "dora")
 
 
@@ -583,6 +586,8 @@ def job_of(resolved: Resolved) -> Job:
         else checkpointing.every,
         checkpoint_offload=environment.offload_checkpoints,
         loss_chunk=plan.loss.chunk or 0,
+        images=batch.images or 0,
+        image_tokens=min(IMAGE_TOKENS, batch.seq_len // (batch.images or 1)),
         optimizer=_optimizer(plan.optimizer),
         main_weights=stack.main_weights and storage.name in ("bf16", "fp16"),
         sharding=sharding,

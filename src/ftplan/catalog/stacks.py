@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from ftplan.errors import UnknownNameError, UnsupportedError
 
-__all__ = ["Stack", "StackRow", "find_stack", "stack_names", "stack_page"]
+__all__ = ["Stack", "StackRow", "find_stack", "is_stack", "stack_names", "stack_page"]
 
 UNMODELLED = {"mlx": "training with MLX on Apple silicon (unified memory, no CUDA allocator)"}
 """Stacks that are recognised and refused, and what is not modelled."""
@@ -174,6 +174,12 @@ def _tuple(value: Any) -> Any:
 def stack_names() -> tuple[str, ...]:
     """Names of all profiles, in the order of the data file."""
     return tuple(_stacks())
+
+
+def is_stack(name: str) -> bool:
+    """Whether ``name`` is a stack's, or an alias of one."""
+    key = name.strip().lower().replace("_", "-")
+    return ALIASES.get(key, key) in _stacks()
 
 
 def find_stack(name: str) -> Stack:

@@ -61,6 +61,7 @@ COMMANDS: tuple[Command, ...] = (
     Command(name="fit", panel="Memory"),
     Command(name="data", panel="Memory"),
     Command(name="check", panel="Memory"),
+    Command(name="compare", panel="Memory"),
     Command(name="trace", panel="Memory"),
     Command(name="measure", panel="Memory"),
     Command(name="advise", panel="Advice"),

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ftplan.cli.flags import JobFlags, with_job_flags
 from ftplan.cli.output import FormatOption, OutputOption, emit, screen_width, use_colour
 
+if TYPE_CHECKING:
+    from ftplan.jobs import JobInput
+
 
 @with_job_flags
 def diff(
     *,
     flags: JobFlags,
-    before: Annotated[Path, typer.Argument(metavar="A", help="A plan or a trainer's config.")],
+    before: Annotated[
+        Path, typer.Argument(metavar="A", help="A plan, a trainer's config, or a stack's name.")
+    ],
     after: Annotated[Path, typer.Argument(metavar="B", help="The other one.")],
     format: FormatOption = "table",
     output: OutputOption = None,
 ) -> int:
     """What changed between two plans, term by term. Flags are laid over both."""
+    from ftplan.catalog.stacks import is_stack
     from ftplan.cli.reading import read_with_flags
     from ftplan.difference import difference
     from ftplan.jobs import estimate_job
 
-    reports = [estimate_job(read_with_flags(file, flags)) for file in (before, after)]
+    def job_of(name: Path) -> JobInput:
+        """A file with the flags over it; a stack's name stands for the flags on that stack."""
+        if name.exists() or not is_stack(str(name)):
+            return read_with_flags(name, flags)
+        return read_with_flags(None, replace(flags, stack=str(name)))
+
+    reports = [estimate_job(job_of(name)) for name in (before, after)]
     change = difference(*reports, names=(str(before), str(after)))
     if format in ("json", "yaml"):
         from ftplan.render import json, yaml

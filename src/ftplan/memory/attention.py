@@ -13,7 +13,16 @@ from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.env import Environment
 from ftplan.memory.tape import ONE, SCORES, SQUARE, TOKENS, Grads, Size, Tape, Tensor
 
-__all__ = ["Heads", "additive", "attend", "attend_broadcast", "kernel", "make_mask", "pairs", "with_prefix"]
+__all__ = [
+    "Heads",
+    "additive",
+    "attend",
+    "attend_broadcast",
+    "kernel",
+    "make_mask",
+    "pairs",
+    "with_prefix",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +275,7 @@ def _math(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
     q, k, v = (ops.to(t, "fp32") for t in (q, k, v))
     k, v = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
     q, k, v = ops.scale(q), ops.scale(k), _part_copied(v)
-    weights = ops.softmax(ops.matmul(q, k, rows, 1, "scores", exact=True))
+    weights = _safe_softmax(ops.matmul(q, k, rows, 1, "scores", exact=True))
     weights = ops.dropout(weights, heads.dropout)
     width = heads.count * heads.value_size
     out = ops.to(ops.matmul(weights, v, q.rows, width, "attention", exact=True), dtype)
@@ -274,6 +283,19 @@ def _math(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
         unused = tape.tensor(rows, 1, dtype, "weights")
         del unused
     return out
+
+
+def _safe_softmax(scores: Tensor) -> Tensor:
+    """Softmax, with zeros for rows that are masked in full: made twice, and a mask beside it.
+
+    Source: aten/src/ATen/native/transformers/attention.cpp, ``_safe_softmax``.
+    """
+    tape = scores.tape
+    first = tape.tensor(scores.rows, scores.width, scores.dtype, "softmax")
+    masked = tape.tensor(scores.rows, scores.width, "bool", "masked rows")
+    weights = ops.softmax(scores)
+    del first, masked
+    return weights
 
 
 def _eager(

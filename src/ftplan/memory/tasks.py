@@ -32,7 +32,15 @@ from ftplan.memory.nn import Network
 from ftplan.memory.prepare import prepare
 from ftplan.memory.tape import BATCH, ONE, SEQ, TOKENS, Grads, Size, Tensor
 
-__all__ = ["FULL_LOSS", "HEADS", "MODELLED", "Objective", "Resident", "objective_of", "sequences_of"]
+__all__ = [
+    "FULL_LOSS",
+    "HEADS",
+    "MODELLED",
+    "Objective",
+    "Resident",
+    "objective_of",
+    "sequences_of",
+]
 
 Kind = Literal["tokens", "labels", "rewards", "pairs", "unpaired", "odds", "policy", "teacher",
                "contrast"]  # fmt: skip
@@ -147,7 +155,7 @@ def objective_of(job: Job) -> Objective:
         why = "the teacher, frozen, beside the student"
         resident = (Resident(name="weights/teacher", network=other, why=why),)
     sharded = job.sharding.kind in ("fsdp", "zero2", "zero3")
-    if sharded and not (kind in ("tokens", "labels", "rewards")):
+    if sharded and kind not in ("tokens", "labels", "rewards"):
         raise UnsupportedError(
             f"the task {job.task!r} sharded by {job.sharding.kind}",
             remedy="size it on one GPU or with sharding: ddp",

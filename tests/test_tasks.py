@@ -1,0 +1,282 @@
+"""Tasks, stacks, kernels and checkpoints: every choice moves the numbers as the real code does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from ftplan import api
+from ftplan.catalog.stacks import stack_names
+from ftplan.comparing import compare_stacks
+from ftplan.errors import FtplanError, InputError, UnsupportedError
+from ftplan.memory.estimate import Estimate, estimate
+from ftplan.resolve import job_of, resolve
+from ftplan.spec import Plan
+
+CASES = Path(__file__).parent / "cases" / "tasks"
+MODEL = "qwen2.5-0.5b"
+LORA = {"kind": "lora", "rank": 16, "targets": "all-linear", "adapter_dtype": "fp32"}
+BASE: Mapping[str, Any] = {
+    "model": {"name": MODEL},
+    "stack": "transformers",
+    "task": "sft",
+    "method": {"kind": "full"},
+    "precision": {"weights": "bf16", "mixed": "no"},
+    "batch": {"micro": 2, "seq_len": 512, "padding": "none"},
+    "optimizer": {"name": "adamw_torch_fused"},
+    "gradient_checkpointing": {"kind": "none"},
+    "loss": {"kind": "full"},
+}
+
+
+def plan_of(*, without: tuple[str, ...] = (), **changes: Any) -> Plan:
+    mapping = {key: value for key, value in {**BASE, **changes}.items() if key not in without}
+    if isinstance(mapping["model"], str):
+        mapping["model"] = {"name": mapping["model"]}
+    if isinstance(mapping.get("optimizer"), str):
+        mapping["optimizer"] = {"name": mapping["optimizer"]}
+    if isinstance(mapping.get("loss"), str):
+        mapping["loss"] = {"kind": mapping["loss"]}
+    checkpointing = mapping.get("gradient_checkpointing")
+    if isinstance(checkpointing, bool):
+        mapping["gradient_checkpointing"] = {"kind": "full" if checkpointing else "none"}
+    return TypeAdapter(Plan).validate_python(mapping)
+
+
+def sized(*, layers: int = 4, without: tuple[str, ...] = (), **changes: Any) -> Estimate:
+    job = job_of(resolve(plan_of(without=without, **changes)))
+    config = {**job.config, "num_hidden_layers": layers}
+    if isinstance(config.get("layer_types"), list):
+        config["layer_types"] = config["layer_types"][:layers]
+    return estimate(replace(job, config=config))
+
+
+def peak(**changes: Any) -> int:
+    return sized(**changes).peak_bytes
+
+
+TRACED = json.loads((CASES / "traced.json").read_text(encoding="utf-8"))["jobs"]
+
+
+def test_how_many_traced_jobs_there_are() -> None:
+    """The corpus of traced tasks is whole."""
+    assert len(TRACED) == 12
+
+
+@pytest.mark.parametrize("case", TRACED, ids=[case["name"] for case in TRACED])
+def test_tasks_agree_with_their_traces(case: Mapping[str, Any]) -> None:
+    """Preference pairs, reward models and classifiers peak where the real code does, to 0.3 %."""
+    found = sized(
+        layers=case["layers"], **{k: v for k, v in case["plan"].items() if k != "version"}
+    )
+    assert found.peak_bytes == pytest.approx(case["allocated_bytes"], rel=3e-3)
+    assert found.total_params == case["total_params"]
+    assert found.trainable_params == case["trainable_params"]
+
+
+@pytest.mark.parametrize("method", [{"kind": "full"}, LORA], ids=["full", "lora"])
+def test_pairs_take_more_than_single_samples(method: Mapping[str, Any]) -> None:
+    """DPO puts two sequences through the model for each sample: never less than SFT.
+
+    ORPO adds a cross entropy to the same log-probabilities: never less than DPO without reference.
+    """
+    pairs = peak(method=method, task="dpo", reference="precomputed")
+    assert peak(method=method, task="dpo") >= pairs
+    assert peak(method=method, task="dpo") > peak(method=method)
+    assert peak(method=method, task="orpo") >= pairs
+
+
+def test_a_reference_model_adds_its_weights() -> None:
+    """A second model adds at least its weights to every phase; precomputed adds nothing."""
+    alone = sized(task="dpo", reference="precomputed")
+    beside = sized(task="dpo", reference="model")
+    term = next(t for t in beside.static if t.name == "weights/reference")
+    weights = next(t for t in beside.static if t.name == "weights/trainable")
+    assert term.bytes == weights.bytes
+    without = dict(alone.phases)
+    for name, size in beside.phases:
+        assert size >= without[name] + term.bytes
+
+
+def test_an_adapter_switched_off_needs_no_second_model() -> None:
+    """With adapters the reference is the model itself without them."""
+    names = {term.name for term in sized(task="dpo", method=LORA).static}
+    assert "weights/reference" not in names
+
+
+def test_a_teacher_is_resident() -> None:
+    """Distillation holds the teacher's weights and both models' logits."""
+    found = sized(task="distill", teacher="qwen2.5-1.5b")
+    assert any(term.name == "weights/teacher" for term in found.static)
+    assert found.peak_bytes > peak() + 3 * 10**9
+
+
+def test_a_sampler_on_the_card_reserves_its_share() -> None:
+    """GRPO's colocated engine is a term of its own: its share of the card."""
+    rollout = {"sampler": "colocate", "sampler_share": 0.25, "generations": 2,
+               "prompt_tokens": 128, "completion_tokens": 128}  # fmt: skip
+    found = sized(task="grpo", rollout=rollout, hardware={"gpu": "h100-80gb"})
+    term = next(t for t in found.static if t.name == "runtime/sampler")
+    usable = api.estimate(plan_of(hardware={"gpu": "h100-80gb"})).gpu
+    assert usable is not None and term.bytes == usable.usable_bytes // 4
+    with pytest.raises(InputError, match="no card is named"):
+        sized(task="grpo", rollout=rollout)
+
+
+def test_a_longer_completion_takes_more_of_the_same_sequence() -> None:
+    """GRPO's logits are those of the completion alone."""
+    short = {"prompt_tokens": 384, "completion_tokens": 128}
+    long = {"prompt_tokens": 128, "completion_tokens": 384}
+    assert peak(task="grpo", rollout=short) < peak(task="grpo", rollout=long)
+
+
+@pytest.mark.parametrize("task", ["ppo"])
+def test_tasks_that_are_not_sized_are_refused_by_name(task: str) -> None:
+    """What is not modelled is said, never sized as something else."""
+    with pytest.raises(UnsupportedError, match=task):
+        sized(task=task)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reference": "model"},
+        {"rollout": {"generations": 4}},
+        {"teacher": "qwen2.5-1.5b"},
+        {"task": "dpo", "reference": "adapter"},
+        {"task": "dpo", "reference": "none"},
+        {"task": "rm", "loss": "chunked"},
+        {"task": "dpo", "loss": "fused"},
+        {"kernels": "unsloth"},
+        {"kernels": "liger", "model": "gpt2"},
+        {"batch": {"packing": True, "padding": "right"}},
+        {"sharding": {"offload": "activations"}},
+        {"optimizer": {"name": "adamw", "in_backward": True}, "batch": {"accumulation": 4}},
+        {"task": "grpo", "rollout": {"sampler": "server", "sampler_share": 0.5}},
+    ],
+    ids=str,
+)
+def test_what_would_change_nothing_is_refused(changes: Mapping[str, Any]) -> None:
+    """An option that has no meaning for the job is a mistake, not silence."""
+    with pytest.raises(FtplanError):
+        sized(**changes)
+
+
+EAGER = {"attention": "eager"}
+LOSS = {"without": ("loss",)}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"task": "rm"}),
+        ({}, {"task": "classify"}),
+        ({"task": "rm"}, {"task": "classify"}),
+        ({}, {"task": "kto"}),
+        ({}, {"task": "grpo"}),
+        ({}, {"task": "embed"}),
+        ({}, {"kernels": "liger"}),
+        ({}, {"batch": {"micro": 2, "seq_len": 512, "padding": "none", "packing": True}}),
+        ({}, {"gradient_checkpointing": {"kind": "selective"}}),
+        (EAGER, {**EAGER, "gradient_checkpointing": {"kind": "selective"}}),
+        (
+            {"gradient_checkpointing": {"kind": "full"}},
+            {"gradient_checkpointing": {"kind": "full", "every": 2}},
+        ),
+        (
+            {"gradient_checkpointing": {"kind": "full"}},
+            {"gradient_checkpointing": {"kind": "offload"}},
+        ),
+        ({}, {"loss": "chunked"}),
+        ({"loss": "chunked"}, {"loss": {"kind": "chunked", "chunk": 128}}),
+        ({"loss": "chunked", "stack": "trl"}, {"loss": "chunked"}),
+        ({"loss": "chunked", "stack": "torchtune"}, {"loss": "chunked"}),
+        ({"stack": "litgpt"}, {}),
+    ],
+    ids=str,
+)
+def test_every_choice_moves_some_phase(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """No choice of a plan is read and then ignored."""
+    assert sized(**before).phases != sized(**after).phases
+
+
+def test_kernels_never_take_more() -> None:
+    """Liger's kernels keep no more than the operations they replace, with any checkpointing."""
+    for method in ({"kind": "full"}, LORA):
+        for kind in ("none", "full"):
+            common = {"method": method, "gradient_checkpointing": {"kind": kind}}
+            assert peak(kernels="liger", **common) <= peak(**common)
+
+
+def test_liger_comes_with_a_fused_loss() -> None:
+    """Where nothing is said of the loss, Liger's patch brings its own; TRL keeps its fused head."""
+    resolved = resolve(plan_of(without=("loss",), kernels="liger")).plan
+    assert resolved.loss is not None and resolved.loss.kind == "fused"
+    trl = resolve(plan_of(without=("loss",), kernels="liger", stack="trl")).plan
+    assert trl.loss is not None and trl.loss.kind == "chunked"
+
+
+def test_checkpoints_on_the_host_never_take_more() -> None:
+    """Offloaded checkpoints free their blocks' inputs: no phase grows, forward shrinks."""
+    full = dict(sized(gradient_checkpointing={"kind": "full"}).phases)
+    away = dict(sized(gradient_checkpointing={"kind": "offload"}).phases)
+    assert all(away[name] <= full[name] for name in full)
+    assert away["forward"] < full["forward"]
+
+
+def test_recomputing_the_core_saves_the_scores() -> None:
+    """Selective checkpointing of eager attention keeps no scores: less saved per layer."""
+    eager = dict(sized(attention="eager").phases)
+    core = dict(sized(attention="eager", gradient_checkpointing={"kind": "selective"}).phases)
+    assert core["forward"] < eager["forward"]
+
+
+def test_an_optimizer_in_backward_keeps_no_gradients() -> None:
+    """Stepping as gradients arrive frees them: the step holds weights and states alone."""
+    kept = sized(batch={"micro": 1, "seq_len": 16})
+    freed = sized(
+        batch={"micro": 1, "seq_len": 16}, optimizer={"name": "adamw", "in_backward": True}
+    )
+    assert freed.peak_bytes < kept.peak_bytes
+    assert dict(freed.phases)["step"] < dict(kept.phases)["step"]
+
+
+def test_tiles_of_logits_are_bounded() -> None:
+    """TRL's fused head holds one tile however many tokens there are."""
+    few = sized(stack="trl", loss="chunked", batch={"micro": 8, "seq_len": 512})
+    many = sized(stack="trl", loss="chunked", batch={"micro": 16, "seq_len": 512})
+    full = sized(batch={"micro": 16, "seq_len": 512})
+    tiles = [
+        sum(a.bytes for label, a in e.alive.items() if "tile" in label.name) for e in (few, many)
+    ]
+    assert tiles[0] == tiles[1]
+    assert many.peak_bytes < full.peak_bytes
+
+
+def test_compare_sizes_a_job_on_every_stack() -> None:
+    """Every stack has a row, the smallest first, with the same integer as its own report."""
+    plan = plan_of(without=("stack", "loss", "optimizer", "gradient_checkpointing"), method=LORA)
+    rows = compare_stacks(plan).rows
+    assert {row.stack for row in rows} == set(stack_names())
+    peaks = [row.allocated_bytes for row in rows if row.allocated_bytes is not None]
+    assert peaks == sorted(peaks) and len(peaks) == len(rows)
+    for row in rows[:3]:
+        report = api.estimate(replace(plan, stack=row.stack))
+        assert report.allocated_bytes is not None
+        assert report.allocated_bytes.expected == row.allocated_bytes
+
+
+def test_terms_of_a_task_add_up() -> None:
+    """The terms alive at the worst moment add up to it, to the byte, for every task."""
+    for task in ("dpo", "kto", "orpo", "grpo", "distill", "rm", "classify", "embed"):
+        teacher = {"teacher": "qwen2.5-1.5b"} if task == "distill" else {}
+        report = api.estimate(plan_of(task=task, method=LORA, **teacher))
+        assert report.allocated_bytes is not None
+        at_peak = sum(term.bytes for term in report.terms if term.at_peak)
+        assert at_peak == report.allocated_bytes.expected, task
