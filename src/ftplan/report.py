@@ -100,6 +100,8 @@ class Remedy:
     saves_bytes: int
     costs: str
     verdict: Verdict | None
+    verdict_alone: Verdict | None = None
+    """The one after this remedy by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

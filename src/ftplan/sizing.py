@@ -359,7 +359,11 @@ class _Fit:
     def _reason(self, chosen: _Tried | None, tried: list[_Tried]) -> str:
         size = f"{self.micro} x {self.seq_len} tokens"
         if chosen is None:
-            return f"nothing fits at {size}; see the fewest GPUs and the remedies"
+            smaller = [one.row for one in tried if one.row.largest_micro]
+            if smaller:
+                row = smaller[0]
+                return f"nothing fits at {size}; {row.way} fits {row.largest_micro} at once"
+            return f"nothing fits at {size}"
         if chosen.way.name == "as planned":
             return f"the plan fits as it is, at {size}"
         before = [one.row.way for one in tried[: tried.index(chosen)] if one.row.peak_bytes]

@@ -360,7 +360,13 @@ def remedies(plan: Plan, before: Judged, judge: Judge, card: Card) -> tuple[Reme
         saved = before.allocated_bytes - alone.allocated_bytes if alone is not None else 0
         verdict = step.verdict
         result.append(
-            Remedy(change=step.change, saves_bytes=saved, costs=step.rung.costs, verdict=verdict)
+            Remedy(
+                change=step.change,
+                saves_bytes=saved,
+                costs=step.rung.costs,
+                verdict=verdict,
+                verdict_alone=alone.verdict if alone is not None else None,
+            )
         )
     if verdict != "fits":
         text = "none of these changes makes the job fit" if taken else "no change makes it fit"
