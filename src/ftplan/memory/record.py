@@ -382,9 +382,17 @@ def _run_stage(
         _name_boundary(x)
         seen[key] = recorder.cut("block")
         order.append(seen[key])
+    if not checkpoint_every:
+        _forget(recorder.tape, shared)
     x = stage.leave(x, shared)
     order.append(recorder.cut("final norm"))
     return x
+
+
+def _forget(tape: Tape, shared: Shared) -> None:
+    """Masks and biases are local to the model's forward; only a checkpoint keeps them."""
+    shared.mask = shared.bias = shared.cross_bias = tape.prefix = None
+    shared.masks = dict.fromkeys(shared.masks)
 
 
 def _run_shared(recorder: _Recorder, stack: Stack, x: Tensor, shared: Shared) -> Tensor:
@@ -449,6 +457,7 @@ def _trains(block: Module) -> bool:
 def _loss(recorder: _Recorder, x: Tensor, objective: Objective | None) -> Tensor:
     """Logits and loss, as the model class computes them inside its forward."""
     tape = recorder.tape
+    logits: Tensor | None
     with tape.scoped("logits"):
         if objective is not None and objective.kind == "labels":
             loss, logits = classify_loss(recorder.network, x)
