@@ -30,6 +30,7 @@ ROOMS = {
     "results": VALUES,
     "fitting": VALUES,
     "difference": VALUES,
+    "stacks": VALUES,
     # reasoning: pure functions
     "memory": "memory",
     "fit": "fit",
@@ -46,6 +47,7 @@ ROOMS = {
     "folder": "front",
     "api": "front",
     "sizing": "front",
+    "comparing": "front",
     "explaining": "front",
     "jobs": "front",
     "checking": "front",

@@ -5,47 +5,18 @@ Part of the library's front: names from the catalogues in, answers out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ftplan import __version__, api
 from ftplan.catalog.stacks import find_stack, stack_names
 from ftplan.errors import FtplanError, InputError
-from ftplan.report import Report, Verdict
+from ftplan.report import Report
 from ftplan.spec import Plan
+from ftplan.stacks import StackComparison, StackRow
 
-__all__ = ["StackComparison", "StackRow", "compare_stacks"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StackRow:
-    """The job on one stack."""
-
-    stack: str
-    """Name in a plan."""
-    versions: str
-    """The versions its profile was read from."""
-    allocated_bytes: int | None
-    """Expected peak; None: the stack does not run the job, ``note`` says why."""
-    device_bytes: int | None
-    """What nvidia-smi is expected to show."""
-    peak_phase: str | None
-    verdict: Verdict | None
-    defaults: Mapping[str, Any]
-    """What the profile fills in, by key of the plan, where it differs from another stack's."""
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StackComparison:
-    """The answer of ``ftplan compare``: a row for each stack, the smallest peak first."""
-
-    model: str
-    rows: tuple[StackRow, ...]
-    tool_version: str = __version__
-    schema_version: int = 1
+__all__ = ["compare_stacks"]
 
 
 def compare_stacks(
@@ -76,7 +47,11 @@ def compare_stacks(
     rows = [_row(name, report, note, moving) for name, report, note in found]
     rows.sort(key=lambda row: (row.allocated_bytes is None, row.allocated_bytes or 0))
     model = reports[0].model
-    return StackComparison(model=model.name if model else "", rows=tuple(rows))
+    return StackComparison(
+        model=model.name if model else "",
+        rows=tuple(rows),
+        tool_version=__version__,
+    )
 
 
 def _differing(reports: Sequence[Report]) -> list[str]:

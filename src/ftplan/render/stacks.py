@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ftplan.comparing import StackComparison, StackRow
 from ftplan.render.markdown import code, table
 from ftplan.render.table import Page, grid
 from ftplan.render.words import gib, plain_value
+from ftplan.stacks import StackComparison, StackRow
 
 __all__ = ["render", "render_markdown"]
 
