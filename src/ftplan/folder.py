@@ -14,10 +14,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ftplan.errors import FtplanError
+from ftplan.errors import FtplanError, Location
 from ftplan.files.weights import StoredTensor, read_headers
 from ftplan.memory.families import build
-from ftplan.report import Finding, Location
+from ftplan.report import Finding
 
 __all__ = ["reconciled"]
 

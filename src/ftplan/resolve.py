@@ -239,8 +239,8 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
     split = (sharding.tp or 1) * (sharding.pp or 1) * (sharding.cp or 1)
     replicas = count * nodes // split
     if count * nodes % split:
-        raise UnsupportedError(
-            f"{count * nodes} GPUs for tp x pp x cp = {split}",
+        raise InputError(
+            f"{count * nodes} GPUs are no multiple of tp x pp x cp = {split}",
             remedy="make the number of GPUs a multiple of the product of the degrees",
         )
     kind = sharding.kind
@@ -316,6 +316,8 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         default, source = stack.weights_dtype, own("weights_dtype")
     weights = find_format(filler.fill("precision.weights", plan.precision.weights, default, source))
     mixed = filler.fill("precision.mixed", plan.precision.mixed, "no")
+    if config is not None:
+        _check_trainable(method, weights)
     precision = replace(plan.precision, weights=weights.name, mixed=mixed)
     batch = replace(
         plan.batch,
@@ -470,6 +472,20 @@ def _with_rollout(plan: Plan, filler: _Filler) -> Plan:
             prompt_tokens=seq_len - completion, generations=generations,
         ),
     )  # fmt: skip
+
+
+def _check_trainable(method: Method, weights: Format) -> None:
+    """Weights in few bits take no gradients, and QLoRA is LoRA on such weights."""
+    if method.kind in ("full", "partial") and not weights.trainable:
+        raise InputError(
+            f"weights in {weights.name} cannot be trained: method {method.kind!r} needs others",
+            remedy="use bf16 or fp32 weights, or an adapter on the quantised ones (qlora)",
+        )
+    if method.kind == "qlora" and weights.layout == "plain" and weights.trainable:
+        raise InputError(
+            f"qlora trains adapters on quantised weights, and these are {weights.name}",
+            remedy="use nf4 (or another quantised format) for the weights, or the method lora",
+        )
 
 
 def _method(

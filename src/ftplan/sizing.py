@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ftplan import __version__, api
 from ftplan.catalog.gpus import GpuRow, find_gpu, search_gpus
+from ftplan.catalog.models import resolve_model
 from ftplan.catalog.throughput import speed_of, utilisation_of
 from ftplan.errors import FtplanError, InputError, describe_fault
 from ftplan.fit.cards import enough, fewest, ranked
@@ -99,6 +100,8 @@ def fit(
             "what fits depends on the model's shape, and a parameter count has none",
             remedy="give --model NAME or --config PATH; ftplan memory --params lists the sums",
         )
+    if plan.model.name is not None:
+        resolve_model(plan.model.name)  # a name that is unknown is unknown to every way
     workload = workload or Workload()
     if prices:
         workload = replace(workload, prices=prices)

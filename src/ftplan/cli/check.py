@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ftplan.cli.flags import JobFlags, apply_flags, with_job_flags
+from ftplan.cli.flags import JobFlags, apply_flags, check_values, with_job_flags
 from ftplan.cli.output import OutputOption, emit, note, screen_width, use_colour
 from ftplan.errors import InputError
 from ftplan.report import CheckReport, Finding
@@ -62,6 +62,7 @@ def check(
             raise InputError(
                 f"--fail-on cannot be {verdict!r}", remedy=f"write one of {', '.join(_VERDICTS)}"
             )
+    check_values(flags)
     report = check_files(
         files,
         change=lambda plan: apply_flags(plan, flags),

@@ -35,7 +35,7 @@ from ftplan.spec import (
 )
 from ftplan.units import parse_bytes, parse_count, parse_percent
 
-__all__ = ["JobFlags", "apply_flags", "with_job_flags"]
+__all__ = ["JobFlags", "apply_flags", "check_values", "with_job_flags"]
 
 _MODEL, _METHOD, _STEP, _WHERE = "Model", "Finetuning", "A step", "Hardware and sharding"
 _FILE = "Reading FILE"
@@ -277,6 +277,16 @@ def apply_flags(
     if plan is None:
         return new, ()
     return new, _overrides(plan, new)
+
+
+def check_values(flags: JobFlags) -> None:
+    """Refuse flags that no file could be right with: a command of many files asks this first."""
+    from ftplan.catalog.gpus import find_gpu
+
+    _refuse_contradictions(flags.given())
+    _hardware(Plan(model=Model()), replace(flags, gpus=None, nodes=None))
+    if flags.gpu is not None:
+        find_gpu(flags.gpu)
 
 
 def _flag(name: str) -> str:

@@ -109,8 +109,10 @@ def _json_document(text: str, name: str) -> Document:
             ) from None
         objects = tuple((line, each) for line, each in lines if isinstance(each, dict))
         return Document(name=name, records=lines, objects=objects)
-    except (RecursionError, ValueError) as error:
-        raise where.error(f"not a result file: {type(error).__name__} while reading") from None
+    except RecursionError:
+        raise where.error("not a result file: it is nested too deep") from None
+    except ValueError as error:
+        raise where.error(f"not a result file: {error}") from None
     if isinstance(value, list):
         records = tuple((0, each) for each in value)
         objects = tuple((0, each) for each in value if isinstance(each, dict))

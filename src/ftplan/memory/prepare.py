@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ftplan.errors import InputError
 from ftplan.memory.adapters import adapt, distinguish
 from ftplan.memory.families import build
 from ftplan.memory.job import Job
@@ -21,10 +22,17 @@ def prepare(job: Job) -> Network:
     """Build the model of the job and bring every weight to the state it is trained in."""
     labels = {"rm": 1, "classify": job.labels}.get(job.task)
     network = build(job.config, labels=labels)
+    if job.images:
+        network.show(job.images, job.image_tokens, checkpointed=job.checkpoint_every > 0)
     if job.task == "embed":
         network.drop_head()
     if job.method == "partial":
         last = network.stages[-1].stack
+        if job.last_layers > last.count:
+            raise InputError(
+                f"last_layers is {job.last_layers}, the model has {last.count}",
+                remedy=f"write at most {last.count}, or the method full",
+            )
         last.split(lambda layer: layer >= last.count - job.last_layers)
     distinguish(network, job)
     quantized = job.weights.name not in ITEM_BYTES

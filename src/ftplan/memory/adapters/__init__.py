@@ -121,8 +121,9 @@ def _wrap_modules(network: Network, spec: AdapterSpec, job: Job) -> None:
         if entry[2] and (place := rules.place(entry[2], entry[3])) != Place()
     ]
     if not any(place.wrapped or place.parameters for *_, place in placed):
+        named = rules.modules if isinstance(rules.modules, str) else ", ".join(rules.modules)
         raise UnsupportedError(
-            f"targets {rules.modules!r} that match no module of this model",
+            f"a job whose targets ({named}) match no module of its model",
             remedy="name modules that it has, as [q_proj, v_proj], or use all-linear",
         )
     wrap = _wrapper(network, spec, job, [entry for entry in placed if entry[4].wrapped])
