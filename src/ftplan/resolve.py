@@ -18,6 +18,7 @@ from ftplan.catalog.stacks import Stack, find_stack
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import FtplanError, InputError, Location, UnsupportedError
 from ftplan.memory.env import Environment
+from ftplan.memory.families import build, model_types
 from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
 from ftplan.memory.optimizer import OptimizerSpec, State
 from ftplan.memory.parallel import local_config, local_seq_len
@@ -98,7 +99,8 @@ def read_config(path: Path) -> Mapping[str, Any]:
         raise InputError(
             f"{file} has no model_type", remedy="pass the config.json that lies beside the weights"
         )
-    _check_sizes(config, where)
+    if config["model_type"] in model_types():  # another one is refused by its name
+        _check_sizes(config, where)
     return config
 
 
@@ -160,7 +162,6 @@ def _check_sizes(config: Mapping[str, Any], where: Location) -> None:
 def _folder(path: Path) -> tuple[Mapping[str, Any], tuple[Finding, ...]]:
     """The config at ``path``, held against the weight files beside it when it is a folder."""
     from ftplan.folder import reconciled
-    from ftplan.memory.families import build
 
     config = read_config(path)
     try:
