@@ -20,7 +20,6 @@ from ftplan.fit.changes import apply_change
 from ftplan.fit.sizer import largest
 from ftplan.fit.ways import ways_to_train
 from ftplan.fitting import FitReport, FitRow
-from ftplan.resolve import resolve
 from ftplan.sizing import Workload, sizer_of
 from ftplan.spec import (
     Batch,
@@ -108,6 +107,9 @@ CARDS = {
     ),
     "trl, whose chunks of the loss": Plan(
         model=Model(name="llama-3.1-8b"), hardware=Hardware(gpu="l4"), stack="trl"
+    ),
+    "pairs and a reference": Plan(
+        model=Model(name="qwen2.5-1.5b"), hardware=Hardware(gpu="l4"), stack="trl", task="dpo"
     ),
     "torchtune, whose chunks grow with the batch": Plan(
         model=Model(name="llama-3.1-8b"), hardware=Hardware(gpu="a100-40gb"), stack="torchtune"
@@ -239,7 +241,7 @@ def test_frontier_is_brute_force(model: str) -> None:
     """The staircase loses nothing: it is the border that trying every plan finds."""
     plan = replace(SMALL, model=Model(name=model), gradient_checkpointing=Checkpointing())
     plan = replace(plan, hardware=Hardware(gpu="a100-40gb"))
-    sizer = sizer_of(resolve(plan))
+    sizer = sizer_of(plan)
     micros = [1, 2, 3, 5, 8, 13, 40]
     lengths = [64, 500, 1024, 2048, 4000, 4096, 5000, 8192, 16384, 60000]
     border = sizer.frontier(micros, lengths)
@@ -262,7 +264,7 @@ def test_a_hundred_thousand_plans() -> None:
                     gradient_checkpointing=Checkpointing(kind=checkpointing),
                     loss=Loss(kind=loss),
                 )
-                sizer = sizer_of(resolve(plan))
+                sizer = sizer_of(plan)
                 border = sizer.frontier(micros, lengths)
                 plans += len(micros) * len(lengths)
                 evaluated += sizer.evaluated

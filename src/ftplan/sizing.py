@@ -22,6 +22,7 @@ from ftplan.fit.sizer import Room, Sizer, largest
 from ftplan.fit.time import data_time, micro_step
 from ftplan.fit.ways import Way, ways_to_train
 from ftplan.fitting import FitReport, FitRow, GpuOffer, GpuOption, Solution, TimeEstimate
+from ftplan.memory.job import Job
 from ftplan.report import Interval, Report, Verdict
 from ftplan.resolve import Resolved, job_of, resolve
 from ftplan.spec import Plan
@@ -57,8 +58,12 @@ class _Tried:
     sizer: Sizer | None = None
 
 
-def sizer_of(resolved: Resolved) -> Sizer:
-    """The sizes of a resolved training job on its card."""
+def sizer_of(given: Plan, *, base: Path | None = None) -> Sizer:
+    """The sizes of a training job on its card."""
+    return _sizer(resolve(given, base=base), given, base)
+
+
+def _sizer(resolved: Resolved, given: Plan, base: Path | None) -> Sizer:
     plan, stack = resolved.plan, resolved.stack
     gpu = api.gpu_of(resolved)
     world = (plan.hardware.count or 1) * (plan.hardware.nodes or 1)
@@ -69,7 +74,16 @@ def sizer_of(resolved: Resolved) -> Sizer:
         gpus=world,
         traced=api.is_traced(resolved),
     )
-    return Sizer(job_of(resolved), room, _chunks(resolved) if stack.loss_chunks else None)
+    job = job_of(resolved)
+    chunks = _chunks(resolved) if stack.loss_chunks else None
+    if plan.task not in ("grpo", "ppo"):
+        return Sizer(job, room, chunks)
+
+    def job_at(micro: int, seq_len: int) -> Job:
+        batch = replace(given.batch, micro=micro, seq_len=seq_len)
+        return job_of(resolve(replace(given, batch=batch), base=base))
+
+    return Sizer(job, room, chunks, job_at)
 
 
 def _chunks(resolved: Resolved) -> Callable[[int], int] | None:
@@ -179,7 +193,7 @@ class _Fit:
     def _try(self, way: Way) -> _Tried:
         try:
             resolved = resolve(self._sized(way.plan), base=self.base)
-            sizer = sizer_of(resolved)
+            sizer = _sizer(resolved, way.plan, self.base)
             self.most = _longest(resolved.config)
             return _Tried(way, self._row(way, resolved, sizer), resolved, sizer)
         except Exception as error:  # one way that cannot be sized must not hide the others
@@ -215,7 +229,9 @@ class _Fit:
         assert gpu is not None
         given = self.plan.batch.micro
         micro = given if given and given <= largest_micro else min(largest_micro, 16)
-        job, work = sizer.job, sizer.compute.at(micro, self.seq_len)
+        record = sizer.record(micro, self.seq_len)
+        sequences = record.program.sequences  # a pair is two
+        job, work = sizer.job, sizer.compute.at(micro * sequences, self.seq_len)
         dtype = job.environment.autocast or job.compute_dtype
         if job.weights.layout == "plain" and job.environment.autocast is None:
             dtype = job.weights.name
@@ -224,7 +240,7 @@ class _Fit:
             return None
         seconds, bound = micro_step(
             work,
-            sizer.structure(self.seq_len),
+            record,
             job,
             speed,
             utilisation_of(gpu),
@@ -235,6 +251,7 @@ class _Fit:
             bound,
             work,
             micro=micro,
+            sequences=sequences,
             seq_len=self.seq_len,
             accumulation=job.accumulation,
             gpus=sizer.room.gpus,
@@ -433,8 +450,7 @@ class _Fit:
         def fits(rank: int) -> bool:
             assert way.plan.method is not None
             plan = replace(way.plan, method=replace(way.plan.method, rank=rank))
-            resolved = resolve(self._sized(plan), base=self.base)
-            return sizer_of(resolved).fits(self.micro, self.seq_len)
+            return sizer_of(self._sized(plan), base=self.base).fits(self.micro, self.seq_len)
 
         assert best.resolved is not None
         most = min(1024, hidden_of(best.resolved.config or {}))

@@ -54,13 +54,25 @@ def largest(fits: Callable[[int], bool], *, most: int) -> int:
 
 
 class Sizer:
-    """Sizes of a job on a card. ``chunk`` says how many tokens one chunk of the loss holds."""
+    """Sizes of a job on a card. ``chunk`` says how many tokens one chunk of the loss holds.
 
-    def __init__(self, job: Job, room: Room, chunk: Callable[[int], int] | None = None) -> None:
+    ``job_at`` makes the job for a batch where more than sizes depends on it (what is generated
+    and scored in reinforcement finetuning): then every size gets a record of its own.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        room: Room,
+        chunk: Callable[[int], int] | None = None,
+        job_at: Callable[[int, int], Job] | None = None,
+    ) -> None:
         self.job = job
         self.room = room
         self._chunk = chunk
+        self._job_at = job_at
         self._structures: dict[int, Structure] = {}
+        self._single: dict[tuple[int, int], Structure] = {}
         self._compute: Compute | None = None
         self._edges = _windows(job.config)
         self.evaluated = 0
@@ -74,6 +86,15 @@ class Sizer:
             job = replace(self.job, environment=environment)
             self._structures[side] = Structure(job)
         return self._structures[side]
+
+    def record(self, micro: int, seq_len: int) -> Structure:
+        """The record that holds for a batch."""
+        if self._job_at is None:
+            return self.structure(seq_len)
+        key = (micro, seq_len)
+        if key not in self._single:
+            self._single[key] = Structure(self._job_at(micro, seq_len))
+        return self._single[key]
 
     @property
     def compute(self) -> Compute:
@@ -89,14 +110,15 @@ class Sizer:
     def peak(self, micro: int, seq_len: int) -> int:
         """Worst moment of the walk, in bytes."""
         self.evaluated += 1
-        return self.structure(seq_len).peak(micro, seq_len, self.chunk(micro, seq_len))
+        record = self.record(micro, seq_len)
+        return record.peak(micro, seq_len, self.chunk(micro, seq_len))
 
     def counters(self, micro: int, seq_len: int) -> Counters:
         """What the three counters will show."""
         room = self.room
         return counters(
             self.peak(micro, seq_len),
-            self.structure(seq_len).static_bytes,
+            self.record(micro, seq_len).static_bytes,
             capability=room.capability,
             named=room.named,
             gpus=room.gpus,

@@ -135,6 +135,7 @@ def data_time(
     work: Work,
     *,
     micro: int,
+    sequences: int,
     seq_len: int,
     accumulation: int,
     gpus: int,
@@ -144,9 +145,10 @@ def data_time(
 ) -> TimeEstimate:
     """The rate of a job, and the hours, cost and energy of ``tokens`` where they are known.
 
-    ``price_per_hour`` is of one card, ``watts`` what one card draws.
+    ``sequences`` of one example (a preference pair is two); ``price_per_hour`` and ``watts`` are
+    those of one card.
     """
-    per_micro = micro * seq_len
+    per_micro = micro * sequences * seq_len
     rate = tokens_per_second(seconds, per_micro * gpus)
     hours = cost = energy = None
     steps = None
