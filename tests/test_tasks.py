@@ -66,7 +66,7 @@ TRACED = json.loads((CASES / "traced.json").read_text(encoding="utf-8"))["jobs"]
 
 def test_how_many_traced_jobs_there_are() -> None:
     """The corpus of traced tasks is whole."""
-    assert len(TRACED) == 12
+    assert len(TRACED) == 17
 
 
 @pytest.mark.parametrize("case", TRACED, ids=[case["name"] for case in TRACED])

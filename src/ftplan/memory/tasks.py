@@ -312,17 +312,14 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     terms (trl/experimental/gkd/gkd_trainer.py, ``generalized_jsd_loss``, 1.16).
     """
     rows = TOKENS + BATCH * -1
-    mine = ops.scale(ops.rows_slice(student, rows))
-    theirs = ops.scale(ops.rows_slice(teacher, rows))
-    mine = ops.unary(mine, "log_softmax", "output")
-    theirs = ops.unary(theirs, "log_softmax", "output")
-    left = ops.shift(mine)
-    right = ops.shift(theirs)
-    mixture = _log_add(left, right)
-    del left, right
+    held = [ops.scale(ops.rows_slice(logits, rows)) for logits in (student, teacher)]
+    mine, theirs = (ops.unary(logits, "log_softmax", "output") for logits in held)
+    mixture = _log_add(ops.shift(mine), ops.shift(theirs))
     parts = [_kl(mixture, theirs), _kl(mixture, mine)]
-    del mixture, mine, theirs
-    return _scalar([ops.add(ops.scale(parts[0]), ops.scale(parts[1]))])
+    both = ops.add(ops.scale(parts[0]), ops.scale(parts[1]))
+    total = _scalar([ops.gather(both)])  # the labelled positions
+    held.clear()  # the function's names hold all of these until it returns
+    return total
 
 
 def _log_add(a: Tensor, b: Tensor) -> Tensor:
@@ -347,24 +344,12 @@ def _log_add(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _kl(given: Tensor, target: Tensor) -> Tensor:
-    """``kl_div(given, target, log_target=True)``: exp(target) x (target - given), both kept."""
-    tape = given.tape
-    power = tape.tensor(target.rows, target.width, target.dtype, "exponentials")
-    difference = tape.tensor(target.rows, target.width, target.dtype, "difference")
-    out = tape.tensor(target.rows, target.width, target.dtype, "divergence")
-    del power, difference
-    saved = (given, target)
-    makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in (given, target)]
+    """``kl_div(given, target, log_target=True)`` in elementwise steps, as PyTorch composes it.
 
-    def apply(grad: Tensor) -> Grads:
-        _kept = saved
-        power = tape.tensor(grad.rows, grad.width, grad.dtype, "exponentials")
-        made = tuple(make(grad) for make in makers)
-        del power
-        return made
-
-    ops.record([out], "kl_div", [given, target], apply)
-    return out
+    Source: aten/src/ATen/native/Loss.cpp, ``kl_div``.
+    """
+    power = ops.unary(target, "exp", "output")
+    return ops.mul(power, ops.add(target, given, "difference"))
 
 
 def _in_batch(states: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ def _reference(job: Job, config: dict[str, Any], layers: int | None) -> Any:
     kind = job.reference
     if kind == "none":
         kind = "model" if job.method in ("full", "partial", "bitfit") else "adapter"
-    if job.task != "dpo" or kind != "model":
+    if job.task not in ("dpo", "kto") or kind != "model":
         return None
     model = build.build_model(job, build.model_config(config, layers))
     model.requires_grad_(False)
@@ -359,7 +359,7 @@ def _forward_of(job: Job, model: Any) -> Callable[..., Any]:
 def batch_of(job: Job, device: Any = "cpu", vocabulary: int = 1) -> dict[str, Any]:
     """Token ids and labels, and a mask where the plan pads; int64, shape (micro, seq_len)."""
     # a preference batch is chosen and rejected together
-    pairs = job.task in ("dpo", "rm")
+    pairs = job.task in ("dpo", "orpo", "rm")
     shape = (2 * job.micro if pairs else job.micro, job.seq_len)
     ids = torch.randint(0, vocabulary, shape, device=device)
     labels = ids.clone()

@@ -29,8 +29,12 @@ def loss_of(job: Job, model: Any, forward: Callable[..., Any], reference: Any) -
         return _pairs(job, model, forward, reference)
     if job.task == "rm":
         return _rewards(forward)
-    if job.task in ("kto", "orpo", "ppo", "grpo", "distill", "embed"):
-        raise UnsupportedError(f"tracing the task {job.task!r}", remedy="trace sft, pt, rm or dpo")
+    if job.task == "kto":
+        return _unpaired(job, model, forward, reference)
+    if job.task == "orpo":
+        return _odds(forward)
+    if job.task in ("ppo", "grpo", "distill", "embed"):
+        raise UnsupportedError(f"tracing the task {job.task!r}", remedy="trace sft, dpo, kto, orpo or rm")
     if job.loss == "full":
         return forward
     if job.loss == "fused":
@@ -153,6 +157,46 @@ def _pairs(job: Job, model: Any, forward: Callable[..., Any], reference: Any) ->
                 ref_chosen, ref_rejected = scores(told, input_ids)
             margin = margin - (ref_chosen - ref_rejected)
         return {"loss": -F.logsigmoid(0.1 * margin).mean(), "logits": outputs["logits"]}
+
+    return loss
+
+
+def _unpaired(job: Job, model: Any, forward: Callable[..., Any], reference: Any) -> Any:
+    """KTO: one completion a sample, then the reference's forward without a graph."""
+
+    def score(outputs: Any, ids: Any) -> Any:
+        return _picked(outputs["logits"][..., :-1, :], ids[..., 1:]).sum(dim=1)
+
+    def loss(input_ids: Any, labels: Any, attention_mask: Any = None) -> Any:
+        outputs = forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        margin = score(outputs, input_ids)
+        if job.reference != "precomputed":
+            with torch.no_grad(), _unchecked(model), _adapters_off(model, reference):
+                told = (reference or forward)(
+                    input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+                )
+                wanted = score(told, input_ids)
+            margin = margin - wanted
+        return {"loss": (1 - F.sigmoid(0.1 * margin)).mean(), "logits": outputs["logits"]}
+
+    return loss
+
+
+def _odds(forward: Callable[..., Any]) -> Any:
+    """ORPO: a cross entropy of the chosen half and the log-odds of both, no reference."""
+
+    def loss(input_ids: Any, labels: Any, attention_mask: Any = None) -> Any:
+        outputs = forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        logits = outputs["logits"]
+        half = logits.shape[0] // 2
+        chosen = logits[:half][..., :-1, :].contiguous()
+        wanted = labels[:half][..., 1:].contiguous()
+        entropy = F.cross_entropy(chosen.view(-1, chosen.shape[-1]), wanted.view(-1))
+        del chosen
+        picked = _picked(logits[..., :-1, :], input_ids[..., 1:]).mean(-1)
+        good, bad = picked[:half], picked[half:]
+        odds = (good - bad) - (torch.log1p(-torch.exp(good)) - torch.log1p(-torch.exp(bad)))
+        return {"loss": entropy - 0.1 * F.logsigmoid(odds).mean(), "logits": logits}
 
     return loss
 
