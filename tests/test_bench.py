@@ -79,14 +79,15 @@ def test_errors_over_all_regimes_are_small(rows: list[Any], split: str) -> None:
 
 @pytest.mark.parametrize("split", ["build", "held"])
 def test_errors_of_each_regime_are_small(rows: list[Any], split: str) -> None:
-    """The median of each regime is within 1 %: no way of training hides behind the others."""
+    """No way of training hides behind the others: the median of each with three jobs or more is
+    within 1 %."""
     regimes = defaultdict(list)
     for row in _predicted(rows, split):
         regimes[row.case.regime].append(row)
     worse = []
     for regime, members in regimes.items():
         total = accuracy.summary(row.error for row in members)
-        if total.median > MEDIAN:
+        if len(members) >= 3 and total.median > MEDIAN:
             worse.append(f"{regime}: median {total.median:.2%}\n{_named(members)}")
     assert not worse, "\n".join(worse)
 
