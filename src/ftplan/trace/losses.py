@@ -34,7 +34,9 @@ def loss_of(job: Job, model: Any, forward: Callable[..., Any], reference: Any) -
     if job.task == "orpo":
         return _odds(forward)
     if job.task in ("ppo", "grpo", "distill", "embed"):
-        raise UnsupportedError(f"tracing the task {job.task!r}", remedy="trace sft, dpo, kto, orpo or rm")
+        raise UnsupportedError(
+            f"tracing the task {job.task!r}", remedy="trace sft, dpo, kto, orpo or rm"
+        )
     if job.loss == "full":
         return forward
     if job.loss == "fused":
