@@ -449,3 +449,10 @@ def test_the_record_does_not_depend_on_garbage_collection() -> None:
     finally:
         gc.set_threshold(*before)
     assert len(peaks) == 1
+
+
+def test_a_length_nobody_asked_for_is_no_longer_than_the_model() -> None:
+    """Without a length the rows are judged at 2,048 tokens or the model's own limit."""
+    bert = ftplan.fit(Plan(model=Model(name="bert-base"), hardware=Hardware(gpu="t4")))
+    assert bert.seq_len == 512
+    assert answered("a 24 GB card").seq_len == 2048

@@ -141,6 +141,7 @@ class _Fit:
         }
 
     def answer(self) -> FitReport:
+        self._shorten()
         tried = [self._serve()] if self.serving else [self._try(way) for way in self._ways()]
         if all(one.resolved is None for one in tried):
             raise InputError(f"no way of running this job can be computed: {tried[0].row.note}")
@@ -175,6 +176,12 @@ class _Fit:
             assumptions=_shared(tried),
             tool_version=__version__,
         )
+
+    def _shorten(self) -> None:
+        """A length that nobody asked for is no longer than the model's own."""
+        if self.plan.batch.seq_len is None:
+            longest = _longest(resolve(self.plan, base=self.base).config)
+            self.seq_len = min(self.seq_len, longest)
 
     def _ways(self) -> list[Way]:
         gpu = self.gpu

@@ -145,6 +145,8 @@ def _write_plan(job: JobInput, answer: FitReport, path: Path) -> None:
         plan = apply_change(plan, {"method": None})
     for change in changes:
         plan = apply_change(plan, change)
+    if plan.batch.seq_len is None:
+        plan = apply_change(plan, {"batch": {"seq_len": answer.seq_len}})
     from ftplan.cli.output import write_file
 
     write_file(path, dump_plan(plan, notes=notes))
