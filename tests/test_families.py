@@ -134,7 +134,7 @@ def _ask_for_gradients(network: Network, kept: list[Tensor]) -> None:
         kept.append(out.alias())
         return out
 
-    table.forward = forward  # type: ignore[method-assign]
+    table.forward = forward
 
 
 def _forward(tape: Tape, network: Network) -> Tensor:

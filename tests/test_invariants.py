@@ -34,7 +34,7 @@ methods = st.one_of(
 
 
 @st.composite
-def plans(draw: st.DrawFn, **fixed: Any) -> Plan:
+def plans(draw: st.DrawFn, /, **fixed: Any) -> Plan:
     """Jobs of small models over methods, precisions, checkpointing, attention and optimizers."""
     method = fixed.get("method") or draw(methods)
     quantised = method.kind == "qlora"
@@ -133,7 +133,7 @@ def test_checkpointing_never_keeps_more_between_forward_and_backward(plan: Plan)
     """
     forward = {}
     for kind in ("none", "full"):
-        checkpointed = replace(plan, gradient_checkpointing=Checkpointing(kind=kind))  # type: ignore[arg-type]
+        checkpointed = replace(plan, gradient_checkpointing=Checkpointing(kind=kind))
         report = estimate(checkpointed)
         forward[kind] = {p.name: p.peak_bytes for p in report.phases}["forward"]
     assert forward["full"] <= forward["none"] * 1.001

@@ -194,4 +194,4 @@ def _update_order(
     tables = [entry for entry in outside if entry[0].embedding]
     rest = [entry for entry in outside if not entry[0].embedding]
     order = tables + blocks + blocks + rest
-    return [e for e in order if len(e[0].shape) > 1] + [e for e in order if len(e[0].shape) < 2]
+    return sorted(order, key=lambda entry: len(entry[0].shape) < 2)
