@@ -124,19 +124,20 @@ def predict_all(chosen: Sequence[Case], *, workers: int = 2) -> list[Row]:
         return list(pool.map(predict, chosen, chunksize=8))
 
 
-def known_reason(row: Row) -> str | None:
-    """Why a residual is there, when it is known and explained; None when it is not."""
+def known_reason(row: Row, *, excepted: bool = False) -> str | None:
+    """Why a residual is there, when it is understood; None when it is not.
+
+    ``excepted``: only where the job is left out of the tests' thresholds for it.
+    """
     for known in _known():
-        if known["regime"] in ("*", row.case.regime) and known["architecture"] in (
-            "*",
-            row.case.architecture,
-        ):
-            return str(known["reason"])
+        place = (known["architecture"], known["regime"])
+        if place == (row.case.architecture, row.case.regime):
+            return str(known["reason"]) if known["excepted"] or not excepted else None
     return None
 
 
-def _known() -> list[dict[str, str]]:
-    listed: list[dict[str, str]] = json.loads(KNOWN.read_text(encoding="utf-8"))["residuals"]
+def _known() -> list[dict[str, Any]]:
+    listed: list[dict[str, Any]] = json.loads(KNOWN.read_text(encoding="utf-8"))["residuals"]
     return listed
 
 

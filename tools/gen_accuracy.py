@@ -48,6 +48,9 @@ this page's generator, and are not the jobs of the tables above.
 | ml-memguard 0.5.0 | 66.6 % | -66.6 % | -85.1 % | -49.1 % |
 | ftuneai 0.4.1 | 72.3 % | -72.3 % | -89.0 % | -52.6 % |
 
+On 341 other traced jobs the best of these tools had a median error of 8 % with one job in twenty
+off by 60 %; the medians of the others were 13 to 51 % (the same brief).
+
 LLMem (arXiv 2404.10933) publishes 1.6 % on one GPU and 3.0 % on several for its own method; it
 probes the job on a GPU.
 """
