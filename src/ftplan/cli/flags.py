@@ -281,12 +281,8 @@ def apply_flags(
 
 def check_values(flags: JobFlags) -> None:
     """Refuse flags that no file could be right with: a command of many files asks this first."""
-    from ftplan.catalog.gpus import find_gpu
-
     _refuse_contradictions(flags.given())
     _hardware(Plan(model=Model()), replace(flags, gpus=None, nodes=None))
-    if flags.gpu is not None:
-        find_gpu(flags.gpu)
 
 
 def _flag(name: str) -> str:
