@@ -90,6 +90,10 @@ class Job:
     """Tokens per sequence."""
     accumulation: int
     """Micro batches per optimizer step."""
+    images: int = 0
+    """Images per sequence; their tokens are part of ``seq_len``."""
+    image_tokens: int = 0
+    """Tokens of one image where the model takes any resolution."""
     eval_micro: int = 0
     """Sequences per GPU in evaluation; 0: it is not sized."""
     checkpoint_every: int = 0

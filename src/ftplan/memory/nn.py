@@ -342,6 +342,14 @@ class Network(Module):
         """What the caller passes beside the text, and holds: none, but for images."""
         return []
 
+    def further_inputs(self) -> list[Module]:
+        """What ``enable_input_require_grads`` finds beside the word embedding: a tower's patches.
+
+        It hooks the input embeddings of every model inside the model (transformers 5.23,
+        ``modeling_utils.py``).
+        """
+        return []
+
     def show(self, images: int, tokens: int, *, checkpointed: bool) -> None:
         """Put ``images`` in each sequence, of ``tokens`` each where the config leaves it open."""
         raise UnsupportedError(

@@ -306,6 +306,15 @@ def _ask_for_input_grads(network: Network) -> None:
             return out
 
         embedding.forward = asked
+    for module in network.further_inputs():
+
+        def asked_too(x: Tensor, forward: Callable[..., Any] = module.forward) -> Tensor:
+            out: Tensor = forward(x)
+            if not out.requires_grad:
+                _ask_for_gradient(out)
+            return out
+
+        module.forward = asked_too
 
 
 def _ask_for_gradient(x: Tensor) -> None:
@@ -475,7 +484,7 @@ def _loss(recorder: _Recorder, x: Tensor, objective: Objective | None) -> Tensor
 def _outputs(recorder: _Recorder, x: Tensor, objective: Objective) -> Tensor:
     """What the model returns where the loss is computed outside it."""
     with recorder.tape.scoped("logits"):
-        outputs = model_outputs(recorder.network, x, objective.completion)
+        outputs = model_outputs(recorder.network, x, objective.completion, states=objective.states)
     recorder.order.append(recorder.cut("logits"))
     return outputs
 
@@ -493,7 +502,7 @@ def _task_loss(recorder: _Recorder, held: list[Tensor], objective: Objective) ->
         return _run_again(recorder, network, objective)
 
     with tape.scoped("logits"):
-        loss = objective.loss(held, again)
+        loss = objective.loss(recorder.network, held, again)
     if tape.env.keep_outputs:
         recording.outputs += held
     held.clear()
@@ -511,7 +520,7 @@ def _run_again(recorder: _Recorder, network: Network, objective: Objective) -> T
                 shared.memory = x
             x = _run_stage(recorder, stage, shared, 0, False)
     assert x is not None
-    outputs = model_outputs(network, x, objective.completion)
+    outputs = model_outputs(network, x, objective.completion, states=objective.states)
     del x
     if recorder.tape.env.outputs_to_fp32:
         outputs = ops.to(outputs, "fp32")

@@ -14,6 +14,7 @@ from typing import Any
 from ftplan.errors import UnsupportedError
 from ftplan.memory import families, ops
 from ftplan.memory.attention import Heads, attend
+from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.families.decoder import (
     MLP,
     Attention,
@@ -36,7 +37,7 @@ from ftplan.memory.nn import (
     Stage,
     activation,
 )
-from ftplan.memory.tape import BATCH, TOKENS, Grads, Size, Tape, Tensor
+from ftplan.memory.tape import BATCH, ONE, SCORES, TOKENS, Grads, Size, Tape, Tensor
 
 __all__ = ["MODEL_TYPES", "VisionLanguage"]
 
@@ -77,6 +78,12 @@ class VisionBlock(Module):
     ) -> None:  # fmt: skip
         super().__init__()
         size = hidden // heads
+        self.turns = False
+        """Queries and keys are rotated, in fp32 (Qwen-VL)."""
+        self.pieces = False
+        """Images or windows are attended to one by one, and joined again."""
+        self.reach = 0
+        """Patches that a patch sees, where the scores are kept."""
         self.heads = Heads(count=heads, kv_count=heads, size=size, value_size=size, causal=False)
         self.norms, self.act, self.fused, self.scales = norms, act, fused, scales
         for name in norms:
@@ -93,6 +100,18 @@ class VisionBlock(Module):
         for name in scales:
             self.parameter(name, hidden)
 
+    def attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention among the patches of an image, or of one window of it."""
+        heads = self.heads
+        if q.tape.env.attention == "eager":
+            width = heads.count * self.reach
+            weights = ops.scale(ops.matmul(q, k, q.rows, width, "scores"))
+            weights = ops.to(ops.softmax(weights, "fp32"), q.dtype)
+            out = ops.copy(ops.matmul(weights, v, q.rows, heads.count * heads.size, "attention"))
+        else:
+            out = attend(q, k, v, heads)
+        return ops.copy(out, "windows joined") if self.pieces else out
+
     def linear(self, path: str, x: Tensor) -> Tensor:
         """The linear at a path."""
         out: Tensor = self.child(path).forward(x)
@@ -107,8 +126,12 @@ class VisionBlock(Module):
             del qkv
         else:
             q, k, v = (self.linear(path, x) for path in self.attn_paths)
-        x = self.linear(self.out_path, attend(q, k, v, self.heads))
+        if self.turns:
+            q, k = _turned(q), _turned(k)
+        out = self.attended(q, k, v)
         del q, k, v
+        x = self.linear(self.out_path, out)
+        del out
         x = ops.add(residual, x)
         residual = x
         x = self.child(self.norms[1]).forward(x)
@@ -120,22 +143,48 @@ class VisionBlock(Module):
         return ops.add(residual, self.linear(last, x))
 
 
-class Conv(Linear):
-    """A convolution whose windows do not overlap: a linear layer over each patch."""
+def _turned(x: Tensor) -> Tensor:
+    """``apply_rotary_pos_emb_vision``: up to fp32, rotated, and back."""
+    dtype = x.dtype
+    x = ops.to(x, "fp32")
+    half = ops.cat((ops.neg(ops.part(x, x.width // 2)), ops.part(x, x.width // 2)))
+    return ops.to(ops.add(ops.scale(x), ops.scale(half)), dtype)
+
+
+class Conv(Module):
+    """A convolution whose windows do not overlap: a linear layer over each patch.
+
+    No ``Linear``: adapters and quantisation pass it over.
+    """
 
     def __init__(self, channels: int, out: int, *window: int, bias: bool) -> None:
+        super().__init__()
         area = channels
         for extent in window:
             area *= extent
-        super().__init__(area, out, bias=bias)
+        self.in_features, self.out_features = area, out
         self.weight = self.parameter("weight", out, channels, *window)
+        self.bias = self.parameter("bias", out) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         tape = x.tape
         flat = tape.leaf(self.weight)
         matrix = flat.alias(Size((self.out_features, 0, 0, 0, 0, 0, 0)), self.in_features)
         matrix.requires_grad, matrix.node = flat.requires_grad, flat.node
-        return ops.linear(x, matrix, tape.leaf(self.bias) if self.bias else None)
+        x, matrix = ops.autocast(x), ops.autocast(matrix)
+        inputs = [x, matrix]
+        if self.bias is not None:
+            inputs.append(ops.autocast(tape.leaf(self.bias)))
+        out = tape.tensor(x.rows, self.out_features, x.dtype, "convolution")
+        saved = (x, matrix)  # one backward function for all of them: it keeps both in any case
+        makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in inputs]
+
+        def apply(grad: Tensor) -> Grads:
+            _kept = saved
+            return tuple(make(grad) for make in makers)
+
+        ops.record([out], "convolution", inputs, apply)
+        return out
 
 
 class Tower(Module):
@@ -151,18 +200,58 @@ class Tower(Module):
         """Patches of one image, where the config says."""
         self.pixels = 0
         """Numbers of one patch."""
+        self.classed = False
+        """A token of its own stands before the patches of each image."""
+        self.layer: int | None = None
+        """The hidden states that are used (-1: the last block's), where all are kept for it."""
+        self.checkpointed = False
+        """Blocks are recomputed in backward."""
+        self.after: list[Module] = []
+        self.merge = 1
+        """Patches that become one token."""
 
-    def forward(self, tape: Tape, images: int) -> Tensor:
+    def pixel_values(self, tape: Tape, images: int) -> Tensor:
+        """What the caller passes in, in fp32."""
+        rows = BATCH * (images * (self.patches - self.classed))
+        return tape.tensor(rows, self.pixels, "fp32", "pixel values")
+
+    def forward(self, pixels: Tensor, images: int) -> Tensor:
         """Features of all patches: (sequences x images x patches) x hidden."""
         rows = BATCH * (images * self.patches)
-        pixels = tape.tensor(rows, self.pixels, "fp32", "pixel values")
         x = self.patch.forward(ops.to(pixels, self.patch.weight.dtype))
-        x = ops.shift(x, "position embedding")
+        if self.classed:
+            x = _with_class(x, rows)
+        if not any(block.turns for block in self.in_order):
+            x = ops.shift(x, "position embedding")
         for norm in self.before:
             x = norm.forward(x)
+        states = [x]
         for block in self.in_order:
-            x = block.forward(x)
-        return x
+            block.reach = block.reach or self.patches
+            x = self._run(block, x)
+            if self.layer is not None:
+                states.append(x)
+        for norm in self.after:
+            x = norm.forward(x)
+        return x if self.layer is None else states[self.layer]
+
+    def _run(self, block: VisionBlock, x: Tensor) -> Tensor:
+        if not self.checkpointed:
+            return block.forward(x)
+        trains = any(parameter.trainable for _, parameter in block.named_parameters())
+        return checkpoint(block.forward, x, trains=trains)
+
+
+def _with_class(x: Tensor, rows: Size) -> Tensor:
+    """A row for each image before its patches: a copy."""
+    out = x.tape.tensor(rows, x.width, x.dtype, "cat")
+    ops.record([out], "cat", [x], lambda grad: (grad,))
+    old = x.rows
+    shown = out.alias()
+    if out.requires_grad:
+        shown.requires_grad, shown.node, shown.output_nr = True, out.node, 0
+    del old
+    return shown
 
 
 def _patch(tower: Tower, path: str, channels: int, out: int, *window: int, bias: bool) -> None:
@@ -193,7 +282,7 @@ def clip(config: Mapping[str, Any]) -> Tower:
         tower, "embeddings.patch_embedding", config.get("num_channels", 3), hidden, patch, patch,
         bias=False,
     )  # fmt: skip
-    tower.patches = (size // patch) ** 2 + 1
+    tower.patches, tower.classed = (size // patch) ** 2 + 1, True
     plant(tower, "embeddings.position_embedding", Embedding(tower.patches, hidden))
     tower.before = [plant(tower, "pre_layrnorm", LayerNorm(hidden))]
     _stack(
@@ -220,7 +309,7 @@ def siglip(config: Mapping[str, Any], *, pooled: bool = True) -> Tower:
         tower, "encoder.layers", config["num_hidden_layers"],
         lambda: VisionBlock(hidden, inner, config["num_attention_heads"], act=act(config)),
     )  # fmt: skip
-    plant(tower, "post_layernorm", LayerNorm(hidden))
+    tower.after = [plant(tower, "post_layernorm", LayerNorm(hidden))]
     if pooled and config.get("vision_use_head", True):
         weight(tower, "head.probe", 1, 1, hidden)
         weight(tower, "head.attention.in_proj_weight", 3 * hidden, hidden)
@@ -275,6 +364,11 @@ def qwen_visual(config: Mapping[str, Any], kind: str) -> Tower:
             mlp_names=("linear_fc1", "linear_fc2") if new else names,
         ),
     )  # fmt: skip
+    for block in tower.in_order:
+        block.turns = block.pieces = True
+        if gated:  # all but a few blocks see one window
+            block.reach = (int(config.get("window_size") or 112) // patch) ** 2
+    tower.merge = merge
     wide = hidden * merge
     if not new:
         plant(tower, "merger.ln_q", RMSNorm(hidden) if gated else LayerNorm(hidden))
@@ -300,7 +394,7 @@ def intern(config: Mapping[str, Any]) -> Tower:
         value if isinstance(value, int) else value[0]
         for value in (config.get("patch_size", 14), config.get("image_size", 448))
     )
-    tower.patches = (size // patch) ** 2 + 1
+    tower.patches, tower.classed = (size // patch) ** 2 + 1, True
     weight(tower, "embeddings.cls_token", 1, 1, hidden)
     if config.get("use_mask_token"):
         weight(tower, "embeddings.mask_token", 1, 1, hidden)
@@ -371,28 +465,133 @@ class VisionLanguage(Network):
         self.stages = [Stage(stack, self.enter, text.stages[0].leave)]
         self.images = 0
         """Images per sequence: the tower runs where there is at least one."""
+        self.pixels: list[Tensor] = []
+        """The caller's pixel values, until the tower takes them."""
+        self.image_tokens = 0
+        """Tokens that an image becomes, where the config says."""
+        self.shows = True
+        """The tower's forward is modelled."""
         self.bidirectional = False
         """Image tokens see each other: a mask of its own for every sequence."""
 
     def enter(self, tape: Tape, shared: Shared) -> Tensor:
         """Embed the text; put projected image features in the places of image tokens."""
         x = self.text.stages[0].enter(tape, shared)
-        if not self.images or not self.tower.patches:
+        if not self.images:
             return x
-        features = self.project(self.tower.forward(tape, self.images))
+        if self.bidirectional:
+            for name in shared.masks:
+                shared.masks[name] = self._image_mask(tape, x.dtype)
+        pixels = self.pixels.pop() if self.pixels else self.tower.pixel_values(tape, self.images)
+        features = self.project(self.tower.forward(pixels, self.images))
+        del pixels
+        features = ops.to(features, x.dtype)
         return _scattered(x, features)
+
+    def show(self, images: int, tokens: int, *, checkpointed: bool) -> None:
+        """Put ``images`` in each sequence, of ``tokens`` each where the config leaves it open."""
+        if not self.shows:
+            super().show(images, tokens, checkpointed=checkpointed)
+        self.images = images
+        self.tower.checkpointed = checkpointed
+        if not self.tower.patches:
+            self.tower.patches = tokens * self.tower.merge
+            self.image_tokens = tokens
+
+    def inputs(self, tape: Tape) -> list[Tensor]:
+        """Pixel values, which the caller holds."""
+        if not self.images:
+            return []
+        pixels = self.tower.pixel_values(tape, self.images)
+        self.pixels = [pixels]
+        return [pixels]
+
+    def further_inputs(self) -> list[Module]:
+        return [self.tower.patch] if self.images else []
+
+    def _image_mask(self, tape: Tape, dtype: str) -> Tensor | None:
+        if tape.env.attention == "flash":
+            return None
+        return tape.tensor(SCORES, 1, dtype if tape.env.attention == "eager" else "bool", "mask")
 
     def project(self, x: Tensor) -> Tensor:
         """From patches to the language model's width."""
-        projector = self.model.children.get("multi_modal_projector")
-        if projector is None or "linear_2" not in projector.children:
-            return x
-        linear_1, linear_2 = projector.children["linear_1"], projector.children["linear_2"]
-        out: Tensor = linear_2.forward(activation(linear_1.forward(x), "gelu"))
-        return out
+        children = self.model.children
+        projector = children.get("multi_modal_projector")
+        if "merger" in self.tower.children:
+            return _merged(self.tower.child("merger"), x, self.tower.merge)
+        if projector is None:  # Idefics 3: patches side by side, one linear layer
+            linear = self.model.child("connector.modality_projection.proj")
+            return _linear(linear, ops.copy(_grouped(x, linear)))
+        if "linear" in projector.children:
+            return _linear(projector.child("linear"), x)
+        if "mm_soft_emb_norm" in projector.children:
+            rows = BATCH * (self.images * self.image_tokens)
+            return _pooled(projector, x, rows)
+        if self.tower.classed:
+            rows = BATCH * (self.images * (self.tower.patches - 1))
+            x = ops.copy(ops.rows_slice(x, rows))
+        if "layer_norm" in projector.children:  # InternVL: neighbours side by side
+            norm = projector.child("layer_norm")
+            assert isinstance(norm, LayerNorm)
+            assert norm.weight is not None
+            times = norm.weight.shape[0] // x.width
+            x = norm.forward(ops.copy(ops.view(x, _divided(x.rows, times), x.width * times)))
+        if "norm" in projector.children:  # Mistral 3
+            x = projector.child("norm").forward(x)
+            linear = projector.child("patch_merger.merging_layer")
+            x = _linear(linear, ops.copy(_grouped(x, linear)))
+        linear_1, linear_2 = projector.child("linear_1"), projector.child("linear_2")
+        return _linear(linear_2, activation(_linear(linear_1, x), "gelu"))
 
     def head(self, x: Tensor) -> Tensor:
         return self.text.head(x)
+
+
+def _linear(linear: Module, x: Tensor) -> Tensor:
+    out: Tensor = linear.forward(x)
+    return out
+
+
+def _divided(rows: Size, times: int) -> Size:
+    return Size(count // times for count in rows)
+
+
+def _grouped(x: Tensor, linear: Module) -> Tensor:
+    """Neighbouring patches side by side, as wide as the linear layer takes them."""
+    weight = getattr(linear, "in_features", x.width)
+    times = max(1, weight // x.width)
+    return ops.view(x, _divided(x.rows, times), x.width * times)
+
+
+def _merged(merger: Module, x: Tensor, merge: int) -> Tensor:
+    """``PatchMerger``: normed, neighbours side by side, two linear layers, put back in order."""
+    old = "ln_q" in merger.children
+    x = merger.child("ln_q" if old else "norm").forward(x)
+    x = ops.view(x, _divided(x.rows, merge), x.width * merge)
+    first, second = ("mlp.0", "mlp.2") if old else ("linear_fc1", "linear_fc2")
+    x = _linear(merger.child(second), activation(_linear(merger.child(first), x), "gelu"))
+    return ops.gather(x) if old else x
+
+
+def _pooled(projector: Module, x: Tensor, rows: Size) -> Tensor:
+    """``Gemma3MultiModalProjector``: averaged over squares of patches, normed, multiplied."""
+    x = ops.copy(x, "contiguous")
+    out = x.tape.tensor(rows, x.width, x.dtype, "avg_pool2d")
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+    saved = x
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved
+        return (make(grad),)
+
+    ops.record([out], "avg_pool2d", [x], apply)
+    del x
+    out = projector.child("mm_soft_emb_norm").forward(out)
+    weight = out.tape.leaf(projector.parameters["mm_input_projection_weight"])
+    turned = weight.alias(ONE * weight.width, weight.rows[0])
+    turned.requires_grad, turned.node = weight.requires_grad, weight.node
+    return ops.linear(ops.copy(out, "contiguous"), turned)
 
 
 def _scattered(x: Tensor, features: Tensor) -> Tensor:
@@ -493,6 +692,8 @@ _WRAPPERS: dict[str, tuple[str, str, str, str]] = {
     "qwen3_5_moe": ("qwen3_5_moe_text", "qwen3_5_moe_vision", "visual", "language_model"),
     "qwen3_vl_moe": ("qwen3_vl_moe_text", "qwen3_vl_moe_vision", "visual", "language_model"),
 }
+_SHOWN = ("llava", "gemma3", "paligemma", "internvl", "qwen2_vl", "qwen2_5_vl")
+"""Wrappers whose tower is run; the others' weights are counted."""
 _TEXT_TIES = ("llava", "qwen2_vl", "qwen2_5_vl", "glm4v")
 
 
@@ -511,8 +712,28 @@ def vision_language(raw: Config) -> Network:
         tower_name=tower_name, text_name=text_name,
     )  # fmt: skip
     network.bidirectional = kind in ("gemma3", "paligemma")
+    network.shows = kind in _SHOWN and vision["model_type"] != "pixtral"
+    network.image_tokens = _image_tokens(config, network.tower)
+    if kind in ("llava", "llava_next"):
+        layer = config.get("vision_feature_layer", -2)
+        network.tower.layer = layer if isinstance(layer, int) else layer[-1]
     _projector(network.model, config, text, vision)
     return network
+
+
+def _image_tokens(config: Config, tower: Tower) -> int:
+    """Tokens of one image (of one crop of it, where the processor cuts it up); 0: any number."""
+    kind, patches = config["model_type"], tower.patches - tower.classed
+    if kind == "gemma3":
+        return int(config.get("mm_tokens_per_image") or 256)
+    if kind in ("idefics3", "smolvlm"):
+        return int(patches // config.get("scale_factor", 2) ** 2)
+    if kind == "internvl":
+        return int(patches * config.get("downsample_ratio", 0.5) ** 2)
+    if kind == "mistral3":
+        tower.patches, tower.merge = 0, config["spatial_merge_size"] ** 2
+        return 0
+    return patches if tower.patches else 0
 
 
 def _projector(model: Module, config: Config, text: Config, vision: Config) -> None:
