@@ -259,6 +259,16 @@ def test_tiles_of_logits_are_bounded() -> None:
     assert many.peak_bytes < full.peak_bytes
 
 
+def test_a_divergence_in_tiles_holds_no_logits() -> None:
+    """TRL's distillation meets both heads a tile at a time: less than all logits of both."""
+    whole = peak(task="distill", teacher=MODEL, batch={"micro": 8, "seq_len": 512})
+    tiles = peak(
+        task="distill", teacher=MODEL, batch={"micro": 8, "seq_len": 512}, stack="trl",
+        without=("loss",),
+    )  # fmt: skip
+    assert tiles < whole / 2
+
+
 def test_compare_sizes_a_job_on_every_stack() -> None:
     """Every stack has a row, the smallest first, with the same integer as its own report."""
     plan = plan_of(without=("stack", "loss", "optimizer", "gradient_checkpointing"), method=LORA)

@@ -7,7 +7,7 @@ from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.nn import Linear, Network
 from ftplan.memory.tape import BATCH, CHUNK, ONE, TOKENS, Grads, Parameter, Tensor
 
-__all__ = ["chunk_tokens", "classify_loss", "compute_loss", "model_outputs"]
+__all__ = ["chunk_tokens", "classify_loss", "compute_loss", "model_outputs", "tiled_divergence"]
 
 LIGER_CHUNK_FACTOR = 1
 """Liger bounds a chunk's logits to this many times the hidden states."""
@@ -41,12 +41,17 @@ def compute_loss(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return _full(network, logits), logits
 
 
-def model_outputs(network: Network, x: Tensor, completion: int = 0) -> Tensor:
+def model_outputs(
+    network: Network, x: Tensor, completion: int = 0, *, states: bool = False
+) -> Tensor:
     """What the model returns where the loss is the trainer's: logits, all or a completion's.
 
     ``completion`` tokens at the end of each sequence reach the head, and the one before them,
-    whose next token is the first of the completion (``logits_to_keep``).
+    whose next token is the first of the completion (``logits_to_keep``). ``states``: the loss
+    takes the hidden states and meets the head itself.
     """
+    if states:
+        return x
     if completion:
         x = ops.rows_slice(x, BATCH * (completion + 1))
     if x.tape.env.loss == "chunked" and network.head_name != "score":
@@ -161,6 +166,57 @@ def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
 
     ops.record([out], "tiled log-probabilities", [hidden, weight], apply)
     return out
+
+
+def tiled_divergence(network: Network, other: Network, mine: Tensor, theirs: Tensor) -> Tensor:
+    """TRL's divergence from a teacher: a tile of both models' logits at a time, in fp32.
+
+    Both models' hidden states are kept; the way back makes each tile again
+    (trl/kernels/chunked_divergence.py, ``ChunkedDivergenceFunction``, 1.16).
+    """
+    tape = mine.tape
+    parameter, trained = _head_weight(network)
+    teacher, _ = _head_weight(other)
+    vocabulary, width = parameter.shape
+    columns = min(tape.env.loss_columns or vocabulary, vocabulary)
+    rows = TOKENS + BATCH * -1
+    states = [ops.gather(ops.rows_slice(x, rows)) for x in (mine, theirs)]
+    computed = [tape.env.autocast or x.dtype for x in states]
+    heads = [(parameter.dtype, width), (teacher.dtype, teacher.shape[1])]
+
+    def tiles(held: list[Tensor], backward: bool) -> None:
+        """A tile of each in fp32, its product in the dtype of matmuls, and cast operands."""
+        held += [tape.tensor(CHUNK, columns, "fp32", "tile of logits") for _ in range(2)]
+        for dtype, (stored, across) in zip(computed, heads, strict=True):
+            if stored != dtype:
+                held.append(tape.tensor(ONE * columns, across, dtype, "cast"))
+        if backward and computed[0] != "fp32":
+            held.append(tape.tensor(CHUNK, columns, computed[0], "tile of gradients"))
+
+    hidden_dtype, parameter_dtype = states[0].dtype, parameter.dtype
+    statistics = [tape.tensor(rows, 1, "fp32", "statistics") for _ in range(6)]
+    buffers: list[Tensor] = []
+    tiles(buffers, False)
+    buffers.clear()
+    out = tape.tensor(rows, 1, "fp32", "divergence")
+    saved = (tuple(states), statistics)
+    wants = (states[0].requires_grad, trained)
+
+    def apply(_grad: Tensor) -> Grads:
+        _kept = saved
+        held: list[Tensor] = []
+        sums = [
+            tape.tensor(rows, width, "fp32", "gradient") if wants[0] else None,
+            tape.tensor(ONE * vocabulary, width, "fp32", "weight gradient") if wants[1] else None,
+        ]
+        tiles(held, True)
+        return tuple(
+            None if total is None else ops.fit(total, total.rows, total.width, wanted)
+            for total, wanted in zip(sums, (hidden_dtype, parameter_dtype), strict=True)
+        )
+
+    ops.record([out], "tiled divergence", [states[0], tape.leaf(parameter)], apply)
+    return scalar(out)
 
 
 def _kept_chunks(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,8 @@ trainers that people run; the file and version that each mirrors:
     grpo      trl/trainer/grpo_trainer.py 1.16: the old and the reference's log-probabilities are
               made without a graph before the step; the loss looks at completions alone
     distill   trl/experimental/gkd/gkd_trainer.py 1.16: the teacher's forward without a graph, a
-              generalised Jensen-Shannon divergence over all logits
+              generalised Jensen-Shannon divergence over all logits; in tiles where the loss is
+              chunked (trl/trainer/distillation_trainer.py 1.16)
     embed     sentence_transformers MultipleNegativesRankingLoss: anchors and positives, pooled
 """
 
@@ -28,6 +29,7 @@ from typing import Literal
 from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
 from ftplan.memory.job import Job
+from ftplan.memory.loss import tiled_divergence
 from ftplan.memory.nn import Network
 from ftplan.memory.prepare import prepare
 from ftplan.memory.tape import BATCH, ONE, SEQ, TOKENS, Grads, Size, Tensor
@@ -52,8 +54,8 @@ _KINDS: dict[str, Kind] = {
 MODELLED = tuple(_KINDS)
 """Tasks that are sized."""
 _PAIRED = ("rm", "dpo", "orpo", "embed")
-FULL_LOSS = ("classify", "rm", "embed", "orpo", "distill")
-"""Tasks whose loss takes what the model returns whole: no vocabulary, or both models' logits."""
+FULL_LOSS = ("classify", "rm", "embed", "orpo")
+"""Tasks whose loss takes what the model returns whole."""
 HEADS = ("classifier", "score")
 """Heads that PEFT trains beside an adapter that classifies (peft_model.py, 0.21)."""
 
@@ -82,6 +84,8 @@ class Objective:
     """Whose forward runs without a graph on the same batch: the reference, or the teacher."""
     before: bool = False
     """It runs before the policy's forward, with nothing saved yet."""
+    states: bool = False
+    """The loss takes hidden states: it meets the head itself, a tile at a time."""
     completion: int = 0
     """Tokens of each sequence that the loss looks at; 0: all."""
     resident: tuple[Resident, ...] = ()
@@ -92,7 +96,7 @@ class Objective:
         """The model computes its loss by itself."""
         return self.kind in ("tokens", "labels")
 
-    def loss(self, held: list[Tensor], again: Again) -> Tensor:
+    def loss(self, network: Network, held: list[Tensor], again: Again) -> Tensor:
         """From the model's outputs, which the loss function holds until it returns, to the loss.
 
         ``held`` is what the caller keeps: the policy's logits (or states, or log-probabilities).
@@ -108,6 +112,8 @@ class Objective:
             assert self.other is not None
             with outputs.tape.no_grad():
                 told = again(self.other)
+            if self.states:
+                return tiled_divergence(network, self.other, outputs, told)
             return _divergence(outputs, told)
         mine = _log_probs(outputs, self.completion)
         if self.other is not None and not self.before:
@@ -165,6 +171,7 @@ def objective_of(job: Job) -> Objective:
         sequences=sequences_of(job.task),
         other=other,
         before=job.task == "grpo",
+        states=kind == "teacher" and job.environment.loss == "chunked",
         completion=job.completion_tokens if job.task == "grpo" else 0,
         resident=resident,
     )
