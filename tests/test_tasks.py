@@ -285,7 +285,7 @@ def test_compare_sizes_a_job_on_every_stack() -> None:
 def test_terms_of_a_task_add_up() -> None:
     """The terms alive at the worst moment add up to it, to the byte, for every task."""
     for task in ("dpo", "kto", "orpo", "grpo", "distill", "rm", "classify", "embed"):
-        teacher = {"teacher": "qwen2.5-1.5b"} if task == "distill" else {}
+        teacher: dict[str, Any] = {"teacher": "qwen2.5-1.5b"} if task == "distill" else {}
         report = api.estimate(plan_of(task=task, method=LORA, **teacher))
         assert report.allocated_bytes is not None
         at_peak = sum(term.bytes for term in report.terms if term.at_peak)

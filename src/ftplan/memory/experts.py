@@ -163,9 +163,9 @@ class Router(Module):
 
     ``scoring``: ``softmax`` (of all, then top k), ``top_softmax`` (of the top k only),
     ``sigmoid`` (DeepSeek-V3: grouped choice, then gathered scores), ``gathered`` (so, of a
-    softmax), ``sigmoid_topk`` (the top k of the sigmoids). ``upcast`` computes the logits from fp32 copies. ``keep_fp32`` leaves the weights in
-    fp32; otherwise they return to the dtype of the logits. ``masked`` keeps a mask
-    of experts (group-limited choice). ``float_logits`` casts the logits, and the weights back to
+    softmax), ``sigmoid_topk`` (the top k of the sigmoids). ``upcast`` computes the logits from fp32
+    copies. ``keep_fp32`` leaves the weights in fp32; otherwise they return to the dtype of the
+    logits. ``masked`` keeps a mask of experts (group-limited choice). ``float_logits`` casts the logits, and the weights back to
     the dtype of the input.
     """
 

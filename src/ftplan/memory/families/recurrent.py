@@ -245,9 +245,7 @@ def lfm2_moe(raw: Config) -> Network:
         conv = types[layer] == "conv"
         mixer: Module = ShortConv(config) if conv else LfmAttention(config)
         if layer < dense:
-            mlp: Module = MLP(
-                hidden, config["intermediate_size"], "silu", names=("w1", "w3", "w2")
-            )
+            mlp: Module = MLP(hidden, config["intermediate_size"], "silu", names=("w1", "w3", "w2"))
         else:
             chosen = "sigmoid" if config["use_expert_bias"] else "sigmoid_topk"
             router = Router(
