@@ -103,3 +103,29 @@ def test_rules_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "RAG002" in capsys.readouterr().out
     assert run(["rules", "RAGG02"]) == 2
     assert "RAG002" in capsys.readouterr().err
+
+
+def test_an_advice_to_finetune_is_sized_on_the_same_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a model and a GPU the method, what fits and the plan file to start from follow."""
+    file = tmp_path / "failures.yaml"
+    file.write_text(
+        "version: 1\n"
+        "state: {eval_pipeline: true, eval_examples: 200, prompt_iterations: 8,\n"
+        "  prompts_versioned: true, few_shot_examples: 12, rag: none, finetuned: false,\n"
+        "  labelled_examples: 1800, constrained_decoding_tried: true, ml_owner: true,\n"
+        "  oracle_context_fixes: 0, oracle_context_tested: 20, prompt_optimizer_tried: true,\n"
+        "  can_serve_weights: true}\n"
+        "failures:\n  - {id: a, kind: wrong_tone_style, count: 60}\n"
+    )
+    arguments = ["advise", str(file), "--model", "llama-3.1-8b", "--gpu", "a10g"]
+    assert run(arguments) == 0
+    screen = capsys.readouterr().out
+    assert "The plan to start from" in screen and "a10g-24gb" in screen
+    assert run([*arguments, "--format", "json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["destination"]["step"] == "finetune"
+    assert "version: 1" in told["sizing"]["plan"]
+    assert run(arguments[:-2]) == 2
+    assert "--model and --gpu belong together" in capsys.readouterr().err
