@@ -566,7 +566,8 @@ def job_of(resolved: Resolved) -> Job:
         kernels=plan.kernels or "none",
         loss=plan.loss.kind,
         loss_shifts=stack.loss_shifts,
-        loss_upcasts=stack.loss_upcasts,
+        loss_upcasts=stack.loss_upcasts
+        and resolved.config.get("model_type") not in stack.uncast_losses,
         loss_keeps_chunks=stack.loss_keeps_chunks,
         loss_columns=stack.loss_columns or 0,
         offload_checkpoints=_offloads(checkpointing.kind, sharding),

@@ -84,6 +84,8 @@ class Stack:
     """Whether the loss casts logits to fp32."""
     loss_shifts: Literal["labels", "logits"] = "labels"
     """What the loss moves by one token; moving the logits copies them."""
+    uncast_losses: tuple[str, ...] = ()
+    """Model types whose own loss does not cast logits to fp32."""
     outputs_to_fp32: bool
     """Whether mixed precision also casts the returned logits to fp32 (accelerate)."""
     keeps_outputs: bool
