@@ -11,10 +11,7 @@ from ftplan import __version__
 from ftplan.errors import FtplanError, UnsupportedError
 from ftplan.memory import textbook
 from ftplan.memory.counters import counters, unexplained, workspace_bytes
-from ftplan.memory.estimate import Estimate, Structure
-from ftplan.memory.host import Wire, disk_bytes, host_interval, wire_of
 from ftplan.memory.serving import serve
-from ftplan.memory.terms import all_terms
 from ftplan.memory.ways import ways
 from ftplan.report import (
     Finding,
@@ -29,8 +26,10 @@ from ftplan.report import (
 from ftplan.resolve import Resolved, job_of, resolve, serving_job_of
 from ftplan.spec import Plan
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the walk is loaded only for a model whose shape is known
     from ftplan.fit.sizer import Sizer
+    from ftplan.memory.estimate import Estimate
+    from ftplan.memory.host import Wire
 
 __all__ = ["estimate"]
 
@@ -69,6 +68,9 @@ def _sized(resolved: Resolved) -> Report:
 
 def _training(resolved: Resolved) -> Report:
     """The walk, and what lies beside the GPU: host memory, disk, the wire."""
+    from ftplan.memory.estimate import Structure
+    from ftplan.memory.host import disk_bytes, host_interval, wire_of
+
     job = job_of(resolved)
     structure = Structure(job)
     report = _report(resolved, structure.at(job.micro, job.seq_len, job.loss_chunk))
@@ -178,6 +180,8 @@ def _cache_bytes(result: Estimate) -> int:
 
 
 def _report(resolved: Resolved, result: Estimate) -> Report:
+    from ftplan.memory.terms import all_terms
+
     capability = capability_of(resolved)
     named = resolved.gpu is not None
     workspace = workspace_bytes(capability) if named else 0

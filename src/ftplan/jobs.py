@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftplan import __version__, api, trainers
 from ftplan.difference import Difference, difference
 from ftplan.errors import FtplanError, InputError, Location
-from ftplan.files.document import Document, parse_document, read_document, read_text
-from ftplan.files.plan import looks_like_plan, parse_plan, place_error
 from ftplan.report import Assumption, Finding, Report
 from ftplan.spec import Model, Plan
+
+if TYPE_CHECKING:  # yaml is loaded only when there is a file
+    from ftplan.files.document import Document
 
 __all__ = ["Change", "JobInput", "diff", "estimate_job", "explicit", "load_plan", "read_job"]
 
@@ -73,7 +74,8 @@ def read_job(
                 "no model given",
                 remedy="give a plan file, or --params 13e9, --model NAME or --config PATH",
             )
-        return JobInput(plan=plan, file=None, base=Path(), findings=trainers.lint_plan(plan))
+        findings = trainers.lint_plan(plan) if plan.method is not None else ()
+        return JobInput(plan=plan, file=None, base=Path(), findings=findings)
     job = _read(Path(path), text=text, trainer=trainer, overlays=tuple(overlays))
     if change is None:
         return job
@@ -103,6 +105,9 @@ _SCRIPTS = (".sh", ".bash", ".txt", ".slurm", ".sbatch", ".py")
 def _read(
     path: Path, *, text: str | None, trainer: str | None, overlays: tuple[Path, ...]
 ) -> JobInput:
+    from ftplan.files.document import parse_document, read_document, read_text
+    from ftplan.files.plan import looks_like_plan
+
     name = str(path)
     base = path.parent if text is None else Path()
     content = read_text(path, file=name) if text is None else text
@@ -130,6 +135,8 @@ def _read(
 
 
 def _own(document: Document, name: str, base: Path) -> JobInput:
+    from ftplan.files.plan import parse_plan
+
     def locate(key: str) -> Location:
         return document.locate(tuple(key.split(".")))
 
@@ -212,6 +219,8 @@ def placed(error: FtplanError, job: JobInput) -> FtplanError:
             error.source_line = job.document.line_text(error.location.line)
         return error
     if job.document is not None:
+        from ftplan.files.plan import place_error
+
         return place_error(error, job.document)
     error.location = Location(file=job.file)
     return error
