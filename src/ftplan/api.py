@@ -11,7 +11,6 @@ from ftplan import __version__
 from ftplan.errors import FtplanError, UnsupportedError
 from ftplan.memory import textbook
 from ftplan.memory.counters import counters, unexplained, workspace_bytes
-from ftplan.memory.serving import serve
 from ftplan.memory.ways import ways
 from ftplan.report import (
     Finding,
@@ -54,6 +53,8 @@ def estimate_summary(resolved: Resolved, sizer: Sizer | None) -> ModelSummary | 
     if sizer is not None:
         total = sizer.structure(sizer.job.seq_len).total_params
     else:
+        from ftplan.memory.serving import serve
+
         total = serve(serving_job_of(resolved)).total_params
     return ModelSummary(name=resolved.name, total_params=total, trainable_params=0)
 
@@ -62,6 +63,8 @@ def _sized(resolved: Resolved) -> Report:
     if resolved.config is None:
         return _textbook(resolved)
     if resolved.plan.task == "serve" or resolved.plan.method is None:
+        from ftplan.memory.serving import serve
+
         return _report(resolved, serve(serving_job_of(resolved)))
     return _training(resolved)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftplan.catalog.gpus import GpuRow, find_gpu
 from ftplan.catalog.models import resolve_model
@@ -22,11 +22,12 @@ from ftplan.memory.families import build, model_types
 from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
 from ftplan.memory.optimizer import OptimizerSpec, State
 from ftplan.memory.parallel import local_config, local_seq_len
-from ftplan.memory.serving import ServingJob
 from ftplan.memory.tape import ITEM_BYTES
-from ftplan.memory.tasks import FULL_LOSS, HEADS
 from ftplan.report import Assumption, Finding
 from ftplan.spec import Checkpointing, Loss, Method, OptimizerChoice, Plan, Rollout
+
+if TYPE_CHECKING:
+    from ftplan.memory.serving import ServingJob
 
 __all__ = ["Resolved", "read_config", "resolve"]
 
@@ -302,6 +303,8 @@ def _check_kernels(plan: Plan, stack: Stack, config: Mapping[str, Any] | None) -
 
 
 def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler: _Filler) -> Plan:
+    from ftplan.memory.tasks import FULL_LOSS
+
     def own(field: str) -> str:
         return stack.sources.get(field, f"{stack.title} {stack.versions}")
 
@@ -372,7 +375,9 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         )
     return replace(
         plan,
-        method=_method(method, stack, weights.layout != "plain", mixed, filler, own),
+        method=_method(
+            method, stack, weights.layout != "plain", mixed, filler, own, shaped=config is not None
+        ),
         precision=precision,
         batch=batch,
         optimizer=optimizer,
@@ -384,6 +389,50 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
 
 
 _REFERRED = ("dpo", "kto", "grpo")
+_NEEDS = {
+    "alpha": None, "use_rslora": None,  # move no memory in any method
+    "rank": ("lora", "qlora", "dora", "vera", "loha", "lokr", "oft", "boft"),
+    "last_layers": ("partial",),
+    "trainable": ("partial",),
+    "virtual_tokens": ("prompt_tuning", "prefix_tuning", "p_tuning"),
+    "bottleneck": ("houlsby", "pfeiffer"),
+    "rank_pattern": ("lora", "qlora", "dora", "loha", "lokr"),
+    "use_dora": ("lora", "qlora", "dora"),
+    "target_parameters": ("lora", "qlora", "dora"),
+}  # fmt: skip
+"""Keys of a method and the kinds that have a use for them."""
+
+
+def idle_keys(plan: Plan) -> list[str]:
+    """Keys that were given and that this job has no use for."""
+    method, optimizer = plan.method, plan.optimizer
+    assert method is not None
+    idle = [
+        f"method.{key}"
+        for key, kinds in _NEEDS.items()
+        if kinds is not None and getattr(method, key) is not None and method.kind not in kinds
+    ]
+    quantised = find_format(plan.precision.weights or "bf16").layout != "plain"
+    if not quantised:
+        keys = ("double_quant", "prepare_kbit", "compute_dtype")
+        idle += [f"method.{key}" for key in keys if getattr(method, key)]
+    if method.dropout and method.kind in ("full", "partial"):
+        idle.append("method.dropout")
+    if plan.precision.kv_cache is not None:
+        idle.append("precision.kv_cache")
+    loss = plan.loss
+    if loss is not None and loss.kind == "full" and loss.chunk is not None:
+        idle.append("loss.chunk")
+    checkpointing = plan.gradient_checkpointing
+    if checkpointing is not None and checkpointing.kind == "none" and checkpointing.every != 1:
+        idle.append("gradient_checkpointing.every")
+    if optimizer is not None:
+        row = find_optimizer(optimizer.name)
+        if optimizer.momentum and row.name != "sgd":
+            idle.append("optimizer.momentum")
+        if optimizer.rank is not None and row.rank is None:
+            idle.append("optimizer.rank")
+    return idle
 
 
 def _with_task(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) -> Plan:
@@ -391,6 +440,16 @@ def _with_task(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) ->
     task, method = plan.task or "sft", plan.method
     assert method is not None
     _refuse_unused(plan, task)
+    idle = idle_keys(plan)
+    if idle:
+        filler.findings.append(
+            Finding(
+                code="MEM005",
+                severity="info",
+                message=f"nothing here depends on {', '.join(idle)}",
+                help="leave it out, or change what it goes with",
+            )
+        )
     if task in _REFERRED:
         adapted = method.kind not in ("full", "partial")
         default = "adapter" if adapted else "model"
@@ -431,7 +490,8 @@ def _with_rollout(plan: Plan, filler: _Filler) -> Plan:
     """Prompt and completion make the sequence; a group is so many sequences."""
     given = plan.rollout or Rollout()
     seq_len = plan.batch.seq_len or 2048
-    sampler = filler.fill("rollout.sampler", given.sampler, "server", "nothing on this card")
+    source = "trl/trainer/grpo_config.py 1.16: use_vllm=False"
+    sampler = filler.fill("rollout.sampler", given.sampler, "trainer", source)
     share = given.sampler_share
     if sampler == "colocate":
         source = "trl/trainer/grpo_config.py 1.16: vllm_gpu_memory_utilization"
@@ -490,7 +550,14 @@ def _check_trainable(method: Method, weights: Format) -> None:
 
 
 def _method(
-    method: Method, stack: Stack, quantised: bool, mixed: str, filler: _Filler, own: Any
+    method: Method,
+    stack: Stack,
+    quantised: bool,
+    mixed: str,
+    filler: _Filler,
+    own: Any,
+    *,
+    shaped: bool,
 ) -> Method:
     if method.kind == "full":
         return method
@@ -499,6 +566,11 @@ def _method(
             raise InputError(
                 "method 'partial' does not say what is trained",
                 remedy="add last_layers: K, or --last-layers K",
+            )
+        if method.last_layers is None and shaped:
+            raise InputError(
+                "which parameters are trained is not said, and this model has a shape",
+                remedy="use last_layers: K; a count alone goes with --params",
             )
         return method
     method = _adapted(method, stack, quantised, filler, own)
@@ -613,6 +685,7 @@ def job_of(resolved: Resolved) -> Job:
         reference=plan.reference or "none",
         completion_tokens=(plan.rollout.completion_tokens or 0) if plan.rollout else 0,
         teacher=_teacher(plan),
+        generates=plan.rollout is not None and plan.rollout.sampler == "trainer",
         sampler_bytes=_sampler_bytes(plan, gpu),
     )
 
@@ -669,6 +742,8 @@ def _stored(name: str, *, double_quant: bool) -> Format:
 
 def serving_job_of(resolved: Resolved) -> ServingJob:
     """The calculator's job of a model that is served."""
+    from ftplan.memory.serving import ServingJob
+
     plan = resolved.plan
     assert resolved.config is not None and plan.batch.micro and plan.batch.seq_len
     storage = _stored(plan.precision.weights or "bf16", double_quant=False)
@@ -705,6 +780,8 @@ def _capability(gpu: GpuRow | None) -> tuple[int, int] | None:
 
 
 def _adapter(method: Method, task: str | None) -> AdapterSpec:
+    from ftplan.memory.tasks import HEADS
+
     heads = HEADS if task in ("rm", "classify") else ()
     return AdapterSpec(
         kind=method.kind,
