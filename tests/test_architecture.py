@@ -55,6 +55,7 @@ ROOMS = {
     "cli": "door",
     "__main__": "door",
     "trace": "annex",
+    "hub": "annex",
 }
 
 MAY_IMPORT = {
@@ -195,6 +196,7 @@ def test_public_names() -> None:
         "Plan",
         "advise",
         "check",
+        "compare_stacks",
         "diff",
         "estimate",
         "explain",

@@ -65,6 +65,12 @@ class JobFlags:
         Path | None,
         _option("--config", "A config.json, or a model's folder.", _MODEL, metavar="PATH"),
     ] = None
+    hub: Annotated[
+        bool | None,
+        _option(
+            "--hub", "Ask the Hugging Face hub for the model's config.json (extra hub).", _MODEL
+        ),
+    ] = None
     dtype: Annotated[
         str | None,
         _option(
@@ -357,6 +363,8 @@ def _model(plan: Plan, flags: JobFlags) -> Plan:
     elif flags.config is not None:
         # a plan's paths are relative to its file, a flag's to where the user stands
         model = Model(config=str(flags.config.absolute()))
+    if flags.hub:
+        model = _from_hub(model)
     if flags.dtype is not None:
         precision = replace(precision, weights=flags.dtype)
     if flags.kv_dtype is not None:
@@ -368,6 +376,21 @@ def _model(plan: Plan, flags: JobFlags) -> Plan:
         task=flags.task or plan.task,
         stack=flags.stack or plan.stack,
     )
+
+
+def _from_hub(model: Model) -> Model:
+    """The model's config.json from the hub, for this run: the only thing that asks a network."""
+    import atexit
+    import shutil
+    import tempfile
+
+    from ftplan.hub import fetch_model
+
+    if model.name is None:
+        raise InputError("--hub needs the model's name", remedy="add --model OWNER/NAME")
+    folder = Path(tempfile.mkdtemp(prefix="ftplan-hub-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Model(config=str(fetch_model(model.name, folder)))
 
 
 def _names(text: str) -> tuple[str, ...] | str:
