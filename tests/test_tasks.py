@@ -129,6 +129,29 @@ def test_a_sampler_on_the_card_reserves_its_share() -> None:
         sized(task="grpo", rollout=rollout)
 
 
+def test_a_model_that_generates_fills_a_cache() -> None:
+    """Without an engine the model generates a whole step's completions: their cache is a moment."""
+    rollout = {"prompt_tokens": 256, "completion_tokens": 256, "generations": 8}
+    batch = {"micro": 1, "seq_len": 512, "accumulation": 2048}
+    own = sized(task="grpo", rollout={**rollout, "sampler": "trainer"}, batch=batch, layers=2)
+    served = sized(task="grpo", rollout={**rollout, "sampler": "server"}, batch=batch, layers=2)
+    assert own.peak_phase == "rollout" and own.peak_bytes > served.peak_bytes
+    cache = next(term for term in own.static if term.name == "kv_cache/rollout")
+    # two layers, two key-value heads of 64, keys and values, bf16
+    assert cache.bytes == 2 * 2 * 64 * 2 * 2 * 512 * 2048
+    assert own.static_bytes + sum(a.bytes for a in own.alive.values()) == own.peak_bytes
+
+
+def test_keys_without_a_use_are_named() -> None:
+    """A key that this job cannot use is a finding, not silence."""
+    plan = plan_of(
+        method={"kind": "full", "rank": 8}, precision={"weights": "bf16", "kv_cache": "fp8"}
+    )
+    messages = [f.message for f in resolve(plan).findings if f.code == "MEM005"]
+    assert len(messages) == 1 and "method.rank" in messages[0]
+    assert "precision.kv_cache" in messages[0]
+
+
 def test_a_longer_completion_takes_more_of_the_same_sequence() -> None:
     """GRPO's logits are those of the completion alone."""
     short = {"prompt_tokens": 384, "completion_tokens": 128}

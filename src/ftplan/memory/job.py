@@ -114,5 +114,7 @@ class Job:
     """Reinforcement finetuning: tokens of a sequence that the loss looks at; 0: all."""
     teacher: Mapping[str, Any] | None = None
     """Distillation: the config.json of the teacher."""
+    generates: bool = False
+    """The model that is trained also generates the completions, all of a step at once."""
     sampler_bytes: int = 0
     """What a sampler that shares the GPU reserves."""

@@ -14,13 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftplan.dtypes import Format, find_format
-from ftplan.errors import UnsupportedError
-from ftplan.memory.attention import Heads
+from ftplan.memory.cache import CacheLayer, cache_bytes, cache_layers
 from ftplan.memory.env import Environment
 from ftplan.memory.estimate import Estimate, StaticTerm, weight_bytes
 from ftplan.memory.families import build, complete
-from ftplan.memory.nn import Module, Network
-from ftplan.memory.optimizer import rounded
 from ftplan.memory.prepare import counted_parameters
 from ftplan.memory.quantized import quantize
 from ftplan.memory.record import record_serving
@@ -47,73 +44,6 @@ class ServingJob:
     """Tokens of each, prompt and answer together."""
     tp: int = 1
     """Tensor parallel degree: heads and matrices are split over so many GPUs."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheLayer:
-    """What one layer keeps per token, in values, and for how many tokens at most."""
-
-    kind: str
-    values: int
-    window: int | None
-
-
-def _window(config: Mapping[str, Any], layer: int) -> int | None:
-    window = config.get("sliding_window") or config.get("attention_window_size")
-    kinds = config.get("layer_types")
-    if not window:
-        return None
-    if kinds:
-        sliding = layer < len(kinds) and kinds[layer] in ("sliding_attention", "chunked_attention")
-        return int(window) if sliding else None
-    if config.get("use_sliding_window") is False:
-        return None
-    every = config.get("sliding_window_pattern")
-    if every:
-        return int(window) if (layer + 1) % every else None
-    if config.get("model_type") == "gemma2":
-        return int(window) if not (layer + 1) % 2 else None
-    return int(window)
-
-
-def _attention(block: Module) -> Module | None:
-    for _, module in block.named_modules():
-        if isinstance(getattr(module, "heads", None), Heads):
-            return module
-    return None
-
-
-def cache_layers(network: Network, config: Mapping[str, Any]) -> list[CacheLayer]:
-    """What each layer of the decoder keeps."""
-    stack = network.stages[-1].stack
-    layers: list[CacheLayer] = []
-    for layer, kind in enumerate(stack.pattern):
-        attention = _attention(stack.kinds[kind])
-        if attention is None:
-            layers.append(CacheLayer(kind="state", values=0, window=None))
-            continue
-        heads: Heads = attention.heads  # type: ignore[attr-defined]
-        if not heads.causal:
-            raise UnsupportedError("a key-value cache of an encoder", remedy="size its training")
-        rank = getattr(attention, "rank", None)
-        if rank:
-            turned = getattr(attention, "turned", 0)
-            layers.append(CacheLayer(kind="latent", values=rank + turned, window=None))
-            continue
-        values = heads.kv_count * (heads.size + heads.value_size)
-        window = _window(config, layer)
-        name = "sliding window" if window else "full"
-        layers.append(CacheLayer(kind=name, values=values, window=window))
-    return layers
-
-
-def cache_bytes(layers: list[CacheLayer], storage: Format, concurrency: int, context: int) -> int:
-    """Bytes of the cache of ``concurrency`` sequences of ``context`` tokens."""
-    total = 0
-    for layer in layers:
-        tokens = min(context, layer.window or context) * concurrency
-        total += rounded(storage.bytes_for((tokens, layer.values))) if layer.values else 0
-    return total
 
 
 def _cache_term(layers: list[CacheLayer], job: ServingJob) -> StaticTerm:
