@@ -49,6 +49,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "chunked": ("mamba2", "granitemoehybrid"),
     "recurrent": ("mamba", "falcon_mamba", "lfm2", "lfm2_moe"),
     "published": ("qwen", "internlm2", "exaone", "bitnet"),
+    "counted": ("glm_moe_dsa", "kimi_linear", "mllama", "glm4v", "glm46v", "deberta-v2"),
     "states": ("falcon_h1", "jamba", "bamba", "nemotron_h"),
     "hybrid": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
     "latent": ("mistral4", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm4_moe", "dots1"),
