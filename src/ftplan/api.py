@@ -87,7 +87,11 @@ def _training(resolved: Resolved) -> Report:
         report,
         host_bytes=host,
         details={**report.details, **details},
-        findings=(*report.findings, *_host_findings(resolved, host)),
+        findings=(
+            *report.findings,
+            *_host_findings(resolved, host),
+            *(_not_evaluated() if job.eval_micro and structure.evaluation is None else ()),
+        ),
     )
 
 
@@ -102,6 +106,18 @@ def _communication(resolved: Resolved, wire: Wire) -> dict[str, Any]:
         told["interconnect"] = resolved.gpu.interconnect.kind
         told["least_seconds_per_step"] = round(wire.bytes_per_step / rate, 4)
     return told
+
+
+def _not_evaluated() -> tuple[Finding, ...]:
+    return (
+        Finding(
+            code="MEM006",
+            severity="info",
+            message="the evaluation (batch.eval_micro) is not in this answer: for this task or "
+            "sharding only training is sized",
+            help="keep the evaluation's batch at or below the micro batch of training",
+        ),
+    )
 
 
 def _host_findings(resolved: Resolved, host: Interval) -> tuple[Finding, ...]:
@@ -182,6 +198,19 @@ def _cache_bytes(result: Estimate) -> int:
     return sum(term.bytes for term in result.static if term.name.startswith("kv_cache/"))
 
 
+def _summary(resolved: Resolved, result: Estimate) -> ModelSummary:
+    """The whole model, also where tensor or expert parallelism gives each GPU a part of it."""
+    total, trainable = result.total_params, result.trainable_params
+    sharding, method = resolved.plan.sharding, resolved.plan.method
+    if (sharding.tp or 1) * (sharding.ep or 1) > 1 and resolved.config is not None:
+        from ftplan.memory.families import build
+
+        total = sum(parameter.numel for _, parameter in build(resolved.config).all_parameters())
+        if method is not None and method.kind == "full":
+            trainable = total
+    return ModelSummary(name=resolved.name, total_params=total, trainable_params=trainable)
+
+
 def _report(resolved: Resolved, result: Estimate) -> Report:
     from ftplan.memory.terms import all_terms
 
@@ -204,11 +233,7 @@ def _report(resolved: Resolved, result: Estimate) -> Report:
     gpu = gpu_of(resolved)
     return Report(
         verdict=_verdict(shown.device, gpu),
-        model=ModelSummary(
-            name=resolved.name,
-            total_params=result.total_params,
-            trainable_params=result.trainable_params,
-        ),
+        model=_summary(resolved, result),
         job=job_mapping(resolved.plan),
         allocated_bytes=shown.allocated,
         reserved_bytes=shown.reserved,

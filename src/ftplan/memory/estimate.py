@@ -402,12 +402,12 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
 
 
 def _evaluation_of(job: Job, network: Network, objective: Objective) -> Program | None:
-    """A batch of the evaluation, where it is the model's own loss on one GPU's whole weights."""
+    """A batch of the evaluation, where it is the model's own loss on one GPU's whole weights.
+
+    None for others: the answer is then about training alone, and has to say so.
+    """
     if not objective.inside or job.sharding.kind in ("fsdp", "zero3"):
-        raise UnsupportedError(
-            f"evaluation of task {job.task!r} under sharding {job.sharding.kind!r}",
-            remedy="leave out batch.eval_micro to size training alone",
-        )
+        return None
     recording = record_evaluation(network, job.environment)
     program = Program(recording, recording.phases())
     program.virtual_tokens = network.virtual_tokens

@@ -165,8 +165,8 @@ class Router(Module):
     ``sigmoid`` (DeepSeek-V3: grouped choice, then gathered scores), ``gathered`` (so, of a
     softmax), ``sigmoid_topk`` (the top k of the sigmoids). ``upcast`` computes the logits from fp32
     copies. ``keep_fp32`` leaves the weights in fp32; otherwise they return to the dtype of the
-    logits. ``masked`` keeps a mask of experts (group-limited choice). ``float_logits`` casts the logits, and the weights back to
-    the dtype of the input.
+    logits. ``masked`` keeps a mask of experts (group-limited choice). ``float_logits`` casts the
+    logits, and the weights back to the dtype of the input.
     """
 
     def __init__(

@@ -33,6 +33,9 @@ def local_config(config: Mapping[str, Any], spec: ShardingSpec) -> Mapping[str, 
             remedy="size one stage: a config.json with its share of num_hidden_layers, micro "
             "batches in flight as --micro-batch",
         )
+    nested = config.get("text_config")
+    if isinstance(nested, Mapping) and (spec.tp > 1 or spec.ep > 1):
+        return {**config, "text_config": local_config(nested, spec)}
     local = dict(config)
     if spec.tp > 1:
         _split_heads(local, spec.tp)

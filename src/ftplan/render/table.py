@@ -331,7 +331,7 @@ def render_check(check: CheckReport, *, width: int = 80, colour: bool = False) -
             page.line((f"{headline(report)}, {job_line(report)}", "dim"), indent=2)
         peak = report.device_bytes or report.allocated_bytes
         if peak is not None:
-            usable = ""
+            usable = " GiB"
             if report.gpu is not None:
                 usable = f" of {gib(report.gpu.usable_bytes)} GiB usable on {report.gpu.name}"
                 usable += f" x {report.gpu.count}" if report.gpu.count > 1 else ""
