@@ -336,6 +336,15 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
             "packed sequences are full: nothing is padded",
             remedy="use padding: none, or packing: false",
         )
+    if batch.images and config is not None and str(config.get("model_type")).startswith("qwen"):
+        tokens = min(IMAGE_TOKENS, (batch.seq_len or 1) // batch.images)
+        filler.assumptions.append(
+            Assumption(
+                key="batch.images",
+                value=f"{tokens} tokens each",
+                source=f"any resolution: at most {IMAGE_TOKENS} tokens, inside batch.seq_len",
+            )
+        )
     optimizer = plan.optimizer or OptimizerChoice(
         name=filler.fill("optimizer", None, stack.optimizer, own("optimizer"))
     )

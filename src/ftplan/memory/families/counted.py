@@ -104,7 +104,9 @@ def glm_dsa(raw: Config) -> Network:
     index_heads, index_size = config["index_n_heads"], config["index_head_dim"]
 
     def sparse(layer: int) -> bool:
-        return types[layer] == "sparse" if types else layer >= config["first_k_dense_replace"]
+        if types:
+            return bool(types[layer] == "sparse")
+        return bool(layer >= config["first_k_dense_replace"])
 
     def block(layer: int) -> Module:
         root = Module()

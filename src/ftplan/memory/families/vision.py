@@ -246,12 +246,7 @@ def _with_class(x: Tensor, rows: Size) -> Tensor:
     """A row for each image before its patches: a copy."""
     out = x.tape.tensor(rows, x.width, x.dtype, "cat")
     ops.record([out], "cat", [x], lambda grad: (grad,))
-    old = x.rows
-    shown = out.alias()
-    if out.requires_grad:
-        shown.requires_grad, shown.node, shown.output_nr = True, out.node, 0
-    del old
-    return shown
+    return out
 
 
 def _patch(tower: Tower, path: str, channels: int, out: int, *window: int, bias: bool) -> None:
