@@ -484,12 +484,12 @@ def _with_task(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) ->
 
 
 def _refuse_unused(plan: Plan, task: str) -> None:
-    if plan.reference not in (None, "none") and task not in _REFERRED:
+    if plan.reference not in (None, "none") and task not in (*_REFERRED, "ppo"):
         raise InputError(
             f"the task {task!r} has no reference model",
             remedy=f"leave reference out; {', '.join(_REFERRED)} have one",
         )
-    if plan.rollout is not None and task not in ("grpo", "ppo"):
+    if plan.rollout is not None and task not in ("grpo", "ppo", "distill"):
         raise InputError(f"the task {task!r} generates nothing", remedy="leave rollout out")
     if plan.teacher is not None and task != "distill":
         raise InputError(f"the task {task!r} has no teacher", remedy="leave teacher out")
@@ -516,6 +516,12 @@ def _with_rollout(plan: Plan, filler: _Filler) -> Plan:
     elif completion is None:
         half = seq_len - prompt if prompt is not None else seq_len // 2
         completion = filler.fill("rollout.completion_tokens", None, half, CONTRACT)
+    if completion >= seq_len and any(a.key == "batch.seq_len" for a in filler.assumptions):
+        # nobody said how long a sequence is: it is the prompt and what is generated
+        filler.assumptions = [a for a in filler.assumptions if a.key != "batch.seq_len"]
+        source = "trl/trainer/grpo_config.py before 1.0: max_prompt_length=512"
+        prompt = filler.fill("rollout.prompt_tokens", prompt, 512, source)
+        seq_len = prompt + completion
     if completion >= seq_len:
         raise InputError(
             f"a completion of {completion:,} tokens in a sequence of {seq_len:,}",

@@ -135,7 +135,7 @@ def quantize(
 ) -> None:
     """Store every matrix of a block in ``storage``, but those named in ``whole``."""
     for path, module in list(block.named_modules()):
-        if path.rpartition(".")[2] in whole:
+        if any(part in whole for part in path.split(".")):  # and all that is in it
             continue
         if isinstance(module, Linear) and not isinstance(module, QuantizedLinear):
             block.replace(path, QuantizedLinear(module, storage, compute_dtype))
