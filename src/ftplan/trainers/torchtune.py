@@ -385,6 +385,9 @@ def export(plan: Plan) -> writing.Exported:
     section: dict[str, Any] = {"_component_": builder}
     if method.kind != "full":
         section |= out.torchtune_adapter(ATTENTION_NAMES, MLP_NAMES)
+        # one ``dtype`` for base and adapter, which fp16 is not among
+        if plan.precision.weights == "fp16":
+            out.refuse("weights in fp16")
     elif plan.precision.weights not in ("bf16", "fp32"):
         out.refuse(f"weights in {plan.precision.weights}")
     out.mapping("model", section)
