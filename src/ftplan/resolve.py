@@ -236,9 +236,11 @@ def _native_dtype(config: Mapping[str, Any] | None) -> str | None:
 
 def _placement(plan: Plan, filler: _Filler) -> Plan:
     hardware, sharding = plan.hardware, plan.sharding
-    count = filler.fill("hardware.count", hardware.count, 1)
     nodes = hardware.nodes or 1
     split = (sharding.tp or 1) * (sharding.pp or 1) * (sharding.cp or 1)
+    least = -(-split // nodes)
+    source = CONTRACT if least == 1 else "as many as the parallel degrees need"
+    count = filler.fill("hardware.count", hardware.count, least, source)
     replicas = count * nodes // split
     if count * nodes % split:
         raise InputError(

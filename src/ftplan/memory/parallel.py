@@ -17,7 +17,7 @@ from ftplan.memory.job import ShardingSpec
 __all__ = ["local_config", "local_seq_len"]
 
 _INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def local_seq_len(seq_len: int, spec: ShardingSpec) -> int:
