@@ -238,7 +238,8 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
     hardware, sharding = plan.hardware, plan.sharding
     nodes = hardware.nodes or 1
     split = (sharding.tp or 1) * (sharding.pp or 1) * (sharding.cp or 1)
-    least = -(-split // nodes)
+    ranks = -(-max(split, sharding.ep or 1) // split) * split  # experts lie across the replicas
+    least = -(-ranks // nodes)
     source = CONTRACT if least == 1 else "as many as the parallel degrees need"
     count = filler.fill("hardware.count", hardware.count, least, source)
     replicas = count * nodes // split
