@@ -1,0 +1,131 @@
+"""Regimes that meet rarely: what several rooms have to agree on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from ftplan.api import estimate
+from ftplan.errors import InputError, UnsupportedError
+from ftplan.files.document import parse_document
+from ftplan.files.plan import parse_plan
+from ftplan.memory.estimate import Structure
+from ftplan.report import Report
+from ftplan.resolve import job_of, resolve
+from ftplan.spec import Plan
+
+QLORA = {"kind": "qlora", "double_quant": True}
+EIGHT = {"gpu": "a100-80gb", "count": 8}
+
+
+def plan_of(**keys: Any) -> Plan:
+    base: dict[str, Any] = {
+        "version": 1,
+        "model": "smollm-135m",
+        "method": {"kind": "lora"},
+        "batch": {"micro": 1, "seq_len": 128},
+        "hardware": {"gpu": "a100-80gb"},
+    }
+    return parse_plan(parse_document(json.dumps({**base, **keys}), file="plan.json"))
+
+
+def sized(**keys: Any) -> Report:
+    return estimate(plan_of(**keys), with_remedies=False)
+
+
+def term(report: Report, name: str) -> int:
+    return sum(t.bytes for t in report.terms if t.name == name)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"kind": "full"},
+        {"kind": "lora"},
+        {"kind": "partial", "last_layers": 2},
+        {"kind": "lora", "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=str,
+)
+def test_what_was_made_is_freed(method: dict[str, Any], checkpointing: bool) -> None:
+    """When backward has ended only gradients, the batch and the loss are left of the step."""
+    job = job_of(resolve(plan_of(method=method, gradient_checkpointing=checkpointing)))
+    left = Structure(job).program.rest(job.micro, job.seq_len)
+    groups = {label.group for label, alive in left.items() if alive.bytes}
+    assert groups <= {"activations", "logits", "gradients"}
+    assert all(alive.bytes > 0 for alive in left.values())
+    small = sum(a.bytes for label, a in left.items() if label.group != "gradients")
+    assert small < 200_000
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "zero3"])
+def test_packed_weights_are_sharded_and_their_scales_are_not(kind: str) -> None:
+    """Eight ranks hold an eighth of the 4-bit values each, and all of the scales."""
+    alone = sized(method=QLORA)
+    spread = sized(method=QLORA, sharding={"kind": kind}, hardware=EIGHT)
+    assert 1 / 8 < term(spread, "weights/frozen") / term(alone, "weights/frozen") < 1 / 4
+
+
+def test_buffers_are_on_every_rank() -> None:
+    """GPTQ's packed values are buffers: FSDP leaves them whole."""
+    weights = {"weights": "gptq-int4"}
+    alone = sized(precision=weights)
+    spread = sized(precision=weights, sharding={"kind": "fsdp"}, hardware=EIGHT)
+    assert term(spread, "weights/frozen") > term(alone, "weights/frozen") / 2
+
+
+def test_falcon_has_flash_attention() -> None:
+    """Without a mask, and not where alibi is (the library refuses that too)."""
+    assert sized(model="falcon-7b", attention="flash").verdict == "fits"
+
+
+def test_quantised_weights_are_not_trained() -> None:
+    """Neither in full, nor is QLoRA what it says on plain weights."""
+    with pytest.raises(InputError, match="cannot be trained"):
+        sized(method={"kind": "full"}, precision={"weights": "nf4"})
+    with pytest.raises(InputError, match="quantised weights"):
+        sized(method={"kind": "qlora"}, precision={"weights": "bf16"})
+
+
+def test_no_more_layers_than_there_are() -> None:
+    """``last_layers`` beyond the model is a mistake, not the whole model."""
+    with pytest.raises(InputError, match="last_layers is 99, the model has 30"):
+        sized(method={"kind": "partial", "last_layers": 99})
+
+
+def test_targets_that_match_nothing_are_named() -> None:
+    """As PEFT does, the job is refused."""
+    with pytest.raises(UnsupportedError, match="no_such_module"):
+        sized(method={"kind": "lora", "targets": ["no_such_module"]})
+
+
+def test_an_evaluation_that_is_not_played_is_said() -> None:
+    """Training is sized all the same."""
+    report = sized(task="dpo", batch={"micro": 1, "seq_len": 128, "eval_micro": 4})
+    assert report.verdict == "fits"
+    assert "MEM006" in {finding.code for finding in report.findings}
+
+
+def test_parallel_degrees_say_how_many_gpus() -> None:
+    """Four ranks of tensor parallelism are four GPUs when nothing else is said, and the model is
+    as large as before."""
+    alone = sized(model="llama-3.2-1b")
+    report = sized(model="llama-3.2-1b", sharding={"tp": 4})
+    assert report.gpu is not None and report.gpu.count == 4
+    assert report.model is not None and alone.model is not None
+    assert report.model.total_params == alone.model.total_params
+
+
+def test_a_sequence_nobody_sized_is_prompt_and_completion() -> None:
+    """A completion longer than the default sequence makes the sequence longer."""
+    report = sized(task="grpo", batch={"micro": 8}, rollout={"completion_tokens": 4096})
+    assert report.job["batch"]["seq_len"] == 512 + 4096
+
+
+def test_a_head_that_classifies_is_not_quantised() -> None:
+    """RoBERTa's head has matrices within: all of it is left alone, and trained."""
+    report = sized(model="xlm-roberta-base", method=QLORA, task="rm", loss="full")
+    assert report.model is not None and report.model.trainable_params > 590_592
