@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from cli_helpers import Terminal
@@ -26,8 +26,14 @@ def _hub(monkeypatch: pytest.MonkeyPatch, answer: Path | Exception) -> list[tupl
             raise answer
         return str(answer)
 
+    def get_safetensors_metadata(name: str) -> SimpleNamespace:
+        asked.append((name, "headers"))
+        tensors = {"model.norm.weight": SimpleNamespace(dtype="BF16", shape=[65])}
+        return SimpleNamespace(files_metadata={"a": SimpleNamespace(tensors=tensors)})
+
     module = ModuleType("huggingface_hub")
     module.hf_hub_download = hf_hub_download  # type: ignore[attr-defined]
+    module.get_safetensors_metadata = get_safetensors_metadata  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     return asked
 
@@ -35,13 +41,26 @@ def _hub(monkeypatch: pytest.MonkeyPatch, answer: Path | Exception) -> list[tupl
 def test_a_model_from_the_hub(
     ftplan: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """config.json is all that is fetched, and the sums are those of its shape."""
+    """config.json and headers are all that is fetched; where they disagree there is a finding."""
     file = tmp_path / "got.json"
     file.write_text(json.dumps(CONFIG))
     asked = _hub(monkeypatch, file)
     said = ftplan("memory", "--model", "someone/new-model", "--hub", "--format", "json")
     assert said.code == 0, said.err
-    assert asked == [("someone/new-model", "config.json")]
+    assert asked == [("someone/new-model", "config.json"), ("someone/new-model", "headers")]
+    assert "MEM002" in {finding["code"] for finding in said.data["findings"]}
+
+
+def test_a_repository_without_safetensors(
+    ftplan: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where there are no headers config.json alone gives the shape."""
+    file = tmp_path / "got.json"
+    file.write_text(json.dumps(CONFIG))
+    _hub(monkeypatch, file)
+    monkeypatch.delattr(sys.modules["huggingface_hub"], "get_safetensors_metadata")
+    said = ftplan("memory", "--model", "someone/new-model", "--hub", "--format", "json")
+    assert said.code == 0, said.err
     assert said.data["model"]["total_params"] == 2 * 1000 * 64 + 2 * (12288 + 24576 + 128) + 64
 
 
