@@ -27,6 +27,8 @@ class CacheLayer:
     kind: str
     values: int
     window: int | None
+    state: int = 0
+    """Values a sequence, whatever its length: a scan's state and a convolution's last inputs."""
 
 
 def _window(config: Mapping[str, Any], layer: int) -> int | None:
@@ -54,14 +56,25 @@ def _attention(block: Module) -> Module | None:
     return None
 
 
+def _state(block: Module) -> int:
+    """Values of the states of a block: what a convolution and a scan carry from token to token."""
+    total = 0
+    for name, module in block.named_modules():
+        total += int(getattr(module, "state_values", 0))
+        if name.rpartition(".")[2] == "conv1d":
+            total += module.parameters["weight"].numel
+    return total
+
+
 def cache_layers(network: Network, config: Mapping[str, Any]) -> list[CacheLayer]:
     """What each layer of the decoder keeps."""
     stack = network.stages[-1].stack
     layers: list[CacheLayer] = []
     for layer, kind in enumerate(stack.pattern):
-        attention = _attention(stack.kinds[kind])
+        block = stack.kinds[kind]
+        attention, state = _attention(block), _state(block)
         if attention is None:
-            layers.append(CacheLayer(kind="state", values=0, window=None))
+            layers.append(CacheLayer(kind="state", values=0, window=None, state=state))
             continue
         heads: Heads = attention.heads  # type: ignore[attr-defined]
         if not heads.causal:
@@ -74,7 +87,7 @@ def cache_layers(network: Network, config: Mapping[str, Any]) -> list[CacheLayer
         values = heads.kv_count * (heads.size + heads.value_size)
         window = _window(config, layer)
         name = "sliding window" if window else "full"
-        layers.append(CacheLayer(kind=name, values=values, window=window))
+        layers.append(CacheLayer(kind=name, values=values, window=window, state=state))
     return layers
 
 
@@ -84,4 +97,5 @@ def cache_bytes(layers: list[CacheLayer], storage: Format, concurrency: int, con
     for layer in layers:
         tokens = min(context, layer.window or context) * concurrency
         total += rounded(storage.bytes_for((tokens, layer.values))) if layer.values else 0
+        total += rounded(storage.bytes_for((concurrency, layer.state))) if layer.state else 0
     return total

@@ -57,6 +57,11 @@ def _cache_term(layers: list[CacheLayer], job: ServingJob) -> StaticTerm:
         for layer, count in groups.items()
         if layer.values
     ]
+    parts += [
+        f"{count} layers x {layer.state:,} values of state"
+        for layer, count in groups.items()
+        if layer.state
+    ]
     return StaticTerm(
         name="kv_cache/keys_and_values",
         bytes=-(-total // job.tp),

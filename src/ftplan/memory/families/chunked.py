@@ -52,6 +52,7 @@ class Mamba2Mixer(Module):
         super().__init__()
         self.inner, self.heads, self.states, self.groups = inner, heads, states, groups
         self.chunk = chunk
+        self.state_values = inner * states
         self.channels = inner + 2 * groups * states
         self.dt_bias = self.parameter("dt_bias", heads)
         self.A_log = self.parameter("A_log", heads)

@@ -243,6 +243,7 @@ class DeltaNet(Module):
         )  # fmt: skip
         self.key = config["linear_key_head_dim"] * self.key_heads
         self.value = config["linear_value_head_dim"] * self.heads
+        self.state_values = self.value * config["linear_key_head_dim"]
         self.fused = fused
         channels = 2 * self.key + self.value
         self.dt_bias = self.parameter("dt_bias", self.heads)

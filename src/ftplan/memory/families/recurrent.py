@@ -25,6 +25,7 @@ class MambaMixer(Module):
         hidden = config["hidden_size"]
         self.inner = int(config.get("intermediate_size") or config["expand"] * hidden)
         self.states = config["state_size"]
+        self.state_values = self.inner * self.states
         rank = config["time_step_rank"]
         self.rank = -(-hidden // 16) if rank == "auto" else int(rank)
         bias = bool(config["use_bias"])
