@@ -129,3 +129,13 @@ def test_a_head_that_classifies_is_not_quantised() -> None:
     """RoBERTa's head has matrices within: all of it is left alone, and trained."""
     report = sized(model="xlm-roberta-base", method=QLORA, task="rm", loss="full")
     assert report.model is not None and report.model.trainable_params > 590_592
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo", "orpo", "embed"])
+def test_zero2_keeps_a_part_of_accumulated_gradients(task: str) -> None:
+    """Between micro batches an eighth of the gradients is there, whatever computes the loss."""
+    keys: dict[str, Any] = {"task": task, "method": {"kind": "full"}, "hardware": EIGHT}
+    keys["batch"] = {"micro": 1, "seq_len": 128, "accumulation": 4}
+    whole = term(sized(sharding={"kind": "zero1"}, **keys), "gradients/accumulated")
+    part = term(sized(sharding={"kind": "zero2"}, **keys), "gradients/accumulated")
+    assert 0.99 < 8 * part / whole < 1.01

@@ -198,7 +198,11 @@ class Structure:
             static.append(_sampler(job))
         if job.accumulation > 1:
             static.append(
-                _weights(learned, "gradients/accumulated", "gradients of earlier micro batches")
+                _weights(
+                    _accumulated(job, learned),
+                    "gradients/accumulated",
+                    "gradients of earlier micro batches",
+                )
             )
         self.static = tuple(static)
         self.static_bytes = sum(term.bytes for term in static)
@@ -341,6 +345,13 @@ def _without_gradients(static: Sequence[StaticTerm]) -> tuple[StaticTerm, ...]:
 def estimate(job: Job) -> Estimate:
     """The peak of the second step of ``job`` on one GPU."""
     return Structure(job).at(job.micro, job.seq_len, job.loss_chunk)
+
+
+def _accumulated(job: Job, learned: Counted) -> Counted:
+    """Gradients between micro batches: under ZeRO-2 each rank keeps its own part of them."""
+    if job.sharding.kind != "zero2":
+        return learned
+    return [(_shard(p, job.sharding.world), times, matrix) for p, times, matrix in learned]
 
 
 def _is_base(parameter: Parameter) -> bool:

@@ -160,7 +160,8 @@ def objective_of(job: Job) -> Objective:
         other = prepare(replace(_frozen(job), config=job.teacher))
         why = "the teacher, frozen, beside the student"
         resident = (Resident(name="weights/teacher", network=other, why=why),)
-    sharded = job.sharding.kind in ("fsdp", "zero2", "zero3")
+    # ZeRO-2 shards gradients and states alone, whatever computes the loss
+    sharded = job.sharding.kind in ("fsdp", "zero3")
     if sharded and kind not in ("tokens", "labels", "rewards"):
         raise UnsupportedError(
             f"the task {job.task!r} sharded by {job.sharding.kind}",
