@@ -47,3 +47,13 @@ def test_commands_of_the_readme_run(line: str, ftplan: Terminal) -> None:
     """What the README says to type works as it stands there."""
     done = ftplan(*shlex.split(line))
     assert done.code == 0, done.err
+
+
+def test_the_answer_shown_in_the_readme_is_the_answer(ftplan: Terminal) -> None:
+    """The lines that the README shows below its second command are what the command prints."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^    (fits: .+|.+ per GPU at the worst moment.+)$", text, re.MULTILINE)
+    assert len(shown) == 2
+    line = next(line for line in _commands() if "--gpu a10g" in line and line.startswith("memory"))
+    printed = ftplan(*shlex.split(line)).out
+    assert all(each in printed for each in shown), printed
