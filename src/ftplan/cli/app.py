@@ -81,8 +81,45 @@ COMMANDS: tuple[Command, ...] = (
 )
 
 
+def _coerce_what_needs_it(parameter: Any) -> None:
+    """Leave what was not given, a default and plain text as they are.
+
+    typer builds a pydantic adapter for every option of a command, given or not, which takes longer
+    than the rest of a short command together.
+    """
+    coerce = parameter.process_value
+
+    def process_value(ctx: Any, value: Any) -> Any:
+        descriptor = getattr(parameter, "type_descriptor", None)
+        is_default = isinstance(value, str | bool) and value == parameter.default
+        is_text = isinstance(value, str) and getattr(descriptor, "annotation", None) is str
+        is_plain = value is None or is_default or is_text
+        told = getattr(descriptor, "parameter_info", None)
+        parses = getattr(told, "parser", None) or getattr(told, "click_type", None)
+        if not is_plain or parameter.required or parses:
+            return coerce(ctx, value)
+        return parameter.callback(ctx, parameter, value) if parameter.callback else value
+
+    parameter.process_value = process_value
+
+
+def _help_option(option: Any) -> Any:
+    if option is not None and "process_value" not in vars(option):
+        _coerce_what_needs_it(option)
+    return option
+
+
 class _Grouped(TyperCommand):
     """A command whose help lists its options under headings, without importing rich."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        for parameter in self.params:
+            _coerce_what_needs_it(parameter)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """``--help``, which is asked for on every run and hardly ever given."""
+        return _help_option(super().get_help_option(ctx))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
@@ -105,6 +142,10 @@ class _Overview(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.commands)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """``--help`` of the whole program."""
+        return _help_option(super().get_help_option(ctx))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         self.format_commands(ctx, formatter)
