@@ -39,7 +39,7 @@ class Case:
 
     architecture: str
     split: str
-    """``build``: looked at while the calculator was written; ``held``: not."""
+    """``build``: what operations were written against; ``held``: the other architectures."""
     regime: str
     number: int
     """Position in the file of its architecture."""
