@@ -44,6 +44,8 @@ ROOMS = {
     "render": "render",
     # the front: joins shelves and reasoning for the library's verbs
     "resolve": "front",
+    "assembling": "front",
+    "model_config": "front",
     "folder": "front",
     "api": "front",
     "sizing": "front",

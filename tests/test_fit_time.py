@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ftplan.assembling import job_of
 from ftplan.catalog.gpus import find_gpu
 from ftplan.catalog.throughput import Reading, readings, speed_of, utilisation_of
 from ftplan.fit.flops import Compute, compute_of, hidden_of
@@ -14,7 +15,7 @@ from ftplan.fit.sizer import Room, Sizer
 from ftplan.fit.time import micro_step, tokens_per_second
 from ftplan.memory.job import Job
 from ftplan.memory.prepare import prepare
-from ftplan.resolve import job_of, resolve
+from ftplan.resolve import resolve
 from ftplan.spec import Batch, Checkpointing, Hardware, Method, Model, Plan, Sharding
 
 

@@ -15,8 +15,8 @@ from ftplan.errors import FtplanError, InputError
 from ftplan.files.weights import read_headers
 from ftplan.folder import reconciled
 from ftplan.memory.families import build
+from ftplan.model_config import read_config
 from ftplan.report import Report
-from ftplan.resolve import read_config
 from ftplan.spec import Model, Plan
 
 Shapes = dict[str, tuple[int, ...]]

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftplan.api import estimate
+from ftplan.assembling import job_of
 from ftplan.memory.estimate import Structure
 from ftplan.memory.moments import WorstMoments, chains_of, undominated
 from ftplan.memory.replay import rounded
 from ftplan.memory.tape import Size, basis
-from ftplan.resolve import job_of, resolve
+from ftplan.resolve import resolve
 from ftplan.spec import Batch, Checkpointing, Loss, Method, Model, Plan, Precision
 
 PLANS = [

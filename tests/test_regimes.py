@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from ftplan.api import estimate
+from ftplan.assembling import job_of
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.files.document import parse_document
 from ftplan.files.plan import parse_plan
 from ftplan.memory.estimate import Structure
 from ftplan.report import Report
-from ftplan.resolve import job_of, resolve
+from ftplan.resolve import resolve
 from ftplan.spec import Plan
 
 QLORA = {"kind": "qlora", "double_quant": True}

@@ -12,11 +12,12 @@ import pytest
 from pydantic import TypeAdapter
 
 from ftplan import api
+from ftplan.assembling import job_of
 from ftplan.catalog.stacks import stack_names
 from ftplan.comparing import compare_stacks
 from ftplan.errors import FtplanError, InputError, UnsupportedError
 from ftplan.memory.estimate import Estimate, estimate
-from ftplan.resolve import job_of, resolve
+from ftplan.resolve import resolve
 from ftplan.spec import Plan
 
 CASES = Path(__file__).parent / "cases" / "tasks"

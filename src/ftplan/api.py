@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftplan import __version__
+from ftplan.assembling import job_of, serving_job_of
 from ftplan.errors import FtplanError, UnsupportedError
 from ftplan.memory import textbook
 from ftplan.memory.counters import counters, unexplained, workspace_bytes
@@ -22,8 +23,9 @@ from ftplan.report import (
     Report,
     Verdict,
 )
-from ftplan.resolve import Resolved, job_of, resolve, serving_job_of
+from ftplan.resolve import Resolved, resolve
 from ftplan.spec import Plan
+from ftplan.units import format_bytes
 
 if TYPE_CHECKING:  # the walk is loaded only for a model whose shape is known
     from ftplan.fit.sizer import Sizer
@@ -79,7 +81,8 @@ def _training(resolved: Resolved) -> Report:
     report = _report(resolved, structure.at(job.micro, job.seq_len, job.loss_chunk))
     plan, counted = resolved.plan, structure.counted
     host = host_interval(job, counted, gpus_per_node=plan.hardware.count or 1)
-    details: dict[str, Any] = {"disk_bytes": disk_bytes(job, counted)}
+    written = disk_bytes(job, counted)
+    details: dict[str, Any] = {"disk_bytes": written}
     wire = wire_of(job, counted)
     if wire is not None:
         details["communication"] = _communication(resolved, wire)
@@ -89,7 +92,7 @@ def _training(resolved: Resolved) -> Report:
         details={**report.details, **details},
         findings=(
             *report.findings,
-            *_host_findings(resolved, host),
+            *_host_findings(resolved, host, written),
             *(_not_evaluated() if job.eval_micro and structure.evaluation is None else ()),
         ),
     )
@@ -120,7 +123,9 @@ def _not_evaluated() -> tuple[Finding, ...]:
     )
 
 
-def _host_findings(resolved: Resolved, host: Interval) -> tuple[Finding, ...]:
+def _host_findings(
+    resolved: Resolved, host: Interval, written: Mapping[str, int]
+) -> tuple[Finding, ...]:
     """What the user should know of host memory and of what stands in for something else."""
     findings: list[Finding] = []
     ram = resolved.plan.hardware.host_ram
@@ -129,8 +134,21 @@ def _host_findings(resolved: Resolved, host: Interval) -> tuple[Finding, ...]:
             Finding(
                 code="FIT003",
                 severity="error",
-                message=f"a node needs {host.expected:,} bytes of host memory and has {ram:,}",
+                message=f"a node needs {format_bytes(host.expected, 'GiB')} of host memory "
+                f"and has {format_bytes(ram, 'GiB')}",
                 help="load on one rank only, quantise, or offload less",
+            )
+        )
+    disk = resolved.plan.hardware.disk
+    if disk is not None and written["checkpoint"] > disk:
+        findings.append(
+            Finding(
+                code="FIT005",
+                severity="error",
+                message=f"one checkpoint to resume from takes "
+                f"{format_bytes(written['checkpoint'], 'GiB')} of disk, and there is "
+                f"{format_bytes(disk, 'GiB')}",
+                help="save the weights or the adapter alone (save_only_model), or add disk",
             )
         )
     sharding = resolved.plan.sharding
@@ -358,8 +376,3 @@ def _trainable(plan: Plan, params: int) -> int:
         f"the trainable count of method {method.kind!r} on a bare parameter count",
         remedy="add --trainable 1e9 or --trainable 10%, or name the model with --model",
     )
-
-
-def with_plan(report: Report, **changes: Any) -> Report:
-    """A report with some fields replaced."""
-    return replace(report, **changes)

@@ -16,26 +16,19 @@ from ftplan.catalog.models import resolve_model
 from ftplan.catalog.optimizers import find_optimizer
 from ftplan.catalog.stacks import Stack, find_stack
 from ftplan.dtypes import Format, find_format
-from ftplan.errors import FtplanError, InputError, Location, UnsupportedError
-from ftplan.memory.env import Environment
-from ftplan.memory.families import build, model_types
-from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
-from ftplan.memory.optimizer import OptimizerSpec, State
-from ftplan.memory.parallel import local_config, local_seq_len
-from ftplan.memory.tape import ITEM_BYTES
+from ftplan.errors import InputError, UnsupportedError
 from ftplan.report import Assumption, Finding
 from ftplan.spec import Checkpointing, Loss, Method, OptimizerChoice, Plan, Rollout
 
 if TYPE_CHECKING:
-    from ftplan.memory.serving import ServingJob
+    pass
 
-__all__ = ["Resolved", "read_config", "resolve"]
+__all__ = ["Resolved", "native_dtype", "resolve"]
 
 CONTRACT = "ftplan's default"
 IMAGE_TOKENS = 1280
 """Tokens of an image where a model takes any resolution (a square of about 1000 pixels in
 Qwen-VL), or fewer where the sequence has no room for them."""
-ADAPTERS = ("lora", "qlora", "dora")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,126 +63,12 @@ class _Filler:
         return default
 
 
-def read_config(path: Path) -> Mapping[str, Any]:
-    """A config.json, or the one in a model folder. Nothing it names is opened or run."""
-    import json
-
-    file = path / "config.json" if path.is_dir() else path
-    where = Location(file=str(file))
-    try:
-        if file.exists() and not file.is_file():
-            raise InputError(f"{file} is not a regular file")
-        if file.exists() and file.stat().st_size > MAX_CONFIG_BYTES:
-            raise InputError(f"{file} has more than {MAX_CONFIG_BYTES // 2**20} MiB")
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is no text file'}",
-            remedy="pass the path of a Hugging Face config.json or of a folder that holds one",
-        ) from None
-    try:
-        config = json.loads(text, parse_constant=_refused_number, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        where = replace(where, line=error.lineno, column=error.colno)
-        raise InputError(f"not JSON: {error.msg}", location=where) from None
-    except RecursionError:
-        raise InputError("it is nested too deep", location=where) from None
-    except _BadConfigError as error:
-        raise InputError(str(error), location=where) from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise InputError(
-            f"{file} has no model_type", remedy="pass the config.json that lies beside the weights"
-        )
-    if config["model_type"] in model_types():  # another one is refused by its name
-        _check_sizes(config, where)
-    return config
-
-
-MAX_CONFIG_BYTES = 16 * 2**20
-_HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model", "dim", "model_dim")
-_LAYERS = (
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
-)  # fmt: skip
-_VOCABULARY = ("vocab_size", "padded_vocab_size")
-_SIZES = (
-    *_HIDDEN, *_LAYERS, *_VOCABULARY, "num_decoder_layers", "intermediate_size", "ffn_dim",
-    "n_inner", "d_ff", "num_attention_heads", "n_head", "n_heads", "num_heads", "head_dim",
-    "num_key_value_heads", "num_local_experts", "n_routed_experts", "moe_intermediate_size",
-)  # fmt: skip
-_LARGEST = {**dict.fromkeys(_LAYERS, 10_000), "num_decoder_layers": 10_000}
-
-
-class _BadConfigError(Exception):
-    """What a config.json cannot say."""
-
-
-def _refused_number(text: str) -> float:
-    raise _BadConfigError(f"{text} is no size")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise _BadConfigError(f"the key {key!r} is given twice")
-        content[key] = value
-    return content
-
-
-def _check_sizes(config: Mapping[str, Any], where: Location) -> None:
-    """Sizes are whole numbers above zero, and a model without parts of its own has all of them."""
-    for key in _SIZES:
-        value = config.get(key)
-        for number in value if isinstance(value, list) else [value]:
-            most = _LARGEST.get(key, 10**8)
-            least = 0 if "experts" in key else 1
-            if number is not None and (type(number) is not int or not least <= number <= most):
-                raise InputError(
-                    f"{key} is {number!r}, it must be a whole number from {least} to {most:,}",
-                    location=where,
-                )
-    if any(isinstance(value, dict) and key.endswith("_config") for key, value in config.items()):
-        return  # the parts have sizes of their own, or their class's
-    for names in (_HIDDEN, _LAYERS, _VOCABULARY):
-        if not any(config.get(name) for name in names):
-            raise InputError(
-                f"it has no {names[0]}",
-                location=where,
-                remedy="pass the config.json that lies beside the weights, or --params for the "
-                "textbook's sums",
-            )
-
-
-def _folder(path: Path) -> tuple[Mapping[str, Any], tuple[Finding, ...]]:
-    """The config at ``path``, held against the weight files beside it when it is a folder."""
-    from ftplan.folder import reconciled
-
-    config = read_config(path)
-    try:
-        build(config)
-    except FtplanError:
-        raise
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(
-            f"{path} does not describe a {config['model_type']} model"
-            + (f": {reason}" if reason else ""),
-            remedy="pass the config.json that lies beside the weights",
-        ) from error
-    return reconciled(config, path) if path.is_dir() else (config, ())
-
-
 def _model(plan: Plan, base: Path, filler: _Filler) -> tuple[str, Mapping[str, Any] | None]:
     model = plan.model
     if model.config is not None:
-        config, findings = _folder(base / model.config)
+        from ftplan.model_config import read_model
+
+        config, findings = read_model(base / model.config)
         filler.findings += findings
         return model.config, config
     if model.name is not None:
@@ -222,7 +101,7 @@ def resolve(plan: Plan, *, base: Path | None = None) -> Resolved:
     )
 
 
-def _native_dtype(config: Mapping[str, Any] | None) -> str | None:
+def native_dtype(config: Mapping[str, Any] | None) -> str | None:
     if config is None:
         return None
     text = config.get("text_config")
@@ -265,7 +144,7 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
 
 
 def _serving(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) -> Plan:
-    native = _native_dtype(config)
+    native = native_dtype(config)
     weights = filler.fill(
         "precision.weights", plan.precision.weights, native or "bf16", "the checkpoint's dtype"
     )
@@ -318,7 +197,7 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
     if quantised:
         default, source = "nf4", CONTRACT
     elif stack.weights_dtype == "checkpoint":
-        default, source = _native_dtype(config) or "bf16", "the checkpoint's dtype"
+        default, source = native_dtype(config) or "bf16", "the checkpoint's dtype"
     else:
         default, source = stack.weights_dtype, own("weights_dtype")
     weights = find_format(filler.fill("precision.weights", plan.precision.weights, default, source))
@@ -444,7 +323,31 @@ def idle_keys(plan: Plan) -> list[str]:
             idle.append("optimizer.momentum")
         if optimizer.rank is not None and row.rank is None:
             idle.append("optimizer.rank")
+    idle += [
+        f"sharding.{key}"
+        for key, kinds in _SHARDED.items()
+        if getattr(plan.sharding, key) is not None and plan.sharding.kind not in kinds
+    ]
     return idle
+
+
+_ZERO = ("zero1", "zero2", "zero3")
+_SHARDED: dict[str, tuple[str, ...]] = {
+    "version": ("fsdp",),
+    "wrap": ("fsdp",),
+    "param_dtype": ("fsdp",),
+    "reduce_dtype": ("fsdp",),
+    "reshard_after_forward": ("fsdp",),
+    "bucket_elements": _ZERO,
+    "auto_buckets": _ZERO,
+    "prefetch_elements": ("zero3",),
+    "max_live_elements": ("zero3",),
+    "persistence_elements": ("zero3",),
+    # DDP's buckets hold every gradient once, however large each is; FSDP1 is sized as FSDP2
+    "bucket_bytes": (),
+    "use_orig_params": (),
+}
+"""Keys of sharding and the kinds that have a use for them."""
 
 
 def _with_task(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) -> Plan:
@@ -631,231 +534,3 @@ def _adapted(method: Method, stack: Stack, quantised: bool, filler: _Filler, own
         method, rank=rank, targets=targets, adapter_dtype=dtype, virtual_tokens=tokens,
         dropout=method.dropout or 0.0,
     )  # fmt: skip
-
-
-def job_of(resolved: Resolved) -> Job:
-    """The calculator's job of a resolved training plan whose model has a known shape."""
-    plan, stack, gpu = resolved.plan, resolved.stack, resolved.gpu
-    method, batch = plan.method, plan.batch
-    assert resolved.config is not None and method is not None and plan.optimizer is not None
-    assert plan.gradient_checkpointing is not None and plan.loss is not None
-    assert batch.micro and batch.seq_len and batch.accumulation
-    storage = _stored(plan.precision.weights or "bf16", double_quant=bool(method.double_quant))
-    mixed = None if plan.precision.mixed in (None, "no") else plan.precision.mixed
-    checkpointing = plan.gradient_checkpointing
-    quantised = storage.name not in ITEM_BYTES
-    # accelerate hands FSDP2 a mixed-precision policy and does not autocast
-    policy = plan.sharding.kind == "fsdp" and plan.sharding.version != 1
-    autocast = None if policy else mixed
-    sharding = _sharding(plan)
-    environment = Environment(
-        autocast=autocast,
-        attention=plan.attention or "sdpa",
-        capability=_capability(gpu),
-        padding_mask=batch.padding == "right",
-        kernels=plan.kernels or "none",
-        loss=plan.loss.kind,
-        loss_shifts=stack.loss_shifts,
-        loss_upcasts=stack.loss_upcasts
-        and resolved.config.get("model_type") not in stack.uncast_losses,
-        loss_keeps_chunks=stack.loss_keeps_chunks,
-        loss_columns=stack.loss_columns or 0,
-        offload_checkpoints=_offloads(checkpointing.kind, sharding),
-        checkpoint_attention=_core_alone(checkpointing, stack),
-        packed=bool(batch.packing),
-        keep_outputs=stack.keeps_outputs,
-        outputs_to_fp32=autocast is not None and stack.outputs_to_fp32,
-        seq_len=local_seq_len(batch.seq_len, _sharding(plan)),
-        reentrant=bool(checkpointing.reentrant),
-    )
-    native = _native_dtype(resolved.config) or "bf16"
-    return Job(
-        config=local_config(resolved.config, sharding),
-        task=plan.task or "sft",
-        method="full"
-        if method.kind == "full"
-        else "partial"
-        if method.kind == "partial"
-        else "adapter",
-        last_layers=method.last_layers or 0,
-        adapter=_adapter(method, plan.task) if method.kind not in ("full", "partial") else None,
-        weights=storage,
-        base_dtype=(method.compute_dtype or native) if quantised else storage.name,
-        compute_dtype=method.compute_dtype or "bf16",
-        prepare_kbit=quantised and bool(method.prepare_kbit),
-        trainable_dtype=stack.trainable_dtype if method.kind in ("full", "partial") else None,
-        environment=environment,
-        micro=batch.micro,
-        seq_len=local_seq_len(batch.seq_len, sharding),
-        accumulation=batch.accumulation,
-        eval_micro=batch.eval_micro or 0,
-        checkpoint_every=0
-        if checkpointing.kind == "none" or environment.checkpoint_attention
-        else checkpointing.every,
-        checkpoint_offload=environment.offload_checkpoints,
-        loss_chunk=plan.loss.chunk or 0,
-        images=batch.images or 0,
-        image_tokens=min(IMAGE_TOKENS, batch.seq_len // (batch.images or 1)),
-        optimizer=_optimizer(plan.optimizer),
-        main_weights=stack.main_weights and storage.name in ("bf16", "fp16"),
-        sharding=sharding,
-        labels=_labels(resolved.config),
-        reference=plan.reference or "none",
-        completion_tokens=(plan.rollout.completion_tokens or 0) if plan.rollout else 0,
-        teacher=_teacher(plan),
-        generates=plan.rollout is not None and plan.rollout.sampler == "trainer",
-        sampler_bytes=_sampler_bytes(plan, gpu),
-    )
-
-
-def _offloads(kind: str, sharding: ShardingSpec) -> bool:
-    """Whether checkpoints wait in host memory."""
-    if sharding.offload != "activations":
-        return kind == "offload"
-    if kind in ("none", "selective"):
-        raise UnsupportedError(
-            "activations that are offloaded without being checkpointed",
-            remedy="use gradient_checkpointing: {kind: offload}",
-        )
-    return True
-
-
-def _core_alone(checkpointing: Checkpointing, stack: Stack) -> bool:
-    """``selective``: Megatron's, of attention's core; torchtune's is of every n-th block."""
-    selective = checkpointing.kind == "selective" and checkpointing.every == 1
-    return selective and stack.name != "torchtune"
-
-
-def _labels(config: Mapping[str, Any]) -> int:
-    """How many labels a config.json names; two where it names none, as transformers has it."""
-    named = config.get("id2label")
-    return int(config.get("num_labels") or (len(named) if isinstance(named, Mapping) else 0) or 2)
-
-
-def _teacher(plan: Plan) -> Mapping[str, Any] | None:
-    return resolve_model(plan.teacher).row.config if plan.teacher is not None else None
-
-
-def _sampler_bytes(plan: Plan, gpu: GpuRow | None) -> int:
-    """What an engine reserves that generates on the same card."""
-    rollout = plan.rollout
-    if rollout is None or rollout.sampler != "colocate":
-        return 0
-    if gpu is None:
-        raise InputError(
-            "a sampler on the same card reserves a share of it, and no card is named",
-            remedy="name one (--gpu h100-80gb), or use rollout.sampler: server",
-        )
-    return int((rollout.sampler_share or 0.0) * gpu.usable_bytes)
-
-
-def _stored(name: str, *, double_quant: bool) -> Format:
-    """The format as a library stores it: bitsandbytes' for plain int8 and int4."""
-    name = find_format(name).name
-    name = {"int8": "bnb-int8", "int4": "nf4"}.get(name, name)
-    if double_quant and name in ("nf4", "fp4"):
-        name = f"{name}-dq"
-    return find_format(name)
-
-
-def serving_job_of(resolved: Resolved) -> ServingJob:
-    """The calculator's job of a model that is served."""
-    from ftplan.memory.serving import ServingJob
-
-    plan = resolved.plan
-    assert resolved.config is not None and plan.batch.micro and plan.batch.seq_len
-    storage = _stored(plan.precision.weights or "bf16", double_quant=False)
-    native = _native_dtype(resolved.config) or "bf16"
-    base = native if storage.name not in ITEM_BYTES else storage.name
-    if base not in ITEM_BYTES:
-        base = "bf16"
-    return ServingJob(
-        config=resolved.config,
-        weights=storage,
-        base_dtype=base,
-        compute_dtype=base,
-        cache_format=find_format(plan.precision.kv_cache or base),
-        environment=Environment(
-            attention=plan.attention or "sdpa",
-            capability=_capability(resolved.gpu),
-            seq_len=plan.batch.seq_len,
-            training=False,
-        ),
-        concurrency=plan.batch.micro,
-        context=plan.batch.seq_len,
-        tp=plan.sharding.tp or 1,
-    )
-
-
-def _capability(gpu: GpuRow | None) -> tuple[int, int] | None:
-    """Compute capability of the card; Ampere's where none is named, None for other vendors."""
-    if gpu is None:
-        return (8, 0)
-    if gpu.compute_capability is None:
-        return None
-    major, minor = gpu.compute_capability.split(".")
-    return int(major), int(minor)
-
-
-def _adapter(method: Method, task: str | None) -> AdapterSpec:
-    from ftplan.memory.tasks import HEADS
-
-    heads = HEADS if task in ("rm", "classify") else ()
-    return AdapterSpec(
-        kind=method.kind,
-        rank=method.rank or 0,
-        targets=method.targets,
-        dtype=find_format(method.adapter_dtype or "fp32").name,
-        dropout=method.dropout or 0.0,
-        use_dora=bool(method.use_dora) or method.kind == "dora",
-        modules_to_save=(*(method.modules_to_save or ()), *heads),
-        rank_pattern=method.rank_pattern or {},
-        layers_to_transform=method.layers_to_transform,
-        target_parameters=tuple(method.target_parameters or ()),
-        virtual_tokens=method.virtual_tokens or 20,
-        bottleneck=method.bottleneck or 0,
-    )
-
-
-def _optimizer(choice: OptimizerChoice) -> OptimizerSpec:
-    row = find_optimizer(choice.name)
-    implementation = choice.implementation or row.implementation
-    if implementation not in row.steps:
-        raise InputError(
-            f"optimizer {row.name} has no {implementation} implementation",
-            remedy=f"use one of: {', '.join(row.steps)}",
-        )
-    states = row.states
-    if row.name == "sgd" and choice.momentum:
-        states = (State(name="momentum_buffer", dtype="param", shape="full"),)
-    if choice.state_dtype is not None:
-        dtype = find_format(choice.state_dtype).name
-        states = tuple(replace(state, dtype=dtype) for state in states)
-    others = row.others if row.applies_to != "all" else None
-    return OptimizerSpec(
-        name=row.name,
-        states=states,
-        step=row.steps[implementation],
-        step_counter_on_gpu=implementation in row.step_counter_on_gpu,
-        paged=row.paged,
-        keeps_embeddings_fp32="embeddings" in row.keeps_fp32,
-        in_backward=row.in_backward if choice.in_backward is None else choice.in_backward,
-        others=_optimizer(OptimizerChoice(name=others)) if others else None,
-        rank=choice.rank or row.rank or 0,
-        source=row.source,
-    )
-
-
-def _sharding(plan: Plan) -> ShardingSpec:
-    sharding, hardware = plan.sharding, plan.hardware
-    given = {
-        name: getattr(sharding, name)
-        for name in ShardingSpec.__dataclass_fields__
-        if name not in ("world",) and getattr(sharding, name, None) is not None
-    }
-    mixed = plan.precision.mixed
-    if sharding.kind == "fsdp" and mixed not in (None, "no"):
-        # accelerate's policy: everything in the dtype of mixed precision
-        given.setdefault("param_dtype", mixed)
-        given.setdefault("reduce_dtype", given["param_dtype"])
-    return ShardingSpec(world=(hardware.count or 1) * (hardware.nodes or 1), **given)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ftplan import __version__, api
+from ftplan.assembling import job_of
 from ftplan.catalog.gpus import GpuRow, find_gpu, search_gpus
 from ftplan.catalog.models import resolve_model
 from ftplan.catalog.throughput import speed_of, utilisation_of
@@ -24,7 +25,7 @@ from ftplan.fit.ways import Way, ways_to_train
 from ftplan.fitting import FitReport, FitRow, GpuOffer, GpuOption, Solution, TimeEstimate
 from ftplan.memory.job import Job
 from ftplan.report import Interval, Report, Verdict
-from ftplan.resolve import Resolved, job_of, resolve
+from ftplan.resolve import Resolved, resolve
 from ftplan.spec import Plan
 
 __all__ = ["Question", "Workload", "fit", "sizer_of"]

@@ -23,8 +23,6 @@ __all__ = [
     "with_suggestions",
 ]
 
-INFRASTRUCTURE = "infrastructure_error"
-
 
 def to_failures(
     run: EvalRun, *, overrides: Mapping[str, str] | None = None, redact: bool = False

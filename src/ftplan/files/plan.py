@@ -426,11 +426,3 @@ def _lines(key: str, value: Any) -> list[str]:
     if not isinstance(value, dict) or len(flow) <= 88:
         return [flow]
     return [f"{key}:", *(f"  {scalar(k)}: {scalar(v)}" for k, v in value.items())]
-
-
-def require_model(plan: Plan, document: Document) -> None:
-    """Refuse a plan whose model was left open."""
-    if plan.model.name is None and plan.model.config is None and plan.model.params is None:
-        raise document.error(
-            "the plan names no model", ("model",), remedy="write its name, or pass --model NAME"
-        )

@@ -56,14 +56,6 @@ class Utilisation:
         return self.best * hidden / (hidden + HALF_WIDTH)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Parts:
-    compute: float
-    memory: float
-    launch: Spread
-    wire: float
-
-
 def _births(structure: Structure) -> int:
     """Tensors that are made in a micro batch: about as many kernels are launched."""
     return structure.program.births()

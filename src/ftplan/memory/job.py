@@ -48,7 +48,6 @@ class ShardingSpec:
     param_dtype: str | None = None
     reduce_dtype: str | None = None
     reshard_after_forward: bool = True
-    use_orig_params: bool = True
     wrap: Literal["block", "model"] = "block"
     offload: Literal["none", "optimizer", "params", "activations", "nvme"] = "none"
     tp: int = 1
@@ -57,7 +56,6 @@ class ShardingSpec:
     ep: int = 1
     dp_replicate: int = 1
     bucket_elements: int = 500_000_000
-    bucket_bytes: int = 25 * 2**20
     prefetch_elements: int = 50_000_000
     max_live_elements: int = 1_000_000_000
     persistence_elements: int = 100_000
@@ -98,8 +96,6 @@ class Job:
     """Sequences per GPU in evaluation; 0: it is not sized."""
     checkpoint_every: int = 0
     """Recompute every n-th block; 0: none."""
-    checkpoint_offload: bool = False
-    """Checkpoints wait in host memory."""
     loss_chunk: int = 0
     """Tokens per chunk of a chunked loss."""
     optimizer: OptimizerSpec

@@ -113,12 +113,11 @@ class Program:
         sizes = [rounded(size.at(point)) for size in self._sizes]
         return sizes + [-size for size in sizes]
 
-    def phase_peaks(self, micro: int, seq_len: int, chunk: int = 0) -> list[tuple[str, int]]:
-        """The most that is alive in each phase, in bytes on top of what is static."""
-        return self.levels(micro, seq_len, chunk)[0]
-
     def levels(self, micro: int, seq_len: int, chunk: int = 0) -> tuple[list[tuple[str, int]], int]:
-        """The same, and what is alive when the last phase has ended."""
+        """The most alive in each phase, and what is alive when the last one has ended, in bytes.
+
+        Both come on top of what is static.
+        """
         table = self._bytes(micro, seq_len, chunk)
         shapes: list[tuple[int, int]] = []
         for steps in self._steps:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ftplan.dtypes import Format, find_format
+from ftplan.dtypes import Format
 from ftplan.memory.cache import CacheLayer, cache_bytes, cache_layers
 from ftplan.memory.env import Environment
 from ftplan.memory.estimate import Estimate, StaticTerm, weight_bytes
@@ -108,8 +108,3 @@ def serve(job: ServingJob) -> Estimate:
         total_params=sum(p.numel * n for p, n, _ in counted),
         trainable_params=0,
     )
-
-
-def default_cache_format(dtype: str) -> Format:
-    """The cache has the dtype of the activations unless the job says otherwise."""
-    return find_format(dtype)

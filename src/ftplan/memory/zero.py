@@ -70,4 +70,6 @@ def live_bytes(spec: ShardingSpec, counted: Sequence[tuple[Parameter, int, bool]
     plain = [(p, times) for p, times, _ in counted if p.dtype in ITEM_BYTES]
     elements = sum(parameter.numel * times for parameter, times in plain)
     item = max((ITEM_BYTES[parameter.dtype] for parameter, _ in plain), default=2)
-    return min(elements, spec.max_live_elements + spec.prefetch_elements) * item
+    # weights below the threshold are gathered once and stay
+    stay = sum(p.numel * times for p, times in plain if p.numel <= spec.persistence_elements)
+    return (stay + min(elements - stay, spec.max_live_elements + spec.prefetch_elements)) * item

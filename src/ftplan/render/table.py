@@ -95,11 +95,12 @@ def render_report(
 
 
 def _report(page: Page, report: Report, explain: bool) -> None:
+    _answer(page, report)
+    page.blank()
     page.line((headline(report), "bold"))
     if report.job:
         page.line((job_line(report), "dim"))
-    page.blank()
-    _answer(page, report)
+    _counters(page, report)
     _ways(page, report.details)
     if report.terms:
         page.blank()
@@ -111,6 +112,7 @@ def _report(page: Page, report: Report, explain: bool) -> None:
 
 
 def _answer(page: Page, report: Report) -> None:
+    """The first lines are what was asked: does it fit, and what does it take."""
     if report.verdict is not None:
         where = f" {report.gpu.name}" if report.gpu is not None else ""
         count = f" x {report.gpu.count}" if report.gpu and report.gpu.count > 1 else ""
@@ -130,6 +132,12 @@ def _answer(page: Page, report: Report) -> None:
             (_BAR * filled + _REST * (40 - filled), STYLE.get(report.verdict or "", "")),
             f" {share:.0%} of {gib(report.gpu.usable_bytes)} GiB usable",
         )
+
+
+def _counters(page: Page, report: Report) -> None:
+    """Three counters that are never mixed, and the host's memory."""
+    if report.allocated_bytes is None or is_textbook(report):
+        return
     page.blank()
     table = grid(
         ("GiB", "left"), ("low", "right"), ("expected", "right"), ("high", "right"), ("", "left")

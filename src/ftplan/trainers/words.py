@@ -143,11 +143,6 @@ def model_name(name: str | None) -> str | None:
     return parts[-1] if parts else None
 
 
-def local_path(name: str | None) -> bool:
-    """Whether a model is named by a path on somebody's machine."""
-    return name is not None and name.startswith(("/", "./", "../", "~"))
-
-
 def torchtune_model(component: str | None) -> tuple[str | None, str | None]:
     """Hub id and method prefix (``lora``, ``qlora`` or None) of a torchtune model builder.
 
