@@ -15,7 +15,7 @@ from ftplan.files.plan import parse_plan
 from ftplan.memory.estimate import Structure
 from ftplan.report import Report
 from ftplan.resolve import resolve
-from ftplan.spec import Plan
+from ftplan.spec import Batch, Hardware, Method, Model, Plan, Precision, Sharding
 
 QLORA = {"kind": "qlora", "double_quant": True}
 EIGHT = {"gpu": "a100-80gb", "count": 8}
@@ -140,3 +140,35 @@ def test_zero2_keeps_a_part_of_accumulated_gradients(task: str) -> None:
     whole = term(sized(sharding={"kind": "zero1"}, **keys), "gradients/accumulated")
     part = term(sized(sharding={"kind": "zero2"}, **keys), "gradients/accumulated")
     assert 0.99 < 8 * part / whole < 1.01
+
+
+def _zero3(**changes: Any) -> Report:
+    sharding = Sharding(kind="zero3", **changes.pop("sharding", {}))
+    return estimate(
+        Plan(
+            model=Model(name="qwen2.5-0.5b"),
+            method=Method(kind="full"),
+            precision=Precision(weights="bf16"),
+            batch=Batch(micro=1, seq_len=64),
+            hardware=Hardware(count=8, **changes),
+            sharding=sharding,
+        )
+    )
+
+
+def test_automatic_buckets_are_the_hidden_size_squared() -> None:
+    """DeepSpeed's "auto" is resolved as transformers does: two buckets of 896 x 896 values."""
+    buckets = {t.name: t.bytes for t in _zero3(sharding={"auto_buckets": True}).terms}
+    assert buckets["runtime/reduce_buckets"] == 2 * 896 * 896 * 2
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_a_finding() -> None:
+    """FIT005 comes when one checkpoint is larger than the disk, and not before."""
+    assert "FIT005" in {f.code for f in _zero3(disk=10**9).findings}
+    assert "FIT005" not in {f.code for f in _zero3(disk=10**12).findings}
+
+
+def test_keys_of_sharding_without_a_use_are_named() -> None:
+    """The size of DDP's buckets does nothing under ZeRO-3: it is named, not swallowed."""
+    told = [f.message for f in _zero3(sharding={"bucket_bytes": 25 * 2**20}).findings]
+    assert any("sharding.bucket_bytes" in message for message in told)
