@@ -6,6 +6,7 @@ model/adapter.py, model/model_utils/checkpointing.py and v1/config/*.py, commit 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ftplan.catalog.stacks import find_stack
@@ -559,8 +560,10 @@ def export(plan: Plan) -> writing.Exported:
     out = writing.Writer(plan, trainer=NAME)
     out.tasks("sft", "pt", "dpo", "kto", "orpo", "rm")
     out.methods("full", "lora", "qlora", "dora", "partial")
-    if not _pure(plan):
-        out.profile(find_stack(NAME))
+    stack = find_stack(NAME)
+    if _pure(plan):  # trainable parameters are not cast to fp32 then
+        stack = replace(stack, adapter_dtype="bf16", adapter_dtype_quantized="bf16")
+    out.profile(stack)
     method = plan.method
     out.line("model_name_or_path", out.model())
     out.line("stage", {"orpo": "dpo", None: "sft"}.get(plan.task, plan.task))
@@ -590,7 +593,8 @@ def export(plan: Plan) -> writing.Exported:
         else:
             out.line("quantization_bit", bits[0])
             out.line("quantization_method", bits[1])
-            out.line("double_quantization", method.double_quant)
+            if plan.precision.weights == "nf4":
+                out.line("double_quantization", method.double_quant)
     else:
         stored = "fp16" if plan.precision.mixed == "fp16" else "bf16"
         expected = stored if _pure(plan) or kind == "lora" else "fp32"
