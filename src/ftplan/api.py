@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftplan import __version__
-from ftplan.assembling import job_of, serving_job_of
 from ftplan.errors import FtplanError, UnsupportedError
-from ftplan.memory import textbook
-from ftplan.memory.counters import counters, unexplained, workspace_bytes
-from ftplan.memory.ways import ways
 from ftplan.report import (
     Finding,
     GpuSummary,
@@ -29,6 +25,7 @@ from ftplan.units import format_bytes
 
 if TYPE_CHECKING:  # the walk is loaded only for a model whose shape is known
     from ftplan.fit.sizer import Sizer
+    from ftplan.memory.counters import Counters
     from ftplan.memory.estimate import Estimate
     from ftplan.memory.host import Wire
 
@@ -55,6 +52,7 @@ def estimate_summary(resolved: Resolved, sizer: Sizer | None) -> ModelSummary | 
     if sizer is not None:
         total = sizer.structure(sizer.job.seq_len).total_params
     else:
+        from ftplan.assembling import serving_job_of
         from ftplan.memory.serving import serve
 
         total = serve(serving_job_of(resolved)).total_params
@@ -65,6 +63,7 @@ def _sized(resolved: Resolved) -> Report:
     if resolved.config is None:
         return _textbook(resolved)
     if resolved.plan.task == "serve" or resolved.plan.method is None:
+        from ftplan.assembling import serving_job_of
         from ftplan.memory.serving import serve
 
         return _report(resolved, serve(serving_job_of(resolved)))
@@ -73,6 +72,7 @@ def _sized(resolved: Resolved) -> Report:
 
 def _training(resolved: Resolved) -> Report:
     """The walk, and what lies beside the GPU: host memory, disk, the wire."""
+    from ftplan.assembling import job_of
     from ftplan.memory.estimate import Structure
     from ftplan.memory.host import disk_bytes, host_interval, wire_of
 
@@ -171,28 +171,49 @@ def _remedies(
     """What would help, tried one by one with this same calculator."""
     from ftplan.fit.remedies import Card, Judged, remedies
 
-    def judged(resolved: Resolved, report: Report) -> Judged:
-        assert report.verdict and report.allocated_bytes and report.device_bytes
-        return Judged(
-            plan=resolved.plan,
-            allocated_bytes=report.allocated_bytes.expected,
-            device_bytes=report.device_bytes.high,
-            verdict=report.verdict,
-        )
-
     def judge(changed: Plan) -> Judged | None:
         try:
             after = resolve(changed, base=base)
-            return judged(after, _sized(after))
+            shown = _counted(after)
         except FtplanError:  # a change that is not modelled is no remedy
             return None
         except Exception:  # nor is one we fail at, and it must not hide the answer
             return None
+        return Judged(
+            plan=after.plan,
+            allocated_bytes=shown.allocated.expected,
+            device_bytes=shown.device.high,
+            verdict=_verdict(shown.device, gpu_of(after)) or "unknown",
+        )
 
+    assert report.verdict and report.allocated_bytes and report.device_bytes
+    before = Judged(
+        plan=resolved.plan,
+        allocated_bytes=report.allocated_bytes.expected,
+        device_bytes=report.device_bytes.high,
+        verdict=report.verdict,
+    )
     card = Card(
         capability=capability_of(resolved) if resolved.gpu else (8, 0), larger=_larger(resolved)
     )
-    return remedies(plan, judged(resolved, report), judge, card)
+    return remedies(plan, before, judge, card)
+
+
+def _counted(resolved: Resolved) -> Counters:
+    """The counters of a report, without its terms: what a search asks for many times."""
+    if resolved.plan.task == "serve" or resolved.plan.method is None:
+        from ftplan.assembling import serving_job_of
+        from ftplan.memory.serving import serve
+
+        served = serve(serving_job_of(resolved))
+        return _counters(resolved, served.peak_bytes, served.static_bytes, _cache_bytes(served))
+    from ftplan.assembling import job_of
+    from ftplan.memory.estimate import Structure
+
+    job = job_of(resolved)
+    structure = Structure(job)
+    phases = structure.phases(job.micro, job.seq_len, job.loss_chunk)
+    return _counters(resolved, max(peak for _, peak in phases), structure.static_bytes)
 
 
 def _larger(resolved: Resolved) -> tuple[str, ...]:
@@ -229,24 +250,32 @@ def _summary(resolved: Resolved, result: Estimate) -> ModelSummary:
     return ModelSummary(name=resolved.name, total_params=total, trainable_params=trainable)
 
 
+def _counters(
+    resolved: Resolved, peak: int, static: int, cache_bytes: int | None = None
+) -> Counters:
+    from ftplan.memory.counters import counters
+
+    hardware = resolved.plan.hardware
+    return counters(
+        peak,
+        static,
+        capability=capability_of(resolved),
+        named=resolved.gpu is not None,
+        gpus=(hardware.count or 1) * (hardware.nodes or 1),
+        traced=is_traced(resolved),
+        cache_bytes=cache_bytes,
+    )
+
+
 def _report(resolved: Resolved, result: Estimate) -> Report:
+    from ftplan.memory.counters import unexplained, workspace_bytes
     from ftplan.memory.terms import all_terms
 
-    capability = capability_of(resolved)
-    named = resolved.gpu is not None
-    workspace = workspace_bytes(capability) if named else 0
-    traced = is_traced(resolved)
-    shown = counters(
-        result.peak_bytes,
-        result.static_bytes,
-        capability=capability,
-        named=named,
-        gpus=(resolved.plan.hardware.count or 1) * (resolved.plan.hardware.nodes or 1),
-        traced=traced,
-        cache_bytes=None if resolved.plan.method else _cache_bytes(result),
-    )
+    cache = None if resolved.plan.method else _cache_bytes(result)
+    shown = _counters(resolved, result.peak_bytes, result.static_bytes, cache)
+    workspace = workspace_bytes(capability_of(resolved)) if resolved.gpu is not None else 0
     terms = all_terms(result, workspace)
-    if not traced:
+    if not is_traced(resolved):
         terms.append(unexplained(shown.allocated, stack=resolved.stack.title))
     gpu = gpu_of(resolved)
     return Report(
@@ -321,6 +350,8 @@ def job_mapping(plan: Plan) -> Mapping[str, Any]:
 
 def _textbook(resolved: Resolved) -> Report:
     from ftplan.dtypes import find_format
+    from ftplan.memory import textbook
+    from ftplan.memory.ways import ways
 
     plan = resolved.plan
     params = plan.model.params

@@ -6,14 +6,12 @@ A profile says which operations run and in which dtypes; it never multiplies a s
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
-from importlib.resources import files
 from typing import Any, Literal
 
+from ftplan.catalog.shelf import read_data
 from ftplan.errors import UnknownNameError, UnsupportedError
 
 __all__ = ["Stack", "StackRow", "find_stack", "is_stack", "stack_names", "stack_page"]
@@ -149,15 +147,16 @@ class StackRow:
 
 
 @cache
-def _stacks() -> dict[str, Stack]:
-    path = files("ftplan.catalog").joinpath("data/stacks.json")
-    raw = json.loads(path.read_text(encoding="utf-8"))["stacks"]
-    return {name: _stack(name, entry, raw) for name, entry in raw.items()}
+def _entries() -> Mapping[str, Mapping[str, Any]]:
+    entries: Mapping[str, Mapping[str, Any]] = read_data("stacks.json")["stacks"]
+    return entries
 
 
-def _stack(name: str, entry: Mapping[str, Any], raw: Mapping[str, Any]) -> Stack:
+@cache
+def _stack(name: str) -> Stack:
+    entries, entry = _entries(), _entries()[name]
     # a profile may be like another one but for a few fields: an earlier version of it
-    rows = {**(raw[entry["like"]]["fields"] if "like" in entry else {}), **entry["fields"]}
+    rows = {**(entries[entry["like"]]["fields"] if "like" in entry else {}), **entry["fields"]}
     values = {key: _tuple(row["value"]) for key, row in rows.items()}
     return Stack(
         name=name,
@@ -175,13 +174,13 @@ def _tuple(value: Any) -> Any:
 
 def stack_names() -> tuple[str, ...]:
     """Names of all profiles, in the order of the data file."""
-    return tuple(_stacks())
+    return tuple(_entries())
 
 
 def is_stack(name: str) -> bool:
     """Whether ``name`` is a stack's, or an alias of one."""
     key = name.strip().lower().replace("_", "-")
-    return ALIASES.get(key, key) in _stacks()
+    return ALIASES.get(key, key) in _entries()
 
 
 def find_stack(name: str) -> Stack:
@@ -193,16 +192,17 @@ def find_stack(name: str) -> Stack:
     key = name.strip().lower().replace("_", "-")
     key = ALIASES.get(key, key)
     if key in UNMODELLED:
-        raise UnsupportedError(UNMODELLED[key], remedy=f"name one of {', '.join(_stacks())}")
-    stack = _stacks().get(key)
-    if stack is None:
+        raise UnsupportedError(UNMODELLED[key], remedy=f"name one of {', '.join(_entries())}")
+    if key not in _entries():
+        from difflib import get_close_matches  # worth its import only after a mistake
+
         raise UnknownNameError(
             "stack",
             name,
-            suggestions=difflib.get_close_matches(key, list(_stacks()), n=2),
-            remedy=f"the stacks are {', '.join(_stacks())}",
+            suggestions=get_close_matches(key, list(_entries()), n=2),
+            remedy=f"the stacks are {', '.join(_entries())}",
         )
-    return stack
+    return _stack(key)
 
 
 def stack_page(name: str) -> tuple[Stack, tuple[StackRow, ...]]:
