@@ -49,6 +49,7 @@ ROOMS = {
     "folder": "front",
     "api": "front",
     "sizing": "front",
+    "sums": "front",
     "comparing": "front",
     "explaining": "front",
     "jobs": "front",

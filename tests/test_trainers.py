@@ -20,7 +20,7 @@ from ftplan.trainers import (
     import_file,
     import_text,
 )
-from ftplan.trainers.draft import SEVERITY
+from ftplan.trainers.severity import SEVERITY
 
 CASES = sorted((Path(__file__).parent / "cases" / "trainers").glob("*.*"))
 _LINE = re.compile(r"#\s*(trainer:|expect|finding|assumed)\s+(.*)")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftplan import __version__
-from ftplan.errors import FtplanError, UnsupportedError
+from ftplan.errors import FtplanError
 from ftplan.report import (
     Finding,
     GpuSummary,
@@ -61,7 +61,9 @@ def estimate_summary(resolved: Resolved, sizer: Sizer | None) -> ModelSummary | 
 
 def _sized(resolved: Resolved) -> Report:
     if resolved.config is None:
-        return _textbook(resolved)
+        from ftplan.sums import sum_of
+
+        return sum_of(resolved)
     if resolved.plan.task == "serve" or resolved.plan.method is None:
         from ftplan.assembling import serving_job_of
         from ftplan.memory.serving import serve
@@ -183,7 +185,7 @@ def _remedies(
             plan=after.plan,
             allocated_bytes=shown.allocated.expected,
             device_bytes=shown.device.high,
-            verdict=_verdict(shown.device, gpu_of(after)) or "unknown",
+            verdict=verdict_of(shown.device, gpu_of(after)) or "unknown",
         )
 
     assert report.verdict and report.allocated_bytes and report.device_bytes
@@ -279,7 +281,7 @@ def _report(resolved: Resolved, result: Estimate) -> Report:
         terms.append(unexplained(shown.allocated, stack=resolved.stack.title))
     gpu = gpu_of(resolved)
     return Report(
-        verdict=_verdict(shown.device, gpu),
+        verdict=verdict_of(shown.device, gpu),
         model=_summary(resolved, result),
         job=job_mapping(resolved.plan),
         allocated_bytes=shown.allocated,
@@ -323,7 +325,8 @@ def gpu_of(resolved: Resolved) -> GpuSummary | None:
     return GpuSummary(name=resolved.gpu.name, usable_bytes=max(0, usable), count=count)
 
 
-def _verdict(device: Interval, gpu: GpuSummary | None) -> Verdict | None:
+def verdict_of(device: Interval, gpu: GpuSummary | None) -> Verdict | None:
+    """The contract's: what the card shows against what a program may use of it."""
     if gpu is None:
         return None
     if device.high <= gpu.usable_bytes:
@@ -346,64 +349,3 @@ def job_mapping(plan: Plan) -> Mapping[str, Any]:
     if name is not None:
         result["model"] = name
     return result
-
-
-def _textbook(resolved: Resolved) -> Report:
-    from ftplan.dtypes import find_format
-    from ftplan.memory import textbook
-    from ftplan.memory.ways import ways
-
-    plan = resolved.plan
-    params = plan.model.params
-    assert params is not None
-    storage = find_format(plan.precision.weights or "bf16")
-    findings: tuple[Finding, ...] = resolved.findings
-    if plan.method is None:
-        result = textbook.inference(params, storage)
-        phase = "serve"
-    else:
-        trained = storage if storage.trainable else find_format("bf16")
-        result = textbook.training(params, _trainable(plan, params), storage, trained)
-        findings += (
-            Finding(
-                code="MEM001",
-                severity="info",
-                message="activations are not in this sum: they need the model's shape",
-                help="pass --model NAME or --config config.json for the exact sum",
-            ),
-        )
-        phase = "step"
-    total = result.total
-    interval = Interval(low=total, expected=total, high=total)
-    gpu = gpu_of(resolved)
-    return Report(
-        verdict=_verdict(interval, gpu),
-        model=ModelSummary(
-            name=resolved.name, total_params=params, trainable_params=result.trainable_params
-        ),
-        job=job_mapping(plan),
-        allocated_bytes=interval,
-        reserved_bytes=None,
-        device_bytes=None,
-        host_bytes=None,
-        gpu=gpu,
-        peak_phase=phase,
-        terms=result.terms,
-        findings=findings,
-        assumptions=resolved.assumptions,
-        details={"basis": "textbook", "ways": ways(params, storage)},
-        tool_version=__version__,
-    )
-
-
-def _trainable(plan: Plan, params: int) -> int:
-    method = plan.method
-    assert method is not None
-    if method.kind == "full":
-        return params
-    if method.trainable is not None:
-        return method.trainable
-    raise UnsupportedError(
-        f"the trainable count of method {method.kind!r} on a bare parameter count",
-        remedy="add --trainable 1e9 or --trainable 10%, or name the model with --model",
-    )

@@ -66,8 +66,9 @@ _SKIPPED = re.compile(
 )
 
 # Endings that say how the weights are stored or what they were tuned for. None of them changes
-# the shape; a size, a version or a date is never taken off.
-_ENDINGS = re.compile(
+# the shape; a size, a version or a date is never taken off. Most names need no such search, so
+# the pattern is compiled when one does.
+_ENDINGS = (
     r"-(unsloth|(?:unsloth-)?bnb-(?:4|8)bit|bnb-(?:nf4|fp4|int8)(?:-bf16)?|(?:4|8|16)-?bit"
     r"|gptq(?:-int[2348]|-[2348]bit)?(?:-128g)?|awq(?:-int4|-4bit)?|int[48]|w[48]a(?:8|16)|fp8"
     r"|fp8-dynamic|fp8-block|nvfp4|mxfp4|nf4|fp4|dynamic|quantized|marlin|hqq|gguf|ggml|exl2|mlx"
@@ -123,7 +124,7 @@ def resolve_model(name: str) -> ModelMatch:
         row = MODELS.only(name, found)
         return ModelMatch(row=row, how=_how(row, last, alone=len(parts) == 1))
     dropped: list[str] = []
-    while match := _ENDINGS.search(last):
+    while match := re.search(_ENDINGS, last):
         dropped.append(match[1])
         last = last[: match.start()]
         found = MODELS.lookup(last)

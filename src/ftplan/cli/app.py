@@ -101,7 +101,7 @@ def _coerce_what_needs_it(parameter: Any) -> None:
 
 def _plainly(parameter: Any, value: Any) -> Any:
     """A given value as the type of its option; None: only typer can tell."""
-    descriptor = getattr(parameter, "type_descriptor", None)
+    descriptor: Any = getattr(parameter, "type_descriptor", None)
     told = getattr(descriptor, "parameter_info", None)
     if told is None or told.parser is not None or getattr(told, "click_type", None) is not None:
         return None

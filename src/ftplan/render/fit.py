@@ -127,7 +127,7 @@ def render(answer: FitReport, *, width: int = 80, colour: bool = False) -> str:
         _cards(page, (answer.fewest,))
     show_remedies(page, answer.remedies)
     show_findings(page, answer.findings)
-    show_assumptions(page, answer.assumptions)
+    show_assumptions(page, answer.assumptions, explain=True)
     return page.text()
 
 
