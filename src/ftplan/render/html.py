@@ -129,7 +129,7 @@ def _decision(advice: Advice) -> list[str]:
                 f"<tr><td>{escape(share.class_ or '')}<td>{escape(share.kind or 'all')}"
                 f"<td class=n>{'' if share.count is None else share.count}"
                 f"<td class=n>{'' if share.share is None else f'{share.share:.0%}'}{between}"
-                f"<td>{_bar(amount)}</tr>"
+                f"<td width=25%>{_bar(amount)}</tr>"
             )
         parts.append("</table>")
     if advice.next_test is not None:
