@@ -122,12 +122,17 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
     source = CONTRACT if least == 1 else "as many as the parallel degrees need"
     count = filler.fill("hardware.count", hardware.count, least, source)
     replicas = count * nodes // split
+    if (kind := sharding.kind) == "fsdp" and plan.method and (plan.batch.accumulation or 1) > 1:
+        stack = find_stack(plan.stack or "transformers")
+        no_sync = filler.fill(
+            "sharding.no_sync", sharding.no_sync, stack.no_sync, stack.sources.get("no_sync", CONTRACT)
+        )
+        sharding = replace(sharding, no_sync=no_sync)
     if count * nodes % split:
         raise InputError(
             f"{count * nodes} GPUs are no multiple of tp x pp x cp = {split}",
             remedy="make the number of GPUs a multiple of the product of the degrees",
         )
-    kind = sharding.kind
     if kind is None:
         kind = "ddp" if replicas > 1 and plan.method is not None else "none"
         if count * nodes > 1:
@@ -338,6 +343,7 @@ _SHARDED: dict[str, tuple[str, ...]] = {
     "param_dtype": ("fsdp",),
     "reduce_dtype": ("fsdp",),
     "reshard_after_forward": ("fsdp",),
+    "no_sync": ("fsdp",),
     "bucket_elements": _ZERO,
     "auto_buckets": _ZERO,
     "prefetch_elements": ("zero3",),

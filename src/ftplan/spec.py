@@ -221,6 +221,8 @@ class Sharding:
     """FSDP: what gradients are reduced in."""
     reshard_after_forward: bool | None = None
     """FSDP: free the gathered weights between forward and backward."""
+    no_sync: bool | None = None
+    """FSDP: reduce gradients with the last micro batch alone; until then each GPU holds all."""
     use_orig_params: bool | None = None
     """FSDP1: keep the original parameters beside the flat one."""
     offload: Offload | None = None

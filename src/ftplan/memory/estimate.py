@@ -199,7 +199,7 @@ class Structure:
         if job.accumulation > 1:
             static.append(
                 _weights(
-                    _accumulated(job, learned),
+                    _accumulated(job, counted, learned),
                     "gradients/accumulated",
                     "gradients of earlier micro batches",
                 )
@@ -347,11 +347,27 @@ def estimate(job: Job) -> Estimate:
     return Structure(job).at(job.micro, job.seq_len, job.loss_chunk)
 
 
-def _accumulated(job: Job, learned: Counted) -> Counted:
-    """Gradients between micro batches: under ZeRO-2 each rank keeps its own part of them."""
-    if job.sharding.kind != "zero2":
+def _accumulated(job: Job, whole: Counted, learned: Counted) -> Counted:
+    """Gradients between micro batches: under ZeRO-2 each rank keeps its own part of them.
+
+    FSDP keeps shards too, or the host does, or whole gradients where it waits for the last batch.
+    """
+    spec = job.sharding
+    if spec.kind == "zero2":
+        return [(_shard(p, spec.world), times, matrix) for p, times, matrix in learned]
+    if spec.kind != "fsdp":
         return learned
-    return [(_shard(p, job.sharding.world), times, matrix) for p, times, matrix in learned]
+    if not spec.no_sync:
+        return [] if spec.offload == "params" else learned
+    return [
+        (_as(p, spec.reduce_dtype or spec.param_dtype or p.dtype), times, matrix)
+        for p, times, matrix in whole
+        if p.trainable
+    ]
+
+
+def _as(parameter: Parameter, dtype: str) -> Parameter:
+    return Parameter(parameter.name, parameter.shape, dtype, True)
 
 
 def _is_base(parameter: Parameter) -> bool:

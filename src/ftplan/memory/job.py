@@ -48,6 +48,8 @@ class ShardingSpec:
     param_dtype: str | None = None
     reduce_dtype: str | None = None
     reshard_after_forward: bool = True
+    no_sync: bool = False
+    """Gradients are reduced with the last micro batch alone."""
     wrap: Literal["block", "model"] = "block"
     offload: Literal["none", "optimizer", "params", "activations", "nvme"] = "none"
     tp: int = 1

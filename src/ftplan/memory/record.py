@@ -123,6 +123,7 @@ class _Recorder:
                 root.times.update(stage.stack.times())
                 root.parameters += stage.stack.parameters()
         self.units.append(root)
+        fsdp.adopt(root)
 
     def begin_root(self) -> None:
         """Gather what belongs to no block."""
@@ -143,6 +144,7 @@ class _Recorder:
             return run(block, x, shared)
         unit = Unit("block", [p for _, p in block.named_parameters()])
         self.units.append(unit)
+        self.fsdp.adopt(unit)
         self.fsdp.begin_forward(unit)
         out = run(block, self.fsdp.enter(unit, x), shared)
         self.fsdp.end_forward(unit)

@@ -138,6 +138,12 @@ class Tape:
         self.events.append(index)
         return Storage(self, index)
 
+    def before(self, size: Size, label: Label) -> Storage:
+        """A storage that was there before the tape began: static bytes that may be freed on it."""
+        self.sizes.append(size)
+        self.labels.append(label)
+        return Storage(self, len(self.sizes))
+
     def hold(self, x: Tensor) -> Tensor | None:
         """What a Python function keeps as an attribute instead of ``save_for_backward``.
 

@@ -21,6 +21,9 @@ __all__ = ["Zero", "bucket_bytes", "live_bytes", "partition"]
 class Zero(Fsdp):
     """Hooks of ZeRO-2 and ZeRO-3: gradients are partitioned when a block's backward ends."""
 
+    def adopt(self, unit: Unit) -> None:
+        """ZeRO partitions the gradients of every micro batch."""
+
     def begin_forward(self, unit: Unit) -> None:
         """Weights are there (stage 2), or counted as live parameters (stage 3)."""
 

@@ -173,7 +173,7 @@ def trace_job(
                 trainable = _count(model, trained=True)
                 model = shard(model, job, mesh)
                 gc.collect()
-                _mark_model(ledger, model)
+                _mark_model(ledger, model, offloaded=job.offload == "params")
                 with around(model) if around else contextlib.nullcontext():
                     forward_end = _run(job, model, reference, ledger, say, full)
     return _result(model, ledger, forward_end, total, trainable)
@@ -213,7 +213,7 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(level)
 
 
-def _mark_model(ledger: Ledger, model: Any) -> None:
+def _mark_model(ledger: Ledger, model: Any, *, offloaded: bool) -> None:
     ledger.mark(model.buffers(), "buffers")
     ledger.mark(model.__dict__.get("_ddp_buckets", ()), "buckets")
     for name, parameter in model.named_parameters():
@@ -227,6 +227,8 @@ def _mark_model(ledger: Ledger, model: Any) -> None:
         entry = ledger.entry_of(local(parameter))
         if entry is not None:
             entry.module = name
+            if offloaded:
+                ledger.forget(local(parameter))
 
 
 def _run(
@@ -276,7 +278,10 @@ def _one_step(
 ) -> int:
     forward_end = 0
     # with accumulation the second micro batch meets the gradients of the first; more add nothing
-    for _ in range(min(job.accumulation, 2)):
+    batches = min(job.accumulation, 2)
+    for number in range(batches):
+        if job.no_sync:
+            model.set_requires_gradient_sync(number == batches - 1)
         say(f"step {step}: forward")
         gc.collect()
         ledger.enter("forward", step)
@@ -297,7 +302,8 @@ def _one_step(
     say(f"step {step}: optimizer")
     gc.collect()
     ledger.enter("step", step)
-    _update(job, model, optimizer, ledger)
+    with ledger.on_host() if job.offload == "params" else contextlib.nullcontext():
+        _update(job, model, optimizer, ledger)
     ledger.enter("zero_grad", step)
     optimizer.zero_grad(set_to_none=True)
     ledger.enter("end", step + 1)

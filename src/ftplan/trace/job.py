@@ -74,6 +74,8 @@ class Job:
     reduce_dtype: str
     reshard_after_forward: bool
     offload: str
+    dp_replicate: int
+    no_sync: bool
 
     @property
     def quantized(self) -> bool:
@@ -106,11 +108,12 @@ def _refuse(plan: Plan) -> None:
             f"tracing the stack {stack!r}, whose model code is its own,",
             remedy=f"trace one of {', '.join(HF_STACKS)}",
         )
-    for name in ("tp", "pp", "cp", "ep", "dp_replicate"):
+    for name in ("tp", "pp", "cp", "ep"):
         if (getattr(sharding, name) or 1) > 1:
             raise UnsupportedError(f"tracing sharding.{name}", remedy="leave it at 1")
-    if (sharding.offload or "none") != "none":
-        raise UnsupportedError("tracing offload", remedy="trace with offload: none")
+    offload = sharding.offload or "none"
+    if offload not in ("none", "params") or (offload == "params" and sharding.kind != "fsdp"):
+        raise UnsupportedError(f"tracing offload of {offload}", remedy="trace offload: none")
     if (plan.kernels or "none") != "none":
         raise UnsupportedError(
             f"tracing {plan.kernels} kernels, which run on a GPU only,",
@@ -206,6 +209,8 @@ def resolve(plan: Plan) -> Job:
             True if sharding.reshard_after_forward is None else sharding.reshard_after_forward
         ),
         offload=sharding.offload or "none",
+        dp_replicate=sharding.dp_replicate or 1,
+        no_sync=bool(sharding.no_sync),
     )
 
 

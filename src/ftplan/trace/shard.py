@@ -52,11 +52,38 @@ def distributed(job: Job, ledger: Ledger) -> Iterator[Any]:
         ledger.resize(storage, size)
         return result
 
+    replicas = job.dp_replicate
+    shape = (replicas, job.world // replicas) if replicas > 1 else (job.world,)
+    names = ("replicate", "shard")[-len(shape) :]
     try:
-        with patched(torch.UntypedStorage, "resize_", resize):
-            yield init_device_mesh("cpu", (job.world,))
+        with patched(torch.UntypedStorage, "resize_", resize), _two_memories(job, ledger):
+            yield init_device_mesh("cpu", shape, mesh_dim_names=names)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _two_memories(job: Job, ledger: Ledger) -> Iterator[None]:
+    """FSDP2's copies between host and device, which are one memory where all tensors are cpu's.
+
+    FSDP2 alone passes ``non_blocking``: what the ledger knows is on the device and goes to the
+    host, anything else comes from there.
+    """
+    if job.offload != "params":
+        yield
+        return
+    original = torch.Tensor.to
+
+    def to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if "non_blocking" not in kwargs or not isinstance(args[0], torch.device):
+            return original(tensor, *args, **kwargs)
+        if ledger.entry_of(local(tensor)) is None:
+            return torch.empty_like(tensor)
+        with ledger.on_host():
+            return torch.empty_like(tensor)
+
+    with patched(torch.Tensor, "to", to):
+        yield
 
 
 def _dtype(name: str) -> Any:
@@ -70,8 +97,14 @@ def shard(model: Any, job: Job, mesh: Any) -> Any:
         return model
     if job.sharding != "fsdp" or job.world == 1:
         return model
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
 
+    offload = CPUOffloadPolicy(pin_memory=False) if job.offload == "params" else OffloadPolicy()
     policy = MixedPrecisionPolicy(
         param_dtype=_dtype(job.param_dtype),
         reduce_dtype=_dtype(job.reduce_dtype),
@@ -80,10 +113,10 @@ def shard(model: Any, job: Job, mesh: Any) -> Any:
     if job.wrap == "block":
         for block in _units(model):
             fully_shard(
-                block, mesh=mesh, mp_policy=policy,
+                block, mesh=mesh, mp_policy=policy, offload_policy=offload,
                 reshard_after_forward=job.reshard_after_forward,
             )  # fmt: skip
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     return model
 
 
