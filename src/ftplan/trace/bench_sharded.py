@@ -44,11 +44,39 @@ SHARDED_REGIMES: dict[str, Mapping] = {
     },
     "fsdp2-full-accumulated": {
         "method": FULL, "precision": AMP, "batch": {"accumulation": 4},
-        "gradient_checkpointing": True,
+        "sharding": {"no_sync": False}, "gradient_checkpointing": True,
     },
     "fsdp2-lora-mixed": {
         "method": LORA, "precision": {"weights": "bf16", "mixed": "bf16"},
         "gradient_checkpointing": True,
+    },
+    "fsdp2-full-hybrid": {
+        "method": FULL, "precision": {"weights": "fp32", "mixed": "no"},
+        "sharding": {"param_dtype": "bf16", "reduce_dtype": "bf16", "dp_replicate": 2},
+    },
+    "fsdp2-full-offloaded": {
+        "method": FULL, "precision": AMP, "sharding": {"offload": "params"},
+        "gradient_checkpointing": True,
+    },
+    "fsdp2-full-not-synced": {
+        "method": FULL, "precision": BF16, "batch": {"accumulation": 4},
+        "sharding": {"no_sync": True}, "gradient_checkpointing": True,
+    },
+    "fsdp2-qlora": {
+        "method": {**LORA, "kind": "qlora", "prepare_kbit": False, "double_quant": False},
+        "precision": {"weights": "nf4", "mixed": "bf16"}, "gradient_checkpointing": True,
+    },
+    "fsdp2-lora-hybrid": {
+        "method": LORA, "precision": BF16, "sharding": {"dp_replicate": 2},
+        "gradient_checkpointing": True,
+    },
+    "fsdp2-lora-offloaded": {
+        "method": LORA, "precision": BF16, "sharding": {"offload": "params"},
+    },
+    "fsdp2-full-fp32-not-synced": {
+        "method": FULL, "precision": {"weights": "fp32", "mixed": "no"},
+        "batch": {"accumulation": 2}, "gradient_checkpointing": True,
+        "sharding": {"param_dtype": "bf16", "reduce_dtype": "fp32", "no_sync": True},
     },
     "ddp-full": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
     "ddp-lora": {"method": LORA, "precision": BF16},
@@ -58,11 +86,12 @@ SHARDED_REGIMES: dict[str, Mapping] = {
 ARCHITECTURES = (
     "llama-3.1-8b", "llama-2-7b", "qwen2.5-7b", "mistral-7b-v0.1", "pythia-1.4b", "opt-1.3b",
     "mixtral-8x7b", "smollm2-1.7b", "qwen3-4b", "qwen3-8b", "phi-3-mini", "olmo-2-7b",
-    "granite-3.1-2b", "tinyllama-1.1b", "qwen3-30b-a3b", "llama-3.1-70b", "gpt2-xl",
+    "granite-3.1-2b", "tinyllama-1.1b", "qwen3-30b-a3b", "llama-3.1-70b", "gpt2-xl", "t5-base", "gemma-2-2b",
+    "gpt-oss-20b", "deepseek-v2-lite", "olmoe-1b-7b", "llama-3.2-1b", "qwen2.5-0.5b", "falcon-7b",
 )  # fmt: skip
-WORLDS = (8, 2, 4, 16, 32)
+WORLDS = (8, 2, 4, 16, 32, 64)
 SHAPES = ((1, 1024), (2, 512), (1, 2048), (4, 512), (2, 1024))
-JOBS_PER_ARCHITECTURE = 5
+JOBS_PER_ARCHITECTURE = 6
 
 
 def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, int]]:
@@ -76,6 +105,8 @@ def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, 
         micro, seq_len = SHAPES[(index + 2 * number) % len(SHAPES)]
         world = WORLDS[(index + number) % len(WORLDS)]
         more = SHARDED_REGIMES[regime]
+        if (more.get("sharding") or {}).get("dp_replicate"):
+            world = max(world, 4)
         kind = regime.partition("-")[0]
         sharding: Mapping = {"kind": "ddp"}
         if kind == "fsdp2":

@@ -214,7 +214,7 @@ class Ledger(TorchDispatchMode):
     def _see(self, tensor: Any, func: Any) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._by_storage:
+        if key in self._by_storage or tensor.device.type == "meta":
             return
         size = 0 if self._on_host else storage.nbytes()
         entry = self._born(
