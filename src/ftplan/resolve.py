@@ -346,6 +346,8 @@ _SHARDED: dict[str, tuple[str, ...]] = {
     "no_sync": ("fsdp",),
     "bucket_elements": _ZERO,
     "auto_buckets": _ZERO,
+    "overlap_comm": _ZERO,
+    "sub_group_elements": ("zero3",),
     "prefetch_elements": ("zero3",),
     "max_live_elements": ("zero3",),
     "persistence_elements": ("zero3",),

@@ -239,6 +239,10 @@ class Sharding:
     """Hybrid sharding: how many replicas of the sharded group."""
     bucket_elements: int | None = None
     """DeepSpeed: `reduce_bucket_size`. DDP counts bytes instead: `bucket_bytes`."""
+    overlap_comm: bool | None = None
+    """DeepSpeed: `overlap_comm`; ZeRO-1 and 2 then hold two buckets."""
+    sub_group_elements: int | None = None
+    """DeepSpeed ZeRO-3: `sub_group_size`, what is updated at once."""
     bucket_bytes: int | None = None
     """DDP: `bucket_cap_mb`, in bytes."""
     auto_buckets: bool | None = None

@@ -18,7 +18,7 @@ from ftplan.memory.record import record_evaluation, record_serving, record_step
 from ftplan.memory.replay import Alive, Program
 from ftplan.memory.tape import ITEM_BYTES, Label, Parameter
 from ftplan.memory.tasks import Objective, objective_of
-from ftplan.memory.zero import bucket_bytes, live_bytes, partition
+from ftplan.memory.zero import Layout, layout_of, partition, step_temporaries
 
 __all__ = ["Estimate", "StaticTerm", "Structure", "estimate"]
 
@@ -83,32 +83,45 @@ def main_weights(updated: Counted) -> StaticTerm:
     )
 
 
-def zero_terms(job: Job, whole: Counted, updated: Counted) -> list[StaticTerm]:
-    """What ZeRO adds: main weights, buckets, gathered weights."""
+def zero_terms(job: Job, updated: Counted, layout: Layout) -> list[StaticTerm]:
+    """What ZeRO adds for good: main weights, stage 3's bucket and gradients."""
     spec = job.sharding
-    trained = [entry for entry in whole if entry[0].trainable]
-    terms = [main_weights(updated)]
-    terms.append(
-        StaticTerm(
-            name="runtime/reduce_buckets",
-            bytes=bucket_bytes(spec, trained),
-            formula=f"2 x {spec.bucket_elements:,} elements (or all there are)",
-            source="DeepSpeed: reduce_bucket_size, overlap_comm",
-        )
+    terms = [main_weights(updated)] if spec.offload in ("none", "activations") else []
+    bucket = StaticTerm(
+        name="runtime/reduce_buckets",
+        bytes=spec.bucket_elements * layout.item,
+        formula=f"{spec.bucket_elements:,} elements x {layout.item} bytes",
+        source="DeepSpeed: reduce_bucket_size",
     )
-    if spec.kind == "zero3":
+    if spec.kind == "zero1" and job.accumulation > 1 and not spec.overlap_comm:
+        terms.append(bucket)
+    if spec.kind != "zero3":
+        if spec.offload == "optimizer":
+            terms.append(
+                StaticTerm(
+                    name="runtime/offload_buffer",
+                    bytes=layout.largest * layout.item,
+                    formula=f"{layout.largest:,} elements of the largest gradient",
+                    source="DeepSpeed stage_1_and_2.py: temp_grad_buffer_for_gpu_offload",
+                )
+            )
+        return terms
+    terms.append(bucket)
+    if spec.offload in ("none", "activations"):
         terms.append(
             StaticTerm(
-                name="weights/gathered",
-                bytes=live_bytes(spec, whole),
-                formula=f"{spec.max_live_elements:,} live + {spec.prefetch_elements:,} ahead",
-                source="DeepSpeed: stage3_max_live_parameters, stage3_prefetch_bucket_size",
+                name="gradients/partition",
+                bytes=layout.part * layout.item,
+                formula=f"{layout.part:,} elements x {layout.item} bytes",
+                source="DeepSpeed stage3.py: grad_partitions_flat_buffer",
             )
         )
     return terms
 
 
-def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]:
+def static_terms(
+    job: Job, counted: Counted, whole: Counted, layout: Layout | None = None
+) -> list[StaticTerm]:
     """Weights, adapters and optimizer states. ``whole``: before anything was sharded."""
     frozen = [entry for entry in counted if not entry[0].trainable]
     learned = [entry for entry in counted if entry[0].trainable]
@@ -123,11 +136,11 @@ def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]
     trained = sum(parameter.numel * times for parameter, times, _ in learned)
     states = " + ".join(f"{s.name} ({s.dtype}, {s.shape})" for s in job.optimizer.states)
     updated, parts = learned, ""
-    if job.sharding.kind.startswith("zero"):
+    if layout is not None:
         ranks = job.sharding.world
         updated = [(partition(p, ranks), times, m) for p, times, m in whole if p.trainable]
         parts = f" in fp32 / {ranks} GPUs"
-        terms += zero_terms(job, whole, updated)
+        terms += zero_terms(job, updated, layout)
     elif job.main_weights:
         terms.append(main_weights([(partition(p, 1), n, m) for p, n, m in learned]))
         updated = [(partition(p, 1), times, m) for p, times, m in learned]
@@ -181,7 +194,9 @@ class Structure:
         ranks = shard_ranks(job.sharding)
         local = [(_shard(p, ranks), times, matrix) for p, times, matrix in counted]
         learned = [entry for entry in local if entry[0].trainable]
-        static = static_terms(job, local, counted)
+        is_zero = job.sharding.kind.startswith("zero")
+        layout = layout_of(network, job.sharding) if is_zero else None
+        static = static_terms(job, local, counted, layout)
         if network.buffer_bytes:
             static.append(
                 StaticTerm(
@@ -199,7 +214,7 @@ class Structure:
         if job.accumulation > 1:
             static.append(
                 _weights(
-                    _accumulated(job, counted, learned),
+                    _accumulated(job, counted, learned, layout),
                     "gradients/accumulated",
                     "gradients of earlier micro batches",
                 )
@@ -208,6 +223,11 @@ class Structure:
         self.static_bytes = sum(term.bytes for term in static)
         in_backward = job.optimizer.in_backward
         self.step_bytes = 0 if in_backward else step_bytes(job.optimizer, learned)
+        if layout is not None:
+            ranks = job.sharding.world
+            parts = [(partition(p, ranks), n, m) for p, n, m in counted if p.trainable]
+            needs = step_bytes(job.optimizer, parts)
+            self.step_bytes = step_temporaries(job.sharding, layout, needs)
         self.network = network
         self.counted = counted
         self.program = program_of(job, network, objective)
@@ -347,14 +367,17 @@ def estimate(job: Job) -> Estimate:
     return Structure(job).at(job.micro, job.seq_len, job.loss_chunk)
 
 
-def _accumulated(job: Job, whole: Counted, learned: Counted) -> Counted:
-    """Gradients between micro batches: under ZeRO-2 each rank keeps its own part of them.
+def _accumulated(job: Job, whole: Counted, learned: Counted, layout: Layout | None) -> Counted:
+    """Gradients between micro batches: under ZeRO each rank keeps those that it owns.
 
     FSDP keeps shards too, or the host does, or whole gradients where it waits for the last batch.
     """
     spec = job.sharding
-    if spec.kind == "zero2":
-        return [(_shard(p, spec.world), times, matrix) for p, times, matrix in learned]
+    if layout is not None and (spec.kind != "zero1" or spec.overlap_comm):
+        if spec.kind == "zero3" or spec.offload in ("optimizer", "nvme"):
+            return []  # in the partition's own buffer, or on the host
+        dtype = next(name for name in ("bf16", "fp32") if ITEM_BYTES[name] == layout.item)
+        return [(Parameter("own part", (max(layout.owned, layout.first_owned),), dtype, True), 1, False)]
     if spec.kind != "fsdp":
         return learned
     if not spec.no_sync:
@@ -406,7 +429,7 @@ def _step_of(job: Job) -> Callable[[Parameter], int] | None:
 
 def program_of(job: Job, network: Network, objective: Objective) -> Program:
     """Record the job's step."""
-    sharding = job.sharding if job.sharding.kind in ("fsdp", "zero2", "zero3") else None
+    sharding = job.sharding if job.sharding.kind not in ("none", "ddp") else None
     if sharding is not None and sharding.kind == "fsdp":
         for parameter, _, _ in counted_parameters(network):
             parameter.stored = parameter.dtype

@@ -48,6 +48,8 @@ class Unit:
     reduced: bool = False
     accumulated: list[Storage] = field(default_factory=list)
     """Whole gradients of earlier micro batches, in the dtype that they will be reduced in."""
+    place: int | str | None = None
+    """The layer, where it is recorded by itself; else it stands for others too."""
     times: dict[int, int] = field(default_factory=dict)
     """How many tensors of the model a parameter stands for, where that is not one."""
 
@@ -98,6 +100,14 @@ class Fsdp:
         unit.gathered = [
             self._allocate(self._total(unit, (p,)), "weights") for p in unit.parameters
         ]
+
+    def place(self, layer: int, count: int) -> int | str | None:
+        """Blocks that are recorded by themselves: the first and the last."""
+        return layer if layer in (0, count - 1) else None
+
+    def begin_model(self, root: Unit) -> None:
+        """The root's ``pre_forward``."""
+        self.begin_forward(root)
 
     def adopt(self, unit: Unit) -> None:
         """Whole gradients that earlier micro batches left, where they are not reduced each time.

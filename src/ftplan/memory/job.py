@@ -58,6 +58,8 @@ class ShardingSpec:
     ep: int = 1
     dp_replicate: int = 1
     bucket_elements: int = 500_000_000
+    overlap_comm: bool = False
+    sub_group_elements: int = 1_000_000_000
     prefetch_elements: int = 50_000_000
     max_live_elements: int = 1_000_000_000
     persistence_elements: int = 100_000

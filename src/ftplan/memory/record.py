@@ -32,7 +32,7 @@ from ftplan.memory.tape import (
     backward,
 )
 from ftplan.memory.tasks import Objective
-from ftplan.memory.zero import Zero
+from ftplan.memory.zero import Zero, layout_of
 
 __all__ = ["Recording", "Segment", "record_evaluation", "record_serving", "record_step"]
 
@@ -109,6 +109,8 @@ class _Recorder:
         self.start = 0
         self.fsdp: Fsdp | None = None
         self.units: list[Unit] = []
+        self.place: int | str | None = None
+        """Of the block that is recorded next (:meth:`Fsdp.place`)."""
         self.copies: list[Module] = []
         """Blocks beside the network's own: the real model holds them, and with them their
         gradients, so no garbage collection may take them while the step is recorded."""
@@ -128,7 +130,7 @@ class _Recorder:
     def begin_root(self) -> None:
         """Gather what belongs to no block."""
         if self.fsdp is not None:
-            self.fsdp.begin_forward(self.units[0])
+            self.fsdp.begin_model(self.units[0])
 
     def end_root(self, loss: Tensor) -> Tensor:
         """The model's forward is over."""
@@ -142,7 +144,7 @@ class _Recorder:
         run = _checkpoint if checkpointed else _run
         if self.fsdp is None or self.fsdp.spec.wrap == "model":
             return run(block, x, shared)
-        unit = Unit("block", [p for _, p in block.named_parameters()])
+        unit = Unit("block", [p for _, p in block.named_parameters()], place=self.place)
         self.units.append(unit)
         self.fsdp.adopt(unit)
         self.fsdp.begin_forward(unit)
@@ -201,8 +203,7 @@ def record_step(
     tape = recorder.tape
     tape.step_of = step_of
     if sharding is not None:
-        kind = Fsdp if sharding.kind == "fsdp" else Zero
-        recorder.shard(kind(tape, sharding, accumulated=accumulated))
+        recorder.shard(_sharded(network, tape, sharding, accumulated=accumulated))
     elif accumulated:
         _hold_gradients(network, tape)
     if objective is not None and objective.before:
@@ -238,6 +239,12 @@ def record_step(
         _run_backward(recorder, root)
     recorder.end_step(shared)
     return recorder.recording
+
+
+def _sharded(network: Network, tape: Tape, spec: ShardingSpec, *, accumulated: bool) -> Fsdp:
+    if spec.kind == "fsdp":
+        return Fsdp(tape, spec, accumulated=accumulated)
+    return Zero(tape, spec, layout_of(network, spec), accumulated=accumulated)
 
 
 def record_serving(network: Network, env: Environment) -> Recording:
@@ -377,8 +384,8 @@ def _run_stage(
     seen: dict[tuple[Hashable, ...], int] = {}
     for layer, kind in enumerate(stage.stack.pattern):
         checkpointed = checkpoint_every > 0 and layer % checkpoint_every == 0
-        edge = layer if recorder.fsdp and layer in (0, stage.stack.count - 1) else None
-        key = (kind, x.requires_grad, checkpointed, edge)
+        recorder.place = recorder.fsdp.place(layer, stage.stack.count) if recorder.fsdp else None
+        key = (kind, x.requires_grad, checkpointed, recorder.place)
         last = len(recorder.network.stages) > 1 and _is_last(stage.stack, layer)
         if key in seen and not last:
             order.append(seen[key])

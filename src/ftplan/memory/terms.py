@@ -18,7 +18,7 @@ _GROUPS = {
     "logits": ("logits", "the head and the loss"),
     "gradients": ("gradients", "gradients that have arrived"),
     "temporary": ("temporary", "needed for a moment"),
-    "gathered": ("temporary/gathered", "weights or gradients of a unit, gathered by FSDP"),
+    "gathered": ("temporary/gathered", "weights or gradients gathered from all ranks"),
 }
 _SYMBOLS = ("", "seq", "micro", "tokens", "micro x seq^2", "seq^2", "chunk tokens")
 

@@ -26,7 +26,8 @@ import contextlib
 import gc
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,7 +130,12 @@ def trace(
     optimizer its states: the same peak in twice the time.
     """
     job = resolve(plan)
-    return trace_job(job, config, layers=layers, full=full, progress=progress)
+    ranks = [0, job.world - 1] if job.sharding in ("zero1", "zero2") else [0]
+    results = [
+        trace_job(replace(job, traced_rank=rank), config, layers=layers, full=full, progress=progress)
+        for rank in ranks
+    ]
+    return max(results, key=lambda result: result.allocated_bytes)
 
 
 def trace_job(
@@ -173,6 +179,11 @@ def trace_job(
                 trainable = _count(model, trained=True)
                 model = shard(model, job, mesh)
                 gc.collect()
+                if job.sharding.startswith("zero"):
+                    from ftplan.trace.zero import run_steps
+
+                    forward_end = run_steps(job, model, ledger, partial(_mark_model, ledger))
+                    return _result(model, ledger, forward_end, total, trainable)
                 _mark_model(ledger, model, offloaded=job.offload == "params")
                 with around(model) if around else contextlib.nullcontext():
                     forward_end = _run(job, model, reference, ledger, say, full)
@@ -213,7 +224,7 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(level)
 
 
-def _mark_model(ledger: Ledger, model: Any, *, offloaded: bool) -> None:
+def _mark_model(ledger: Ledger, model: Any, *, offloaded: bool = False) -> None:
     ledger.mark(model.buffers(), "buffers")
     ledger.mark(model.__dict__.get("_ddp_buckets", ()), "buckets")
     for name, parameter in model.named_parameters():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftplan.errors import UnsupportedError
-from ftplan.spec import Plan
+from ftplan.spec import Plan, Sharding
 
 __all__ = ["HF_STACKS", "Job", "plan_from", "resolve"]
 
@@ -76,6 +76,10 @@ class Job:
     offload: str
     dp_replicate: int
     no_sync: bool
+    zero: dict[str, Any]
+    """DeepSpeed's ``zero_optimization``."""
+    traced_rank: int = 0
+    """The rank that is traced."""
 
     @property
     def quantized(self) -> bool:
@@ -211,7 +215,22 @@ def resolve(plan: Plan) -> Job:
         offload=sharding.offload or "none",
         dp_replicate=sharding.dp_replicate or 1,
         no_sync=bool(sharding.no_sync),
+        zero=_zero(sharding),
     )
+
+
+def _zero(sharding: Sharding) -> dict[str, Any]:
+    """What a plan says of ZeRO, in DeepSpeed's words."""
+    given = {
+        "stage": int(sharding.kind[-1]) if sharding.kind and sharding.kind[:4] == "zero" else 0,
+        "reduce_bucket_size": sharding.bucket_elements,
+        "overlap_comm": sharding.overlap_comm,
+        "sub_group_size": sharding.sub_group_elements,
+        "stage3_prefetch_bucket_size": sharding.prefetch_elements,
+        "stage3_max_live_parameters": sharding.max_live_elements,
+        "stage3_param_persistence_threshold": sharding.persistence_elements,
+    }
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def plan_from(mapping: dict[str, Any]) -> Plan:

@@ -34,6 +34,9 @@ def distributed(job: Job, ledger: Ledger) -> Iterator[Any]:
     if job.world == 1 or job.sharding == "none":
         yield None
         return
+    if job.sharding.startswith("zero"):  # DeepSpeed makes its own (ftplan.trace.zero)
+        yield None
+        return
     if job.sharding not in ("fsdp", "ddp") or (job.sharding == "fsdp" and job.fsdp_version != 2):
         raise UnsupportedError(
             f"tracing {job.sharding}" + (" version 1" if job.sharding == "fsdp" else ""),
