@@ -151,17 +151,6 @@ def _host_findings(
                 help="save the weights or the adapter alone (save_only_model), or add disk",
             )
         )
-    sharding = resolved.plan.sharding
-    if sharding.kind == "fsdp" and sharding.version == 1:
-        findings.append(
-            Finding(
-                code="FIT004",
-                severity="warning",
-                message="FSDP1 is sized as FSDP2: its flat parameters also take gradients of "
-                "frozen weights in a unit that trains anything",
-                help="use fsdp_version: 2, or leave headroom",
-            )
-        )
     return tuple(findings)
 
 

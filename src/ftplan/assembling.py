@@ -46,7 +46,9 @@ def job_of(resolved: Resolved) -> Job:
     # neither autocasts
     policy = plan.sharding.kind == "fsdp" and plan.sharding.version != 1
     autocast = None if policy or engine is not None else mixed
-    sharding = _sharding(plan, resolved.config)
+    sharding = replace(
+        _sharding(plan, resolved.config), adapters_apart=stack.name != "pytorch"
+    )
     environment = Environment(
         autocast=autocast,
         attention=plan.attention or "sdpa",

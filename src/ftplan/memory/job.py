@@ -51,6 +51,8 @@ class ShardingSpec:
     no_sync: bool = False
     """Gradients are reduced with the last micro batch alone."""
     wrap: Literal["block", "model"] = "block"
+    adapters_apart: bool = True
+    """FSDP1: adapters are units of their own (PEFT's wrapping policy, which Trainer asks for)."""
     offload: Literal["none", "optimizer", "params", "activations", "nvme"] = "none"
     tp: int = 1
     pp: int = 1

@@ -15,6 +15,7 @@ from typing import Any
 from ftplan.memory import ops
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.env import Environment
+from ftplan.memory.flat import Flat
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.loss import classify_loss, compute_loss, model_outputs
@@ -243,7 +244,8 @@ def record_step(
 
 def _sharded(network: Network, tape: Tape, spec: ShardingSpec, *, accumulated: bool) -> Fsdp:
     if spec.kind == "fsdp":
-        return Fsdp(tape, spec, accumulated=accumulated)
+        kind = Flat if spec.version == 1 else Fsdp
+        return kind(tape, spec, accumulated=accumulated)
     return Zero(tape, spec, layout_of(network, spec), accumulated=accumulated)
 
 

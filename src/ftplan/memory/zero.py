@@ -19,7 +19,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ftplan.memory.fsdp import ACCUMULATED, Fsdp, Unit
+from ftplan.dtypes import find_format
+from ftplan.memory.fsdp import ACCUMULATED, BUFFERS, Fsdp, Unit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Network
 from ftplan.memory.prepare import counted_parameters
@@ -51,6 +52,10 @@ class Layout:
     """The largest gradient."""
     quiet: int
     """Blocks before the last one whose gradients still go into the first bucket."""
+    block: int
+    """One block."""
+    calm: int
+    """Blocks whose gradients go into one later bucket, at least."""
     live_bytes: int
     """Stage 3: bytes of the weights that are gathered at once."""
     first: int
@@ -94,22 +99,27 @@ def layout_of(network: Network, spec: ShardingSpec) -> Layout:
         if spec.kind == "zero3"
         else largest_slice,
         largest=max((p.numel for p in trained), default=0),
-        quiet=_quiet(network, spec.bucket_elements),
+        quiet=_blocks(network, spec.bucket_elements, first=True),
+        calm=_blocks(network, spec.bucket_elements, first=False),
+        block=_block(network),
         live_bytes=live_bytes(spec, counted_parameters(network)),
         first=_first_fill([*groups[0], *groups[1]], spec.bucket_elements),
     )
 
 
-def _quiet(network: Network, bucket: int) -> int:
-    """How many blocks before the last one are done before a bucket is full."""
-    stack = network.stages[-1].stack
+def _blocks(network: Network, bucket: int, *, first: bool) -> int:
+    """Blocks that are done while a bucket fills; the first one has the head and a block in it."""
     head = [p.numel for _, p in network.named_parameters() if p.trainable and not p.embedding]
-    filled = sum(size for size in head if size <= bucket)
-    blocks = [p.numel for p in stack.parameters() if p.trainable]
-    block = sum(blocks) // max(1, len(stack.kinds))
-    if not block or max(blocks) > bucket:
-        return 0 if block else stack.count
+    filled = sum(size for size in head if size <= bucket) if first else 0
+    block = _block(network)
+    if not block:
+        return network.stages[-1].stack.count
     return max(0, (bucket - filled) // block - 1)
+
+
+def _block(network: Network) -> int:
+    stack = network.stages[-1].stack
+    return sum(p.numel for p in stack.parameters() if p.trainable) // max(1, len(stack.kinds))
 
 
 def _first_fill(sizes: Iterable[int], bucket: int) -> int:
@@ -140,7 +150,7 @@ class Zero(Fsdp):
         self._buckets: list[Storage] = []
         self._parts: list[Storage] = []
         self._filled = 0
-        self._turn = 0
+        self._turn = self._quiet = 0
         self._live: list[Storage] = []
         tape.step_of = self._arrive
 
@@ -150,9 +160,10 @@ class Zero(Fsdp):
         Those after it are ``quiet``: no bucket is reduced while they run backward.
         """
         self._turn = max(0, count - 2 - self.layout.quiet)
+        self._quiet = count - 2 - self._turn
         if layer in (0, self._turn, count - 1):
             return layer
-        return "quiet" if layer > self._turn else None
+        return "quiet" if layer >= self._turn - self.layout.calm else None
 
     def adopt(self, unit: Unit) -> None:
         """Know the unit of each gradient; stage 1 adds to those of earlier micro batches."""
@@ -181,7 +192,7 @@ class Zero(Fsdp):
 
     def end_backward(self, unit: Unit) -> None:
         """Gradients have gone as they arrived."""
-        if unit.place == self._turn and not self.waits:
+        if unit.place == self._turn > 0 and not self.waits:
             self._own_part()
 
     def _arrive(self, parameter: Parameter) -> int | None:
@@ -190,11 +201,13 @@ class Zero(Fsdp):
         if self.waits:
             return None
         filled = self._reduced_now(parameter)
-        if filled and not self._repeats(parameter):
-            self._own_part(first=parameter.embedding)
         needs = filled * self.layout.item
         if filled and self.spec.offload in ("optimizer", "params", "nvme"):
             needs = max(needs, 8 * self.layout.slice)  # the norm is taken as gradients leave
+        if filled and not self._repeats(parameter):
+            self._named(ONE * needs, "gradients to reduce")  # gone before the rank's own are kept
+            self._own_part(first=parameter.embedding)
+            return 0
         return needs
 
     def _reduced_now(self, parameter: Parameter) -> int:
@@ -209,6 +222,9 @@ class Zero(Fsdp):
         unit = self._unit_of.get(id(parameter))
         if unit is not None and unit.place == "quiet":
             return 0
+        if unit is not None and unit.place == self._turn:  # those after it have gone before
+            self._filled += self._quiet * self.layout.block
+            self._quiet = 0
         if self._repeats(parameter):
             return bucket if self.layout.total > bucket else 0
         filled = self._filled if self._filled + size > bucket else 0
@@ -298,12 +314,26 @@ def live_bytes(spec: ShardingSpec, counted: Sequence[tuple[Parameter, int, bool]
     Each module that runs fetches ``stage3_prefetch_bucket_size`` elements more, so that there are
     soon as many as ``stage3_max_live_parameters`` lets there be.
     """
-    plain = [(p, times) for p, times, _ in counted if p.dtype in ITEM_BYTES]
-    elements = sum(parameter.numel * times for parameter, times in plain)
-    item = max((ITEM_BYTES[parameter.dtype] for parameter, _ in plain), default=2)
-    # weights below the threshold are gathered once and stay
-    stay = sum(p.numel * times for p, times in plain if p.numel <= spec.persistence_elements)
-    return (stay + min(elements - stay, spec.max_live_elements + spec.prefetch_elements)) * item
+    elements = total = stay = 0
+    for parameter, times, _ in counted:
+        count, item = _stored(parameter)
+        elements += count * times
+        total += count * times * item
+        if count <= spec.persistence_elements:  # gathered once, to stay
+            stay += count * times
+    if not elements:
+        return 0
+    live = stay + min(elements - stay, spec.max_live_elements + spec.prefetch_elements)
+    return total * live // elements
+
+
+def _stored(parameter: Parameter) -> tuple[int, int]:
+    """Elements of a weight as it is stored, and bytes of each: packed values are bytes."""
+    if parameter.dtype.startswith(BUFFERS):
+        return 0, 0
+    if parameter.dtype in ITEM_BYTES:
+        return parameter.numel, ITEM_BYTES[parameter.dtype]
+    return find_format(parameter.dtype).storages(parameter.shape)[0], 1
 
 
 def step_temporaries(spec: ShardingSpec, layout: Layout, optimizer_bytes: int) -> int:

@@ -83,6 +83,43 @@ SHARDED_REGIMES: dict[str, Mapping] = {
 }  # fmt: skip
 """Regimes by name."""
 
+ZERO_REGIMES: dict[str, Mapping] = {
+    "zero2-full": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
+    "zero3-full": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
+    "zero2-lora": {"method": LORA, "precision": AMP, "gradient_checkpointing": True},
+    "zero1-full": {"method": FULL, "precision": AMP},
+    "zero3-lora": {"method": LORA, "precision": BF16, "gradient_checkpointing": True},
+    "zero2-full-overlapped": {
+        "method": FULL, "precision": AMP, "sharding": {"overlap_comm": True},
+    },
+    "zero3-full-small-buckets": {
+        "method": FULL, "precision": AMP, "gradient_checkpointing": True,
+        "sharding": {
+            "bucket_elements": 16_777_216, "prefetch_elements": 15_099_494,
+            "persistence_elements": 40_960,
+        },
+    },
+    "zero2-full-accumulated": {
+        "method": FULL, "precision": BF16, "batch": {"accumulation": 2},
+        "gradient_checkpointing": True,
+    },
+    "zero2-full-small-buckets": {
+        "method": FULL, "precision": BF16, "sharding": {"bucket_elements": 16_777_216},
+    },
+    "zero2-qlora": {
+        "method": {**LORA, "kind": "qlora", "prepare_kbit": True, "double_quant": False},
+        "precision": {"weights": "nf4", "mixed": "bf16"}, "gradient_checkpointing": True,
+    },
+    "zero1-full-accumulated": {
+        "method": FULL, "precision": BF16, "batch": {"accumulation": 2},
+    },
+    "zero3-full-accumulated": {
+        "method": FULL, "precision": {"weights": "fp32", "mixed": "fp16"},
+        "batch": {"accumulation": 2}, "gradient_checkpointing": True,
+    },
+}  # fmt: skip
+"""Regimes of DeepSpeed, which has to be installed to trace them."""
+
 ARCHITECTURES = (
     "llama-3.1-8b", "llama-2-7b", "qwen2.5-7b", "mistral-7b-v0.1", "pythia-1.4b", "opt-1.3b",
     "mixtral-8x7b", "smollm2-1.7b", "qwen3-4b", "qwen3-8b", "phi-3-mini", "olmo-2-7b",
@@ -92,23 +129,29 @@ ARCHITECTURES = (
 WORLDS = (8, 2, 4, 16, 32, 64)
 SHAPES = ((1, 1024), (2, 512), (1, 2048), (4, 512), (2, 1024))
 JOBS_PER_ARCHITECTURE = 6
+ZERO_JOBS_PER_ARCHITECTURE = 2
 
 
 def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, int]]:
     """(regime, plan mapping, layers) of an architecture's sharded jobs."""
     if name not in ARCHITECTURES:
         return
+    yield from _jobs(name, SHARDED_REGIMES, JOBS_PER_ARCHITECTURE)
+    yield from _jobs(name, ZERO_REGIMES, ZERO_JOBS_PER_ARCHITECTURE)
+
+
+def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[str, Mapping, int]]:
     index = ARCHITECTURES.index(name)
-    regimes = list(SHARDED_REGIMES)
-    for number in range(JOBS_PER_ARCHITECTURE):
-        regime = regimes[(index * JOBS_PER_ARCHITECTURE + number) % len(regimes)]
+    regimes = list(known)
+    for number in range(count):
+        regime = regimes[(index * count + number) % len(regimes)]
         micro, seq_len = SHAPES[(index + 2 * number) % len(SHAPES)]
         world = WORLDS[(index + number) % len(WORLDS)]
-        more = SHARDED_REGIMES[regime]
+        more = known[regime]
         if (more.get("sharding") or {}).get("dp_replicate"):
             world = max(world, 4)
         kind = regime.partition("-")[0]
-        sharding: Mapping = {"kind": "ddp"}
+        sharding: Mapping = {"kind": kind}
         if kind == "fsdp2":
             sharding = {
                 "kind": "fsdp", "version": 2, "wrap": "block", "reshard_after_forward": True,

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -130,7 +131,7 @@ def trace(
     optimizer its states: the same peak in twice the time.
     """
     job = resolve(plan)
-    ranks = [0, job.world - 1] if job.sharding in ("zero1", "zero2") else [0]
+    ranks = sorted({0, 1, job.world - 1}) if job.sharding in ("zero1", "zero2") else [0]
     results = [
         trace_job(replace(job, traced_rank=rank), config, layers=layers, full=full, progress=progress)
         for rank in ranks
@@ -292,7 +293,7 @@ def _one_step(
     batches = min(job.accumulation, 2)
     for number in range(batches):
         if job.no_sync:
-            model.set_requires_gradient_sync(number == batches - 1)
+            _sync(job, model, last=number == batches - 1)
         say(f"step {step}: forward")
         gc.collect()
         ledger.enter("forward", step)
@@ -319,6 +320,15 @@ def _one_step(
     optimizer.zero_grad(set_to_none=True)
     ledger.enter("end", step + 1)
     return forward_end
+
+
+def _sync(job: Job, model: Any, *, last: bool) -> None:
+    """Reduce gradients with the last micro batch alone."""
+    if job.fsdp_version == 2:
+        model.set_requires_gradient_sync(last)
+        return
+    for unit in type(model).fsdp_modules(model):  # FSDP1's no_sync
+        unit._sync_gradients = last
 
 
 def _backward(loss: Any) -> None:
@@ -357,7 +367,7 @@ def _state_tensors(optimizer: Any) -> Iterator[Any]:
 
 def _forward_of(job: Job, model: Any) -> Callable[..., Any]:
     """The model's forward as the stack calls it: autocast around it, outputs cast to fp32."""
-    if job.mixed == "no" or job.sharding == "fsdp":
+    if job.mixed == "no" or (job.sharding == "fsdp" and job.fsdp_version == 2):
         # accelerate hands FSDP2 a mixed-precision policy and does not autocast
         return model  # type: ignore[no-any-return]
     dtype = getattr(torch, job.mixed)
@@ -443,9 +453,13 @@ def versions() -> dict[str, str]:
     import peft
     import transformers
 
+    more = {}
+    if "deepspeed" in sys.modules:
+        more["deepspeed"] = sys.modules["deepspeed"].__version__
     return {
         "torch": str(torch.__version__).partition("+")[0],
         "transformers": transformers.__version__,
         "peft": peft.__version__,
         "accelerate": accelerate.__version__,
+        **more,
     }

@@ -76,10 +76,11 @@ class Job:
     offload: str
     dp_replicate: int
     no_sync: bool
+    use_orig_params: bool
     zero: dict[str, Any]
     """DeepSpeed's ``zero_optimization``."""
     traced_rank: int = 0
-    """The rank that is traced."""
+    """ZeRO-1 and 2: 1 stands for the rank that owns the most gradients, but for the first."""
 
     @property
     def quantized(self) -> bool:
@@ -116,7 +117,8 @@ def _refuse(plan: Plan) -> None:
         if (getattr(sharding, name) or 1) > 1:
             raise UnsupportedError(f"tracing sharding.{name}", remedy="leave it at 1")
     offload = sharding.offload or "none"
-    if offload not in ("none", "params") or (offload == "params" and sharding.kind != "fsdp"):
+    fsdp2 = sharding.kind == "fsdp" and (sharding.version or 2) == 2
+    if offload not in ("none", "params") or (offload == "params" and not fsdp2):
         raise UnsupportedError(f"tracing offload of {offload}", remedy="trace offload: none")
     if (plan.kernels or "none") != "none":
         raise UnsupportedError(
@@ -215,6 +217,7 @@ def resolve(plan: Plan) -> Job:
         offload=sharding.offload or "none",
         dp_replicate=sharding.dp_replicate or 1,
         no_sync=bool(sharding.no_sync),
+        use_orig_params=bool(sharding.use_orig_params),
         zero=_zero(sharding),
     )
 

@@ -37,11 +37,6 @@ def distributed(job: Job, ledger: Ledger) -> Iterator[Any]:
     if job.sharding.startswith("zero"):  # DeepSpeed makes its own (ftplan.trace.zero)
         yield None
         return
-    if job.sharding not in ("fsdp", "ddp") or (job.sharding == "fsdp" and job.fsdp_version != 2):
-        raise UnsupportedError(
-            f"tracing {job.sharding}" + (" version 1" if job.sharding == "fsdp" else ""),
-            remedy="trace {kind: fsdp, version: 2} or {kind: ddp}",
-        )
     import torch.distributed as dist
     import torch.distributed._tools.fake_collectives
     from torch.distributed.device_mesh import init_device_mesh
@@ -100,6 +95,8 @@ def shard(model: Any, job: Job, mesh: Any) -> Any:
         return model
     if job.sharding != "fsdp" or job.world == 1:
         return model
+    if job.fsdp_version == 1:
+        return _shard_flat(model, job, mesh)
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
         MixedPrecisionPolicy,
@@ -121,6 +118,41 @@ def shard(model: Any, job: Job, mesh: Any) -> Any:
             )  # fmt: skip
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     return model
+
+
+def _shard_flat(model: Any, job: Job, mesh: Any) -> Any:
+    """FSDP1: one flat parameter for each unit, as accelerate asks for it."""
+    from torch.distributed.fsdp import (
+        CPUOffload,
+        FullyShardedDataParallel,
+        MixedPrecision,
+        ShardingStrategy,
+    )
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    dtype = _dtype(job.param_dtype)
+    mixed = None
+    if dtype is not None:
+        mixed = MixedPrecision(
+            param_dtype=dtype, reduce_dtype=_dtype(job.reduce_dtype), buffer_dtype=dtype
+        )
+    policy: Any = ModuleWrapPolicy({type(block) for block in _units(model)})
+    if hasattr(model, "peft_config") and job.stack != "pytorch":  # Trainer's: what is trained is a unit of its own
+        from peft.utils.other import fsdp_auto_wrap_policy
+
+        policy = fsdp_auto_wrap_policy(model)
+    return FullyShardedDataParallel(
+        model,
+        process_group=torch.distributed.group.WORLD,
+        sharding_strategy=ShardingStrategy.FULL_SHARD
+        if job.reshard_after_forward
+        else ShardingStrategy.SHARD_GRAD_OP,
+        cpu_offload=CPUOffload(offload_params=job.offload == "params"),
+        auto_wrap_policy=policy if job.wrap == "block" else None,
+        mixed_precision=mixed,
+        use_orig_params=job.use_orig_params,
+        device_id=torch.device("cpu"),
+    )
 
 
 def _units(model: Any) -> list[Any]:

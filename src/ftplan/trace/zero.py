@@ -68,6 +68,7 @@ def _group(job: Job, rank: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_values() -> Iterator[None]:
     """What DeepSpeed reads from tensors, where they have none."""
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import partitioned_param_coordinator, stage3, stage_1_and_2
 
     def no(*_args: Any, **_kwargs: Any) -> bool:
@@ -76,8 +77,10 @@ def _without_values() -> Iterator[None]:
     def address(_tensor: Any) -> int:
         return 0
 
+    accelerator = type(get_accelerator())
     with (
         patched(torch.Tensor, "data_ptr", address),
+        patched(accelerator, "is_fp16_supported", lambda _self: True),
         patched(stage_1_and_2, "is_invalid_grad_norm", no),
         patched(stage3, "is_invalid_grad_norm", no),
         patched(stage3.DeepSpeedZeroOptimizer_Stage3, "has_overflow", no),
@@ -105,7 +108,7 @@ def run_steps(job: Job, model: Any, ledger: Ledger, mark: Callable[[Any], None])
         **({dtype: {"enabled": True}} if dtype else {}),
     }
     forward_end = 0
-    with _group(job, job.traced_rank), _without_values():
+    with _group(job, _rank(job, model)), _without_values():
         with (
             patched(torch.nn.Module, "_apply", build.apply_to_tensors),
             patched(torch.Tensor, "__deepcopy__", build.copy_tensor),
@@ -133,6 +136,22 @@ def run_steps(job: Job, model: Any, ledger: Ledger, mark: Callable[[Any], None])
                 engine.step()
             ledger.enter("end", step + 1)
     return forward_end
+
+
+def _rank(job: Job, model: Any) -> int:
+    """The rank that is traced; 1: that whose partition touches the most gradients."""
+    if job.traced_rank != 1:
+        return job.traced_rank
+    owned = [0] * job.world
+    for group in build.build_optimizer(job, model).param_groups:
+        sizes = [parameter.numel() for parameter in group["params"]]
+        part = -(-sum(sizes) // (2 * job.world)) * 2
+        start = 0
+        for size in sizes:
+            for rank in range(start // part, (start + size - 1) // part + 1):
+                owned[rank] += size
+            start += size
+    return max(range(1, job.world), key=owned.__getitem__)
 
 
 def _dtype(job: Job) -> str:
