@@ -73,11 +73,11 @@ def _sized(resolved: Resolved) -> Report:
 
 def _training(resolved: Resolved) -> Report:
     """The walk, and what lies beside the GPU: host memory, disk, the wire."""
-    from ftplan.memory.estimate import Structure
+    from ftplan.memory.estimate import structure_of
     from ftplan.memory.host import disk_bytes, host_interval, wire_of
 
     job = job_of(resolved)
-    structure = Structure(job)
+    structure = structure_of(job)
     report = _report(resolved, structure.at(job.micro, job.seq_len, job.loss_chunk))
     plan, counted = resolved.plan, structure.counted
     host = host_interval(job, counted, gpus_per_node=plan.hardware.count or 1)
@@ -209,7 +209,7 @@ def _summary(resolved: Resolved, result: Estimate) -> ModelSummary:
     """The whole model, also where tensor or expert parallelism gives each GPU a part of it."""
     total, trainable = result.total_params, result.trainable_params
     sharding, method = resolved.plan.sharding, resolved.plan.method
-    if (sharding.tp or 1) * (sharding.ep or 1) > 1 and resolved.config is not None:
+    if (sharding.tp or 1) * (sharding.ep or 1) * (sharding.pp or 1) > 1 and resolved.config is not None:
         from ftplan.memory.families import build
 
         total = sum(parameter.numel for _, parameter in build(resolved.config).all_parameters())

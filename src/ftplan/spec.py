@@ -231,6 +231,10 @@ class Sharding:
     """Tensor parallel degree."""
     pp: int | None = None
     """Pipeline parallel degree."""
+    schedule: Literal["gpipe", "1f1b", "interleaved"] | None = None
+    """Pipeline: in what order micro batches run forward and backward."""
+    virtual_stages: int | None = None
+    """Pipeline: stages on each GPU (interleaved)."""
     cp: int | None = None
     """Context parallel degree."""
     ep: int | None = None

@@ -12,6 +12,7 @@ from ftplan.memory.families import complete
 from ftplan.memory.fsdp import BUFFERS, shard_shape
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.nn import Network
+from ftplan.memory.pipeline import candidates, cut, one_chunk, stages_of
 from ftplan.memory.optimizer import rounded, state_bytes, step_bytes
 from ftplan.memory.prepare import counted_parameters, prepare
 from ftplan.memory.record import record_evaluation, record_serving, record_step
@@ -20,7 +21,7 @@ from ftplan.memory.tape import ITEM_BYTES, Label, Parameter
 from ftplan.memory.tasks import Objective, objective_of
 from ftplan.memory.zero import Layout, layout_of, partition, step_temporaries
 
-__all__ = ["Estimate", "StaticTerm", "Structure", "estimate"]
+__all__ = ["Estimate", "StaticTerm", "Structure", "estimate", "structure_of"]
 
 Counted = Sequence[tuple[Parameter, int, bool]]
 
@@ -137,7 +138,7 @@ def static_terms(
     states = " + ".join(f"{s.name} ({s.dtype}, {s.shape})" for s in job.optimizer.states)
     updated, parts = learned, ""
     if layout is not None:
-        ranks = job.sharding.world
+        ranks = job.sharding.data_ranks
         updated = [(partition(p, ranks), times, m) for p, times, m in whole if p.trainable]
         parts = f" in fp32 / {ranks} GPUs"
         terms += zero_terms(job, updated, layout)
@@ -190,6 +191,9 @@ class Structure:
 
     def __init__(self, job: Job) -> None:
         network = prepare(job)
+        self.stage = job.stage
+        if job.stage is not None:
+            cut(network, job.stage)
         counted = counted_parameters(network)
         ranks = shard_ranks(job.sharding)
         local = [(_shard(p, ranks), times, matrix) for p, times, matrix in counted]
@@ -211,7 +215,7 @@ class Structure:
             static.append(_weights(counted_parameters(model.network), model.name, model.why))
         if job.sampler_bytes:
             static.append(_sampler(job))
-        if job.accumulation > 1:
+        if job.accumulation > 1 and not (job.stage is not None and job.stage.fresh):
             static.append(
                 _weights(
                     _accumulated(job, counted, learned, layout),
@@ -224,15 +228,18 @@ class Structure:
         in_backward = job.optimizer.in_backward
         self.step_bytes = 0 if in_backward else step_bytes(job.optimizer, learned)
         if layout is not None:
-            ranks = job.sharding.world
+            ranks = job.sharding.data_ranks
             parts = [(partition(p, ranks), n, m) for p, n, m in counted if p.trainable]
             needs = step_bytes(job.optimizer, parts)
             self.step_bytes = step_temporaries(job.sharding, layout, needs)
+        if job.stage is not None:
+            one_chunk(network, job.stage)
         self.network = network
         self.counted = counted
         self.program = program_of(job, network, objective)
         self.eval_micro = job.eval_micro
-        self.evaluation = _evaluation_of(job, network, objective) if job.eval_micro else None
+        evaluated = job.eval_micro and job.stage is None
+        self.evaluation = _evaluation_of(job, network, objective) if evaluated else None
         self.rollout = _rollout_of(job, network) if job.generates else None
         self.total_params = sum(
             parameter.numel * times for parameter, times, _ in counted if _is_base(parameter)
@@ -362,9 +369,21 @@ def _without_gradients(static: Sequence[StaticTerm]) -> tuple[StaticTerm, ...]:
     return tuple(term for term in static if not term.name.startswith("gradients/"))
 
 
+def structure_of(job: Job) -> Structure:
+    """The record of a job; of a pipeline, that of its worst rank at the job's own batch."""
+    if job.sharding.pp == 1:
+        return Structure(job)
+    layers = prepare(job).stages[0].stack.count
+    ranks = [
+        Structure(replace(job, stage=stage))
+        for stage in candidates(stages_of(layers, job.sharding, job.accumulation, buffered=not job.main_weights))
+    ]
+    return max(ranks, key=lambda rank: rank.peak(job.micro, job.seq_len, job.loss_chunk))
+
+
 def estimate(job: Job) -> Estimate:
     """The peak of the second step of ``job`` on one GPU."""
-    return Structure(job).at(job.micro, job.seq_len, job.loss_chunk)
+    return structure_of(job).at(job.micro, job.seq_len, job.loss_chunk)
 
 
 def _accumulated(job: Job, whole: Counted, learned: Counted, layout: Layout | None) -> Counted:
@@ -401,7 +420,7 @@ def shard_ranks(sharding: ShardingSpec) -> int:
     """Over how many ranks each weight is split."""
     if sharding.kind not in ("fsdp", "zero3"):
         return 1
-    return sharding.world // (sharding.tp * sharding.pp * sharding.cp * sharding.dp_replicate)
+    return sharding.shard_ranks
 
 
 def _shard(parameter: Parameter, ranks: int) -> Parameter:
@@ -435,17 +454,25 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
             parameter.stored = parameter.dtype
             if parameter.dtype in ITEM_BYTES:
                 parameter.dtype = sharding.param_dtype or parameter.dtype
+    stage = job.stage
+    if stage is not None and not objective.inside:
+        raise UnsupportedError(
+            f"the task {job.task!r} under pipeline parallelism",
+            remedy="use tensor parallelism, fsdp or zero3",
+        )
     recording = record_step(
         network,
         job.environment,
         checkpoint_every=job.checkpoint_every,
         input_grads=job.checkpoint_every > 0,
-        accumulated=job.accumulation > 1,
+        share=stage,
+        accumulated=job.accumulation > 1 and not (stage is not None and stage.fresh),
         sharding=sharding,
         objective=objective,
         step_of=_step_of(job),
     )
-    program = Program(recording, recording.phases())
+    under_way = stage.in_flight - 1 if stage is not None else 0
+    program = Program(recording, recording.phases(under_way=under_way))
     program.virtual_tokens = network.virtual_tokens
     program.sequences = objective.sequences
     return program

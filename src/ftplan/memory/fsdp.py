@@ -60,7 +60,7 @@ class Fsdp:
     def __init__(self, tape: Tape, spec: ShardingSpec, *, accumulated: bool) -> None:
         self.tape = tape
         self.spec = spec
-        self.ranks = spec.world // (spec.tp * spec.pp * spec.cp * spec.dp_replicate)
+        self.ranks = spec.shard_ranks
         self.accumulated = accumulated
         """Shards of gradients are there already: what arrives is added and freed."""
         self.previous: list[Storage] = []

@@ -53,7 +53,7 @@ def offloaded_bytes(job: Job, counted: Counted) -> int:
         paged = sum(p.numel * n for p, n, _ in trained) * 2
     if offload in ("none", "activations", "nvme"):
         return paged
-    ranks = spec.world
+    ranks = spec.data_ranks
     parts = [(partition(p, ranks), n, m) for p, n, m in trained]
     zero = spec.kind.startswith("zero")
     states = state_bytes(job.optimizer, parts)

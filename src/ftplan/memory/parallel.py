@@ -27,11 +27,10 @@ def local_seq_len(seq_len: int, spec: ShardingSpec) -> int:
 
 def local_config(config: Mapping[str, Any], spec: ShardingSpec) -> Mapping[str, Any]:
     """The shape of one rank's part. Raises UnsupportedError, by name, for what cannot be split."""
-    if spec.pp > 1:
+    if spec.pp > 1 and spec.kind in ("zero2", "zero3"):
         raise UnsupportedError(
-            "pipeline parallelism",
-            remedy="size one stage: a config.json with its share of num_hidden_layers, micro "
-            "batches in flight as --micro-batch",
+            f"pipeline parallelism with {spec.kind}, which DeepSpeed refuses",
+            remedy="use zero1, fsdp or ddp",
         )
     nested = config.get("text_config")
     if isinstance(nested, Mapping) and (spec.tp > 1 or spec.ep > 1):

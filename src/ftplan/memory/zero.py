@@ -74,7 +74,7 @@ def trained_in_order(network: Network) -> list[Parameter]:
 def layout_of(network: Network, spec: ShardingSpec) -> Layout:
     """The cut: weights of two dimensions and the others are groups of their own (Trainer)."""
     trained = trained_in_order(network)
-    ranks = spec.world
+    ranks = spec.data_ranks
     groups = [
         [p.numel for p in trained if len(p.shape) > 1],
         [p.numel for p in trained if len(p.shape) <= 1],
