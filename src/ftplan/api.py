@@ -29,10 +29,14 @@ from ftplan.units import format_bytes
 
 if TYPE_CHECKING:  # the walk is loaded only for a model whose shape is known
     from ftplan.fit.sizer import Sizer
-    from ftplan.memory.estimate import Estimate
+    from ftplan.memory.estimate import Estimate, Structure
     from ftplan.memory.host import Wire
+    from ftplan.memory.job import Job
 
 __all__ = ["estimate"]
+
+NETWORK_BYTES_PER_S = 50 * 10**9
+"""One direction of a 400 Gb/s port for each GPU, which large clusters have: a lower bound."""
 
 
 def estimate(plan: Plan, *, base: Path | None = None, with_remedies: bool = True) -> Report:
@@ -83,9 +87,12 @@ def _training(resolved: Resolved) -> Report:
     host = host_interval(job, counted, gpus_per_node=plan.hardware.count or 1)
     written = disk_bytes(job, counted)
     details: dict[str, Any] = {"disk_bytes": written}
-    wire = wire_of(job, counted)
+    wire = wire_of(job, counted, gpus_per_node=plan.hardware.count or 1)
+    more: tuple[Finding, ...] = _stage_findings(structure)
     if wire is not None:
-        details["communication"] = _communication(resolved, wire)
+        details["communication"] = told = _communication(resolved, wire)
+        more += _slow_wire(resolved, told, structure, job)
+    more += _flat_findings(resolved)
     return replace(
         report,
         host_bytes=host,
@@ -93,6 +100,7 @@ def _training(resolved: Resolved) -> Report:
         findings=(
             *report.findings,
             *_host_findings(resolved, host, written),
+            *more,
             *(_not_evaluated() if job.eval_micro and structure.evaluation is None else ()),
         ),
     )
@@ -108,7 +116,81 @@ def _communication(resolved: Resolved, wire: Wire) -> dict[str, Any]:
         rate = resolved.gpu.interconnect.bytes_per_s // 2  # one direction
         told["interconnect"] = resolved.gpu.interconnect.kind
         told["least_seconds_per_step"] = round(wire.bytes_per_step / rate, 4)
+    if wire.slow_bytes:
+        told["bytes_per_step_between_nodes"] = wire.slow_bytes
+        told["network"] = "400 Gb/s for each GPU (assumed)"
+        seconds = round(wire.slow_bytes / NETWORK_BYTES_PER_S, 4)
+        told["least_seconds_per_step_between_nodes"] = seconds
     return told
+
+
+def _stage_findings(structure: Structure) -> tuple[Finding, ...]:
+    """Which rank of a pipeline the answer is about."""
+    if structure.stage is None:
+        return ()
+    return (
+        Finding(
+            code="PAR001",
+            severity="info",
+            message=f"the worst rank is {structure.stage.name}",
+            help="more micro batches in a step (batch.accumulation) shorten the bubble, not this",
+        ),
+    )
+
+
+def _slow_wire(
+    resolved: Resolved, told: Mapping[str, Any], structure: Structure, job: Job
+) -> tuple[Finding, ...]:
+    """A finding where what is sent takes longer than what is computed, both at full rate."""
+    if resolved.gpu is None or job.task == "embed":  # a head that is not there computes nothing
+        return ()
+    from ftplan.catalog.throughput import speed_of
+    from ftplan.fit.flops import compute_of
+
+    dtype = job.environment.autocast or job.compute_dtype
+    speed = speed_of(resolved.gpu, mixed_or_weights=dtype)
+    ways = {
+        str(told.get("interconnect", "")): told.get("least_seconds_per_step", 0),
+        "the network between nodes": told.get("least_seconds_per_step_between_nodes", 0),
+    }
+    link, sent = max(ways.items(), key=lambda item: item[1])
+    if not speed.flops or not sent:
+        return ()
+    work = compute_of(structure.network, job).at(
+        job.micro * structure.program.sequences, job.seq_len
+    )
+    computed = work.total * job.accumulation / speed.flops
+    if sent <= computed:
+        return ()
+    return (
+        Finding(
+            code="PAR002",
+            severity="warning",
+            message=f"it may fit and crawl: a step sends what takes {sent:.2f} s over {link}, and "
+            f"computes for {computed:.2f} s, both at full rate",
+            help="use more tokens in a micro batch, reshard_after_forward: false, zero2, or "
+            "replicas of a smaller sharded group (dp_replicate)",
+        ),
+    )
+
+
+def _flat_findings(resolved: Resolved) -> tuple[Finding, ...]:
+    """FSDP1 with frozen and trained weights in one flat parameter."""
+    plan = resolved.plan
+    flat = plan.sharding.kind == "fsdp" and plan.sharding.version == 1
+    adapted = plan.method is not None and plan.method.kind not in ("full", "partial")
+    if not (flat and adapted and resolved.stack.name == "pytorch"):
+        return ()
+    return (
+        Finding(
+            code="FIT004",
+            severity="warning",
+            message="FSDP1 takes gradients of the frozen weights too: adapters and the weights "
+            "beside them are one flat parameter",
+            help="wrap what is trained by itself (peft.utils.other.fsdp_auto_wrap_policy), or use "
+            "version: 2",
+        ),
+    )
 
 
 def _not_evaluated() -> tuple[Finding, ...]:

@@ -47,7 +47,9 @@ def job_of(resolved: Resolved) -> Job:
     policy = plan.sharding.kind == "fsdp" and plan.sharding.version != 1
     autocast = None if policy or engine is not None else mixed
     sharding = replace(
-        _sharding(plan, resolved.config), adapters_apart=stack.name != "pytorch"
+        _sharding(plan, resolved.config),
+        adapters_apart=stack.name != "pytorch",
+        megatron=stack.name == "megatron",
     )
     environment = Environment(
         autocast=autocast,
@@ -118,7 +120,7 @@ def _engine_dtype(plan: Plan, storage: Format, mixed: str | None) -> str | None:
     ``bf16: {enabled: true}`` or ``fp16``: deepspeed/runtime/engine.py 0.19.8,
     ``_configure_distributed_model``. Two-byte weights without either are refused there.
     """
-    if not str(plan.sharding.kind).startswith("zero"):
+    if not str(plan.sharding.kind).startswith("zero") or plan.stack == "megatron":
         return None
     if mixed is not None:
         return mixed

@@ -113,6 +113,14 @@ def native_dtype(config: Mapping[str, Any] | None) -> str | None:
     return None
 
 
+def _micro_batches(plan: Plan, filler: _Filler) -> int:
+    """Micro batches of a step: a pipeline has as many as stages, or it would stand still."""
+    stages = plan.sharding.pp or 1
+    source = CONTRACT if stages == 1 else "as many as a 1F1B schedule takes at least"
+    count: int = filler.fill("batch.accumulation", plan.batch.accumulation, stages, source)
+    return count
+
+
 def _placement(plan: Plan, filler: _Filler) -> Plan:
     hardware, sharding = plan.hardware, plan.sharding
     nodes = hardware.nodes or 1
@@ -214,7 +222,7 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         plan.batch,
         micro=filler.fill("batch.micro", plan.batch.micro, 1),
         seq_len=filler.fill("batch.seq_len", plan.batch.seq_len, 2048),
-        accumulation=filler.fill("batch.accumulation", plan.batch.accumulation, 1),
+        accumulation=_micro_batches(plan, filler),
         padding=filler.fill("batch.padding", plan.batch.padding, stack.padding, own("padding")),
         packing=filler.fill("batch.packing", plan.batch.packing, stack.packing, own("packing")),
     )
@@ -328,6 +336,9 @@ def idle_keys(plan: Plan) -> list[str]:
             idle.append("optimizer.momentum")
         if optimizer.rank is not None and row.rank is None:
             idle.append("optimizer.rank")
+    if (plan.sharding.pp or 1) == 1:
+        keys = ("schedule", "virtual_stages")
+        idle += [f"sharding.{key}" for key in keys if getattr(plan.sharding, key) is not None]
     idle += [
         f"sharding.{key}"
         for key, kinds in _SHARDED.items()
@@ -344,6 +355,7 @@ _SHARDED: dict[str, tuple[str, ...]] = {
     "reduce_dtype": ("fsdp",),
     "reshard_after_forward": ("fsdp",),
     "no_sync": ("fsdp",),
+    "use_orig_params": ("fsdp",),
     "bucket_elements": _ZERO,
     "auto_buckets": _ZERO,
     "overlap_comm": _ZERO,
@@ -351,9 +363,8 @@ _SHARDED: dict[str, tuple[str, ...]] = {
     "prefetch_elements": ("zero3",),
     "max_live_elements": ("zero3",),
     "persistence_elements": ("zero3",),
-    # DDP's buckets hold every gradient once, however large each is; FSDP1 is sized as FSDP2
+    # DDP's buckets hold every gradient once, however large each is
     "bucket_bytes": (),
-    "use_orig_params": (),
 }
 """Keys of sharding and the kinds that have a use for them."""
 

@@ -143,8 +143,17 @@ def static_terms(
         parts = f" in fp32 / {ranks} GPUs"
         terms += zero_terms(job, updated, layout)
     elif job.main_weights:
-        terms.append(main_weights([(partition(p, 1), n, m) for p, n, m in learned]))
-        updated = [(partition(p, 1), times, m) for p, times, m in learned]
+        # Megatron's distributed optimizer: main weights and states over the data parallel ranks
+        ranks = job.sharding.data_ranks if job.sharding.kind == "zero1" else 1
+        updated = [(partition(p, ranks), times, m) for p, times, m in learned]
+        terms.append(main_weights(updated))
+        terms.append(
+            _weights(
+                [(partition(p, 1), n, m) for p, n, m in learned],
+                "gradients/main",
+                "one fp32 buffer that every gradient is added to (main_grad)",
+            )
+        )
     terms.append(
         StaticTerm(
             name="optimizer/states",
@@ -153,7 +162,7 @@ def static_terms(
             source=job.optimizer.source,
         )
     )
-    if job.sharding.kind == "ddp" and job.sharding.world > 1:
+    if job.sharding.kind == "ddp" and job.sharding.world > 1 and not job.main_weights:
         terms.append(
             _weights(
                 learned,
@@ -198,8 +207,7 @@ class Structure:
         ranks = shard_ranks(job.sharding)
         local = [(_shard(p, ranks), times, matrix) for p, times, matrix in counted]
         learned = [entry for entry in local if entry[0].trainable]
-        is_zero = job.sharding.kind.startswith("zero")
-        layout = layout_of(network, job.sharding) if is_zero else None
+        layout = layout_of(network, job.sharding) if job.sharding.is_zero else None
         static = static_terms(job, local, counted, layout)
         if network.buffer_bytes:
             static.append(
@@ -215,7 +223,7 @@ class Structure:
             static.append(_weights(counted_parameters(model.network), model.name, model.why))
         if job.sampler_bytes:
             static.append(_sampler(job))
-        if job.accumulation > 1 and not (job.stage is not None and job.stage.fresh):
+        if job.accumulation > 1 and not job.main_weights and not (job.stage is not None and job.stage.fresh):
             static.append(
                 _weights(
                     _accumulated(job, counted, learned, layout),
@@ -436,6 +444,8 @@ def _shard(parameter: Parameter, ranks: int) -> Parameter:
 
 def _step_of(job: Job) -> Callable[[Parameter], int] | None:
     """What the step of one parameter needs, for an optimizer that steps in backward."""
+    if job.main_weights and not job.sharding.is_zero:
+        return lambda _parameter: 0  # added to the buffer and let go
     if not job.optimizer.in_backward:
         return None
     if job.accumulation > 1 or job.sharding.kind in ("fsdp", "zero1", "zero2", "zero3"):
@@ -448,7 +458,8 @@ def _step_of(job: Job) -> Callable[[Parameter], int] | None:
 
 def program_of(job: Job, network: Network, objective: Objective) -> Program:
     """Record the job's step."""
-    sharding = job.sharding if job.sharding.kind not in ("none", "ddp") else None
+    sharded = job.sharding.is_zero or job.sharding.kind == "fsdp"
+    sharding = job.sharding if sharded else None
     if sharding is not None and sharding.kind == "fsdp":
         for parameter, _, _ in counted_parameters(network):
             parameter.stored = parameter.dtype

@@ -58,6 +58,9 @@ class ShardingSpec:
     """FSDP1: adapters are units of their own (PEFT's wrapping policy, which Trainer asks for)."""
     offload: Literal["none", "optimizer", "params", "activations", "nvme"] = "none"
     tp: int = 1
+    megatron: bool = False
+    """Megatron-Core's ways: the vocabulary is split too, gradients are summed in one fp32 buffer,
+    and `zero1` is its distributed optimizer."""
     pp: int = 1
     schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
     virtual_stages: int = 1
@@ -71,6 +74,11 @@ class ShardingSpec:
     prefetch_elements: int = 50_000_000
     max_live_elements: int = 1_000_000_000
     persistence_elements: int = 100_000
+
+    @property
+    def is_zero(self) -> bool:
+        """DeepSpeed runs the step."""
+        return self.kind.startswith("zero") and not self.megatron
 
     @property
     def data_ranks(self) -> int:

@@ -2,7 +2,8 @@
 
 Each is a change of the model's shape, not a division of a sum. Tensor parallelism splits heads and
 the inner width of the MLP and leaves the residual stream whole (transformers' ``tp_plan``:
-column-wise q, k, v, gate, up; row-wise o and down); expert parallelism splits the experts; context
+column-wise q, k, v, gate, up; row-wise o and down; each rank has columns of the head, whose logits
+are then gathered; Megatron splits the vocabulary of embeddings, head and loss instead); expert parallelism splits the experts; context
 parallelism splits the sequence.
 """
 
@@ -13,8 +14,11 @@ from typing import Any
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory.job import ShardingSpec
+from ftplan.memory.nn import Linear, Network
+from ftplan.memory.ops import record
+from ftplan.memory.tape import Grads, Tensor
 
-__all__ = ["local_config", "local_seq_len"]
+__all__ = ["local_config", "local_seq_len", "split_head"]
 
 _INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -38,6 +42,8 @@ def local_config(config: Mapping[str, Any], spec: ShardingSpec) -> Mapping[str, 
     local = dict(config)
     if spec.tp > 1:
         _split_heads(local, spec.tp)
+        if spec.megatron and isinstance(local.get("vocab_size"), int):
+            local["vocab_size"] = -(-local["vocab_size"] // spec.tp)
     if spec.ep > 1:
         _split_experts(local, spec.ep)
     return local
@@ -72,3 +78,33 @@ def _split_experts(config: dict[str, Any], ep: int) -> None:
             config[name] = count // ep
             return
     raise UnsupportedError(f"expert parallelism of {config.get('model_type')}: it has no experts")
+
+
+def split_head(network: Network, tp: int) -> None:
+    """Give each rank some columns of an output head that is no table of embeddings too.
+
+    ``colwise_gather_output`` (transformers/distributed/tensor_parallel.py 5.23): every rank then
+    has all logits, gathered into one buffer and copied from there into place.
+    """
+    name = network.head_name
+    head = network.children.get(name)
+    if not isinstance(head, Linear) or f"{name}.weight" in network.tied or head.weight.embedding:
+        return
+    whole, inner = head.out_features, network.head
+    for parameter in head.parameters.values():
+        parameter.shape = (-(-parameter.shape[0] // tp), *parameter.shape[1:])
+
+    def gathered(x: Tensor) -> Tensor:
+        part = inner(x)
+        tape, rows, width, dtype = part.tape, part.rows, part.width, part.dtype
+        buffer = tape.tensor(rows, whole, dtype, "gathered logits")
+        out = tape.tensor(rows, whole, dtype, "gathered logits")
+        del buffer
+
+        def apply(grad: Tensor) -> Grads:
+            return (grad.tape.tensor(rows, width, dtype, "gradient"),)
+
+        record([out], "gather", [part], apply)
+        return out
+
+    network.head = gathered  # type: ignore[method-assign]

@@ -42,10 +42,10 @@ class Layout:
     part: int
     """One rank's partition."""
     owned: int
-    """Whole gradients of the weights that a partition touches, of the worst rank but the first
-    (stages 1 and 2)."""
+    """Whole gradients of the weights that a partition touches, of the worst rank (stages 1 and 2).
+    Tables of embeddings are left out: their gradients come last."""
     first_owned: int
-    """The same of the first rank, whose gradients come last."""
+    """The same with them."""
     slice: int
     """The largest slice of one gradient in a partition."""
     largest: int
@@ -58,6 +58,10 @@ class Layout:
     """Blocks whose gradients go into one later bucket, at least."""
     live_bytes: int
     """Stage 3: bytes of the weights that are gathered at once."""
+    whole_live: bool
+    """Stage 3: all weights may be gathered at once, and each goes once it has been used."""
+    table_bytes: int
+    """The largest table of embeddings, which is gathered once more at the very end."""
     first: int
     """What fills the first bucket, where it fills when backward has ended (stage 1)."""
 
@@ -73,28 +77,30 @@ def trained_in_order(network: Network) -> list[Parameter]:
 
 def layout_of(network: Network, spec: ShardingSpec) -> Layout:
     """The cut: weights of two dimensions and the others are groups of their own (Trainer)."""
-    trained = trained_in_order(network)
+    trained, counted = trained_in_order(network), counted_parameters(network)
     ranks = spec.data_ranks
-    groups = [
-        [p.numel for p in trained if len(p.shape) > 1],
-        [p.numel for p in trained if len(p.shape) <= 1],
+    kinds = [
+        [p for p in trained if len(p.shape) > 1],
+        [p for p in trained if len(p.shape) <= 1],
     ]
+    groups = [[p.numel for p in kind] for kind in kinds]
     parts = [-(-sum(sizes) // (2 * ranks)) * 2 for sizes in groups]
     if spec.kind == "zero3":
         parts = [sum(-(-size // ranks) for size in sizes) for sizes in groups]
-    owned = [0] * ranks
+    owned, tables = [0] * ranks, [0] * ranks
     largest_slice = 0
-    for sizes, part in zip(groups, parts, strict=True):
-        for start, size in zip([0, *accumulate(sizes)], sizes, strict=False):
+    for kind, sizes, part in zip(kinds, groups, parts, strict=True):
+        for start, parameter in zip([0, *accumulate(sizes)], kind, strict=False):
+            size = parameter.numel
             largest_slice = max(largest_slice, min(size, part))
-            for rank in range(start // part, (start + size - 1) // part + 1):
-                owned[rank] += size
+            for rank in range(start // part, min(ranks, (start + size - 1) // part + 1)):
+                (tables if parameter.embedding else owned)[rank] += size
     return Layout(
         item=max((ITEM_BYTES[p.dtype] for p in trained), default=2),
         total=sum(map(sum, groups)),
         part=sum(parts),
-        owned=max(owned[1:], default=owned[0]),
-        first_owned=owned[0],
+        owned=max(owned),
+        first_owned=max(map(sum, zip(owned, tables, strict=True))),
         slice=-(-max(map(max, filter(None, groups)), default=0) // ranks)
         if spec.kind == "zero3"
         else largest_slice,
@@ -102,7 +108,10 @@ def layout_of(network: Network, spec: ShardingSpec) -> Layout:
         quiet=_blocks(network, spec.bucket_elements, first=True),
         calm=_blocks(network, spec.bucket_elements, first=False),
         block=_block(network),
-        live_bytes=live_bytes(spec, counted_parameters(network)),
+        live_bytes=live_bytes(spec, counted),
+        whole_live=sum(_stored(p)[0] * n for p, n, _ in counted) <= spec.max_live_elements,
+        table_bytes=max((p.numel * ITEM_BYTES[p.dtype] for p, _, _ in counted if p.embedding
+                         and p.dtype in ITEM_BYTES), default=0),
         first=_first_fill([*groups[0], *groups[1]], spec.bucket_elements),
     )
 
@@ -174,14 +183,19 @@ class Zero(Fsdp):
                 parameter.grad = self.tape.leaf(parameter)
 
     def begin_forward(self, unit: Unit) -> None:
-        """Weights are there (stages 1 and 2), or counted as live parameters (stage 3)."""
+        """Stage 3: weights are gathered, and stay where all of them may."""
+        if self.spec.kind == "zero3" and self.layout.whole_live:
+            size = sum(n * item for n, item in map(_stored, unit.parameters))
+            unit.gathered = [self._named(ONE * size, "live weights")]
 
     def end_forward(self, unit: Unit) -> None:
         """Nothing is freed at the borders of blocks."""
 
     def begin_model(self, root: Unit) -> None:
         """Stage 3 soon has as many weights as it may have."""
-        if self.spec.kind == "zero3":
+        if self.spec.kind == "zero3" and self.layout.whole_live:
+            self.begin_forward(root)
+        elif self.spec.kind == "zero3":
             self._live.append(self._named(ONE * self.layout.live_bytes, "live weights"))
 
     def end_model(self, root: Unit) -> None:
@@ -191,7 +205,11 @@ class Zero(Fsdp):
         """Nothing is gathered at the borders of blocks."""
 
     def end_backward(self, unit: Unit) -> None:
-        """Gradients have gone as they arrived."""
+        """Gradients have gone as they arrived, and weights with the last use of them."""
+        unit.gathered = []
+        if unit.place == 0 and self._live:
+            self._live.clear()
+            self._live.append(self._named(ONE * self.layout.table_bytes, "live weights"))
         if unit.place == self._turn > 0 and not self.waits:
             self._own_part()
 
@@ -277,6 +295,8 @@ class Zero(Fsdp):
             self._drop_gradients()
         self._buckets.clear()
         self._live.clear()
+        for unit in units:
+            unit.gathered = []
         if self.accumulated and not self.waits:
             self._parts.clear()  # added to the part of earlier micro batches
 

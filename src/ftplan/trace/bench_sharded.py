@@ -83,6 +83,36 @@ SHARDED_REGIMES: dict[str, Mapping] = {
 }  # fmt: skip
 """Regimes by name."""
 
+FLAT_REGIMES: dict[str, Mapping] = {
+    "fsdp1-full-bf16": {"method": FULL, "precision": BF16, "sharding": {"use_orig_params": True}},
+    "fsdp1-full-mixed-checkpointed": {
+        "method": FULL, "precision": AMP, "gradient_checkpointing": True,
+    },
+    "fsdp1-lora": {
+        "method": {**LORA, "adapter_dtype": "bf16"}, "precision": BF16,
+        "gradient_checkpointing": True,
+    },
+    "fsdp1-full-kept": {
+        "method": FULL, "precision": BF16, "sharding": {"reshard_after_forward": False},
+    },
+    "fsdp1-full-fp32-reduced": {
+        "method": FULL, "precision": {"weights": "fp32", "mixed": "no"},
+        "sharding": {"param_dtype": "bf16", "reduce_dtype": "fp32"},
+        "gradient_checkpointing": True,
+    },
+    "fsdp1-qlora": {
+        "method": {
+            **LORA, "kind": "qlora", "prepare_kbit": False, "double_quant": False,
+            "adapter_dtype": "bf16",
+        },
+        "precision": {"weights": "nf4", "mixed": "no"}, "gradient_checkpointing": True,
+    },
+    "fsdp1-full-not-synced": {
+        "method": FULL, "precision": BF16, "batch": {"accumulation": 2},
+        "sharding": {"no_sync": True}, "gradient_checkpointing": True,
+    },
+}  # fmt: skip
+"""Regimes of FSDP1."""
 ZERO_REGIMES: dict[str, Mapping] = {
     "zero2-full": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
     "zero3-full": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
@@ -129,7 +159,7 @@ ARCHITECTURES = (
 WORLDS = (8, 2, 4, 16, 32, 64)
 SHAPES = ((1, 1024), (2, 512), (1, 2048), (4, 512), (2, 1024))
 JOBS_PER_ARCHITECTURE = 6
-ZERO_JOBS_PER_ARCHITECTURE = 2
+OTHER_JOBS_PER_ARCHITECTURE = 2
 
 
 def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, int]]:
@@ -137,7 +167,8 @@ def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, 
     if name not in ARCHITECTURES:
         return
     yield from _jobs(name, SHARDED_REGIMES, JOBS_PER_ARCHITECTURE)
-    yield from _jobs(name, ZERO_REGIMES, ZERO_JOBS_PER_ARCHITECTURE)
+    yield from _jobs(name, FLAT_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
+    yield from _jobs(name, ZERO_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
 
 
 def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[str, Mapping, int]]:
@@ -152,9 +183,9 @@ def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[st
             world = max(world, 4)
         kind = regime.partition("-")[0]
         sharding: Mapping = {"kind": kind}
-        if kind == "fsdp2":
+        if kind in ("fsdp1", "fsdp2"):
             sharding = {
-                "kind": "fsdp", "version": 2, "wrap": "block", "reshard_after_forward": True,
+                "kind": "fsdp", "version": int(kind[-1]), "wrap": "block", "reshard_after_forward": True,
                 "offload": "none",
             }  # fmt: skip
         plan: Mapping = {

@@ -151,7 +151,7 @@ def _rank(job: Job, model: Any) -> int:
             for rank in range(start // part, (start + size - 1) // part + 1):
                 owned[rank] += size
             start += size
-    return max(range(1, job.world), key=owned.__getitem__)
+    return max(range(1, job.world), key=lambda rank: (owned[rank], rank))
 
 
 def _dtype(job: Job) -> str:
