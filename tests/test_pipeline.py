@@ -76,7 +76,7 @@ def test_every_layer_is_on_one_rank() -> None:
 
 
 def test_schedules_keep_what_they_say() -> None:
-    """GPipe keeps every micro batch, 1F1B as many as there are stages to come; interleaving more."""
+    """GPipe keeps every micro batch, 1F1B as many as stages to come, interleaving more."""
     one = [s.in_flight for s in stages_of(16, ShardingSpec(world=4, pp=4), 8)]
     assert one == [4, 3, 2, 1]
     spec = ShardingSpec(world=4, pp=4, schedule="gpipe")

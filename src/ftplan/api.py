@@ -291,7 +291,9 @@ def _summary(resolved: Resolved, result: Estimate) -> ModelSummary:
     """The whole model, also where tensor or expert parallelism gives each GPU a part of it."""
     total, trainable = result.total_params, result.trainable_params
     sharding, method = resolved.plan.sharding, resolved.plan.method
-    if (sharding.tp or 1) * (sharding.ep or 1) * (sharding.pp or 1) > 1 and resolved.config is not None:
+    if (sharding.tp or 1) * (sharding.ep or 1) * (
+        sharding.pp or 1
+    ) > 1 and resolved.config is not None:
         from ftplan.memory.families import build
 
         total = sum(parameter.numel for _, parameter in build(resolved.config).all_parameters())

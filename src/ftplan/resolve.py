@@ -133,7 +133,10 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
     if (kind := sharding.kind) == "fsdp" and plan.method and (plan.batch.accumulation or 1) > 1:
         stack = find_stack(plan.stack or "transformers")
         no_sync = filler.fill(
-            "sharding.no_sync", sharding.no_sync, stack.no_sync, stack.sources.get("no_sync", CONTRACT)
+            "sharding.no_sync",
+            sharding.no_sync,
+            stack.no_sync,
+            stack.sources.get("no_sync", CONTRACT),
         )
         sharding = replace(sharding, no_sync=no_sync)
     if count * nodes % split:
@@ -337,8 +340,8 @@ def idle_keys(plan: Plan) -> list[str]:
         if optimizer.rank is not None and row.rank is None:
             idle.append("optimizer.rank")
     if (plan.sharding.pp or 1) == 1:
-        keys = ("schedule", "virtual_stages")
-        idle += [f"sharding.{key}" for key in keys if getattr(plan.sharding, key) is not None]
+        stages = ("schedule", "virtual_stages")
+        idle += [f"sharding.{key}" for key in stages if getattr(plan.sharding, key) is not None]
     idle += [
         f"sharding.{key}"
         for key, kinds in _SHARDED.items()

@@ -113,7 +113,7 @@ class Stack:
     pad_rule: str
     """To what length a batch is padded."""
     no_sync: bool = False
-    """Whether FSDP reduces gradients with the last micro batch alone and keeps whole ones before."""
+    """Whether FSDP reduces gradients with the last micro batch alone; whole ones until then."""
     loss_columns: int | None = None
     """`chunked`: columns of the vocabulary that are met at a time; None: all."""
     notes: tuple[str, ...]

@@ -12,8 +12,8 @@ from ftplan.memory.families import complete
 from ftplan.memory.fsdp import BUFFERS, shard_shape
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.nn import Network
-from ftplan.memory.pipeline import candidates, cut, one_chunk, stages_of
 from ftplan.memory.optimizer import rounded, state_bytes, step_bytes
+from ftplan.memory.pipeline import candidates, cut, one_chunk, stages_of
 from ftplan.memory.prepare import counted_parameters, prepare
 from ftplan.memory.record import record_evaluation, record_serving, record_step
 from ftplan.memory.replay import Alive, Program
@@ -223,7 +223,11 @@ class Structure:
             static.append(_weights(counted_parameters(model.network), model.name, model.why))
         if job.sampler_bytes:
             static.append(_sampler(job))
-        if job.accumulation > 1 and not job.main_weights and not (job.stage is not None and job.stage.fresh):
+        if (
+            job.accumulation > 1
+            and not job.main_weights
+            and not (job.stage is not None and job.stage.fresh)
+        ):
             static.append(
                 _weights(
                     _accumulated(job, counted, learned, layout),
@@ -384,7 +388,9 @@ def structure_of(job: Job) -> Structure:
     layers = prepare(job).stages[0].stack.count
     ranks = [
         Structure(replace(job, stage=stage))
-        for stage in candidates(stages_of(layers, job.sharding, job.accumulation, buffered=not job.main_weights))
+        for stage in candidates(
+            stages_of(layers, job.sharding, job.accumulation, buffered=not job.main_weights)
+        )
     ]
     return max(ranks, key=lambda rank: rank.peak(job.micro, job.seq_len, job.loss_chunk))
 
@@ -404,7 +410,9 @@ def _accumulated(job: Job, whole: Counted, learned: Counted, layout: Layout | No
         if spec.kind == "zero3" or spec.offload in ("optimizer", "nvme"):
             return []  # in the partition's own buffer, or on the host
         dtype = next(name for name in ("bf16", "fp32") if ITEM_BYTES[name] == layout.item)
-        return [(Parameter("own part", (max(layout.owned, layout.first_owned),), dtype, True), 1, False)]
+        return [
+            (Parameter("own part", (max(layout.owned, layout.first_owned),), dtype, True), 1, False)
+        ]
     if spec.kind != "fsdp":
         return learned
     if not spec.no_sync:

@@ -195,7 +195,9 @@ def disk_bytes(job: Job, counted: Counted) -> dict[str, int]:
     adapter = [entry for entry in trained if entry[0].added]
     weights = _weights(adapter) if job.method == "adapter" else _weights(counted)
     states = state_bytes(job.optimizer, trained)
-    main = sum(p.numel * n * 4 for p, n, _ in trained) if job.sharding.kind.startswith("zero") else 0
+    main = (
+        sum(p.numel * n * 4 for p, n, _ in trained) if job.sharding.kind.startswith("zero") else 0
+    )
     parts = job.sharding.tp * job.sharding.pp  # each rank has a part, and writes it
     return {"weights": weights * parts, "checkpoint": (weights + states + main) * parts}
 
@@ -251,7 +253,10 @@ def _data_parallel(job: Job, counted: Counted) -> Iterable[Sent]:
         weights = sum(p.numel * n * ITEM_BYTES[p.dtype] for p, n, _ in trained)
         name = "1 reduce-scatter of the gradients, 1 all-gather of the weights"
         if spec.kind == "zero2" and not spec.megatron:  # it is an all-reduce of buckets by default
-            name, batches = "1 all-reduce of the gradients, 1 all-gather of the weights", 2 * batches
+            name, batches = (
+                "1 all-reduce of the gradients, 1 all-gather of the weights",
+                2 * batches,
+            )
         yield name, (grads * batches + weights) * (ranks - 1) // ranks, True
 
 

@@ -3,8 +3,8 @@
 Each is a change of the model's shape, not a division of a sum. Tensor parallelism splits heads and
 the inner width of the MLP and leaves the residual stream whole (transformers' ``tp_plan``:
 column-wise q, k, v, gate, up; row-wise o and down; each rank has columns of the head, whose logits
-are then gathered; Megatron splits the vocabulary of embeddings, head and loss instead); expert parallelism splits the experts; context
-parallelism splits the sequence.
+are then gathered; Megatron splits the vocabulary of embeddings, head and loss instead); expert
+parallelism splits the experts; context parallelism splits the sequence.
 """
 
 from __future__ import annotations

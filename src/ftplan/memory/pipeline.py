@@ -118,7 +118,9 @@ def _moments(stage: PipelineStage) -> list[PipelineStage]:
     if stage.in_flight < stage.micro_batches:
         return [stage]
     fresh = replace(stage, fresh=True)
-    return [fresh, replace(stage, in_flight=stage.in_flight - 1)] if stage.in_flight > 1 else [fresh]
+    return (
+        [fresh, replace(stage, in_flight=stage.in_flight - 1)] if stage.in_flight > 1 else [fresh]
+    )
 
 
 def _pass(x: Tensor, _shared: Shared) -> Tensor:

@@ -24,7 +24,6 @@ from ftplan.memory.pipeline import PipelineStage
 from ftplan.memory.tape import (
     BATCH,
     ITEM_BYTES,
-    ONE,
     TOKENS,
     Label,
     Node,
@@ -212,8 +211,8 @@ def record_step(
 
     ``checkpoint_every`` n > 0 recomputes every n-th block. ``input_grads`` makes the embedding's
     output ask for a gradient (``enable_input_require_grads``). ``share``: a rank's of a
-    pipeline, where what enters may come from another rank, and what leaves go to one. ``accumulated``: gradients of
-    earlier micro batches are there already. ``sharding``: by FSDP2 or ZeRO. ``objective``: the
+    pipeline, where what enters may come from another rank, and what leaves go to one.
+    ``accumulated``: gradients of earlier micro batches are there already. ``sharding``: by FSDP2 or ZeRO. ``objective``: the
     task, where it is another one than a language model's own loss. ``step_of``: the optimizer
     steps in backward, each parameter as its gradient arrives, and needs so many bytes for it.
     """

@@ -24,7 +24,7 @@ from ftplan.memory.fsdp import ACCUMULATED, BUFFERS, Fsdp, Unit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Network
 from ftplan.memory.prepare import counted_parameters
-from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Storage, Tape, Tensor
+from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Storage, Tape
 
 __all__ = ["Layout", "Zero", "layout_of", "live_bytes", "partition", "step_temporaries"]
 
@@ -110,8 +110,14 @@ def layout_of(network: Network, spec: ShardingSpec) -> Layout:
         block=_block(network),
         live_bytes=live_bytes(spec, counted),
         whole_live=sum(_stored(p)[0] * n for p, n, _ in counted) <= spec.max_live_elements,
-        table_bytes=max((p.numel * ITEM_BYTES[p.dtype] for p, _, _ in counted if p.embedding
-                         and p.dtype in ITEM_BYTES), default=0),
+        table_bytes=max(
+            (
+                p.numel * ITEM_BYTES[p.dtype]
+                for p, _, _ in counted
+                if p.embedding and p.dtype in ITEM_BYTES
+            ),
+            default=0,
+        ),
         first=_first_fill([*groups[0], *groups[1]], spec.bucket_elements),
     )
 

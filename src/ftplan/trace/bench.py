@@ -2,7 +2,8 @@
 
     python -m ftplan.trace.bench [--out validation/bench] [--only NAME ...] [--list]
 
-One JSON file per architecture, and one for its sharded jobs; a job that is there already is not traced again (``--fresh`` does).
+One JSON file per architecture, and one for its sharded jobs; a job that is there already is not
+traced again (``--fresh`` does).
 Which architectures the calculator may be built on and which are held back is fixed here, by
 architecture, before any comparison: no constant of the calculator comes from a held one.
 """

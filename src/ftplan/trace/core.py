@@ -133,7 +133,9 @@ def trace(
     job = resolve(plan)
     ranks = sorted({0, 1, job.world - 1}) if job.sharding in ("zero1", "zero2") else [0]
     results = [
-        trace_job(replace(job, traced_rank=rank), config, layers=layers, full=full, progress=progress)
+        trace_job(
+            replace(job, traced_rank=rank), config, layers=layers, full=full, progress=progress
+        )
         for rank in ranks
     ]
     return max(results, key=lambda result: result.allocated_bytes)

@@ -160,7 +160,8 @@ def _steps(job: StageJob, module: Any, settings: Any, ledger: Ledger) -> None:
     hidden = settings.hidden_size
     ids = torch.zeros(job.micro * job.micro_batches, job.seq_len, dtype=torch.int64)
     entry = torch.zeros(job.micro, job.seq_len, dtype=torch.int64, device="meta")
-    class Static(PipelineStage):  # type: ignore[valid-type]
+
+    class Static(PipelineStage):
         """A stage whose shapes are the given ones, whatever others vote."""
 
         _inference_mode = property(lambda _: InferenceMode.STATIC, lambda _, __: None)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ftplan.errors import UnsupportedError
 from ftplan.trace.cuda import patched
 from ftplan.trace.job import Job
 from ftplan.trace.ledger import Ledger
@@ -137,7 +136,9 @@ def _shard_flat(model: Any, job: Job, mesh: Any) -> Any:
             param_dtype=dtype, reduce_dtype=_dtype(job.reduce_dtype), buffer_dtype=dtype
         )
     policy: Any = ModuleWrapPolicy({type(block) for block in _units(model)})
-    if hasattr(model, "peft_config") and job.stack != "pytorch":  # Trainer's: what is trained is a unit of its own
+    if (
+        hasattr(model, "peft_config") and job.stack != "pytorch"
+    ):  # Trainer's: what is trained is a unit of its own
         from peft.utils.other import fsdp_auto_wrap_policy
 
         policy = fsdp_auto_wrap_policy(model)

@@ -155,7 +155,9 @@ def export(plan: Plan) -> str:
     for name, size in sizes.items():
         if size is not None:
             zero[name] = size
-        elif auto and (name == "reduce_bucket_size" or (stage == 3 and "stage3" in name and "live" not in name)):
+        elif auto and (
+            name == "reduce_bucket_size" or (stage == 3 and "stage3" in name and "live" not in name)
+        ):
             zero[name] = "auto"
     if sharding.overlap_comm is not None:
         zero["overlap_comm"] = sharding.overlap_comm
