@@ -177,9 +177,11 @@ class Fsdp:
             return
         dtype = self.spec.reduce_dtype or grads[0][0].dtype
         trained = [parameter for parameter, _ in grads]
+        orig = trained[0].stored
+        if unit.accumulated:  # ``accumulate_unsharded_grad_if_needed``: added and gone before
+            grads.clear()
         flat = self._total(unit, trained) // ITEM_BYTES[trained[0].dtype] * ITEM_BYTES[dtype]
         self.scattered.append(self._allocate(flat, "flat gradients"))
-        orig = grads[0][0].stored
         del grads
         unit.accumulated.clear()
         shard = self._allocate(flat // self.ranks, "reduced gradients")

@@ -205,16 +205,17 @@ def record_step(
     accumulated: bool = False,
     sharding: ShardingSpec | None = None,
     objective: Objective | None = None,
-    step_of: Callable[[Parameter], int] | None = None,
+    step_of: Callable[[Parameter], int | None] | None = None,
 ) -> Recording:
     """Forward, loss and backward of one micro batch.
 
     ``checkpoint_every`` n > 0 recomputes every n-th block. ``input_grads`` makes the embedding's
     output ask for a gradient (``enable_input_require_grads``). ``share``: a rank's of a
     pipeline, where what enters may come from another rank, and what leaves go to one.
-    ``accumulated``: gradients of earlier micro batches are there already. ``sharding``: by FSDP2 or ZeRO. ``objective``: the
-    task, where it is another one than a language model's own loss. ``step_of``: the optimizer
-    steps in backward, each parameter as its gradient arrives, and needs so many bytes for it.
+    ``accumulated``: gradients of earlier micro batches are there already. ``sharding``: by FSDP or
+    ZeRO. ``objective``: the task, where it is another one than a language model's own loss.
+    ``step_of``: a hook that takes each parameter's gradient as it arrives (an optimizer that steps
+    in backward), and needs so many bytes for it; None: it leaves the gradient.
     """
     recorder = _Recorder(network, env)
     tape = recorder.tape

@@ -154,7 +154,8 @@ ARCHITECTURES = (
     "llama-3.1-8b", "llama-2-7b", "qwen2.5-7b", "mistral-7b-v0.1", "pythia-1.4b", "opt-1.3b",
     "mixtral-8x7b", "smollm2-1.7b", "qwen3-4b", "qwen3-8b", "phi-3-mini", "olmo-2-7b",
     "granite-3.1-2b", "tinyllama-1.1b", "qwen3-30b-a3b", "llama-3.1-70b", "gpt2-xl", "t5-base",
-    "gemma-2-2b", "gpt-oss-20b", "deepseek-v2-lite", "olmoe-1b-7b", "llama-3.2-1b", "qwen2.5-0.5b", "falcon-7b",
+    "gemma-2-2b", "gpt-oss-20b", "deepseek-v2-lite", "olmoe-1b-7b", "llama-3.2-1b",
+    "qwen2.5-0.5b", "falcon-7b",
 )  # fmt: skip
 WORLDS = (8, 2, 4, 16, 32, 64)
 SHAPES = ((1, 1024), (2, 512), (1, 2048), (4, 512), (2, 1024))
