@@ -141,15 +141,18 @@ def _loaded(job: Job, counted: Counted, ranks: int) -> tuple[int, int, int]:
     the file, one set for all ranks, until they are copied to the GPU; weights that are converted
     are a copy in each rank (measured 2026-11-28: 4 MiB of its own for a model of 1,335 MiB loaded
     as it is, 2,671 MiB when loaded in fp32). FSDP loads on rank 0 alone
-    (``cpu_ram_efficient_loading``); quantised ones go to the GPU weight by weight.
+    (``cpu_ram_efficient_loading``). Quantised ones are made weight by weight. Pages of files can be
+    taken back: they are in ``high`` alone.
     """
     weights = _weights(counted)
     full = sum(p.numel * n for p, n, _ in counted) * ITEM_BYTES.get(job.base_dtype, 2)
     quantised = job.weights.name not in ITEM_BYTES
     largest = max((_stored(p) for p, _, _ in counted), default=0)
     readers = 1 if job.sharding.kind == "fsdp" else ranks
-    if quantised or not _converts(job):
-        return largest, full, max(full, weights * ranks)
+    if quantised:
+        return largest, weights * readers, max(full, weights * ranks)
+    if not _converts(job):
+        return largest, largest, weights * ranks
     return weights, weights * readers, weights * ranks
 
 
