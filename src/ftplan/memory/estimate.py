@@ -239,6 +239,10 @@ class Structure:
         self.static_bytes = sum(term.bytes for term in static)
         in_backward = job.optimizer.in_backward
         self.step_bytes = 0 if in_backward else step_bytes(job.optimizer, learned)
+        if job.sharding.tp > 1 and not job.sharding.megatron and self.step_bytes == 0:
+            # a rank's rows of the table's gradient are a view, which is copied to be stepped with
+            tables = [weight_bytes(p) for p, _, _ in learned if p.embedding]
+            self.step_bytes = max(tables, default=0)
         if layout is not None:
             ranks = job.sharding.data_ranks
             parts = [(partition(p, ranks), n, m) for p, n, m in counted if p.trainable]

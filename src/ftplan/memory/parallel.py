@@ -2,8 +2,8 @@
 
 Each is a change of the model's shape, not a division of a sum. Tensor parallelism splits heads and
 the inner width of the MLP and leaves the residual stream whole (transformers' ``tp_plan``:
-column-wise q, k, v, gate, up; row-wise o and down; each rank has columns of the head, whose logits
-are then gathered; Megatron splits the vocabulary of embeddings, head and loss instead); expert
+column-wise q, k, v, gate, up; row-wise o and down; each rank has rows of the table of
+embeddings and columns of the head, whose logits are then gathered; Megatron splits the vocabulary of embeddings, head and loss instead); expert
 parallelism splits the experts; context parallelism splits the sequence.
 """
 
@@ -14,11 +14,11 @@ from typing import Any
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory.job import ShardingSpec
-from ftplan.memory.nn import Linear, Network
-from ftplan.memory.ops import record
-from ftplan.memory.tape import Grads, Tensor
+from ftplan.memory.nn import Embedding, Linear, Network
+from ftplan.memory.ops import like, record
+from ftplan.memory.tape import ONE, TOKENS, Grads, Size, Tape, Tensor
 
-__all__ = ["local_config", "local_seq_len", "split_head"]
+__all__ = ["local_config", "local_seq_len", "split_vocabulary"]
 
 _INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -80,19 +80,42 @@ def _split_experts(config: dict[str, Any], ep: int) -> None:
     raise UnsupportedError(f"expert parallelism of {config.get('model_type')}: it has no experts")
 
 
-def split_head(network: Network, tp: int) -> None:
-    """Give each rank some columns of an output head that is no table of embeddings too.
+def split_vocabulary(network: Network, tp: int) -> None:
+    """Give each rank some rows of the table of embeddings and some columns of the output head.
 
-    ``colwise_gather_output`` (transformers/distributed/tensor_parallel.py 5.23): every rank then
-    has all logits, gathered into one buffer and copied from there into place.
+    transformers/distributed/tensor_parallel.py 5.23, traced. ``embedding_rowwise``: the gradient
+    is made for the whole table, of which a rank keeps a view of its rows. ``colwise_gather_output``:
+    every rank has all logits, gathered into one buffer and copied from there into place.
     """
-    name = network.head_name
-    head = network.children.get(name)
-    if not isinstance(head, Linear) or f"{name}.weight" in network.tied or head.weight.embedding:
-        return
+    for name in network.embedding_names:
+        table = network.child(name)
+        if isinstance(table, Embedding):
+            _split_table(table, tp)
+    head = network.children.get(network.head_name)
+    if isinstance(head, Linear):
+        _split_head(network, head, tp)
+
+
+def _split_table(table: Embedding, tp: int) -> None:
+    weight = table.weight
+    count, width = weight.shape
+    weight.shape = (-(-count // tp), width)
+
+    def looked_up(tape: Tape, rows: Size = TOKENS) -> Tensor:
+        leaf = tape.leaf(weight)
+        out = tape.tensor(rows, width, leaf.dtype, "embedding")
+        make = like(ONE * count, width, leaf.dtype, leaf.requires_grad)
+        record([out], "embedding", [leaf], lambda grad: (make(grad),))
+        return out
+
+    table.forward = looked_up  # type: ignore[method-assign]
+
+
+def _split_head(network: Network, head: Linear, tp: int) -> None:
     whole, inner = head.out_features, network.head
     for parameter in head.parameters.values():
-        parameter.shape = (-(-parameter.shape[0] // tp), *parameter.shape[1:])
+        if parameter.shape[0] == whole:  # a tied table has been cut already
+            parameter.shape = (-(-whole // tp), *parameter.shape[1:])
 
     def gathered(x: Tensor) -> Tensor:
         part = inner(x)

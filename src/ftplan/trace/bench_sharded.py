@@ -113,6 +113,17 @@ FLAT_REGIMES: dict[str, Mapping] = {
     },
 }  # fmt: skip
 """Regimes of FSDP1."""
+TENSOR_REGIMES: dict[str, Mapping] = {
+    "tp-full": {"method": FULL, "precision": BF16},
+    "tp-full-checkpointed": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+    },
+}  # fmt: skip
+"""Regimes of tensor parallelism."""
+SPLIT = (
+    "llama-3.1-8b", "llama-2-7b", "qwen2.5-7b", "mistral-7b-v0.1", "qwen3-8b", "llama-3.1-70b",
+)  # fmt: skip
+"""Architectures whose plan splits heads, MLP, embeddings and head alone."""
 ZERO_REGIMES: dict[str, Mapping] = {
     "zero2-full": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
     "zero3-full": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
@@ -169,6 +180,8 @@ def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, 
         return
     yield from _jobs(name, SHARDED_REGIMES, JOBS_PER_ARCHITECTURE)
     yield from _jobs(name, FLAT_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
+    if name in SPLIT:
+        yield from _jobs(name, TENSOR_REGIMES, 1)
     yield from _jobs(name, ZERO_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
 
 
@@ -184,6 +197,9 @@ def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[st
             world = max(world, 4)
         kind = regime.partition("-")[0]
         sharding: Mapping = {"kind": kind}
+        if kind == "tp":
+            world = min(world, 4)
+            sharding = {"kind": "none", "tp": world}
         if kind in ("fsdp1", "fsdp2"):
             sharding = {
                 "kind": "fsdp", "version": int(kind[-1]), "wrap": "block",

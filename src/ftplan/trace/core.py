@@ -160,7 +160,7 @@ def trace_job(
     with _quiet(), contextlib.ExitStack() as stack:
         stack.callback(gc.unfreeze)
         stack.callback(_forget_autocast)
-        ledger.sharded = job.sharding == "fsdp"
+        ledger.sharded = job.sharding == "fsdp" or job.tp > 1
         mesh = stack.enter_context(distributed(job, ledger))
         say("building the model")
         model_config = build.model_config(config, layers)
@@ -263,7 +263,7 @@ def _run(
     ledger.watch_modules(model)
     forward = loss_of(job, model, _forward_of(job, model), reference)
     gc.freeze()
-    if full or job.sharding == "fsdp":
+    if full or ledger.sharded:
         _one_step(job, model, optimizer, forward, ledger, say, 1)
     else:
         _prime(job, model, optimizer, ledger)
@@ -347,7 +347,7 @@ def _backward(loss: Any) -> None:
 
 def _update(job: Job, model: Any, optimizer: Any, ledger: Ledger) -> None:
     ledger.mark((local(p.grad) for p in model.parameters() if p.grad is not None), "gradients")
-    if job.stack != "pytorch":
+    if job.stack != "pytorch" and job.tp == 1:  # its norm mixes DTensors and others
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
     ledger.mark((local(t) for t in _state_tensors(optimizer)), "optimizer")

@@ -77,6 +77,7 @@ class Job:
     dp_replicate: int
     no_sync: bool
     use_orig_params: bool
+    tp: int
     zero: dict[str, Any]
     """DeepSpeed's ``zero_optimization``."""
     traced_rank: int = 0
@@ -113,9 +114,13 @@ def _refuse(plan: Plan) -> None:
             f"tracing the stack {stack!r}, whose model code is its own,",
             remedy=f"trace one of {', '.join(HF_STACKS)}",
         )
-    for name in ("tp", "pp", "cp", "ep"):
+    for name in ("pp", "cp", "ep"):
         if (getattr(sharding, name) or 1) > 1:
             raise UnsupportedError(f"tracing sharding.{name}", remedy="leave it at 1")
+    if (sharding.tp or 1) > 1 and sharding.kind not in (None, "none"):
+        raise UnsupportedError(
+            f"tracing tensor parallelism with {sharding.kind}", remedy="trace one of them"
+        )
     offload = sharding.offload or "none"
     fsdp2 = sharding.kind == "fsdp" and (sharding.version or 2) == 2
     if offload not in ("none", "params") or (offload == "params" and not fsdp2):
@@ -218,6 +223,7 @@ def resolve(plan: Plan) -> Job:
         dp_replicate=sharding.dp_replicate or 1,
         no_sync=bool(sharding.no_sync),
         use_orig_params=bool(sharding.use_orig_params),
+        tp=sharding.tp or 1,
         zero=_zero(sharding),
     )
 

@@ -7,11 +7,13 @@ units are storages that FSDP resizes in place, so ``UntypedStorage.resize_`` is 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from ftplan.errors import UnsupportedError
 from ftplan.trace.cuda import patched
 from ftplan.trace.job import Job
 from ftplan.trace.ledger import Ledger
@@ -30,7 +32,7 @@ def distributed(job: Job, ledger: Ledger) -> Iterator[Any]:
 
     Yields its device mesh, or None.
     """
-    if job.world == 1 or job.sharding == "none":
+    if job.world == 1 or (job.sharding == "none" and job.tp == 1):
         yield None
         return
     if job.sharding.startswith("zero"):  # DeepSpeed makes its own (ftplan.trace.zero)
@@ -51,7 +53,7 @@ def distributed(job: Job, ledger: Ledger) -> Iterator[Any]:
 
     replicas = job.dp_replicate
     shape = (replicas, job.world // replicas) if replicas > 1 else (job.world,)
-    names = ("replicate", "shard")[-len(shape) :]
+    names = ("replicate", "shard")[-len(shape) :] if job.tp == 1 else ("tp",)
     try:
         with patched(torch.UntypedStorage, "resize_", resize), _two_memories(job, ledger):
             yield init_device_mesh("cpu", shape, mesh_dim_names=names)
@@ -89,6 +91,8 @@ def _dtype(name: str) -> Any:
 
 def shard(model: Any, job: Job, mesh: Any) -> Any:
     """Shard the model as the plan says; with ``wrap: block`` each block is a unit of its own."""
+    if job.tp > 1:
+        return _split(model, mesh)
     if job.sharding == "ddp" and job.world > 1:
         model.__dict__["_ddp_buckets"] = _ddp_buckets(model)
         return model
@@ -117,6 +121,32 @@ def shard(model: Any, job: Job, mesh: Any) -> Any:
             )  # fmt: skip
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     return model
+
+
+def _split(model: Any, mesh: Any) -> Any:
+    """Tensor parallelism by the model's own plan (transformers' ``tp_plan``)."""
+    if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
+        raise UnsupportedError(
+            "tracing tensor parallelism of tied embeddings", remedy="trace a model that has none"
+        )
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    patterns = {
+        re.compile(re.escape(name).replace(r"\*", r"\d+")): style
+        for name, style in model.tp_plan.items()
+    }
+    modules = {
+        name: style
+        for name, _ in model.named_modules()
+        for pattern, style in patterns.items()
+        if pattern.fullmatch(name)
+    }
+    weights = {
+        f"{name}.{part}": style
+        for name, style in modules.items()
+        for part, _ in model.get_submodule(name).named_parameters(recurse=False)
+    }
+    return apply_tensor_parallelism(model, mesh, {**weights, **modules})
 
 
 def _shard_flat(model: Any, job: Job, mesh: Any) -> Any:
