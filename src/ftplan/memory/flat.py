@@ -36,12 +36,19 @@ class Flat(Fsdp):
     def begin_backward(self, unit: Unit) -> None:
         """``pre_backward``: gather this unit, and the next one ahead (``BACKWARD_PRE``).
 
-        Where its adapters are units of their own, the next one is one of them.
+        Where its adapters are units of their own, the next one is one of them, and the last of
+        them gathers the block before (:meth:`end_backward`).
         """
         self._gather(unit)
-        index = self.order.index(unit)
-        apart = self.spec.adapters_apart and any(p.added for p in unit.parameters)
-        if index > 0 and not apart:
+        if not self._apart(unit):
+            self._ahead(unit)
+
+    def _apart(self, unit: Unit) -> bool:
+        return self.spec.adapters_apart and any(p.added for p in unit.parameters)
+
+    def _ahead(self, unit: Unit) -> None:
+        index = self.order.index(unit) if unit in self.order else 0
+        if index > 0:
             self._gather(self.order[index - 1])
 
     def adopt(self, unit: Unit) -> None:
@@ -68,6 +75,8 @@ class Flat(Fsdp):
         if unit.reduced:
             return
         unit.reduced = True
+        if self._apart(unit):
+            self._ahead(unit)
         trained = [p for p in unit.parameters if p.grad is not None]
         joined = self._joined(unit) if trained else []
         total = self._total(unit, joined)

@@ -2,9 +2,9 @@
 
 Each is a change of the model's shape, not a division of a sum. Tensor parallelism splits heads and
 the inner width of the MLP and leaves the residual stream whole (transformers' ``tp_plan``:
-column-wise q, k, v, gate, up; row-wise o and down; each rank has rows of the table of
-embeddings and columns of the head, whose logits are then gathered; Megatron splits the vocabulary of embeddings, head and loss instead); expert
-parallelism splits the experts; context parallelism splits the sequence.
+column-wise q, k, v, gate, up; row-wise o and down; each rank has rows of the table of embeddings
+and columns of the head, whose logits are then gathered; Megatron splits the vocabulary through the
+loss instead); expert parallelism splits the experts; context parallelism splits the sequence.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ def split_vocabulary(network: Network, tp: int) -> None:
     """Give each rank some rows of the table of embeddings and some columns of the output head.
 
     transformers/distributed/tensor_parallel.py 5.23, traced. ``embedding_rowwise``: the gradient
-    is made for the whole table, of which a rank keeps a view of its rows. ``colwise_gather_output``:
-    every rank has all logits, gathered into one buffer and copied from there into place.
+    is made for the whole table, of which a rank keeps a view of its rows.
+    ``colwise_gather_output``: every rank has all logits, gathered into one buffer and copied from
+    there into place.
     """
     for name in network.embedding_names:
         table = network.child(name)
