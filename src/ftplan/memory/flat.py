@@ -11,13 +11,27 @@ _runtime_utils.py, torch 2.13, traced: ``_use_unsharded_views``, ``_pre_backward
 from __future__ import annotations
 
 from ftplan.memory.fsdp import ACCUMULATED, Fsdp, Unit
-from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Tensor
+from ftplan.memory.job import ShardingSpec
+from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Tape, Tensor
 
 __all__ = ["Flat"]
 
 
 class Flat(Fsdp):
     """Hooks of FullyShardedDataParallel (FSDP1)."""
+
+    def __init__(self, tape: Tape, spec: ShardingSpec, *, accumulated: bool) -> None:
+        super().__init__(tape, spec, accumulated=accumulated)
+        self._last_adapter: dict[int, Unit] = {}
+        """The adapter of a block whose turn comes last on the way back."""
+        if spec.adapters_apart:
+            tape.step_of = self._arrived
+
+    def _arrived(self, parameter: Parameter) -> None:
+        """The last adapter of a block gathers what comes next; gradients stay where they are."""
+        unit = self._last_adapter.get(id(parameter))
+        if unit is not None:
+            self._ahead(unit)
 
     def _gather(self, unit: Unit) -> None:
         """``unshard``: a low-precision copy of the shard for a moment, then the flat buffer."""
@@ -37,7 +51,7 @@ class Flat(Fsdp):
         """``pre_backward``: gather this unit, and the next one ahead (``BACKWARD_PRE``).
 
         Where its adapters are units of their own, the next one is one of them, and the last of
-        them gathers the block before (:meth:`end_backward`).
+        them gathers the block before.
         """
         self._gather(unit)
         if not self._apart(unit):
@@ -53,6 +67,10 @@ class Flat(Fsdp):
 
     def adopt(self, unit: Unit) -> None:
         """The flat gradient that earlier micro batches left, where they are not reduced each."""
+        for parameter in unit.parameters:
+            if self._apart(unit) and parameter.added and parameter.trainable:
+                self._last_adapter[id(parameter)] = unit
+                break
         if self.accumulated and self.spec.no_sync:
             trained = self._joined(unit)
             if trained:
@@ -75,8 +93,6 @@ class Flat(Fsdp):
         if unit.reduced:
             return
         unit.reduced = True
-        if self._apart(unit):
-            self._ahead(unit)
         trained = [p for p in unit.parameters if p.grad is not None]
         joined = self._joined(unit) if trained else []
         total = self._total(unit, joined)
