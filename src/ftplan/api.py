@@ -26,10 +26,14 @@ from ftplan.units import format_bytes
 if TYPE_CHECKING:  # the walk is loaded only for a model whose shape is known
     from ftplan.fit.sizer import Sizer
     from ftplan.memory.counters import Counters
-    from ftplan.memory.estimate import Estimate
+    from ftplan.memory.estimate import Estimate, Structure
     from ftplan.memory.host import Wire
+    from ftplan.memory.job import Job
 
 __all__ = ["estimate"]
+
+NETWORK_BYTES_PER_S = 50 * 10**9
+"""One direction of a 400 Gb/s port for each GPU, which large clusters have: a lower bound."""
 
 
 def estimate(plan: Plan, *, base: Path | None = None, with_remedies: bool = True) -> Report:
@@ -75,19 +79,22 @@ def _sized(resolved: Resolved) -> Report:
 def _training(resolved: Resolved) -> Report:
     """The walk, and what lies beside the GPU: host memory, disk, the wire."""
     from ftplan.assembling import job_of
-    from ftplan.memory.estimate import Structure
+    from ftplan.memory.estimate import structure_of
     from ftplan.memory.host import disk_bytes, host_interval, wire_of
 
     job = job_of(resolved)
-    structure = Structure(job)
+    structure = structure_of(job)
     report = _report(resolved, structure.at(job.micro, job.seq_len, job.loss_chunk))
     plan, counted = resolved.plan, structure.counted
     host = host_interval(job, counted, gpus_per_node=plan.hardware.count or 1)
     written = disk_bytes(job, counted)
     details: dict[str, Any] = {"disk_bytes": written}
-    wire = wire_of(job, counted)
+    wire = wire_of(job, counted, gpus_per_node=plan.hardware.count or 1)
+    more: tuple[Finding, ...] = _stage_findings(structure)
     if wire is not None:
-        details["communication"] = _communication(resolved, wire)
+        details["communication"] = told = _communication(resolved, wire)
+        more += _slow_wire(resolved, told, structure, job)
+    more += _flat_findings(resolved)
     return replace(
         report,
         host_bytes=host,
@@ -95,6 +102,7 @@ def _training(resolved: Resolved) -> Report:
         findings=(
             *report.findings,
             *_host_findings(resolved, host, written),
+            *more,
             *(_not_evaluated() if job.eval_micro and structure.evaluation is None else ()),
         ),
     )
@@ -110,7 +118,81 @@ def _communication(resolved: Resolved, wire: Wire) -> dict[str, Any]:
         rate = resolved.gpu.interconnect.bytes_per_s // 2  # one direction
         told["interconnect"] = resolved.gpu.interconnect.kind
         told["least_seconds_per_step"] = round(wire.bytes_per_step / rate, 4)
+    if wire.slow_bytes:
+        told["bytes_per_step_between_nodes"] = wire.slow_bytes
+        told["network"] = "400 Gb/s for each GPU (assumed)"
+        seconds = round(wire.slow_bytes / NETWORK_BYTES_PER_S, 4)
+        told["least_seconds_per_step_between_nodes"] = seconds
     return told
+
+
+def _stage_findings(structure: Structure) -> tuple[Finding, ...]:
+    """Which rank of a pipeline the answer is about."""
+    if structure.stage is None:
+        return ()
+    return (
+        Finding(
+            code="PAR001",
+            severity="info",
+            message=f"the worst rank is {structure.stage.name}",
+            help="more micro batches in a step (batch.accumulation) shorten the bubble, not this",
+        ),
+    )
+
+
+def _slow_wire(
+    resolved: Resolved, told: Mapping[str, Any], structure: Structure, job: Job
+) -> tuple[Finding, ...]:
+    """A finding where what is sent takes longer than what is computed, both at full rate."""
+    if resolved.gpu is None or job.task == "embed":  # a head that is not there computes nothing
+        return ()
+    from ftplan.catalog.throughput import speed_of
+    from ftplan.fit.flops import compute_of
+
+    dtype = job.environment.autocast or job.compute_dtype
+    speed = speed_of(resolved.gpu, mixed_or_weights=dtype)
+    ways = {
+        str(told.get("interconnect", "")): told.get("least_seconds_per_step", 0),
+        "the network between nodes": told.get("least_seconds_per_step_between_nodes", 0),
+    }
+    link, sent = max(ways.items(), key=lambda item: item[1])
+    if not speed.flops or not sent:
+        return ()
+    work = compute_of(structure.network, job).at(
+        job.micro * structure.program.sequences, job.seq_len
+    )
+    computed = work.total * job.accumulation / speed.flops
+    if sent <= computed:
+        return ()
+    return (
+        Finding(
+            code="PAR002",
+            severity="warning",
+            message=f"it may fit and crawl: a step sends what takes {sent:.2f} s over {link}, and "
+            f"computes for {computed:.2f} s, both at full rate",
+            help="use more tokens in a micro batch, reshard_after_forward: false, zero2, or "
+            "replicas of a smaller sharded group (dp_replicate)",
+        ),
+    )
+
+
+def _flat_findings(resolved: Resolved) -> tuple[Finding, ...]:
+    """FSDP1 with frozen and trained weights in one flat parameter."""
+    plan = resolved.plan
+    flat = plan.sharding.kind == "fsdp" and plan.sharding.version == 1
+    adapted = plan.method is not None and plan.method.kind not in ("full", "partial")
+    if not (flat and adapted and resolved.stack.name == "pytorch"):
+        return ()
+    return (
+        Finding(
+            code="FIT004",
+            severity="warning",
+            message="FSDP1 takes gradients of the frozen weights too: adapters and the weights "
+            "beside them are one flat parameter",
+            help="wrap what is trained by itself (peft.utils.other.fsdp_auto_wrap_policy), or use "
+            "version: 2",
+        ),
+    )
 
 
 def _not_evaluated() -> tuple[Finding, ...]:
@@ -151,17 +233,6 @@ def _host_findings(
                 f"{format_bytes(written['checkpoint'], 'GiB')} of disk, and there is "
                 f"{format_bytes(disk, 'GiB')}",
                 help="save the weights or the adapter alone (save_only_model), or add disk",
-            )
-        )
-    sharding = resolved.plan.sharding
-    if sharding.kind == "fsdp" and sharding.version == 1:
-        findings.append(
-            Finding(
-                code="FIT004",
-                severity="warning",
-                message="FSDP1 is sized as FSDP2: its flat parameters also take gradients of "
-                "frozen weights in a unit that trains anything",
-                help="use fsdp_version: 2, or leave headroom",
             )
         )
     return tuple(findings)
@@ -210,10 +281,10 @@ def _counted(resolved: Resolved) -> Counters:
         served = serve(serving_job_of(resolved))
         return _counters(resolved, served.peak_bytes, served.static_bytes, _cache_bytes(served))
     from ftplan.assembling import job_of
-    from ftplan.memory.estimate import Structure
+    from ftplan.memory.estimate import structure_of
 
     job = job_of(resolved)
-    structure = Structure(job)
+    structure = structure_of(job)
     phases = structure.phases(job.micro, job.seq_len, job.loss_chunk)
     return _counters(resolved, max(peak for _, peak in phases), structure.static_bytes)
 
@@ -243,7 +314,9 @@ def _summary(resolved: Resolved, result: Estimate) -> ModelSummary:
     """The whole model, also where tensor or expert parallelism gives each GPU a part of it."""
     total, trainable = result.total_params, result.trainable_params
     sharding, method = resolved.plan.sharding, resolved.plan.method
-    if (sharding.tp or 1) * (sharding.ep or 1) > 1 and resolved.config is not None:
+    if (sharding.tp or 1) * (sharding.ep or 1) * (
+        sharding.pp or 1
+    ) > 1 and resolved.config is not None:
         from ftplan.memory.families import build
 
         total = sum(parameter.numel for _, parameter in build(resolved.config).all_parameters())

@@ -37,12 +37,20 @@ def job_of(resolved: Resolved) -> Job:
     assert batch.micro and batch.seq_len and batch.accumulation
     storage = _stored(plan.precision.weights or "bf16", double_quant=bool(method.double_quant))
     mixed = None if plan.precision.mixed in (None, "no") else plan.precision.mixed
+    engine = _engine_dtype(plan, storage, mixed)
+    if engine is not None and storage.name in ITEM_BYTES:
+        storage = find_format(engine)
     checkpointing = plan.gradient_checkpointing
     quantised = storage.name not in ITEM_BYTES
-    # accelerate hands FSDP2 a mixed-precision policy and does not autocast
+    # accelerate hands FSDP2 a mixed-precision policy, and DeepSpeed's engine casts the model:
+    # neither autocasts
     policy = plan.sharding.kind == "fsdp" and plan.sharding.version != 1
-    autocast = None if policy else mixed
-    sharding = _sharding(plan, resolved.config)
+    autocast = None if policy or engine is not None else mixed
+    sharding = replace(
+        _sharding(plan, resolved.config),
+        adapters_apart=stack.name != "pytorch",
+        megatron=stack.name == "megatron",
+    )
     environment = Environment(
         autocast=autocast,
         attention=plan.attention or "sdpa",
@@ -73,12 +81,16 @@ def job_of(resolved: Resolved) -> Job:
         if method.kind == "partial"
         else "adapter",
         last_layers=method.last_layers or 0,
-        adapter=_adapter(method, plan.task) if method.kind not in ("full", "partial") else None,
+        adapter=_adapter(method, plan.task, engine)
+        if method.kind not in ("full", "partial")
+        else None,
         weights=storage,
-        base_dtype=(method.compute_dtype or native) if quantised else storage.name,
+        base_dtype=(engine or method.compute_dtype or native) if quantised else storage.name,
         compute_dtype=method.compute_dtype or "bf16",
-        prepare_kbit=quantised and bool(method.prepare_kbit),
-        trainable_dtype=stack.trainable_dtype if method.kind in ("full", "partial") else None,
+        prepare_kbit=quantised and bool(method.prepare_kbit) and engine is None,
+        trainable_dtype=stack.trainable_dtype
+        if method.kind in ("full", "partial") and engine is None
+        else None,
         environment=environment,
         micro=batch.micro,
         seq_len=local_seq_len(batch.seq_len, sharding),
@@ -100,6 +112,19 @@ def job_of(resolved: Resolved) -> Job:
         generates=plan.rollout is not None and plan.rollout.sampler == "trainer",
         sampler_bytes=_sampler_bytes(plan, gpu),
     )
+
+
+def _engine_dtype(plan: Plan, storage: Format, mixed: str | None) -> str | None:
+    """What DeepSpeed's engine casts the whole model to, adapters and norms too; None: nothing.
+
+    ``bf16: {enabled: true}`` or ``fp16``: deepspeed/runtime/engine.py 0.19.8,
+    ``_configure_distributed_model``. Two-byte weights without either are refused there.
+    """
+    if not str(plan.sharding.kind).startswith("zero") or plan.stack == "megatron":
+        return None
+    if mixed is not None:
+        return mixed
+    return storage.name if ITEM_BYTES.get(storage.name) == 2 else None
 
 
 def _offloads(kind: str, sharding: ShardingSpec) -> bool:
@@ -189,13 +214,13 @@ def _capability(gpu: GpuRow | None) -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-def _adapter(method: Method, task: str | None) -> AdapterSpec:
+def _adapter(method: Method, task: str | None, engine: str | None) -> AdapterSpec:
     heads = HEADS if task in ("rm", "classify") else ()
     return AdapterSpec(
         kind=method.kind,
         rank=method.rank or 0,
         targets=method.targets,
-        dtype=find_format(method.adapter_dtype or "fp32").name,
+        dtype=engine or find_format(method.adapter_dtype or "fp32").name,
         dropout=method.dropout or 0.0,
         use_dora=bool(method.use_dora) or method.kind == "dora",
         modules_to_save=(*(method.modules_to_save or ()), *heads),

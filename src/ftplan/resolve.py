@@ -113,6 +113,14 @@ def native_dtype(config: Mapping[str, Any] | None) -> str | None:
     return None
 
 
+def _micro_batches(plan: Plan, filler: _Filler) -> int:
+    """Micro batches of a step: a pipeline has as many as stages, or it would stand still."""
+    stages = plan.sharding.pp or 1
+    source = CONTRACT if stages == 1 else "as many as a 1F1B schedule takes at least"
+    count: int = filler.fill("batch.accumulation", plan.batch.accumulation, stages, source)
+    return count
+
+
 def _placement(plan: Plan, filler: _Filler) -> Plan:
     hardware, sharding = plan.hardware, plan.sharding
     nodes = hardware.nodes or 1
@@ -122,12 +130,20 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
     source = CONTRACT if least == 1 else "as many as the parallel degrees need"
     count = filler.fill("hardware.count", hardware.count, least, source)
     replicas = count * nodes // split
+    if (kind := sharding.kind) == "fsdp" and plan.method and (plan.batch.accumulation or 1) > 1:
+        stack = find_stack(plan.stack or "transformers")
+        no_sync = filler.fill(
+            "sharding.no_sync",
+            sharding.no_sync,
+            stack.no_sync,
+            stack.sources.get("no_sync", CONTRACT),
+        )
+        sharding = replace(sharding, no_sync=no_sync)
     if count * nodes % split:
         raise InputError(
             f"{count * nodes} GPUs are no multiple of tp x pp x cp = {split}",
             remedy="make the number of GPUs a multiple of the product of the degrees",
         )
-    kind = sharding.kind
     if kind is None:
         kind = "ddp" if replicas > 1 and plan.method is not None else "none"
         if count * nodes > 1:
@@ -209,7 +225,7 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         plan.batch,
         micro=filler.fill("batch.micro", plan.batch.micro, 1),
         seq_len=filler.fill("batch.seq_len", plan.batch.seq_len, 2048),
-        accumulation=filler.fill("batch.accumulation", plan.batch.accumulation, 1),
+        accumulation=_micro_batches(plan, filler),
         padding=filler.fill("batch.padding", plan.batch.padding, stack.padding, own("padding")),
         packing=filler.fill("batch.packing", plan.batch.packing, stack.packing, own("packing")),
     )
@@ -323,6 +339,9 @@ def idle_keys(plan: Plan) -> list[str]:
             idle.append("optimizer.momentum")
         if optimizer.rank is not None and row.rank is None:
             idle.append("optimizer.rank")
+    if (plan.sharding.pp or 1) == 1:
+        stages = ("schedule", "virtual_stages")
+        idle += [f"sharding.{key}" for key in stages if getattr(plan.sharding, key) is not None]
     idle += [
         f"sharding.{key}"
         for key, kinds in _SHARDED.items()
@@ -338,14 +357,17 @@ _SHARDED: dict[str, tuple[str, ...]] = {
     "param_dtype": ("fsdp",),
     "reduce_dtype": ("fsdp",),
     "reshard_after_forward": ("fsdp",),
+    "no_sync": ("fsdp",),
+    "use_orig_params": ("fsdp",),
     "bucket_elements": _ZERO,
     "auto_buckets": _ZERO,
+    "overlap_comm": _ZERO,
+    "sub_group_elements": ("zero3",),
     "prefetch_elements": ("zero3",),
     "max_live_elements": ("zero3",),
     "persistence_elements": ("zero3",),
-    # DDP's buckets hold every gradient once, however large each is; FSDP1 is sized as FSDP2
+    # DDP's buckets hold every gradient once, however large each is
     "bucket_bytes": (),
-    "use_orig_params": (),
 }
 """Keys of sharding and the kinds that have a use for them."""
 

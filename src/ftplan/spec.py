@@ -221,6 +221,8 @@ class Sharding:
     """FSDP: what gradients are reduced in."""
     reshard_after_forward: bool | None = None
     """FSDP: free the gathered weights between forward and backward."""
+    no_sync: bool | None = None
+    """FSDP: reduce gradients with the last micro batch alone; until then each GPU holds all."""
     use_orig_params: bool | None = None
     """FSDP1: keep the original parameters beside the flat one."""
     offload: Offload | None = None
@@ -229,6 +231,10 @@ class Sharding:
     """Tensor parallel degree."""
     pp: int | None = None
     """Pipeline parallel degree."""
+    schedule: Literal["gpipe", "1f1b", "interleaved"] | None = None
+    """Pipeline: in what order micro batches run forward and backward."""
+    virtual_stages: int | None = None
+    """Pipeline: stages on each GPU (interleaved)."""
     cp: int | None = None
     """Context parallel degree."""
     ep: int | None = None
@@ -237,6 +243,10 @@ class Sharding:
     """Hybrid sharding: how many replicas of the sharded group."""
     bucket_elements: int | None = None
     """DeepSpeed: `reduce_bucket_size`. DDP counts bytes instead: `bucket_bytes`."""
+    overlap_comm: bool | None = None
+    """DeepSpeed: `overlap_comm`; ZeRO-1 and 2 then hold two buckets."""
+    sub_group_elements: int | None = None
+    """DeepSpeed ZeRO-3: `sub_group_size`, what is updated at once."""
     bucket_bytes: int | None = None
     """DDP: `bucket_cap_mb`, in bytes."""
     auto_buckets: bool | None = None

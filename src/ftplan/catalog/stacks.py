@@ -110,6 +110,8 @@ class Stack:
     """Whether a padding mask reaches attention in a batch of samples of full length."""
     pad_rule: str
     """To what length a batch is padded."""
+    no_sync: bool = False
+    """Whether FSDP reduces gradients with the last micro batch alone; whole ones until then."""
     loss_columns: int | None = None
     """`chunked`: columns of the vocabulary that are met at a time; None: all."""
     notes: tuple[str, ...]

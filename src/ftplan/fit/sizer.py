@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from ftplan.fit.flops import Compute, compute_of
 from ftplan.memory.counters import Counters, counters
-from ftplan.memory.estimate import Structure
+from ftplan.memory.estimate import Structure, structure_of
 from ftplan.memory.job import Job
 from ftplan.report import Verdict
 
@@ -84,7 +84,7 @@ class Sizer:
         if side not in self._structures:
             environment = replace(self.job.environment, seq_len=seq_len)
             job = replace(self.job, environment=environment)
-            self._structures[side] = Structure(job)
+            self._structures[side] = structure_of(job)
         return self._structures[side]
 
     def record(self, micro: int, seq_len: int) -> Structure:
@@ -93,7 +93,7 @@ class Sizer:
             return self.structure(seq_len)
         key = (micro, seq_len)
         if key not in self._single:
-            self._single[key] = Structure(self._job_at(micro, seq_len))
+            self._single[key] = structure_of(self._job_at(micro, seq_len))
         return self._single[key]
 
     @property

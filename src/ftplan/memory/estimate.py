@@ -13,14 +13,15 @@ from ftplan.memory.fsdp import BUFFERS, shard_shape
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.nn import Network
 from ftplan.memory.optimizer import rounded, state_bytes, step_bytes
+from ftplan.memory.pipeline import candidates, cut, one_chunk, stages_of
 from ftplan.memory.prepare import counted_parameters, prepare
 from ftplan.memory.record import record_evaluation, record_serving, record_step
 from ftplan.memory.replay import Alive, Program
 from ftplan.memory.tape import ITEM_BYTES, Label, Parameter
 from ftplan.memory.tasks import Objective, objective_of
-from ftplan.memory.zero import bucket_bytes, live_bytes, partition
+from ftplan.memory.zero import Layout, layout_of, partition, step_temporaries
 
-__all__ = ["Estimate", "StaticTerm", "Structure", "estimate"]
+__all__ = ["Estimate", "StaticTerm", "Structure", "estimate", "structure_of"]
 
 Counted = Sequence[tuple[Parameter, int, bool]]
 
@@ -83,32 +84,45 @@ def main_weights(updated: Counted) -> StaticTerm:
     )
 
 
-def zero_terms(job: Job, whole: Counted, updated: Counted) -> list[StaticTerm]:
-    """What ZeRO adds: main weights, buckets, gathered weights."""
+def zero_terms(job: Job, updated: Counted, layout: Layout) -> list[StaticTerm]:
+    """What ZeRO adds for good: main weights, stage 3's bucket and gradients."""
     spec = job.sharding
-    trained = [entry for entry in whole if entry[0].trainable]
-    terms = [main_weights(updated)]
-    terms.append(
-        StaticTerm(
-            name="runtime/reduce_buckets",
-            bytes=bucket_bytes(spec, trained),
-            formula=f"2 x {spec.bucket_elements:,} elements (or all there are)",
-            source="DeepSpeed: reduce_bucket_size, overlap_comm",
-        )
+    terms = [main_weights(updated)] if spec.offload in ("none", "activations") else []
+    bucket = StaticTerm(
+        name="runtime/reduce_buckets",
+        bytes=spec.bucket_elements * layout.item,
+        formula=f"{spec.bucket_elements:,} elements x {layout.item} bytes",
+        source="DeepSpeed: reduce_bucket_size",
     )
-    if spec.kind == "zero3":
+    if spec.kind == "zero1" and job.accumulation > 1 and not spec.overlap_comm:
+        terms.append(bucket)
+    if spec.kind != "zero3":
+        if spec.offload == "optimizer":
+            terms.append(
+                StaticTerm(
+                    name="runtime/offload_buffer",
+                    bytes=layout.largest * layout.item,
+                    formula=f"{layout.largest:,} elements of the largest gradient",
+                    source="DeepSpeed stage_1_and_2.py: temp_grad_buffer_for_gpu_offload",
+                )
+            )
+        return terms
+    terms.append(bucket)
+    if spec.offload in ("none", "activations"):
         terms.append(
             StaticTerm(
-                name="weights/gathered",
-                bytes=live_bytes(spec, whole),
-                formula=f"{spec.max_live_elements:,} live + {spec.prefetch_elements:,} ahead",
-                source="DeepSpeed: stage3_max_live_parameters, stage3_prefetch_bucket_size",
+                name="gradients/partition",
+                bytes=layout.part * layout.item,
+                formula=f"{layout.part:,} elements x {layout.item} bytes",
+                source="DeepSpeed stage3.py: grad_partitions_flat_buffer",
             )
         )
     return terms
 
 
-def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]:
+def static_terms(
+    job: Job, counted: Counted, whole: Counted, layout: Layout | None = None
+) -> list[StaticTerm]:
     """Weights, adapters and optimizer states. ``whole``: before anything was sharded."""
     frozen = [entry for entry in counted if not entry[0].trainable]
     learned = [entry for entry in counted if entry[0].trainable]
@@ -123,14 +137,23 @@ def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]
     trained = sum(parameter.numel * times for parameter, times, _ in learned)
     states = " + ".join(f"{s.name} ({s.dtype}, {s.shape})" for s in job.optimizer.states)
     updated, parts = learned, ""
-    if job.sharding.kind.startswith("zero"):
-        ranks = job.sharding.world
+    if layout is not None:
+        ranks = job.sharding.data_ranks
         updated = [(partition(p, ranks), times, m) for p, times, m in whole if p.trainable]
         parts = f" in fp32 / {ranks} GPUs"
-        terms += zero_terms(job, whole, updated)
+        terms += zero_terms(job, updated, layout)
     elif job.main_weights:
-        terms.append(main_weights([(partition(p, 1), n, m) for p, n, m in learned]))
-        updated = [(partition(p, 1), times, m) for p, times, m in learned]
+        # Megatron's distributed optimizer: main weights and states over the data parallel ranks
+        ranks = job.sharding.data_ranks if job.sharding.kind == "zero1" else 1
+        updated = [(partition(p, ranks), times, m) for p, times, m in learned]
+        terms.append(main_weights(updated))
+        terms.append(
+            _weights(
+                [(partition(p, 1), n, m) for p, n, m in learned],
+                "gradients/main",
+                "one fp32 buffer that every gradient is added to (main_grad)",
+            )
+        )
     terms.append(
         StaticTerm(
             name="optimizer/states",
@@ -139,7 +162,7 @@ def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]
             source=job.optimizer.source,
         )
     )
-    if job.sharding.kind == "ddp" and job.sharding.world > 1:
+    if job.sharding.kind == "ddp" and job.sharding.world > 1 and not job.main_weights:
         terms.append(
             _weights(
                 learned,
@@ -177,11 +200,15 @@ class Structure:
 
     def __init__(self, job: Job) -> None:
         network = prepare(job)
+        self.stage = job.stage
+        if job.stage is not None:
+            cut(network, job.stage)
         counted = counted_parameters(network)
         ranks = shard_ranks(job.sharding)
         local = [(_shard(p, ranks), times, matrix) for p, times, matrix in counted]
         learned = [entry for entry in local if entry[0].trainable]
-        static = static_terms(job, local, counted)
+        layout = layout_of(network, job.sharding) if job.sharding.is_zero else None
+        static = static_terms(job, local, counted, layout)
         if network.buffer_bytes:
             static.append(
                 StaticTerm(
@@ -196,10 +223,14 @@ class Structure:
             static.append(_weights(counted_parameters(model.network), model.name, model.why))
         if job.sampler_bytes:
             static.append(_sampler(job))
-        if job.accumulation > 1:
+        if (
+            job.accumulation > 1
+            and not job.main_weights
+            and not (job.stage is not None and job.stage.fresh)
+        ):
             static.append(
                 _weights(
-                    _accumulated(job, learned),
+                    _accumulated(job, counted, learned, layout),
                     "gradients/accumulated",
                     "gradients of earlier micro batches",
                 )
@@ -208,11 +239,23 @@ class Structure:
         self.static_bytes = sum(term.bytes for term in static)
         in_backward = job.optimizer.in_backward
         self.step_bytes = 0 if in_backward else step_bytes(job.optimizer, learned)
+        if job.sharding.tp > 1 and not job.sharding.megatron and self.step_bytes == 0:
+            # a rank's rows of the table's gradient are a view, which is copied to be stepped with
+            tables = [weight_bytes(p) for p, _, _ in learned if p.embedding]
+            self.step_bytes = max(tables, default=0)
+        if layout is not None:
+            ranks = job.sharding.data_ranks
+            parts = [(partition(p, ranks), n, m) for p, n, m in counted if p.trainable]
+            needs = step_bytes(job.optimizer, parts)
+            self.step_bytes = step_temporaries(job.sharding, layout, needs)
+        if job.stage is not None:
+            one_chunk(network, job.stage)
         self.network = network
         self.counted = counted
         self.program = program_of(job, network, objective)
         self.eval_micro = job.eval_micro
-        self.evaluation = _evaluation_of(job, network, objective) if job.eval_micro else None
+        evaluated = job.eval_micro and job.stage is None
+        self.evaluation = _evaluation_of(job, network, objective) if evaluated else None
         self.rollout = _rollout_of(job, network) if job.generates else None
         self.total_params = sum(
             parameter.numel * times for parameter, times, _ in counted if _is_base(parameter)
@@ -342,16 +385,51 @@ def _without_gradients(static: Sequence[StaticTerm]) -> tuple[StaticTerm, ...]:
     return tuple(term for term in static if not term.name.startswith("gradients/"))
 
 
+def structure_of(job: Job) -> Structure:
+    """The record of a job; of a pipeline, that of its worst rank at the job's own batch."""
+    if job.sharding.pp == 1:
+        return Structure(job)
+    layers = prepare(job).stages[0].stack.count
+    ranks = [
+        Structure(replace(job, stage=stage))
+        for stage in candidates(
+            stages_of(layers, job.sharding, job.accumulation, buffered=not job.main_weights)
+        )
+    ]
+    return max(ranks, key=lambda rank: rank.peak(job.micro, job.seq_len, job.loss_chunk))
+
+
 def estimate(job: Job) -> Estimate:
     """The peak of the second step of ``job`` on one GPU."""
-    return Structure(job).at(job.micro, job.seq_len, job.loss_chunk)
+    return structure_of(job).at(job.micro, job.seq_len, job.loss_chunk)
 
 
-def _accumulated(job: Job, learned: Counted) -> Counted:
-    """Gradients between micro batches: under ZeRO-2 each rank keeps its own part of them."""
-    if job.sharding.kind != "zero2":
+def _accumulated(job: Job, whole: Counted, learned: Counted, layout: Layout | None) -> Counted:
+    """Gradients between micro batches: under ZeRO each rank keeps those that it owns.
+
+    FSDP keeps shards too, or the host does, or whole gradients where it waits for the last batch.
+    """
+    spec = job.sharding
+    if layout is not None and (spec.kind != "zero1" or spec.overlap_comm):
+        if spec.kind == "zero3" or spec.offload in ("optimizer", "nvme"):
+            return []  # in the partition's own buffer, or on the host
+        dtype = next(name for name in ("bf16", "fp32") if ITEM_BYTES[name] == layout.item)
+        return [
+            (Parameter("own part", (max(layout.owned, layout.first_owned),), dtype, True), 1, False)
+        ]
+    if spec.kind != "fsdp":
         return learned
-    return [(_shard(p, job.sharding.world), times, matrix) for p, times, matrix in learned]
+    if not spec.no_sync:
+        return [] if spec.offload == "params" else learned
+    return [
+        (_as(p, spec.reduce_dtype or spec.param_dtype or p.dtype), times, matrix)
+        for p, times, matrix in whole
+        if p.trainable
+    ]
+
+
+def _as(parameter: Parameter, dtype: str) -> Parameter:
+    return Parameter(parameter.name, parameter.shape, dtype, True)
 
 
 def _is_base(parameter: Parameter) -> bool:
@@ -362,7 +440,7 @@ def shard_ranks(sharding: ShardingSpec) -> int:
     """Over how many ranks each weight is split."""
     if sharding.kind not in ("fsdp", "zero3"):
         return 1
-    return sharding.world // (sharding.tp * sharding.pp * sharding.cp * sharding.dp_replicate)
+    return sharding.shard_ranks
 
 
 def _shard(parameter: Parameter, ranks: int) -> Parameter:
@@ -378,6 +456,8 @@ def _shard(parameter: Parameter, ranks: int) -> Parameter:
 
 def _step_of(job: Job) -> Callable[[Parameter], int] | None:
     """What the step of one parameter needs, for an optimizer that steps in backward."""
+    if job.main_weights and not job.sharding.is_zero:
+        return lambda _parameter: 0  # added to the buffer and let go
     if not job.optimizer.in_backward:
         return None
     if job.accumulation > 1 or job.sharding.kind in ("fsdp", "zero1", "zero2", "zero3"):
@@ -390,23 +470,32 @@ def _step_of(job: Job) -> Callable[[Parameter], int] | None:
 
 def program_of(job: Job, network: Network, objective: Objective) -> Program:
     """Record the job's step."""
-    sharding = job.sharding if job.sharding.kind in ("fsdp", "zero2", "zero3") else None
+    sharded = job.sharding.is_zero or job.sharding.kind == "fsdp"
+    sharding = job.sharding if sharded else None
     if sharding is not None and sharding.kind == "fsdp":
         for parameter, _, _ in counted_parameters(network):
             parameter.stored = parameter.dtype
             if parameter.dtype in ITEM_BYTES:
                 parameter.dtype = sharding.param_dtype or parameter.dtype
+    stage = job.stage
+    if stage is not None and not objective.inside:
+        raise UnsupportedError(
+            f"the task {job.task!r} under pipeline parallelism",
+            remedy="use tensor parallelism, fsdp or zero3",
+        )
     recording = record_step(
         network,
         job.environment,
         checkpoint_every=job.checkpoint_every,
         input_grads=job.checkpoint_every > 0,
-        accumulated=job.accumulation > 1,
+        share=stage,
+        accumulated=job.accumulation > 1 and not (stage is not None and stage.fresh),
         sharding=sharding,
         objective=objective,
         step_of=_step_of(job),
     )
-    program = Program(recording, recording.phases())
+    under_way = stage.in_flight - 1 if stage is not None else 0
+    program = Program(recording, recording.phases(under_way=under_way))
     program.virtual_tokens = network.virtual_tokens
     program.sequences = objective.sequences
     return program

@@ -9,6 +9,7 @@ from ftplan.memory.adapters import adapt, distinguish
 from ftplan.memory.families import build
 from ftplan.memory.job import Job
 from ftplan.memory.nn import Network
+from ftplan.memory.parallel import split_vocabulary
 from ftplan.memory.quantized import KEPT_BY_PREPARATION, quantize
 from ftplan.memory.tape import ITEM_BYTES, Parameter
 
@@ -34,6 +35,8 @@ def prepare(job: Job) -> Network:
                 remedy=f"write at most {last.count}, or the method full",
             )
         last.split(lambda layer: layer >= last.count - job.last_layers)
+    if job.sharding.tp > 1 and not job.sharding.megatron:
+        split_vocabulary(network, job.sharding.tp)
     distinguish(network, job)
     quantized = job.weights.name not in ITEM_BYTES
     casts = job.prepare_kbit and not job.weights.name.startswith(KEPT_BY_PREPARATION)

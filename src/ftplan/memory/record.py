@@ -15,24 +15,27 @@ from typing import Any
 from ftplan.memory import ops
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.env import Environment
+from ftplan.memory.flat import Flat
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.loss import classify_loss, compute_loss, model_outputs
 from ftplan.memory.nn import Module, Network, Shared, Stack, Stage
+from ftplan.memory.pipeline import PipelineStage
 from ftplan.memory.tape import (
     BATCH,
-    ONE,
+    ITEM_BYTES,
     TOKENS,
     Label,
     Node,
     Parameter,
     Size,
+    Storage,
     Tape,
     Tensor,
     backward,
 )
 from ftplan.memory.tasks import Objective
-from ftplan.memory.zero import Zero
+from ftplan.memory.zero import Zero, layout_of
 
 __all__ = ["Recording", "Segment", "record_evaluation", "record_serving", "record_step"]
 
@@ -64,8 +67,12 @@ class Recording:
     """Indices into ``forward``, one for each block and each part between blocks."""
     before_order: list[int] = field(default_factory=list)
     """The same for what runs before the step, without a graph (GRPO's log-probabilities)."""
+    once: list[int] = field(default_factory=list)
+    """The same for what is there before the first micro batch of a pipeline."""
     tail_order: list[int] = field(default_factory=list)
     """The same for what a task does with the model's outputs after autocast has ended."""
+    buffers: list[Storage] = field(default_factory=list)
+    """What a pipeline holds from its first micro batch to its last."""
     outputs: list[Tensor] = field(default_factory=list)
     """The model's outputs, where the caller keeps them until backward has ended."""
     after: Segment = Segment("", 0, 0)
@@ -73,8 +80,12 @@ class Recording:
     saved: set[int] = field(default_factory=set)
     """Storages that are alive between forward and backward."""
 
-    def phases(self) -> list[tuple[str, list[Segment]]]:
-        """Forward and backward of the model at full depth, as segments in order."""
+    def phases(self, *, under_way: int = 0) -> list[tuple[str, list[Segment]]]:
+        """Forward and backward of the model at full depth, as segments in order.
+
+        ``under_way``: other micro batches of a pipeline whose forward is done before, and whose
+        backward comes after.
+        """
         order = self.forward_order
         forward = [self.forward[index] for index in order]
         forward += [self.autocast_exit[index] for index in order]
@@ -85,6 +96,10 @@ class Recording:
         if self.backward:
             backward = [self.backward[index] for index in reversed(order + self.tail_order)]
             phases.append(("backward", [*backward, self.after]))
+        if under_way:
+            phases.insert(0, ("warm-up", forward * under_way))
+        if self.once:
+            phases.insert(0, ("receive", [self.forward[index] for index in self.once]))
         return phases
 
 
@@ -109,6 +124,8 @@ class _Recorder:
         self.start = 0
         self.fsdp: Fsdp | None = None
         self.units: list[Unit] = []
+        self.place: int | str | None = None
+        """Of the block that is recorded next (:meth:`Fsdp.place`)."""
         self.copies: list[Module] = []
         """Blocks beside the network's own: the real model holds them, and with them their
         gradients, so no garbage collection may take them while the step is recorded."""
@@ -123,11 +140,12 @@ class _Recorder:
                 root.times.update(stage.stack.times())
                 root.parameters += stage.stack.parameters()
         self.units.append(root)
+        fsdp.adopt(root)
 
     def begin_root(self) -> None:
         """Gather what belongs to no block."""
         if self.fsdp is not None:
-            self.fsdp.begin_forward(self.units[0])
+            self.fsdp.begin_model(self.units[0])
 
     def end_root(self, loss: Tensor) -> Tensor:
         """The model's forward is over."""
@@ -141,8 +159,9 @@ class _Recorder:
         run = _checkpoint if checkpointed else _run
         if self.fsdp is None or self.fsdp.spec.wrap == "model":
             return run(block, x, shared)
-        unit = Unit("block", [p for _, p in block.named_parameters()])
+        unit = Unit("block", [p for _, p in block.named_parameters()], place=self.place)
         self.units.append(unit)
+        self.fsdp.adopt(unit)
         self.fsdp.begin_forward(unit)
         out = run(block, self.fsdp.enter(unit, x), shared)
         self.fsdp.end_forward(unit)
@@ -182,32 +201,38 @@ def record_step(
     *,
     checkpoint_every: int = 0,
     input_grads: bool = False,
+    share: PipelineStage | None = None,
     accumulated: bool = False,
     sharding: ShardingSpec | None = None,
     objective: Objective | None = None,
-    step_of: Callable[[Parameter], int] | None = None,
+    step_of: Callable[[Parameter], int | None] | None = None,
 ) -> Recording:
     """Forward, loss and backward of one micro batch.
 
     ``checkpoint_every`` n > 0 recomputes every n-th block. ``input_grads`` makes the embedding's
-    output ask for a gradient (``enable_input_require_grads``). ``accumulated``: gradients of
-    earlier micro batches are there already. ``sharding``: by FSDP2 or ZeRO. ``objective``: the
-    task, where it is another one than a language model's own loss. ``step_of``: the optimizer
-    steps in backward, each parameter as its gradient arrives, and needs so many bytes for it.
+    output ask for a gradient (``enable_input_require_grads``). ``share``: a rank's of a
+    pipeline, where what enters may come from another rank, and what leaves go to one.
+    ``accumulated``: gradients of earlier micro batches are there already. ``sharding``: by FSDP or
+    ZeRO. ``objective``: the task, where it is another one than a language model's own loss.
+    ``step_of``: a hook that takes each parameter's gradient as it arrives (an optimizer that steps
+    in backward), and needs so many bytes for it; None: it leaves the gradient.
     """
     recorder = _Recorder(network, env)
     tape = recorder.tape
     tape.step_of = step_of
     if sharding is not None:
-        kind = Fsdp if sharding.kind == "fsdp" else Zero
-        recorder.shard(kind(tape, sharding, accumulated=accumulated))
+        recorder.shard(_sharded(network, tape, sharding, accumulated=accumulated))
     elif accumulated:
         _hold_gradients(network, tape)
     if objective is not None and objective.before:
         _score_before(recorder, objective)
+    if share is not None and share.buffered:
+        _receive(recorder, share)
     inputs = [*_inputs(tape), *network.inputs(tape)]
-    if input_grads:
+    received = share is not None and not share.first
+    if input_grads and not received:
         _ask_for_input_grads(network)
+    input_grads = input_grads or received
     recorder.begin_root()
     recorder.order.append(recorder.cut("inputs"))
     shared = Shared()
@@ -217,7 +242,12 @@ def record_step(
             shared.memory = x
         x = _run_stage(recorder, stage, shared, checkpoint_every, input_grads and number == 0)
     assert x is not None
-    if objective is None or objective.inside:
+    if share is not None and not share.last:
+        root = recorder.end_root(x)
+        del x
+        recorder.order.append(recorder.cut("the stage returns"))
+        recorder.end_autocast()
+    elif objective is None or objective.inside:
         root = _loss(recorder, x, objective)
         del x
         root = recorder.end_root(root)
@@ -236,6 +266,28 @@ def record_step(
         _run_backward(recorder, root)
     recorder.end_step(shared)
     return recorder.recording
+
+
+def _receive(recorder: _Recorder, share: PipelineStage) -> None:
+    """Buffers for what other ranks send: those of inputs that have come are block inputs.
+
+    torch/distributed/pipelining/stage.py 2.13: ``_prepare_forward_infra`` and
+    ``_setup_backward_recv_info`` make one for each micro batch.
+    """
+    count = 0 if share.first else share.micro_batches - share.in_flight
+    count += 0 if share.last else share.micro_batches
+    table = recorder.network.child(recorder.network.embedding_names[0]).weight  # type: ignore[attr-defined]
+    size = TOKENS * (table.shape[-1] * ITEM_BYTES[table.dtype] * count)
+    with recorder.tape.scoped("temporary"):
+        recorder.recording.buffers.append(recorder.tape.allocate(size, "receive buffers"))
+    recorder.recording.once.append(recorder.cut("receive buffers"))
+
+
+def _sharded(network: Network, tape: Tape, spec: ShardingSpec, *, accumulated: bool) -> Fsdp:
+    if spec.kind == "fsdp":
+        kind = Flat if spec.version == 1 else Fsdp
+        return kind(tape, spec, accumulated=accumulated)
+    return Zero(tape, spec, layout_of(network, spec), accumulated=accumulated)
 
 
 def record_serving(network: Network, env: Environment) -> Recording:
@@ -375,8 +427,8 @@ def _run_stage(
     seen: dict[tuple[Hashable, ...], int] = {}
     for layer, kind in enumerate(stage.stack.pattern):
         checkpointed = checkpoint_every > 0 and layer % checkpoint_every == 0
-        edge = layer if recorder.fsdp and layer in (0, stage.stack.count - 1) else None
-        key = (kind, x.requires_grad, checkpointed, edge)
+        recorder.place = recorder.fsdp.place(layer, stage.stack.count) if recorder.fsdp else None
+        key = (kind, x.requires_grad, checkpointed, recorder.place)
         last = len(recorder.network.stages) > 1 and _is_last(stage.stack, layer)
         if key in seen and not last:
             order.append(seen[key])
@@ -558,7 +610,7 @@ def _run_backward(recorder: _Recorder, root: Tensor) -> None:
                 if grad is not None and grad.storage is not None:
                     tape.labels[grad.storage.index - 1] = BORDER
 
-    backward(root, tape.tensor(ONE, 1, "fp32", "loss gradient"), on_node)
+    backward(root, tape.tensor(root.rows, root.width, root.dtype, "output gradient"), on_node)
     if recorder.fsdp is not None:
         recorder.fsdp.finish(recorder.units)
     cuts[regions[current].segment] = Segment(regions[current].name, start, len(tape.events))

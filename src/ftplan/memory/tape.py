@@ -123,8 +123,9 @@ class Tape:
     """Learned keys and values before those of every layer (prefix tuning)."""
     escaped: list[Tensor] | None = None
     """Inside a checkpoint: what its functions hold by themselves, out of the checkpoint's sight."""
-    step_of: Callable[[Parameter], int] | None = None
-    """An optimizer in backward: bytes that the step of one parameter needs for a moment."""
+    step_of: Callable[[Parameter], int | None] | None = None
+    """A hook that takes each gradient as it arrives (an optimizer in backward, ZeRO): the bytes
+    that it needs for a moment; None: it leaves the gradient where it is."""
     collecting: list[list[Tensor]] = field(default_factory=list)
     """Tensors that are leaves of the graph, held until their gradient arrives."""
     recalled: list[Tensor] | None = None
@@ -137,6 +138,12 @@ class Tape:
         index = len(self.sizes)
         self.events.append(index)
         return Storage(self, index)
+
+    def before(self, size: Size, label: Label) -> Storage:
+        """A storage that was there before the tape began: static bytes that may be freed on it."""
+        self.sizes.append(size)
+        self.labels.append(label)
+        return Storage(self, len(self.sizes))
 
     def hold(self, x: Tensor) -> Tensor | None:
         """What a Python function keeps as an attribute instead of ``save_for_backward``.
@@ -364,11 +371,12 @@ def _arrive(parameter: Parameter, grad: Tensor | None) -> None:
 def _accumulate(parameter: Parameter, grad: Tensor) -> None:
     """A parameter's gradient is the incoming buffer; an earlier one is added to in place."""
     tape = grad.tape
-    if tape.step_of is not None:  # a hook steps, and lets go of the gradient
-        if parameter.name:
-            needs = tape.allocate(Size((tape.step_of(parameter), *(0,) * 6)), "optimizer step")
+    if tape.step_of is not None:
+        taken = tape.step_of(parameter) if parameter.name else 0
+        if taken is not None:  # the hook lets go of the gradient
+            needs = tape.allocate(Size((taken, *(0,) * 6)), "gradient hook")
             del needs
-        return
+            return
     if parameter.grad is None:
         parameter.grad = grad
         if grad.storage is not None and parameter.name:

@@ -24,9 +24,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,7 +131,14 @@ def trace(
     optimizer its states: the same peak in twice the time.
     """
     job = resolve(plan)
-    return trace_job(job, config, layers=layers, full=full, progress=progress)
+    ranks = sorted({0, 1, job.world - 1}) if job.sharding in ("zero1", "zero2") else [0]
+    results = [
+        trace_job(
+            replace(job, traced_rank=rank), config, layers=layers, full=full, progress=progress
+        )
+        for rank in ranks
+    ]
+    return max(results, key=lambda result: result.allocated_bytes)
 
 
 def trace_job(
@@ -151,7 +160,7 @@ def trace_job(
     with _quiet(), contextlib.ExitStack() as stack:
         stack.callback(gc.unfreeze)
         stack.callback(_forget_autocast)
-        ledger.sharded = job.sharding == "fsdp"
+        ledger.sharded = job.sharding == "fsdp" or job.tp > 1
         mesh = stack.enter_context(distributed(job, ledger))
         say("building the model")
         model_config = build.model_config(config, layers)
@@ -173,7 +182,12 @@ def trace_job(
                 trainable = _count(model, trained=True)
                 model = shard(model, job, mesh)
                 gc.collect()
-                _mark_model(ledger, model)
+                if job.sharding.startswith("zero"):
+                    from ftplan.trace.zero import run_steps
+
+                    forward_end = run_steps(job, model, ledger, partial(_mark_model, ledger))
+                    return _result(model, ledger, forward_end, total, trainable)
+                _mark_model(ledger, model, offloaded=job.offload == "params")
                 with around(model) if around else contextlib.nullcontext():
                     forward_end = _run(job, model, reference, ledger, say, full)
     return _result(model, ledger, forward_end, total, trainable)
@@ -213,7 +227,7 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(level)
 
 
-def _mark_model(ledger: Ledger, model: Any) -> None:
+def _mark_model(ledger: Ledger, model: Any, *, offloaded: bool = False) -> None:
     ledger.mark(model.buffers(), "buffers")
     ledger.mark(model.__dict__.get("_ddp_buckets", ()), "buckets")
     for name, parameter in model.named_parameters():
@@ -227,6 +241,8 @@ def _mark_model(ledger: Ledger, model: Any) -> None:
         entry = ledger.entry_of(local(parameter))
         if entry is not None:
             entry.module = name
+            if offloaded:
+                ledger.forget(local(parameter))
 
 
 def _run(
@@ -247,7 +263,7 @@ def _run(
     ledger.watch_modules(model)
     forward = loss_of(job, model, _forward_of(job, model), reference)
     gc.freeze()
-    if full or job.sharding == "fsdp":
+    if full or ledger.sharded:
         _one_step(job, model, optimizer, forward, ledger, say, 1)
     else:
         _prime(job, model, optimizer, ledger)
@@ -276,7 +292,10 @@ def _one_step(
 ) -> int:
     forward_end = 0
     # with accumulation the second micro batch meets the gradients of the first; more add nothing
-    for _ in range(min(job.accumulation, 2)):
+    batches = min(job.accumulation, 2)
+    for number in range(batches):
+        if job.no_sync:
+            _sync(job, model, last=number == batches - 1)
         say(f"step {step}: forward")
         gc.collect()
         ledger.enter("forward", step)
@@ -297,11 +316,21 @@ def _one_step(
     say(f"step {step}: optimizer")
     gc.collect()
     ledger.enter("step", step)
-    _update(job, model, optimizer, ledger)
+    with ledger.on_host() if job.offload == "params" else contextlib.nullcontext():
+        _update(job, model, optimizer, ledger)
     ledger.enter("zero_grad", step)
     optimizer.zero_grad(set_to_none=True)
     ledger.enter("end", step + 1)
     return forward_end
+
+
+def _sync(job: Job, model: Any, *, last: bool) -> None:
+    """Reduce gradients with the last micro batch alone."""
+    if job.fsdp_version == 2:
+        model.set_requires_gradient_sync(last)
+        return
+    for unit in type(model).fsdp_modules(model):  # FSDP1's no_sync
+        unit._sync_gradients = last
 
 
 def _backward(loss: Any) -> None:
@@ -318,7 +347,7 @@ def _backward(loss: Any) -> None:
 
 def _update(job: Job, model: Any, optimizer: Any, ledger: Ledger) -> None:
     ledger.mark((local(p.grad) for p in model.parameters() if p.grad is not None), "gradients")
-    if job.stack != "pytorch":
+    if job.stack != "pytorch" and job.tp == 1:  # its norm mixes DTensors and others
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
     ledger.mark((local(t) for t in _state_tensors(optimizer)), "optimizer")
@@ -340,7 +369,7 @@ def _state_tensors(optimizer: Any) -> Iterator[Any]:
 
 def _forward_of(job: Job, model: Any) -> Callable[..., Any]:
     """The model's forward as the stack calls it: autocast around it, outputs cast to fp32."""
-    if job.mixed == "no" or job.sharding == "fsdp":
+    if job.mixed == "no" or (job.sharding == "fsdp" and job.fsdp_version == 2):
         # accelerate hands FSDP2 a mixed-precision policy and does not autocast
         return model  # type: ignore[no-any-return]
     dtype = getattr(torch, job.mixed)
@@ -426,9 +455,13 @@ def versions() -> dict[str, str]:
     import peft
     import transformers
 
+    more = {}
+    if "deepspeed" in sys.modules:
+        more["deepspeed"] = sys.modules["deepspeed"].__version__
     return {
         "torch": str(torch.__version__).partition("+")[0],
         "transformers": transformers.__version__,
         "peft": peft.__version__,
         "accelerate": accelerate.__version__,
+        **more,
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftplan.errors import UnsupportedError
-from ftplan.spec import Plan
+from ftplan.spec import Plan, Sharding
 
 __all__ = ["HF_STACKS", "Job", "plan_from", "resolve"]
 
@@ -74,6 +74,14 @@ class Job:
     reduce_dtype: str
     reshard_after_forward: bool
     offload: str
+    dp_replicate: int
+    no_sync: bool
+    use_orig_params: bool
+    tp: int
+    zero: dict[str, Any]
+    """DeepSpeed's ``zero_optimization``."""
+    traced_rank: int = 0
+    """ZeRO-1 and 2: 1 stands for the rank that owns the most gradients, but for the first."""
 
     @property
     def quantized(self) -> bool:
@@ -106,11 +114,17 @@ def _refuse(plan: Plan) -> None:
             f"tracing the stack {stack!r}, whose model code is its own,",
             remedy=f"trace one of {', '.join(HF_STACKS)}",
         )
-    for name in ("tp", "pp", "cp", "ep", "dp_replicate"):
+    for name in ("pp", "cp", "ep"):
         if (getattr(sharding, name) or 1) > 1:
             raise UnsupportedError(f"tracing sharding.{name}", remedy="leave it at 1")
-    if (sharding.offload or "none") != "none":
-        raise UnsupportedError("tracing offload", remedy="trace with offload: none")
+    if (sharding.tp or 1) > 1 and sharding.kind not in (None, "none"):
+        raise UnsupportedError(
+            f"tracing tensor parallelism with {sharding.kind}", remedy="trace one of them"
+        )
+    offload = sharding.offload or "none"
+    fsdp2 = sharding.kind == "fsdp" and (sharding.version or 2) == 2
+    if offload not in ("none", "params") or (offload == "params" and not fsdp2):
+        raise UnsupportedError(f"tracing offload of {offload}", remedy="trace offload: none")
     if (plan.kernels or "none") != "none":
         raise UnsupportedError(
             f"tracing {plan.kernels} kernels, which run on a GPU only,",
@@ -206,7 +220,26 @@ def resolve(plan: Plan) -> Job:
             True if sharding.reshard_after_forward is None else sharding.reshard_after_forward
         ),
         offload=sharding.offload or "none",
+        dp_replicate=sharding.dp_replicate or 1,
+        no_sync=bool(sharding.no_sync),
+        use_orig_params=bool(sharding.use_orig_params),
+        tp=sharding.tp or 1,
+        zero=_zero(sharding),
     )
+
+
+def _zero(sharding: Sharding) -> dict[str, Any]:
+    """What a plan says of ZeRO, in DeepSpeed's words."""
+    given = {
+        "stage": int(sharding.kind[-1]) if sharding.kind and sharding.kind[:4] == "zero" else 0,
+        "reduce_bucket_size": sharding.bucket_elements,
+        "overlap_comm": sharding.overlap_comm,
+        "sub_group_size": sharding.sub_group_elements,
+        "stage3_prefetch_bucket_size": sharding.prefetch_elements,
+        "stage3_max_live_parameters": sharding.max_live_elements,
+        "stage3_param_persistence_threshold": sharding.persistence_elements,
+    }
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def plan_from(mapping: dict[str, Any]) -> Plan:

@@ -117,7 +117,10 @@ def _four_bit(bnb: Any, job: Job, rows: int, columns: int, bias: Any, shared: An
     module.support_avx512bf16_for_cpu = False
     count = rows * columns
     scales = math.ceil(count / BLOCK)
-    weight = nn.Parameter(torch.empty((count + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
+    # bnb_4bit_quant_storage: FSDP shards what looks like a float
+    storage = dtype if job.sharding == "fsdp" else torch.uint8
+    packed = -(-count // (2 * storage.itemsize))
+    weight = nn.Parameter(torch.empty(packed, 1, dtype=storage), requires_grad=False)
     nested = None
     offset = None
     absmax = torch.empty(scales, dtype=torch.uint8 if job.double_quant else torch.float32)
@@ -266,5 +269,13 @@ def emulated(job: Job, ledger: Ledger) -> Iterator[None]:
         result = _Matmul8Bit.apply(input, bias, state, ledger)
         return result if bias is None else result + bias.to(result.dtype)
 
-    with patched(bnb, "matmul_4bit", matmul_4bit), patched(bnb, "matmul", matmul):
+    def recover(module: Any) -> None:
+        module.weight.quant_state = module.quant_state  # lost when FSDP replaced the parameter
+
+    modules = bnb.nn.modules
+    with (
+        patched(bnb, "matmul_4bit", matmul_4bit),
+        patched(bnb, "matmul", matmul),
+        patched(modules, "fix_4bit_weight_quant_state_from_module", recover),
+    ):
         yield

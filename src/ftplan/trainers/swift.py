@@ -523,6 +523,11 @@ def _megatron(context: Context, keys: Keys) -> None:
         degree = keys.count(name)
         if degree is not None and degree > 1:
             draft.put(plan_key, degree, keys.at(name))
+    virtual = keys.count("virtual_pipeline_model_parallel_size")
+    if virtual is not None and virtual > 1:
+        at = keys.at("virtual_pipeline_model_parallel_size")
+        draft.put("sharding.schedule", "interleaved", at)
+        draft.put("sharding.virtual_stages", virtual, at)
     if keys.flag("bf16") is False and keys.flag("fp16"):
         draft.put("precision.weights", "fp16", keys.at("fp16"))
     if draft.get("precision.weights") is None:
