@@ -29,6 +29,7 @@ __all__ = [
     "family_of",
     "materialize",
     "model_config",
+    "peft_config",
     "train_in_fp32",
 ]
 
@@ -194,6 +195,18 @@ def adapt(model: Any, job: Job, *, quantized_already: bool = False) -> Any:
         return model
     import peft
 
+    configuration = peft_config(model, job)
+    adapted = peft.get_peft_model(
+        model, configuration, autocast_adapter_dtype=job.adapter_dtype == "fp32"
+    )
+    adapted.train()
+    return adapted
+
+
+def peft_config(model: Any, job: Job) -> Any:
+    """PEFT's configuration of the adapter that the plan's method asks for."""
+    import peft
+
     family = family_of(model.config)
     task = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(family)
     if job.task in ("classify", "rm"):
@@ -240,11 +253,7 @@ def adapt(model: Any, job: Job, *, quantized_already: bool = False) -> Any:
         raise UnsupportedError(
             f"tracing the method {job.method!r}", remedy="trace it with peft's own adapters"
         )
-    adapted = peft.get_peft_model(
-        model, configuration, autocast_adapter_dtype=job.adapter_dtype == "fp32"
-    )
-    adapted.train()
-    return adapted
+    return configuration
 
 
 def apply_to_tensors(self: Any, fn: Any, recurse: bool = True) -> Any:

@@ -1,0 +1,487 @@
+"""The real trainers, run for two steps on fake tensors: their collators, losses and loops.
+
+``trace/core.py`` runs a step as Trainer is known to run it; here Trainer and TRL's trainers run it
+themselves, ``trainer.train()`` and all. What a GPU would do where a CPU does something else is
+told to them as there, and Triton's kernels are launched into the void (:mod:`triton`).
+A batch goes "to the device" when the loader hands it out; sampling is answered with completions of
+the wanted length, everything after it (scoring, rewards, loss) is the trainer's own.
+"""
+
+# torch is not installed where types are checked: its classes are Any there
+# mypy: disable-error-code="misc"
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ftplan.trace import build, core, cuda
+from ftplan.trace.job import Job
+from ftplan.trace.ledger import Ledger
+from ftplan.trace.quantized import emulated, quantize
+from ftplan.trace.triton import importable
+
+__all__ = ["TRAINERS", "Run", "run_trainer", "trainer_versions"]
+
+BATCHES = 2
+"""Optimizer steps that are run: the second one counts."""
+
+
+class TrainerLedger(Ledger):
+    """Answers what depends on values: every token is a valid one, so a mask picks all rows."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            masks = [t for t in args[1] if t is not None and t.dtype == torch.bool]
+            if masks:
+                rows = self._rows(masks[0])
+                args = (args[0], rows, *args[2:])
+        if func is aten.nonzero.default:
+            return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _rows(self, mask: Any) -> list[Any]:
+        """What ``nonzero`` makes of a mask that is true everywhere, one index a dimension."""
+        empty = torch.ops.aten.empty.memory_format
+        shape = [mask.numel(), mask.dim()]
+        found = super().__torch_dispatch__(empty, (), (shape,), {"dtype": torch.int64})
+        return list(found.unbind(1))
+
+
+@dataclass(slots=True)
+class Run:
+    """A trainer that is about to train, and what its steps are fed."""
+
+    job: Job
+    model: Any
+    other: Any
+    """The reference or the teacher, where the trainer takes one."""
+    arguments: Mapping[str, Any]
+    """Of the trainer's own configuration, beside what the plan says."""
+    prompt_tokens: int
+    ledger: Ledger
+    folder: str
+    trainer: Any = None
+    batches: list[Mapping[str, Any]] = field(default_factory=list)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """TrainingArguments that every trainer gets from the plan."""
+        job = self.job
+        checkpointed = job.checkpointing != "none"
+        kwargs = {"use_reentrant": job.reentrant, "preserve_rng_state": False}
+        return {
+            "output_dir": self.folder,
+            "per_device_train_batch_size": job.micro,
+            "gradient_accumulation_steps": job.accumulation,
+            "max_steps": BATCHES,
+            "use_cpu": True,
+            "report_to": [],
+            "save_strategy": "no",
+            "logging_steps": 1000,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "bf16": job.mixed == "bfloat16",
+            "gradient_checkpointing": checkpointed,
+            "gradient_checkpointing_kwargs": kwargs if checkpointed else None,
+            **self.arguments,
+        }
+
+    @property
+    def count(self) -> int:
+        """Samples that are needed for all steps."""
+        return self.job.micro * self.job.accumulation * BATCHES
+
+    def peft_config(self) -> Any:
+        """What the plan's method asks for, where the trainer adapts the model by itself."""
+        if self.job.method in ("full", "partial"):
+            return None
+        return build.peft_config(self.model, self.job)
+
+    def collate(self, collator: Any, dataset: Any) -> None:
+        """Batches of the trainer's own collator, on the host."""
+        micro = self.job.micro
+        with _disable_current_modes():
+            samples = [dataset[index % len(dataset)] for index in range(self.count)]
+            self.batches = [
+                collator(samples[start : start + micro]) for start in range(0, self.count, micro)
+            ]
+
+
+def _words(count: int, word: str = "w3") -> str:
+    return " ".join([word] * count)
+
+
+def _tokenizer() -> Any:
+    """One token a word."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<eos>": 1, "<unk>": 2, "w3": 3, "w4": 4}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    made.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    return made
+
+
+def _dataset(rows: list[Mapping[str, Any]]) -> Any:
+    from datasets import Dataset
+
+    with _disable_current_modes():
+        return Dataset.from_list([dict(row) for row in rows])
+
+
+def _optimizer(run: Run, model: Any) -> tuple[Any, None]:
+    return build.build_optimizer(run.job, model), None
+
+
+def _trainer(run: Run) -> None:
+    """``transformers.Trainer``."""
+    import transformers
+
+    job = run.job
+    model = build.adapt(run.model, job, quantized_already=True)
+    arguments = transformers.TrainingArguments(**run.common)
+    dataset: Any = [0] * run.count
+    run.trainer = transformers.Trainer(
+        model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset,
+        optimizers=_optimizer(run, model),
+    )  # fmt: skip
+    with _disable_current_modes():
+        ids = torch.full((job.micro, job.seq_len), 3)
+        batch = {"input_ids": ids, "labels": ids}
+        if job.padding != "none":
+            batch["attention_mask"] = torch.ones_like(ids)
+    run.batches = [batch] * (job.accumulation * BATCHES)
+
+
+def _trl(run: Run, name: str, rows: list[Mapping[str, Any]], **more: Any) -> None:
+    """One of TRL's trainers on a data set; its own collator makes the batches."""
+    module, config, trainer = _trl_classes(name)
+    arguments = config(**{"max_length": run.job.seq_len, **run.common, **more.pop("config", {})})
+    with _unfaked(module):
+        run.trainer = trainer(
+            model=run.model, args=arguments, train_dataset=_dataset(rows),
+            processing_class=_tokenizer(), peft_config=run.peft_config(), **more,
+        )  # fmt: skip
+    run.trainer.optimizer = build.build_optimizer(run.job, run.trainer.model)
+    if not run.batches:
+        run.collate(run.trainer.data_collator, run.trainer.train_dataset)
+
+
+def _trl_classes(name: str) -> tuple[Any, Any, Any]:
+    import importlib
+
+    where = {
+        "orpo": "trl.experimental.orpo",
+        "gkd": "trl.experimental.gkd",
+        "online_dpo": "trl.experimental.online_dpo",
+    }.get(name, "trl")
+    prefix = {"distillation": "Distillation", "reward": "Reward", "online_dpo": "OnlineDPO"}.get(
+        name, name.upper()
+    )
+    module = importlib.import_module(where)
+    return module, getattr(module, f"{prefix}Config"), getattr(module, f"{prefix}Trainer")
+
+
+@contextlib.contextmanager
+def _unfaked(_module: Any) -> Iterator[None]:
+    """Data sets are mapped in real memory: what makes fake tensors there is told not to."""
+    yield
+
+
+def _sft(run: Run) -> None:
+    length = run.job.seq_len
+    rows = [{"input_ids": [3] * length, "labels": [3] * length}] * run.count
+    _trl(run, "sft", rows)
+
+
+def _pairs_of(run: Run) -> list[Mapping[str, Any]]:
+    """A prompt and two answers; the trainer ends each with a token of its own."""
+    answer = run.job.seq_len - run.prompt_tokens - 1
+    row = {
+        "prompt": _words(run.prompt_tokens),
+        "chosen": " " + _words(answer, "w4"),
+        "rejected": " " + _words(answer, "w3"),
+    }
+    return [row] * run.count
+
+
+def _dpo(run: Run) -> None:
+    more = {"ref_model": run.other} if run.other is not None else {}
+    _trl(run, "dpo", _pairs_of(run), **more)
+
+
+def _kto(run: Run) -> None:
+    answer = run.job.seq_len - run.prompt_tokens - 1
+    row = {"prompt": _words(run.prompt_tokens), "completion": " " + _words(answer, "w4")}
+    rows = [{**row, "label": number % 2 == 0} for number in range(run.count)]
+    more = {"ref_model": run.other} if run.other is not None else {}
+    _trl(run, "kto", rows, **more)
+
+
+def _orpo(run: Run) -> None:
+    _trl(run, "orpo", _pairs_of(run))
+
+
+def _reward(run: Run) -> None:
+    rows = [{key: row[key] for key in ("chosen", "rejected")} for row in _pairs_of(run)]
+    words = run.job.seq_len - 1
+    rows = [{"chosen": _words(words), "rejected": _words(words, "w4")}] * len(rows)
+    _trl(run, "reward", rows)
+
+
+def _gkd(run: Run) -> None:
+    turn = {"role": "user", "content": _words(run.prompt_tokens)}
+    answer = {"role": "assistant", "content": _words(run.job.seq_len - run.prompt_tokens, "w4")}
+    rows = [{"messages": [turn, answer]}] * run.count
+    _trl(run, "gkd", rows, teacher_model=run.other, config={"lmbda": 0.0})
+
+
+def _sampled(run: Run, generations: int) -> list[Mapping[str, Any]]:
+    return [{"prompt": _words(run.prompt_tokens)}] * (run.count // generations + run.count)
+
+
+def _completions(run: Run) -> Callable[..., Any]:
+    """In place of sampling: as many completion tokens as the plan has."""
+    length = run.job.seq_len - run.prompt_tokens
+
+    def generate(prompts: list[Any], *_rest: Any) -> Any:
+        answers = [[4] * length for _ in prompts]
+        asked = [[3] * run.prompt_tokens for _ in prompts]
+        return asked, answers
+
+    return generate
+
+
+def _grpo(run: Run, name: str = "grpo") -> None:
+    job = run.job
+    generations = job.micro * job.accumulation
+    length = job.seq_len - run.prompt_tokens
+    settings = {
+        "num_generations": generations, "max_completion_length": length, "max_length": None,
+    }  # fmt: skip
+    module, config, trainer = _trl_classes(name)
+    settings.pop("max_length")
+    arguments = config(**{**run.common, **settings})
+    run.trainer = trainer(
+        model=run.model, args=arguments, train_dataset=_dataset(_sampled(run, generations)),
+        processing_class=_tokenizer(), peft_config=run.peft_config(),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+    )  # fmt: skip
+    run.trainer.optimizer = build.build_optimizer(job, run.trainer.model)
+    if run.other is not None:
+        run.trainer.ref_model = run.other
+    answered = _completions(run)
+    texts = ["w4"] * generations
+
+    def generate(prompts: list[Any]) -> Any:
+        asked, answers = answered(prompts)
+        return asked, answers, None, texts, None, {}, None, [None] * len(prompts)
+
+    run.trainer._generate = generate
+    rows = [{"prompt": _words(run.prompt_tokens)}] * generations
+    run.batches = [rows] * (job.accumulation * BATCHES)  # type: ignore[assignment]
+
+
+TRAINERS: dict[str, Callable[[Run], None]] = {
+    "transformers.Trainer": _trainer,
+    "trl.SFTTrainer": _sft,
+    "trl.DPOTrainer": _dpo,
+    "trl.KTOTrainer": _kto,
+    "trl.RewardTrainer": _reward,
+    "trl.GRPOTrainer": _grpo,
+    "trl.RLOOTrainer": lambda run: _grpo(run, "rloo"),
+    "trl.experimental.ORPOTrainer": _orpo,
+    "trl.experimental.GKDTrainer": _gkd,
+}
+"""What builds each trainer, by the name of its class."""
+
+
+def run_trainer(
+    name: str,
+    job: Job,
+    config: dict[str, Any],
+    *,
+    layers: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    teacher: dict[str, Any] | None = None,
+    prompt_tokens: int = 1,
+) -> core.TraceResult:
+    """Two steps of a real trainer; the peak of the second. ``arguments`` are its own, by name."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    ledger = TrainerLedger()
+    gc.freeze()
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        enter(core._quiet())
+        stack.callback(gc.unfreeze)
+        folder = enter(tempfile.TemporaryDirectory())
+        if name.startswith("trl"):
+            enter(_trl_on_cuda())
+        model = build.build_model(job, build.model_config(config, layers))
+        other = _other(job, config, teacher, layers)
+        enter(FakeTensorMode(allow_non_fake_inputs=True))
+        enter(ledger)
+        for each in (model, other):
+            if each is not None:
+                build.materialize(each)
+        total = core._count(model)
+        enter(cuda.as_on_cuda(ledger, job.capability))
+        ledger.scalar_answer = _answer(job)
+        enter(emulated(job, ledger))
+        enter(cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors))
+        enter(cuda.patched(torch.Tensor, "__deepcopy__", build.copy_tensor))
+        if job.quantized:
+            quantize(model, job)
+        run = Run(job, model, other, arguments or {}, prompt_tokens, ledger, folder)
+        TRAINERS[name](run)
+        trainable = core._count(run.trainer.model, trained=True)
+        end = _train(run)
+        return core._result(run.trainer.model, ledger, end, total, trainable)
+
+
+def _other(
+    job: Job, config: dict[str, Any], teacher: dict[str, Any] | None, layers: int | None
+) -> Any:
+    if job.task == "distill":
+        assert teacher is not None
+        model = build.build_model(job, build.model_config(teacher, layers))
+    elif job.task in ("dpo", "kto", "grpo") and job.reference == "model":
+        model = build.build_model(job, build.model_config(config, layers))
+    else:
+        return None
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _answer(job: Job) -> Callable[[Any, str], Any]:
+    """``item()`` without values: as in :mod:`cuda`, and a mask of full samples is all ones."""
+
+    def answer(tensor: Any, phase: str) -> Any:
+        if tensor.dtype == torch.bool and job.padding == "none":
+            frame = sys._getframe(2)
+            for _ in range(8):
+                if frame is None:
+                    break
+                if frame.f_code.co_filename.endswith("masking_utils.py"):
+                    return True
+                frame = frame.f_back  # type: ignore[assignment]
+        return cuda._scalar(tensor, phase)
+
+    return answer
+
+
+@contextlib.contextmanager
+def _trl_on_cuda() -> Iterator[None]:
+    """TRL's modules, as they run where there is Triton: fused kernels, masked rows left out."""
+    with importable():
+        import trl  # noqa: F401
+        from trl.kernels import chunked_divergence, chunked_logprob, logprob_entropy  # noqa: F401
+        from trl.trainer import distillation_trainer, utils
+    yes = lambda *_args, **_kwargs: True  # noqa: E731 - three names for one answer
+    with contextlib.ExitStack() as stack:
+        for module in (chunked_divergence, chunked_logprob, utils, distillation_trainer):
+            if hasattr(module, "_use_triton"):
+                stack.enter_context(cuda.patched(module, "_use_triton", yes))
+            if hasattr(module, "_addmm_fp32"):  # a matmul into an fp32 buffer
+                stack.enter_context(cuda.patched(module, "_addmm_fp32", lambda *_: None))
+        stack.enter_context(cuda.patched(utils, "_supports_trl_loss_kernel", yes))
+        yield
+
+
+def _train(run: Run) -> int:
+    """``trainer.train()``, its phases marked; the clock at the end of the last forward."""
+    trainer, ledger, job = run.trainer, run.ledger, run.job
+    core._mark_model(ledger, trainer.model)
+    if run.other is not None:
+        ledger.mark(run.other.parameters(), "weights/other")
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(
+                lambda p: ledger.mark([p.grad], "gradients")
+            )
+    ledger.watch_modules(trainer.model)
+    state = {"micro": 0, "end": 0}
+    training_step = trainer.training_step
+
+    def step() -> int:
+        return (state["micro"] - 1) // job.accumulation + 1
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        state["micro"] += 1
+        ledger.enter("forward", step())
+        return training_step(*args, **kwargs)
+
+    def backward(loss: Any, **_kwargs: Any) -> None:
+        gc.collect()
+        state["end"] = ledger.clock - 1
+        ledger.enter("backward", step())
+        core._backward(loss)
+        ledger.enter("step", step())
+
+    trainer.training_step = marked
+    trainer.accelerator.backward = backward
+    trainer.get_train_dataloader = lambda: _Loader(run)
+    trainer.create_optimizer = lambda *_: trainer.optimizer
+    with _silent():
+        trainer.train()
+    ledger.enter("end", step() + 1)
+    return state["end"]
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """What a trainer prints when it ends is no result of a trace."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+class _Loader:
+    """Hands out batches, on the device, as accelerate's loader does."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.dataset = [0] * run.count
+        self.batch_size = run.job.micro
+
+    def __len__(self) -> int:
+        return len(self.run.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.run.batches:
+            yield self._moved(batch)
+
+    def _moved(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: self._moved(item) for key, item in value.items()}
+        if isinstance(value, torch.Tensor):
+            moved = torch.empty(value.shape, dtype=value.dtype)
+            self.run.ledger.mark([moved], "inputs")
+            return moved
+        return value
+
+
+def trainer_versions() -> dict[str, str]:
+    """Versions of what was run, TRL's among them."""
+    import trl
+
+    return {**core.versions(), "trl": trl.__version__}
