@@ -55,6 +55,7 @@ def job_of(resolved: Resolved) -> Job:
         and resolved.config.get("model_type") not in stack.uncast_losses,
         loss_keeps_chunks=stack.loss_keeps_chunks,
         loss_columns=stack.loss_columns or 0,
+        log_probs=stack.log_probs,
         offload_checkpoints=_offloads(checkpointing.kind, sharding),
         checkpoint_attention=_core_alone(checkpointing, stack),
         packed=bool(batch.packing),

@@ -86,6 +86,9 @@ class Stack:
     """What the loss moves by one token; moving the logits copies them."""
     uncast_losses: tuple[str, ...] = ()
     """Model types whose own loss does not cast logits to fp32."""
+    log_probs: Literal["rows", "whole", "kernel"] = "rows"
+    """How a preference task takes log-probabilities out of logits: a sequence at a time, all at
+    once, or in a kernel that keeps the logits alone."""
     outputs_to_fp32: bool
     """Whether mixed precision also casts the returned logits to fp32 (accelerate)."""
     keeps_outputs: bool

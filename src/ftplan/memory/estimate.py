@@ -409,6 +409,8 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
     program = Program(recording, recording.phases())
     program.virtual_tokens = network.virtual_tokens
     program.sequences = objective.sequences
+    program.completion = objective.completion
+    program.shifted = job.environment.loss_columns > 0
     return program
 
 

@@ -37,7 +37,14 @@ BATCHES = 2
 
 
 class TrainerLedger(Ledger):
-    """Answers what depends on values: every token is a valid one, so a mask picks all rows."""
+    """Answers what depends on values: how many rows a mask picks.
+
+    Of the tokens of a sequence it picks those that are no prompt; of anything else, all.
+    """
+
+    def __init__(self, seq_len: int, prompt_tokens: int) -> None:
+        super().__init__()
+        self.seq_len, self.prompt_tokens = seq_len, prompt_tokens
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
@@ -47,13 +54,19 @@ class TrainerLedger(Ledger):
                 rows = self._rows(masks[0])
                 args = (args[0], rows, *args[2:])
         if func is aten.nonzero.default:
-            return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
+            return torch.empty(self._picked(args[0]), args[0].dim(), dtype=torch.int64)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
+    def _picked(self, mask: Any) -> int:
+        shifted = self.seq_len - mask.shape[-1]
+        if mask.dim() != 2 or shifted not in (0, 1):
+            return int(mask.numel())
+        return int(mask.shape[0]) * (self.seq_len - self.prompt_tokens)
+
     def _rows(self, mask: Any) -> list[Any]:
-        """What ``nonzero`` makes of a mask that is true everywhere, one index a dimension."""
+        """What ``nonzero`` makes of a mask: one index a dimension."""
         empty = torch.ops.aten.empty.memory_format
-        shape = [mask.numel(), mask.dim()]
+        shape = [self._picked(mask), mask.dim()]
         found = super().__torch_dispatch__(empty, (), (shape,), {"dtype": torch.int64})
         return list(found.unbind(1))
 
@@ -170,13 +183,12 @@ def _trainer(run: Run) -> None:
 
 def _trl(run: Run, name: str, rows: list[Mapping[str, Any]], **more: Any) -> None:
     """One of TRL's trainers on a data set; its own collator makes the batches."""
-    module, config, trainer = _trl_classes(name)
+    _, config, trainer = _trl_classes(name)
     arguments = config(**{"max_length": run.job.seq_len, **run.common, **more.pop("config", {})})
-    with _unfaked(module):
-        run.trainer = trainer(
-            model=run.model, args=arguments, train_dataset=_dataset(rows),
-            processing_class=_tokenizer(), peft_config=run.peft_config(), **more,
-        )  # fmt: skip
+    run.trainer = trainer(
+        model=run.model, args=arguments, train_dataset=_dataset(rows),
+        processing_class=_tokenizer(), peft_config=run.peft_config(), **more,
+    )  # fmt: skip
     run.trainer.optimizer = build.build_optimizer(run.job, run.trainer.model)
     if not run.batches:
         run.collate(run.trainer.data_collator, run.trainer.train_dataset)
@@ -195,12 +207,6 @@ def _trl_classes(name: str) -> tuple[Any, Any, Any]:
     )
     module = importlib.import_module(where)
     return module, getattr(module, f"{prefix}Config"), getattr(module, f"{prefix}Trainer")
-
-
-@contextlib.contextmanager
-def _unfaked(_module: Any) -> Iterator[None]:
-    """Data sets are mapped in real memory: what makes fake tensors there is told not to."""
-    yield
 
 
 def _sft(run: Run) -> None:
@@ -271,25 +277,25 @@ def _grpo(run: Run, name: str = "grpo") -> None:
     job = run.job
     generations = job.micro * job.accumulation
     length = job.seq_len - run.prompt_tokens
-    settings = {
-        "num_generations": generations, "max_completion_length": length, "max_length": None,
-    }  # fmt: skip
-    module, config, trainer = _trl_classes(name)
-    settings.pop("max_length")
-    arguments = config(**{**run.common, **settings})
-    run.trainer = trainer(
-        model=run.model, args=arguments, train_dataset=_dataset(_sampled(run, generations)),
-        processing_class=_tokenizer(), peft_config=run.peft_config(),
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+    _, config, trainer = _trl_classes(name)
+    arguments = config(
+        **run.common, num_generations=generations, max_completion_length=length
     )  # fmt: skip
+    home = sys.modules[trainer.__module__]
+    with cuda.patched(home, "create_model_from_path", lambda *_, **__: run.other):
+        run.trainer = trainer(
+            model=run.model, args=arguments, train_dataset=_dataset(_sampled(run, generations)),
+            processing_class=_tokenizer(), peft_config=run.peft_config(),
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        )  # fmt: skip
     run.trainer.optimizer = build.build_optimizer(job, run.trainer.model)
-    if run.other is not None:
-        run.trainer.ref_model = run.other
     answered = _completions(run)
     texts = ["w4"] * generations
 
     def generate(prompts: list[Any]) -> Any:
         asked, answers = answered(prompts)
+        if name == "rloo":
+            return asked, answers, texts
         return asked, answers, None, texts, None, {}, None, [None] * len(prompts)
 
     run.trainer._generate = generate
@@ -328,7 +334,7 @@ def run_trainer(
         "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     }  # fmt: skip
     torch.set_num_threads(1)
-    ledger = TrainerLedger()
+    ledger = TrainerLedger(job.seq_len, prompt_tokens)
     gc.freeze()
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
@@ -352,11 +358,19 @@ def run_trainer(
         enter(cuda.patched(torch.Tensor, "__deepcopy__", build.copy_tensor))
         if job.quantized:
             quantize(model, job)
+            model.hf_quantizer = _Quantizer()
         run = Run(job, model, other, arguments or {}, prompt_tokens, ledger, folder)
         TRAINERS[name](run)
         trainable = core._count(run.trainer.model, trained=True)
         end = _train(run)
         return core._result(run.trainer.model, ledger, end, total, trainable)
+
+
+class _Quantizer:
+    """What Trainer asks of a quantised model before it trains it."""
+
+    is_trainable = True
+    is_qat_trainable = False
 
 
 def _other(
