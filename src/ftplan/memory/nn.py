@@ -329,6 +329,8 @@ class Network(Module):
         """Linear layers that transformers keeps as they are (``_keep_in_fp32_modules``)."""
         self.virtual_tokens = 0
         """Learned tokens before each sequence, in tokens of a sequence (prompt tuning)."""
+        self.names_embeddings = True
+        """The model's forward names what the embedding returned (`inputs_embeds`) until it ends."""
 
     def tie(self, name: str, to: str) -> None:
         """Make the weight ``name`` the same one as ``to``."""

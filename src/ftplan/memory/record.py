@@ -373,6 +373,7 @@ def _run_stage(
         order.append(recorder.cut("final norm"))
         return x
     seen: dict[tuple[Hashable, ...], int] = {}
+    entered = _Entered(recorder, x)
     for layer, kind in enumerate(stage.stack.pattern):
         checkpointed = checkpoint_every > 0 and layer % checkpoint_every == 0
         edge = layer if recorder.fsdp and layer in (0, stage.stack.count - 1) else None
@@ -391,11 +392,37 @@ def _run_stage(
         _name_boundary(x)
         seen[key] = recorder.cut("block")
         order.append(seen[key])
+        entered.hold()
     if not checkpoint_every:
         _forget(recorder.tape, shared)
     x = stage.leave(x, shared)
+    del entered
     order.append(recorder.cut("final norm"))
     return x
+
+
+class _Entered:
+    """What the embedding returned, which a model's forward has a name for until it ends.
+
+    The first block is recorded as the others are, so it lets go of its input as they do; where
+    nothing else keeps it, it comes alive again after that block.
+    """
+
+    def __init__(self, recorder: _Recorder, x: Tensor) -> None:
+        self._recorder = recorder
+        self._rows, self._width, self._dtype = x.rows, x.width, x.dtype
+        self._index = 0
+        if recorder.network.names_embeddings and x.storage is not None:
+            self._index = x.storage.index
+        self._held: Tensor | None = None
+
+    def hold(self) -> None:
+        """The first block has run."""
+        index, self._index = self._index, 0
+        tape = self._recorder.tape
+        if index and -index in tape.events:
+            self._held = tape.tensor(self._rows, self._width, self._dtype, "input embeddings")
+            self._recorder.order.append(self._recorder.cut("input embeddings"))
 
 
 def _forget(tape: Tape, shared: Shared) -> None:
