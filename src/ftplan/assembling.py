@@ -41,7 +41,8 @@ def job_of(resolved: Resolved) -> Job:
     quantised = storage.name not in ITEM_BYTES
     # accelerate hands FSDP2 a mixed-precision policy and does not autocast
     policy = plan.sharding.kind == "fsdp" and plan.sharding.version != 1
-    autocast = None if policy else mixed
+    around = plan.loss.kind == "chunked" and plan.task in stack.without_autocast
+    autocast = None if policy or around else mixed
     sharding = _sharding(plan, resolved.config)
     environment = Environment(
         autocast=autocast,

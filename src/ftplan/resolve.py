@@ -384,7 +384,7 @@ def _with_task(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) ->
                 remedy="use reference: model, adapter or precomputed; orpo has none",
             )
         plan = replace(plan, reference=reference)
-    if task == "grpo":
+    if task == "grpo" or (task == "distill" and plan.rollout is not None):
         plan = _with_rollout(plan, filler)
     return plan
 
@@ -433,7 +433,8 @@ def _with_rollout(plan: Plan, filler: _Filler) -> Plan:
             f"a completion of {completion:,} tokens in a sequence of {seq_len:,}",
             remedy="give prompt_tokens and completion_tokens; their sum is the sequence",
         )
-    generations = filler.fill("rollout.generations", given.generations, 8)
+    group = 8 if plan.task == "grpo" else 1
+    generations = filler.fill("rollout.generations", given.generations, group)
     world = (plan.hardware.count or 1) * (plan.hardware.nodes or 1)
     at_once = (plan.batch.micro or 1) * (plan.batch.accumulation or 1) * world
     if at_once % generations:

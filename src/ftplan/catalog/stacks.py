@@ -91,6 +91,8 @@ class Stack:
     once, or in a kernel that keeps the logits alone."""
     outputs_to_fp32: bool
     """Whether mixed precision also casts the returned logits to fp32 (accelerate)."""
+    without_autocast: tuple[str, ...] = ()
+    """Tasks whose chunked loss goes around the forward that autocast encloses."""
     keeps_outputs: bool
     """Whether the model's outputs stay alive until backward has ended."""
     attention: Literal["eager", "sdpa", "flash"]

@@ -168,8 +168,12 @@ def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
     return out
 
 
-def tiled_divergence(network: Network, other: Network, mine: Tensor, theirs: Tensor) -> Tensor:
+def tiled_divergence(
+    network: Network, other: Network, mine: Tensor, theirs: Tensor, completion: int = 0
+) -> Tensor:
     """TRL's divergence from a teacher: a tile of both models' logits at a time, in fp32.
+
+    ``completion`` tokens of each sequence are compared; 0: all.
 
     Both models' hidden states are kept; the way back makes each tile again
     (trl/kernels/chunked_divergence.py, ``ChunkedDivergenceFunction``, 1.16).
@@ -179,7 +183,7 @@ def tiled_divergence(network: Network, other: Network, mine: Tensor, theirs: Ten
     teacher, _ = _head_weight(other)
     vocabulary, width = parameter.shape
     columns = min(tape.env.loss_columns or vocabulary, vocabulary)
-    rows = TOKENS + BATCH * -1
+    rows = BATCH * completion if completion else TOKENS + BATCH * -1
     states = [ops.gather(ops.rows_slice(x, rows)) for x in (mine, theirs)]
     computed = [tape.env.autocast or x.dtype for x in states]
     heads = [(parameter.dtype, width), (teacher.dtype, teacher.shape[1])]
@@ -190,8 +194,9 @@ def tiled_divergence(network: Network, other: Network, mine: Tensor, theirs: Ten
         for dtype, (stored, across) in zip(computed, heads, strict=True):
             if stored != dtype:
                 held.append(tape.tensor(ONE * columns, across, dtype, "cast"))
-        if backward and computed[0] != "fp32":
-            held.append(tape.tensor(CHUNK, columns, computed[0], "tile of gradients"))
+        if backward and computed[0] != "fp32":  # the loop's variable still names the one before
+            for _ in range(2 if columns < vocabulary else 1):
+                held.append(tape.tensor(CHUNK, columns, computed[0], "tile of gradients"))
 
     hidden_dtype, parameter_dtype = states[0].dtype, parameter.dtype
     statistics = [tape.tensor(rows, 1, "fp32", "statistics") for _ in range(6)]

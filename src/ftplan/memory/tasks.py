@@ -114,7 +114,7 @@ class Objective:
             with outputs.tape.no_grad():
                 told = again(self.other)
             if self.states:
-                return tiled_divergence(network, self.other, outputs, told)
+                return tiled_divergence(network, self.other, outputs, told, self.completion)
             return divergence(outputs, told)
         mine = log_probs(outputs, self.completion)
         if self.other is not None and not self.before:
@@ -168,13 +168,14 @@ def objective_of(job: Job) -> Objective:
             f"the task {job.task!r} sharded by {job.sharding.kind}",
             remedy="size it on one GPU or with sharding: ddp",
         )
+    tiled = job.environment.loss == "chunked"
     return Objective(
         kind=kind,
         sequences=sequences_of(job.task),
         other=other,
         before=job.task == "grpo",
-        states=kind == "teacher" and job.environment.loss == "chunked",
-        completion=job.completion_tokens if job.task == "grpo" else 0,
+        states=kind == "teacher" and tiled,
+        completion=0 if kind == "teacher" and not tiled else job.completion_tokens,
         resident=resident,
     )
 

@@ -184,7 +184,9 @@ def _trainer(run: Run) -> None:
 def _trl(run: Run, name: str, rows: list[Mapping[str, Any]], **more: Any) -> None:
     """One of TRL's trainers on a data set; its own collator makes the batches."""
     _, config, trainer = _trl_classes(name)
-    arguments = config(**{"max_length": run.job.seq_len, **run.common, **more.pop("config", {})})
+    fields = config.__dataclass_fields__
+    length = {"max_length": run.job.seq_len} if "max_length" in fields else {}
+    arguments = config(**length, **run.common, **more.pop("config", {}))
     run.trainer = trainer(
         model=run.model, args=arguments, train_dataset=_dataset(rows),
         processing_class=_tokenizer(), peft_config=run.peft_config(), **more,
@@ -257,20 +259,25 @@ def _gkd(run: Run) -> None:
     _trl(run, "gkd", rows, teacher_model=run.other, config={"lmbda": 0.0})
 
 
-def _sampled(run: Run, generations: int) -> list[Mapping[str, Any]]:
-    return [{"prompt": _words(run.prompt_tokens)}] * (run.count // generations + run.count)
+def _distillation(run: Run) -> None:
+    rows = [{"prompt": _words(run.prompt_tokens)}] * run.count
+    length = run.job.seq_len - run.prompt_tokens
+    settings = {"max_completion_length": length}
+    run.batches = _prompts(run, run.job.micro * run.job.accumulation)
+    _trl(run, "distillation", rows, teacher_model=run.other, config=settings)
+    run.trainer._generate = lambda prompts: (*_sampled(run, prompts), None, None, None)
 
 
-def _completions(run: Run) -> Callable[..., Any]:
+def _prompts(run: Run, count: int) -> list[Any]:
+    """Batches of prompts alone, all of a step at once."""
+    rows = [{"prompt": _words(run.prompt_tokens)}] * count
+    return [rows] * (run.job.accumulation * BATCHES)
+
+
+def _sampled(run: Run, prompts: list[Any]) -> tuple[list[list[int]], list[list[int]]]:
     """In place of sampling: as many completion tokens as the plan has."""
     length = run.job.seq_len - run.prompt_tokens
-
-    def generate(prompts: list[Any], *_rest: Any) -> Any:
-        answers = [[4] * length for _ in prompts]
-        asked = [[3] * run.prompt_tokens for _ in prompts]
-        return asked, answers
-
-    return generate
+    return [[3] * run.prompt_tokens for _ in prompts], [[4] * length for _ in prompts]
 
 
 def _grpo(run: Run, name: str = "grpo") -> None:
@@ -281,26 +288,24 @@ def _grpo(run: Run, name: str = "grpo") -> None:
     arguments = config(
         **run.common, num_generations=generations, max_completion_length=length
     )  # fmt: skip
+    rows = [{"prompt": _words(run.prompt_tokens)}] * run.count
     home = sys.modules[trainer.__module__]
     with cuda.patched(home, "create_model_from_path", lambda *_, **__: run.other):
         run.trainer = trainer(
-            model=run.model, args=arguments, train_dataset=_dataset(_sampled(run, generations)),
+            model=run.model, args=arguments, train_dataset=_dataset(rows),
             processing_class=_tokenizer(), peft_config=run.peft_config(),
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
         )  # fmt: skip
     run.trainer.optimizer = build.build_optimizer(job, run.trainer.model)
-    answered = _completions(run)
-    texts = ["w4"] * generations
+    run.batches = _prompts(run, generations)
 
     def generate(prompts: list[Any]) -> Any:
-        asked, answers = answered(prompts)
+        texts = ["w4"] * len(prompts)
         if name == "rloo":
-            return asked, answers, texts
-        return asked, answers, None, texts, None, {}, None, [None] * len(prompts)
+            return (*_sampled(run, prompts), texts)
+        return (*_sampled(run, prompts), None, texts, None, {}, None, [None] * len(prompts))
 
     run.trainer._generate = generate
-    rows = [{"prompt": _words(run.prompt_tokens)}] * generations
-    run.batches = [rows] * (job.accumulation * BATCHES)  # type: ignore[assignment]
 
 
 TRAINERS: dict[str, Callable[[Run], None]] = {
@@ -311,6 +316,7 @@ TRAINERS: dict[str, Callable[[Run], None]] = {
     "trl.RewardTrainer": _reward,
     "trl.GRPOTrainer": _grpo,
     "trl.RLOOTrainer": lambda run: _grpo(run, "rloo"),
+    "trl.DistillationTrainer": _distillation,
     "trl.experimental.ORPOTrainer": _orpo,
     "trl.experimental.GKDTrainer": _gkd,
 }
@@ -404,6 +410,11 @@ def _answer(job: Job) -> Callable[[Any, str], Any]:
     return answer
 
 
+def _project(tile: Any, hidden: Any, weight: Any, bias: Any, start: int, end: int, dtype: Any) -> None:
+    cast = weight[start:end].to(dtype)
+    del cast
+
+
 @contextlib.contextmanager
 def _trl_on_cuda() -> Iterator[None]:
     """TRL's modules, as they run where there is Triton: fused kernels, masked rows left out."""
@@ -418,6 +429,8 @@ def _trl_on_cuda() -> Iterator[None]:
                 stack.enter_context(cuda.patched(module, "_use_triton", yes))
             if hasattr(module, "_addmm_fp32"):  # a matmul into an fp32 buffer
                 stack.enter_context(cuda.patched(module, "_addmm_fp32", lambda *_: None))
+            if hasattr(module, "_project"):  # another one, of a weight that may be cast first
+                stack.enter_context(cuda.patched(module, "_project", _project))
         stack.enter_context(cuda.patched(utils, "_supports_trl_loss_kernel", yes))
         yield
 
