@@ -194,9 +194,11 @@ def tiled_divergence(
         for dtype, (stored, across) in zip(computed, heads, strict=True):
             if stored != dtype:
                 held.append(tape.tensor(ONE * columns, across, dtype, "cast"))
-        if backward and computed[0] != "fp32":  # the loop's variable still names the one before
-            for _ in range(2 if columns < vocabulary else 1):
-                held.append(tape.tensor(CHUNK, columns, computed[0], "tile of gradients"))
+        if backward and computed[0] != "fp32":
+            made = [tape.tensor(CHUNK, columns, computed[0], "tile of gradients")]
+            if columns < vocabulary:  # the loop's variable still names the one before
+                made.append(tape.tensor(CHUNK, columns, computed[0], "tile of gradients"))
+            held.append(made[0])
 
     hidden_dtype, parameter_dtype = states[0].dtype, parameter.dtype
     statistics = [tape.tensor(rows, 1, "fp32", "statistics") for _ in range(6)]
