@@ -399,7 +399,8 @@ def _result(
         phases[phase] = max(phases.get(phase, 0), live)
         if live > peak:
             peak, peak_clock, where = live, clock, phase
-    phases = {name: phases[name] for name in ("forward", "backward", "step") if name in phases}
+    named = ("rollout", "scoring", "forward", "backward", "step")
+    phases = {name: phases[name] for name in named if name in phases}
     return TraceResult(
         allocated_bytes=peak,
         peak_phase=where,

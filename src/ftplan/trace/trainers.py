@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +86,11 @@ class Run:
     prompt_tokens: int
     ledger: Ledger
     folder: str
+    beside: list[Any] = field(default_factory=list)
+    """PPO: the value model and the reward model."""
     trainer: Any = None
+    own_loop: bool = False
+    """The trainer has a loop of its own instead of Trainer's."""
     batches: list[Mapping[str, Any]] = field(default_factory=list)
 
     @property
@@ -197,8 +203,6 @@ def _trl(run: Run, name: str, rows: list[Mapping[str, Any]], **more: Any) -> Non
 
 
 def _trl_classes(name: str) -> tuple[Any, Any, Any]:
-    import importlib
-
     where = {
         "orpo": "trl.experimental.orpo",
         "gkd": "trl.experimental.gkd",
@@ -308,6 +312,54 @@ def _grpo(run: Run, name: str = "grpo") -> None:
     run.trainer._generate = generate
 
 
+def _ppo(run: Run) -> None:
+    """TRL's PPO, until 1.12: a policy and a value model in one wrapper, and its own loop."""
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+    job, batch = run.job, run.job.micro * run.job.accumulation
+    given = {key: value for key, value in run.common.items() if key != "max_steps"}
+    arguments = PPOConfig(
+        **given, total_episodes=batch * BATCHES, num_ppo_epochs=1, num_sample_generations=0,
+        response_length=job.seq_len - run.prompt_tokens, optim="adamw_torch_fused",
+    )  # fmt: skip
+    value, reward = run.beside
+    reward.requires_grad_(False)
+    for model in (run.model, run.other, value, reward):
+        if model is not None:
+            model.config.use_cache = True  # nobody turns it off in this trainer
+    adapter = run.peft_config()
+    reference = None if adapter else run.other
+    run.trainer = PPOTrainer(
+        args=arguments, processing_class=_tokenizer(), model=run.model, ref_model=reference,
+        reward_model=reward, value_model=value, peft_config=adapter,
+        train_dataset=_dataset([{"input_ids": [3]}] * batch),
+    )  # fmt: skip
+    query = torch.full((batch, run.prompt_tokens), 3, device="meta")
+    run.batches = [{"input_ids": query}] * BATCHES
+    run.trainer.dataloader = _Loader(run)
+    ppo_trainer.batch_generation = partial(_generation, run)
+    run.own_loop = True
+
+
+def _generation(run: Run, model: Any, queries: Any, *_rest: Any) -> Any:
+    """``batch_generation`` where all is sampled at once: the cache, and scores of every token.
+
+    The scores are listed a token at a time, stacked, and padded into one tensor again
+    (trl/experimental/ppo/ppo_trainer.py, ``generate`` and ``batch_generation``, 1.12).
+    """
+    config, sequences = run.model.config, queries.shape[0]
+    length = run.job.seq_len - run.prompt_tokens
+    width = (sequences, config.num_key_value_heads, run.job.seq_len - 1, config.head_dim)
+    dtype = next(p.dtype for p in run.model.parameters() if p.dtype.is_floating_point)
+    cache = [torch.empty(width, dtype=dtype) for _ in range(2 * config.num_hidden_layers)]
+    scores = [torch.empty(sequences, config.vocab_size) for _ in range(length)]
+    stacked = torch.stack(scores, 1)
+    del cache, scores
+    padded = torch.empty_like(stacked)
+    del stacked
+    return torch.empty(sequences, run.job.seq_len, dtype=torch.int64), padded
+
+
 TRAINERS: dict[str, Callable[[Run], None]] = {
     "transformers.Trainer": _trainer,
     "trl.SFTTrainer": _sft,
@@ -319,6 +371,7 @@ TRAINERS: dict[str, Callable[[Run], None]] = {
     "trl.DistillationTrainer": _distillation,
     "trl.experimental.ORPOTrainer": _orpo,
     "trl.experimental.GKDTrainer": _gkd,
+    "trl.experimental.PPOTrainer": _ppo,
 }
 """What builds each trainer, by the name of its class."""
 
@@ -351,9 +404,10 @@ def run_trainer(
             enter(_trl_on_cuda())
         model = build.build_model(job, build.model_config(config, layers))
         other = _other(job, config, teacher, layers)
+        beside = [_scoring(job, config, layers) for _ in range(2 if job.task == "ppo" else 0)]
         enter(FakeTensorMode(allow_non_fake_inputs=True))
         enter(ledger)
-        for each in (model, other):
+        for each in (model, other, *beside):
             if each is not None:
                 build.materialize(each)
         total = core._count(model)
@@ -365,7 +419,7 @@ def run_trainer(
         if job.quantized:
             quantize(model, job)
             model.hf_quantizer = _Quantizer()
-        run = Run(job, model, other, arguments or {}, prompt_tokens, ledger, folder)
+        run = Run(job, model, other, arguments or {}, prompt_tokens, ledger, folder, beside)
         TRAINERS[name](run)
         trainable = core._count(run.trainer.model, trained=True)
         end = _train(run)
@@ -385,7 +439,7 @@ def _other(
     if job.task == "distill":
         assert teacher is not None
         model = build.build_model(job, build.model_config(teacher, layers))
-    elif job.task in ("dpo", "kto", "grpo") and job.reference == "model":
+    elif job.task in ("dpo", "kto", "grpo", "ppo") and job.reference == "model":
         model = build.build_model(job, build.model_config(config, layers))
     else:
         return None
@@ -415,24 +469,40 @@ def _project(tile: Any, hidden: Any, weight: Any, bias: Any, start: int, end: in
     del cast
 
 
+def _scoring(job: Job, config: dict[str, Any], layers: int | None) -> Any:
+    """The same network with a head of one number a token."""
+    return build.build_model(replace(job, task="rm"), build.model_config(config, layers))
+
+
 @contextlib.contextmanager
 def _trl_on_cuda() -> Iterator[None]:
     """TRL's modules, as they run where there is Triton: fused kernels, masked rows left out."""
+    names = (
+        "kernels.chunked_divergence", "kernels.chunked_logprob", "kernels.logprob_entropy",
+        "trainer.utils", "trainer.distillation_trainer",
+    )  # fmt: skip
     with importable():
-        import trl  # noqa: F401
-        from trl.kernels import chunked_divergence, chunked_logprob, logprob_entropy  # noqa: F401
-        from trl.trainer import distillation_trainer, utils
+        modules = [_imported(f"trl.{name}") for name in names]
     yes = lambda *_args, **_kwargs: True  # noqa: E731 - three names for one answer
     with contextlib.ExitStack() as stack:
-        for module in (chunked_divergence, chunked_logprob, utils, distillation_trainer):
+        for module in modules:
             if hasattr(module, "_use_triton"):
                 stack.enter_context(cuda.patched(module, "_use_triton", yes))
             if hasattr(module, "_addmm_fp32"):  # a matmul into an fp32 buffer
                 stack.enter_context(cuda.patched(module, "_addmm_fp32", lambda *_: None))
             if hasattr(module, "_project"):  # another one, of a weight that may be cast first
                 stack.enter_context(cuda.patched(module, "_project", _project))
-        stack.enter_context(cuda.patched(utils, "_supports_trl_loss_kernel", yes))
+            if hasattr(module, "_supports_trl_loss_kernel"):
+                stack.enter_context(cuda.patched(module, "_supports_trl_loss_kernel", yes))
         yield
+
+
+def _imported(name: str) -> Any:
+    """A module, or nothing where this version has none of that name."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
 
 
 def _train(run: Run) -> int:
@@ -447,32 +517,55 @@ def _train(run: Run) -> int:
                 lambda p: ledger.mark([p.grad], "gradients")
             )
     ledger.watch_modules(trainer.model)
-    state = {"micro": 0, "end": 0}
-    training_step = trainer.training_step
-
-    def step() -> int:
-        return (state["micro"] - 1) // job.accumulation + 1
-
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        state["micro"] += 1
-        ledger.enter("forward", step())
-        return training_step(*args, **kwargs)
-
-    def backward(loss: Any, **_kwargs: Any) -> None:
-        gc.collect()
-        state["end"] = ledger.clock - 1
-        ledger.enter("backward", step())
-        core._backward(loss)
-        ledger.enter("step", step())
-
-    trainer.training_step = marked
-    trainer.accelerator.backward = backward
-    trainer.get_train_dataloader = lambda: _Loader(run)
-    trainer.create_optimizer = lambda *_: trainer.optimizer
+    clock = _Phases(run)
+    trainer.accelerator.backward = clock.backward
+    if run.own_loop:
+        clock.watch(sys.modules[type(trainer).__module__], "batch_generation", "rollout", first=True)
+        clock.watch(sys.modules[type(trainer).__module__], "selective_log_softmax", "scoring")
+        clock.watch(trainer.accelerator, "accumulate", "forward")
+    else:
+        clock.watch(trainer, "training_step", "forward", first=True)
+        trainer.get_train_dataloader = lambda: _Loader(run)
+        trainer.create_optimizer = lambda *_: trainer.optimizer
     with _silent():
         trainer.train()
-    ledger.enter("end", step() + 1)
-    return state["end"]
+    ledger.enter("end", clock.step + 1)
+    return clock.forward_end
+
+
+class _Phases:
+    """Marks in the ledger which phase of which step is running."""
+
+    def __init__(self, run: Run) -> None:
+        self._ledger, self._accumulation = run.ledger, 1 if run.own_loop else run.job.accumulation
+        self._begun = 0
+        self.forward_end = 0
+
+    @property
+    def step(self) -> int:
+        """The optimizer step, from 1."""
+        return (self._begun - 1) // self._accumulation + 1
+
+    def watch(self, owner: Any, name: str, phase: str, *, first: bool = False) -> None:
+        """A phase begins when this is called; ``first``: and a (micro) batch with it."""
+        inner = getattr(owner, name)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if first:
+                self._begun += 1
+            if self._ledger.phase not in ("forward", "backward") or phase == "forward" or first:
+                self._ledger.enter(phase, self.step)
+            return inner(*args, **kwargs)
+
+        setattr(owner, name, called)
+
+    def backward(self, loss: Any, **_kwargs: Any) -> None:
+        """``accelerator.backward``."""
+        gc.collect()
+        self.forward_end = self._ledger.clock - 1
+        self._ledger.enter("backward", self.step)
+        core._backward(loss)
+        self._ledger.enter("step", self.step)
 
 
 @contextlib.contextmanager
