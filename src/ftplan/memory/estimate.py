@@ -17,7 +17,7 @@ from ftplan.memory.prepare import counted_parameters, prepare
 from ftplan.memory.record import record_evaluation, record_serving, record_step
 from ftplan.memory.replay import Alive, Program
 from ftplan.memory.tape import ITEM_BYTES, Label, Parameter
-from ftplan.memory.tasks import Objective, objective_of
+from ftplan.memory.tasks import Objective, Resident, objective_of
 from ftplan.memory.zero import bucket_bytes, live_bytes, partition
 
 __all__ = ["Estimate", "StaticTerm", "Structure", "estimate"]
@@ -97,14 +97,7 @@ def zero_terms(job: Job, whole: Counted, updated: Counted) -> list[StaticTerm]:
         )
     )
     if spec.kind == "zero3":
-        terms.append(
-            StaticTerm(
-                name="weights/gathered",
-                bytes=live_bytes(spec, whole),
-                formula=f"{spec.max_live_elements:,} live + {spec.prefetch_elements:,} ahead",
-                source="DeepSpeed: stage3_max_live_parameters, stage3_prefetch_bucket_size",
-            )
-        )
+        terms.append(_live(spec, whole, "weights/gathered"))
     return terms
 
 
@@ -150,6 +143,31 @@ def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]
     return [term for term in terms if term.bytes and not _waits_elsewhere(term, job.sharding)]
 
 
+def resident_terms(model: Resident, sharding: ShardingSpec) -> list[StaticTerm]:
+    """A frozen model beside the trained one: sharded with it, and what ZeRO-3 gathers of it."""
+    whole = counted_parameters(model.network)
+    ranks = shard_ranks(sharding)
+    terms = [_weights([(_shard(p, ranks), n, m) for p, n, m in whole], model.name, model.why)]
+    if sharding.kind == "zero3":
+        terms.append(_live(sharding, whole, f"{model.name}_gathered"))
+    if sharding.kind == "fsdp" and sharding.version == 2:
+        root = [entry for entry in whole if sharding.wrap == "model" or not entry[2]]
+        why = "FSDP2's root unit is resharded by its backward, and this model has none"
+        terms.append(_weights(root, f"{model.name}_gathered", why))
+    if sharding.kind in ("fsdp", "zero3") and sharding.offload in ("params", "nvme"):
+        return terms[1:]  # its shards wait on the host, or on NVMe
+    return terms
+
+
+def _live(spec: ShardingSpec, whole: Counted, name: str) -> StaticTerm:
+    return StaticTerm(
+        name=name,
+        bytes=live_bytes(spec, whole),
+        formula=f"{spec.max_live_elements:,} live + {spec.prefetch_elements:,} ahead",
+        source="DeepSpeed: stage3_max_live_parameters, stage3_prefetch_bucket_size",
+    )
+
+
 def _waits_elsewhere(term: StaticTerm, sharding: ShardingSpec) -> bool:
     """States are off the GPU when they, or FSDP's weights with them, are offloaded."""
     if not term.name.startswith("optimizer/"):
@@ -193,7 +211,7 @@ class Structure:
             )
         objective = objective_of(job)
         for model in objective.resident:
-            static.append(_weights(counted_parameters(model.network), model.name, model.why))
+            static += resident_terms(model, job.sharding)
         if job.sampler_bytes:
             static.append(_sampler(job))
         if job.accumulation > 1:
@@ -392,10 +410,8 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
     """Record the job's step."""
     sharding = job.sharding if job.sharding.kind in ("fsdp", "zero2", "zero3") else None
     if sharding is not None and sharding.kind == "fsdp":
-        for parameter, _, _ in counted_parameters(network):
-            parameter.stored = parameter.dtype
-            if parameter.dtype in ITEM_BYTES:
-                parameter.dtype = sharding.param_dtype or parameter.dtype
+        for each in (network, *((objective.other,) if objective.other else ())):
+            _gathered_as(each, sharding.param_dtype)
     recording = record_step(
         network,
         job.environment,
@@ -412,6 +428,14 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
     program.completion = objective.completion
     program.shifted = job.environment.loss_columns > 0
     return program
+
+
+def _gathered_as(network: Network, dtype: str | None) -> None:
+    """Weights as FSDP's units run with them: in the dtype of its policy."""
+    for parameter, _, _ in counted_parameters(network):
+        parameter.stored = parameter.dtype
+        if parameter.dtype in ITEM_BYTES:
+            parameter.dtype = dtype or parameter.dtype
 
 
 def _evaluation_of(job: Job, network: Network, objective: Objective) -> Program | None:

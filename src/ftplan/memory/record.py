@@ -8,7 +8,8 @@ the borders of the blocks; :mod:`replay` then plays the segments as often as the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -123,6 +124,24 @@ class _Recorder:
                 root.times.update(stage.stack.times())
                 root.parameters += stage.stack.parameters()
         self.units.append(root)
+
+    @contextmanager
+    def apart(self, network: Network, *, beside: bool) -> Iterator[None]:
+        """Run another network without a graph, sharded like the first.
+
+        ``beside``: it is a model of its own, whose root was gathered once and has stayed so (its
+        bytes are static): FSDP2 reshards a root in backward, and it runs none. Else it is the
+        first one with its adapters off, whose root may still be gathered.
+        """
+        before = (self.network, self.fsdp, self.units)
+        self.network = network
+        if self.fsdp is not None:
+            order = list(self.fsdp.order)
+            self.units = [Unit("root", [])] if beside else self.units[:1]
+        yield
+        self.network, fsdp, self.units = before
+        if fsdp is not None:
+            fsdp.order = order
 
     def begin_root(self) -> None:
         """Gather what belongs to no block."""
@@ -541,14 +560,17 @@ def _run_again(recorder: _Recorder, network: Network, objective: Objective) -> T
     """Another network's outputs on the same batch; the caller has turned the graph off."""
     shared = Shared()
     x: Tensor | None = None
-    with recorder.tape.scoped("activations"):
-        for stage in network.stages:
-            if x is not None:
-                shared.memory = x
-            x = _run_stage(recorder, stage, shared, 0, False)
-    assert x is not None
-    outputs = model_outputs(network, x, objective.completion, states=objective.states)
-    del x
+    with recorder.apart(network, beside=objective.beside):
+        with recorder.tape.scoped("activations"):
+            recorder.begin_root()
+            for stage in network.stages:
+                if x is not None:
+                    shared.memory = x
+                x = _run_stage(recorder, stage, shared, 0, False)
+        assert x is not None
+        outputs = model_outputs(network, x, objective.completion, states=objective.states)
+        del x
+        outputs = recorder.end_root(outputs)
     if recorder.tape.env.outputs_to_fp32:
         outputs = ops.to(outputs, "fp32")
     recorder.order.append(recorder.cut("the other model's logits"))

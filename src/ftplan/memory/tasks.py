@@ -93,6 +93,11 @@ class Objective:
     """Frozen models that the job holds."""
 
     @property
+    def beside(self) -> bool:
+        """The other network is a model of its own, not the policy with its adapters off."""
+        return any(model.network is self.other for model in self.resident)
+
+    @property
     def inside(self) -> bool:
         """The model computes its loss by itself."""
         return self.kind in ("tokens", "labels")
@@ -161,13 +166,6 @@ def objective_of(job: Job) -> Objective:
         other = prepare(replace(_frozen(job), config=job.teacher))
         why = "the teacher, frozen, beside the student"
         resident = (Resident(name="weights/teacher", network=other, why=why),)
-    # ZeRO-2 shards gradients and states alone, whatever computes the loss
-    sharded = job.sharding.kind in ("fsdp", "zero3")
-    if sharded and kind not in ("tokens", "labels", "rewards"):
-        raise UnsupportedError(
-            f"the task {job.task!r} sharded by {job.sharding.kind}",
-            remedy="size it on one GPU or with sharding: ddp",
-        )
     tiled = job.environment.loss == "chunked"
     return Objective(
         kind=kind,

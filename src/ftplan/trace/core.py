@@ -172,6 +172,8 @@ def trace_job(
                 build.checkpoint(job, model)
                 trainable = _count(model, trained=True)
                 model = shard(model, job, mesh)
+                if reference is not None and job.sharding == "fsdp":
+                    reference = shard(reference, job, mesh)
                 gc.collect()
                 _mark_model(ledger, model)
                 with around(model) if around else contextlib.nullcontext():
