@@ -151,7 +151,12 @@ def resident_terms(model: Resident, sharding: ShardingSpec) -> list[StaticTerm]:
     if sharding.kind == "zero3":
         terms.append(_live(sharding, whole, f"{model.name}_gathered"))
     if sharding.kind == "fsdp" and sharding.version == 2:
-        root = [entry for entry in whole if sharding.wrap == "model" or not entry[2]]
+        dtype = sharding.param_dtype
+        root = [
+            (Parameter(p.name, p.shape, dtype if dtype and p.dtype in ITEM_BYTES else p.dtype, False),
+             times, inside)
+            for p, times, inside in whole if sharding.wrap == "model" or not inside
+        ]  # fmt: skip
         why = "FSDP2's root unit is resharded by its backward, and this model has none"
         terms.append(_weights(root, f"{model.name}_gathered", why))
     if sharding.kind in ("fsdp", "zero3") and sharding.offload in ("params", "nvme"):
