@@ -273,9 +273,9 @@ def test_an_optimizer_in_backward_keeps_no_gradients() -> None:
 
 def test_tiles_of_logits_are_bounded() -> None:
     """TRL's fused head holds one tile however many tokens there are."""
-    few = sized(stack="trl", loss="chunked", batch={"micro": 8, "seq_len": 512})
-    many = sized(stack="trl", loss="chunked", batch={"micro": 16, "seq_len": 512})
-    full = sized(batch={"micro": 16, "seq_len": 512})
+    few = sized(stack="trl", loss="chunked", batch={"micro": 16, "seq_len": 512})
+    many = sized(stack="trl", loss="chunked", batch={"micro": 32, "seq_len": 512})
+    full = sized(batch={"micro": 32, "seq_len": 512})
     tiles = [
         sum(a.bytes for label, a in e.alive.items() if "tile" in label.name) for e in (few, many)
     ]

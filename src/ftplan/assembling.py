@@ -64,6 +64,7 @@ def job_of(resolved: Resolved) -> Job:
         outputs_to_fp32=autocast is not None and stack.outputs_to_fp32,
         seq_len=local_seq_len(batch.seq_len, sharding),
         reentrant=bool(checkpointing.reentrant),
+        dropout=plan.task not in stack.dropout_off,
     )
     native = native_dtype(resolved.config) or "bf16"
     return Job(
@@ -80,6 +81,7 @@ def job_of(resolved: Resolved) -> Job:
         base_dtype=(method.compute_dtype or native) if quantised else storage.name,
         compute_dtype=method.compute_dtype or "bf16",
         prepare_kbit=quantised and bool(method.prepare_kbit),
+        kbit_casts_back=plan.task in stack.kbit_casts_back,
         trainable_dtype=stack.trainable_dtype if method.kind in ("full", "partial") else None,
         environment=environment,
         micro=batch.micro,

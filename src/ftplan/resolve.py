@@ -267,8 +267,9 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
     return replace(
         plan,
         method=_method(
-            method, stack, weights.layout != "plain", mixed, filler, own, shaped=config is not None
-        ),
+            method, stack.of_task(task), weights.layout != "plain", mixed, filler, own,
+            shaped=config is not None,
+        ),  # fmt: skip
         precision=precision,
         batch=batch,
         optimizer=optimizer,

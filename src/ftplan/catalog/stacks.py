@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
@@ -56,6 +56,12 @@ class Stack:
     """An fp32 copy and an fp32 gradient beside each trainable 2-byte parameter (18 bytes)."""
     prepare_kbit: bool
     """Whether what is not quantised ends up in fp32 (`prepare_model_for_kbit_training`)."""
+    prepare_kbit_tasks: tuple[str, ...] = ()
+    """Tasks for which it does, where it does not for the others."""
+    kbit_casts_back: tuple[str, ...] = ()
+    """Tasks for which embeddings and head go back to bf16 after that."""
+    dropout_off: tuple[str, ...] = ()
+    """Tasks for which the trainer sets every dropout of model and adapters to zero."""
     weights_dtype: Literal["checkpoint", "fp32", "bf16"]
     """Dtype the base weights are loaded in; `checkpoint`: the one they are stored in."""
     mixed: Literal["no", "bf16"]
@@ -134,6 +140,10 @@ class Stack:
         if self.loss_chunks is not None:
             return -(-tokens // self.loss_chunks)
         return self.loss_chunk
+
+    def of_task(self, task: str) -> Stack:
+        """The profile as it is for one task."""
+        return replace(self, prepare_kbit=self.prepare_kbit or task in self.prepare_kbit_tasks)
 
     def loss_kind(self, *, method: str | None, task: str) -> Literal["full", "chunked", "fused"]:
         """How the loss meets the logits for this method (None: inference) and task."""

@@ -52,6 +52,8 @@ class Environment:
     """Which implementation of checkpointing recomputes a block."""
     training: bool = True
     """Dropout acts and a graph may be built."""
+    dropout: bool = True
+    """The trainer leaves the dropout of model and adapters on."""
 
     @property
     def fused(self) -> bool:

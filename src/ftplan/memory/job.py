@@ -79,6 +79,8 @@ class Job:
     compute_dtype: str
     """What quantised weights are expanded to."""
     prepare_kbit: bool = False
+    kbit_casts_back: bool = False
+    """After the preparation embeddings and head go back to the base's dtype; norms do not."""
     trainable_dtype: str | None = None
     """What the trainer casts every trainable parameter to; None: nothing."""
     environment: Environment

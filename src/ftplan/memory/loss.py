@@ -133,18 +133,22 @@ def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
     rows = TOKENS + BATCH * -1 if x.rows == TOKENS else x.rows + BATCH * -1
     hidden = ops.gather(ops.rows_slice(x, rows))
 
-    def tile(held: list[Tensor]) -> None:
+    def tile(held: list[Tensor], *, backward: bool) -> None:
         """One tile's buffer, and the operands that have another dtype."""
         held.append(tape.tensor(CHUNK, columns, dtype, "tile of logits"))
         casts = [] if hidden_dtype == dtype else [tape.tensor(CHUNK, width, dtype, "cast")]
         if parameter_dtype != dtype:
             casts.append(tape.tensor(ONE * columns, width, dtype, "cast"))
+            after = min(columns, vocabulary - columns) if backward else 0
+            if after:  # the way back has a name for a cast tile while it makes the next
+                named = tape.tensor(ONE * after, width, dtype, "cast")
+                del named
         held += casts
 
     hidden_dtype, parameter_dtype = hidden.dtype, weight.dtype
     statistics = [tape.tensor(rows, 1, "fp32", "statistics") for _ in range(7)]
     buffers: list[Tensor] = []
-    tile(buffers)
+    tile(buffers, backward=False)
     buffers.clear()
     out = tape.tensor(rows, 1, "fp32", "log-probabilities")
     saved = (hidden, statistics[:2])
@@ -158,7 +162,7 @@ def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
             tape.tensor(rows, width, "fp32", "gradient") if wants[0] else None,
             tape.tensor(ONE * vocabulary, width, "fp32", "weight gradient") if wants[1] else None,
         ]
-        tile(held)
+        tile(held, backward=True)
         return tuple(
             None if total is None else ops.fit(total, total.rows, total.width, wanted)
             for total, wanted in zip(sums, (hidden_dtype, parameter_dtype), strict=True)
@@ -196,8 +200,9 @@ def tiled_divergence(
                 held.append(tape.tensor(ONE * columns, across, dtype, "cast"))
         if backward and computed[0] != "fp32":
             made = [tape.tensor(CHUNK, columns, computed[0], "tile of gradients")]
-            if columns < vocabulary:  # the loop's variable still names the one before
-                made.append(tape.tensor(CHUNK, columns, computed[0], "tile of gradients"))
+            after = min(columns, vocabulary - columns)
+            if after:  # the loop's variable still names the one before
+                made.append(tape.tensor(CHUNK, after, computed[0], "tile of gradients"))
             held.append(made[0])
 
     hidden_dtype, parameter_dtype = states[0].dtype, parameter.dtype

@@ -401,7 +401,7 @@ def _result(
         phases[phase] = max(phases.get(phase, 0), live)
         if live > peak:
             peak, peak_clock, where = live, clock, phase
-    named = ("rollout", "scoring", "forward", "backward", "step")
+    named = ("rollout", "scoring", "forward", "backward", "step", "evaluation")
     phases = {name: phases[name] for name in named if name in phases}
     return TraceResult(
         allocated_bytes=peak,

@@ -18,9 +18,11 @@ import importlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -34,6 +36,11 @@ from ftplan.trace.triton import importable
 
 __all__ = ["TRAINERS", "Run", "run_trainer", "trainer_versions"]
 
+_QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
 BATCHES = 2
 """Optimizer steps that are run: the second one counts."""
 
@@ -89,6 +96,8 @@ class Run:
     beside: list[Any] = field(default_factory=list)
     """PPO: the value model and the reward model."""
     trainer: Any = None
+    evaluates: bool = False
+    """A batch is evaluated after the last step."""
     own_loop: bool = False
     """The trainer has a loop of its own instead of Trainer's."""
     batches: list[Mapping[str, Any]] = field(default_factory=list)
@@ -156,7 +165,7 @@ def _tokenizer() -> Any:
     return made
 
 
-def _dataset(rows: list[Mapping[str, Any]]) -> Any:
+def _dataset(rows: Sequence[Mapping[str, Any]]) -> Any:
     from datasets import Dataset
 
     with _disable_current_modes():
@@ -187,7 +196,7 @@ def _trainer(run: Run) -> None:
     run.batches = [batch] * (job.accumulation * BATCHES)
 
 
-def _trl(run: Run, name: str, rows: list[Mapping[str, Any]], **more: Any) -> None:
+def _trl(run: Run, name: str, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
     """One of TRL's trainers on a data set; its own collator makes the batches."""
     _, config, trainer = _trl_classes(name)
     fields = config.__dataclass_fields__
@@ -221,7 +230,7 @@ def _sft(run: Run) -> None:
     _trl(run, "sft", rows)
 
 
-def _pairs_of(run: Run) -> list[Mapping[str, Any]]:
+def _pairs_of(run: Run) -> list[dict[str, str]]:
     """A prompt and two answers; the trainer ends each with a token of its own."""
     answer = run.job.seq_len - run.prompt_tokens - 1
     row = {
@@ -233,8 +242,19 @@ def _pairs_of(run: Run) -> list[Mapping[str, Any]]:
 
 
 def _dpo(run: Run) -> None:
+    import trl
+
     more = {"ref_model": run.other} if run.other is not None else {}
-    _trl(run, "dpo", _pairs_of(run), **more)
+    told = ["ref_chosen_logps", "ref_rejected_logps"]
+
+    def precomputed(_trainer: Any, dataset: Any, *_rest: Any) -> Any:
+        with _disable_current_modes():
+            for name in told:
+                dataset = dataset.add_column(name, [0.0] * len(dataset))
+        return dataset
+
+    with cuda.patched(trl.DPOTrainer, "_precompute_ref_logps", precomputed):
+        _trl(run, "dpo", _pairs_of(run), **more)
 
 
 def _kto(run: Run) -> None:
@@ -385,13 +405,12 @@ def run_trainer(
     arguments: Mapping[str, Any] | None = None,
     teacher: dict[str, Any] | None = None,
     prompt_tokens: int = 1,
+    evaluates: bool = False,
 ) -> core.TraceResult:
     """Two steps of a real trainer; the peak of the second. ``arguments`` are its own, by name."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    os.environ |= {
-        "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    }  # fmt: skip
+    os.environ |= _QUIET
     torch.set_num_threads(1)
     ledger = TrainerLedger(job.seq_len, prompt_tokens)
     gc.freeze()
@@ -420,6 +439,7 @@ def run_trainer(
             quantize(model, job)
             model.hf_quantizer = _Quantizer()
         run = Run(job, model, other, arguments or {}, prompt_tokens, ledger, folder, beside)
+        run.evaluates = evaluates
         TRAINERS[name](run)
         trainable = core._count(run.trainer.model, trained=True)
         end = _train(run)
@@ -452,19 +472,19 @@ def _answer(job: Job) -> Callable[[Any, str], Any]:
 
     def answer(tensor: Any, phase: str) -> Any:
         if tensor.dtype == torch.bool and job.padding == "none":
-            frame = sys._getframe(2)
-            for _ in range(8):
-                if frame is None:
-                    break
+            frame: FrameType | None = sys._getframe(2)
+            while frame is not None:
                 if frame.f_code.co_filename.endswith("masking_utils.py"):
                     return True
-                frame = frame.f_back  # type: ignore[assignment]
+                frame = frame.f_back
         return cuda._scalar(tensor, phase)
 
     return answer
 
 
-def _project(tile: Any, hidden: Any, weight: Any, bias: Any, start: int, end: int, dtype: Any) -> None:
+def _project(
+    tile: Any, hidden: Any, weight: Any, bias: Any, start: int, end: int, dtype: Any
+) -> None:
     cast = weight[start:end].to(dtype)
     del cast
 
@@ -507,7 +527,7 @@ def _imported(name: str) -> Any:
 
 def _train(run: Run) -> int:
     """``trainer.train()``, its phases marked; the clock at the end of the last forward."""
-    trainer, ledger, job = run.trainer, run.ledger, run.job
+    trainer, ledger = run.trainer, run.ledger
     core._mark_model(ledger, trainer.model)
     if run.other is not None:
         ledger.mark(run.other.parameters(), "weights/other")
@@ -520,7 +540,9 @@ def _train(run: Run) -> int:
     clock = _Phases(run)
     trainer.accelerator.backward = clock.backward
     if run.own_loop:
-        clock.watch(sys.modules[type(trainer).__module__], "batch_generation", "rollout", first=True)
+        clock.watch(
+            sys.modules[type(trainer).__module__], "batch_generation", "rollout", first=True
+        )
         clock.watch(sys.modules[type(trainer).__module__], "selective_log_softmax", "scoring")
         clock.watch(trainer.accelerator, "accumulate", "forward")
     else:
@@ -529,6 +551,10 @@ def _train(run: Run) -> int:
         trainer.create_optimizer = lambda *_: trainer.optimizer
     with _silent():
         trainer.train()
+        if run.evaluates:
+            trainer.get_eval_dataloader = lambda *_: _Loader(run)
+            ledger.enter("evaluation", clock.step)
+            trainer.evaluate()
     ledger.enter("end", clock.step + 1)
     return clock.forward_end
 
@@ -571,7 +597,7 @@ class _Phases:
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """What a trainer prints when it ends is no result of a trace."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 
 

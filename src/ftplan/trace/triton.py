@@ -88,7 +88,7 @@ def _stand_in() -> dict[str, ModuleType]:
 
 @contextlib.contextmanager
 def importable() -> Iterator[None]:
-    """Let packages import Triton. transformers and torch, which must not see it, are loaded first."""
+    """Let packages import Triton; torch and transformers, which must not see it, load first."""
     import transformers
     from torch.utils import _triton  # noqa: F401 - asks for Triton while it loads
     from transformers import Trainer  # noqa: F401 - loads what asks for Triton
