@@ -117,6 +117,16 @@ def _head_weight(network: Network) -> tuple[Parameter, bool]:
     return (trained or matrices)[0], bool(trained)
 
 
+def _named_tiles(vocabulary: int, columns: int) -> list[int]:
+    """Widths of two tiles in a row, the first of which a loop's variable still names."""
+    return [width for width in (columns, min(columns, vocabulary - columns)) if width]
+
+
+def _last_tile(vocabulary: int, columns: int) -> int:
+    """Width of the last tile of the vocabulary."""
+    return vocabulary % columns or columns
+
+
 def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
     """TRL's fused head: a tile of logits is folded into running statistics, then overwritten.
 
@@ -136,14 +146,14 @@ def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
     def tile(held: list[Tensor], *, backward: bool) -> None:
         """One tile's buffer, and the operands that have another dtype."""
         held.append(tape.tensor(CHUNK, columns, dtype, "tile of logits"))
-        casts = [] if hidden_dtype == dtype else [tape.tensor(CHUNK, width, dtype, "cast")]
+        if hidden_dtype != dtype:
+            held.append(tape.tensor(CHUNK, width, dtype, "cast"))
         if parameter_dtype != dtype:
-            casts.append(tape.tensor(ONE * columns, width, dtype, "cast"))
-            after = min(columns, vocabulary - columns) if backward else 0
-            if after:  # the way back has a name for a cast tile while it makes the next
-                named = tape.tensor(ONE * after, width, dtype, "cast")
-                del named
-        held += casts
+            # the way back has a name for one tile's cast while it makes the next
+            sizes = _named_tiles(vocabulary, columns) if backward else [columns]
+            casts = [tape.tensor(ONE * size, width, dtype, "cast") for size in sizes]
+            casts.clear()
+            held.append(tape.tensor(ONE * _last_tile(vocabulary, columns), width, dtype, "cast"))
 
     hidden_dtype, parameter_dtype = hidden.dtype, weight.dtype
     statistics = [tape.tensor(rows, 1, "fp32", "statistics") for _ in range(7)]
@@ -199,11 +209,11 @@ def tiled_divergence(
             if stored != dtype:
                 held.append(tape.tensor(ONE * columns, across, dtype, "cast"))
         if backward and computed[0] != "fp32":
-            made = [tape.tensor(CHUNK, columns, computed[0], "tile of gradients")]
-            after = min(columns, vocabulary - columns)
-            if after:  # the loop's variable still names the one before
-                made.append(tape.tensor(CHUNK, after, computed[0], "tile of gradients"))
-            held.append(made[0])
+            sizes = _named_tiles(vocabulary, columns)
+            made = [tape.tensor(CHUNK, size, computed[0], "tile of gradients") for size in sizes]
+            made.clear()
+            last = _last_tile(vocabulary, columns)
+            held.append(tape.tensor(CHUNK, last, computed[0], "tile of gradients"))
 
     hidden_dtype, parameter_dtype = states[0].dtype, parameter.dtype
     statistics = [tape.tensor(rows, 1, "fp32", "statistics") for _ in range(6)]

@@ -267,10 +267,14 @@ def apply_to_tensors(self: Any, fn: Any, recurse: bool = True) -> Any:
     for name, old in self._parameters.items():
         if old is None:
             continue
+        if "_cast" in vars(old):  # a tied weight is cast once
+            self._parameters[name] = old._cast
+            continue
         with torch.no_grad():
             new = fn(old)
         if new is not old and new.dtype != old.dtype:
-            self._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+            old._cast = nn.Parameter(new, requires_grad=old.requires_grad)
+            self._parameters[name] = old._cast
     for name, old in self._buffers.items():
         if old is not None:
             self._buffers[name] = fn(old)

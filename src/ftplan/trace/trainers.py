@@ -253,7 +253,11 @@ def _dpo(run: Run) -> None:
                 dataset = dataset.add_column(name, [0.0] * len(dataset))
         return dataset
 
-    with cuda.patched(trl.DPOTrainer, "_precompute_ref_logps", precomputed):
+    home = sys.modules[trl.DPOTrainer.__module__]
+    with (
+        cuda.patched(trl.DPOTrainer, "_precompute_ref_logps", precomputed),
+        cuda.patched(home, "hash_module", lambda _model: ""),
+    ):
         _trl(run, "dpo", _pairs_of(run), **more)
 
 
@@ -421,6 +425,8 @@ def run_trainer(
         folder = enter(tempfile.TemporaryDirectory())
         if name.startswith("trl"):
             enter(_trl_on_cuda())
+        if (arguments or {}).get("use_liger_kernel"):
+            enter(_liger_on_cuda())
         model = build.build_model(job, build.model_config(config, layers))
         other = _other(job, config, teacher, layers)
         beside = [_scoring(job, config, layers) for _ in range(2 if job.task == "ppo" else 0)]
@@ -515,6 +521,16 @@ def _trl_on_cuda() -> Iterator[None]:
             if hasattr(module, "_supports_trl_loss_kernel"):
                 stack.enter_context(cuda.patched(module, "_supports_trl_loss_kernel", yes))
         yield
+
+
+@contextlib.contextmanager
+def _liger_on_cuda() -> Iterator[None]:
+    """Liger's kernels as they are chosen on a GPU: it imports them when one is first asked for."""
+    with importable():
+        dispatch = importlib.import_module("liger_kernel.backends.dispatch")
+        chosen = lambda *_args, **_kwargs: ["nvidia-triton"]  # noqa: E731 - one answer
+        with cuda.patched(dispatch, "available_impls", chosen):
+            yield
 
 
 def _imported(name: str) -> Any:
