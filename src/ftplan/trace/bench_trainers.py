@@ -55,10 +55,6 @@ TASKS: dict[str, tuple[str, Mapping, Mapping, Sequence[str]]] = {
         "trl.SFTTrainer", {"attention": "flash", "batch": {"packing": True}},
         {"packing": True}, ("lora", "full-bf16"),
     ),
-    "sft-liger": (
-        "trl.SFTTrainer", {"kernels": "liger"}, {"use_liger_kernel": True},
-        ("lora", "full-bf16-checkpointed"),
-    ),
     "dpo": ("trl.DPOTrainer", {"task": "dpo"}, {}, tuple(WAYS)),
     "dpo-precomputed": (
         "trl.DPOTrainer", {"task": "dpo", "reference": "precomputed"},
@@ -91,6 +87,11 @@ TASKS: dict[str, tuple[str, Mapping, Mapping, Sequence[str]]] = {
         "trl.experimental.PPOTrainer",
         {"task": "ppo", "rollout": {**ROLLOUT, "sampler": "trainer"}}, {},
         ("lora", "lora-accumulated", "full-bf16-checkpointed", "full-autocast"),
+    ),
+    # last: Liger puts its functions into the modules of transformers, for good
+    "sft-liger": (
+        "trl.SFTTrainer", {"kernels": "liger"}, {"use_liger_kernel": True},
+        ("lora", "full-bf16-checkpointed"),
     ),
 }  # fmt: skip
 """Task: the trainer, the plan's own keys, the trainer's own arguments, the ways of training."""

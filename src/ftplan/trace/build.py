@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ftplan.errors import UnsupportedError
+from ftplan.trace.images import is_vision_language
 from ftplan.trace.job import Job
 from ftplan.trace.quantized import prepare_kbit, quantize
 
@@ -61,6 +62,8 @@ def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
 def family_of(config: Any) -> str:
     """``causal``, ``masked`` or ``seq2seq``: which head the model is finetuned with."""
     named = " ".join(getattr(config, "architectures", None) or ())
+    if is_vision_language(config):
+        return "vision"
     if "ForMaskedLM" in named:
         return "masked"
     if getattr(config, "is_encoder_decoder", False):
@@ -84,6 +87,7 @@ def auto_class(family: str, task: str) -> Any:
         "causal": transformers.AutoModelForCausalLM,
         "masked": transformers.AutoModelForMaskedLM,
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
+        "vision": transformers.AutoModelForImageTextToText,
     }[family]
 
 
@@ -208,7 +212,7 @@ def peft_config(model: Any, job: Job) -> Any:
     import peft
 
     family = family_of(model.config)
-    task = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(family)
+    task = {"causal": "CAUSAL_LM", "vision": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(family)
     if job.task in ("classify", "rm"):
         task = "SEQ_CLS"
     common: dict[str, Any] = {"task_type": task}

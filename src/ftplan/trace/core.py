@@ -33,6 +33,7 @@ import torch
 
 from ftplan.spec import Plan
 from ftplan.trace import build, cuda
+from ftplan.trace.images import image_batch
 from ftplan.trace.job import Job, resolve
 from ftplan.trace.ledger import Entry, Ledger
 from ftplan.trace.losses import loss_of
@@ -157,12 +158,16 @@ def trace_job(
         model_config = build.model_config(config, layers)
         model = build.build_model(job, model_config)
         reference = _reference(job, config, layers)
-        with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        # images ask for values: such a job runs on real tensors
+        mode = contextlib.nullcontext() if job.images else FakeTensorMode(allow_non_fake_inputs=True)
+        with mode, ledger:
             build.materialize(model)
             if reference is not None:
                 build.materialize(reference)
             total = _count(model)
             with cuda.as_on_cuda(ledger, job.capability), emulated(job, ledger):
+                if job.images:
+                    ledger.scalar_answer = None  # these tensors know
                 with (
                     cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors),
                     cuda.patched(torch.Tensor, "__deepcopy__", build.copy_tensor),
@@ -283,6 +288,8 @@ def _one_step(
         gc.collect()
         ledger.enter("forward", step)
         batch: Any = batch_of(job)
+        if job.images:
+            batch |= image_batch(model.config, batch["input_ids"], job.images, job.image_size)
         ledger.mark([t for t in batch.values() if t is not None], "inputs")
         outputs = forward(**batch)
         loss = outputs["loss"]

@@ -53,6 +53,8 @@ class Job:
     micro: int
     seq_len: int
     accumulation: int
+    images: int
+    image_size: tuple[int, int]
     padding: str
     optimizer: str
     implementation: str
@@ -120,8 +122,6 @@ def _refuse(plan: Plan) -> None:
         raise UnsupportedError(
             "tracing an optimizer that steps in backward or stores its states in another dtype"
         )
-    if plan.batch.images:
-        raise UnsupportedError("tracing images", remedy="trace the text alone")
 
 
 _IMPLEMENTATIONS = {
@@ -183,6 +183,8 @@ def resolve(plan: Plan) -> Job:
         micro=batch.micro or 1,
         seq_len=batch.seq_len or 2048,
         accumulation=batch.accumulation or 1,
+        images=batch.images or 0,
+        image_size=batch.image_size or (448, 448),
         padding=batch.padding or "none",
         optimizer=name,
         implementation=implementation,
