@@ -22,7 +22,7 @@ from ftplan.memory.parallel import local_config, local_seq_len
 from ftplan.memory.serving import ServingJob
 from ftplan.memory.tape import ITEM_BYTES
 from ftplan.memory.tasks import HEADS
-from ftplan.resolve import IMAGE_TOKENS, Resolved, native_dtype
+from ftplan.resolve import Resolved, image_tokens, native_dtype
 from ftplan.spec import Checkpointing, Method, OptimizerChoice, Plan
 
 __all__ = ["job_of", "serving_job_of"]
@@ -87,13 +87,14 @@ def job_of(resolved: Resolved) -> Job:
         micro=batch.micro,
         seq_len=local_seq_len(batch.seq_len, sharding),
         accumulation=batch.accumulation,
+        fetches_ahead=stack.fetches_ahead,
         eval_micro=batch.eval_micro or 0,
         checkpoint_every=0
         if checkpointing.kind == "none" or environment.checkpoint_attention
         else checkpointing.every,
         loss_chunk=plan.loss.chunk or 0,
         images=batch.images or 0,
-        image_tokens=min(IMAGE_TOKENS, batch.seq_len // (batch.images or 1)),
+        image_tokens=image_tokens(batch, resolved.config),
         optimizer=_optimizer(plan.optimizer),
         main_weights=stack.main_weights and storage.name in ("bf16", "fp16"),
         sharding=sharding,

@@ -218,15 +218,8 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
             "packed sequences are full: nothing is padded",
             remedy="use padding: none, or packing: false",
         )
-    if batch.images and config is not None and str(config.get("model_type")).startswith("qwen"):
-        tokens = min(IMAGE_TOKENS, (batch.seq_len or 1) // batch.images)
-        filler.assumptions.append(
-            Assumption(
-                key="batch.images",
-                value=f"{tokens} tokens each",
-                source=f"any resolution: at most {IMAGE_TOKENS} tokens, inside batch.seq_len",
-            )
-        )
+    if batch.images and config is not None:
+        _image_size(batch, config, filler)
     optimizer = plan.optimizer or OptimizerChoice(
         name=filler.fill("optimizer", None, stack.optimizer, own("optimizer"))
     )
@@ -278,6 +271,51 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         loss=loss,
         kernels=filler.fill("kernels", plan.kernels, stack.kernels, own("kernels")),
     )
+
+
+def image_unit(config: Mapping[str, Any]) -> int:
+    """Pixels along one side of an image token, where any resolution is taken; 0: one size only."""
+    vision = config.get("vision_config")
+    if not isinstance(vision, Mapping):
+        return 0
+    kind = str(config.get("model_type"))
+    if kind.startswith("qwen"):
+        return int(vision.get("patch_size") or 14) * int(vision.get("spatial_merge_size") or 2)
+    if vision.get("model_type") == "pixtral":
+        return int(vision.get("patch_size") or 16) * int(config.get("spatial_merge_size") or 1)
+    return 0
+
+
+def image_tokens(batch: Batch, config: Mapping[str, Any]) -> int:
+    """Tokens of one image: by its size, or as many as are usual."""
+    unit = image_unit(config)
+    if unit and batch.image_size is not None:
+        high, wide = (max(1, round(extent / unit)) for extent in batch.image_size)
+        return high * wide
+    return min(IMAGE_TOKENS, (batch.seq_len or 1) // (batch.images or 1))
+
+
+def _image_size(batch: Batch, config: Mapping[str, Any], filler: _Filler) -> None:
+    """How many tokens an image takes; a size is refused where the model has one of its own."""
+    unit = image_unit(config)
+    if batch.image_size is not None and not unit:
+        raise InputError(
+            "this model's images have one size, or are cut into crops of one",
+            remedy="leave image_size out; count the crops of an image as batch.images",
+        )
+    if not unit:
+        return
+    tokens = image_tokens(batch, config)
+    if tokens * (batch.images or 1) > (batch.seq_len or 1):
+        raise InputError(
+            f"{batch.images} images of {tokens:,} tokens in a sequence of {batch.seq_len:,}",
+            remedy="image tokens are part of the sequence: raise batch.seq_len",
+        )
+    if batch.image_size is None:
+        source = f"any resolution: at most {IMAGE_TOKENS} tokens; batch.image_size says it"
+        filler.assumptions.append(
+            Assumption(key="batch.images", value=f"{tokens} tokens each", source=source)
+        )
 
 
 _REFERRED = ("dpo", "kto", "grpo")

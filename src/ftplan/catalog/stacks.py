@@ -99,6 +99,8 @@ class Stack:
     """Whether mixed precision also casts the returned logits to fp32 (accelerate)."""
     without_autocast: tuple[str, ...] = ()
     """Tasks whose chunked loss goes around the forward that autocast encloses."""
+    fetches_ahead: bool = False
+    """Whether all micro batches of a step are on the GPU before the first one's forward."""
     keeps_outputs: bool
     """Whether the model's outputs stay alive until backward has ended."""
     attention: Literal["eager", "sdpa", "flash"]

@@ -449,6 +449,7 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
         checkpoint_every=job.checkpoint_every,
         input_grads=job.checkpoint_every > 0,
         accumulated=job.accumulation > 1,
+        ahead=job.accumulation - 1 if job.fetches_ahead else 0,
         sharding=sharding,
         objective=objective,
         step_of=_step_of(job),

@@ -90,6 +90,8 @@ class Job:
     """Tokens per sequence."""
     accumulation: int
     """Micro batches per optimizer step."""
+    fetches_ahead: bool = False
+    """All of them are on the GPU before the first one's forward."""
     images: int = 0
     """Images per sequence; their tokens are part of ``seq_len``."""
     image_tokens: int = 0

@@ -67,6 +67,8 @@ class Recording:
     """The same for what runs before the step, without a graph (GRPO's log-probabilities)."""
     tail_order: list[int] = field(default_factory=list)
     """The same for what a task does with the model's outputs after autocast has ended."""
+    batch: list[Tensor] = field(default_factory=list)
+    """What the loop holds until the step has ended: the batch, and those fetched with it."""
     outputs: list[Tensor] = field(default_factory=list)
     """The model's outputs, where the caller keeps them until backward has ended."""
     after: Segment = Segment("", 0, 0)
@@ -202,6 +204,7 @@ def record_step(
     checkpoint_every: int = 0,
     input_grads: bool = False,
     accumulated: bool = False,
+    ahead: int = 0,
     sharding: ShardingSpec | None = None,
     objective: Objective | None = None,
     step_of: Callable[[Parameter], int] | None = None,
@@ -210,7 +213,8 @@ def record_step(
 
     ``checkpoint_every`` n > 0 recomputes every n-th block. ``input_grads`` makes the embedding's
     output ask for a gradient (``enable_input_require_grads``). ``accumulated``: gradients of
-    earlier micro batches are there already. ``sharding``: by FSDP2 or ZeRO. ``objective``: the
+    earlier micro batches are there already. ``ahead``: further micro batches that the loop has
+    fetched. ``sharding``: by FSDP2 or ZeRO. ``objective``: the
     task, where it is another one than a language model's own loss. ``step_of``: the optimizer
     steps in backward, each parameter as its gradient arrives, and needs so many bytes for it.
     """
@@ -224,7 +228,9 @@ def record_step(
         _hold_gradients(network, tape)
     if objective is not None and objective.before:
         _score_before(recorder, objective)
-    inputs = [*_inputs(tape), *network.inputs(tape)]
+    batch = [*_inputs(tape), *network.inputs(tape)]
+    further = [tape.tensor(t.rows * ahead, t.width, t.dtype, "batches ahead") for t in batch if ahead]
+    recorder.recording.batch = batch + further
     if input_grads:
         _ask_for_input_grads(network)
     recorder.begin_root()
@@ -250,7 +256,6 @@ def record_step(
         recorder.end_autocast()
         root = _task_loss(recorder, held, objective)
     recorder.recording.saved = _alive(tape)
-    del inputs
     if root.requires_grad:
         _run_backward(recorder, root)
     recorder.end_step(shared)

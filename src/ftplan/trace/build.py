@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import active_fake_mode
 
 from ftplan.errors import UnsupportedError
 from ftplan.trace.images import is_vision_language
@@ -304,6 +305,8 @@ def materialize(model: Any) -> None:
 
     def empty(old: Any) -> Any:
         new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device="cpu")
+        if active_fake_mode() is None:
+            new.zero_()  # positions are looked up with what is in a buffer
         if isinstance(old, nn.Parameter):
             parameter = nn.Parameter(new, requires_grad=old.requires_grad)
             parameter.__dict__.update(old.__dict__)

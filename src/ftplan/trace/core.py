@@ -282,19 +282,18 @@ def _one_step(
     step: int,
 ) -> int:
     forward_end = 0
+    ahead = 1 if job.stack == "pytorch" else job.accumulation
+    fetched = [_fetched(job, model, ledger) for _ in range(ahead)]
     # with accumulation the second micro batch meets the gradients of the first; more add nothing
-    for _ in range(min(job.accumulation, 2)):
+    for number in range(min(job.accumulation, 2)):
         say(f"step {step}: forward")
         gc.collect()
         ledger.enter("forward", step)
-        batch: Any = batch_of(job)
-        if job.images:
-            batch |= image_batch(model.config, batch["input_ids"], job.images, job.image_size)
-        ledger.mark([t for t in batch.values() if t is not None], "inputs")
+        batch = fetched[number] if number < ahead else _fetched(job, model, ledger)
         outputs = forward(**batch)
         loss = outputs["loss"]
         if job.stack != "pytorch":
-            outputs = batch = None
+            outputs = None
         if job.accumulation > 1:
             loss = loss / job.accumulation
         forward_end = ledger.clock - 1
@@ -302,7 +301,7 @@ def _one_step(
         ledger.enter("backward", step)
         _backward(loss)
         loss = loss.detach()
-        outputs = batch = None
+        outputs = None
     say(f"step {step}: optimizer")
     gc.collect()
     ledger.enter("step", step)
@@ -311,6 +310,15 @@ def _one_step(
     optimizer.zero_grad(set_to_none=True)
     ledger.enter("end", step + 1)
     return forward_end
+
+
+def _fetched(job: Job, model: Any, ledger: Ledger) -> dict[str, Any]:
+    """A micro batch on the device, where the loop holds it until the step has ended."""
+    batch = batch_of(job)
+    if job.images:
+        batch |= image_batch(model.config, batch["input_ids"], job.images, job.image_size)
+    ledger.mark([t for t in batch.values() if t is not None], "inputs")
+    return batch
 
 
 def _backward(loss: Any) -> None:
