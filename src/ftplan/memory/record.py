@@ -413,6 +413,7 @@ def _run_stage(
         _name_parts(block, recorder.tape)
         # the caller's name for the input lives until the block returns
         x = recorder.run_block(block, x, shared, checkpointed=checkpointed)
+        x = recorder.network.after_block(layer, x)
         _name_boundary(x)
         seen[key] = recorder.cut("block")
         order.append(seen[key])
@@ -421,6 +422,7 @@ def _run_stage(
         _forget(recorder.tape, shared)
     x = stage.leave(x, shared)
     del entered
+    shared.held.clear()
     order.append(recorder.cut("final norm"))
     return x
 

@@ -130,7 +130,7 @@ class VisionBlock(Module):
             q, k = _turned(q), _turned(k)
         out = self.attended(q, k, v)
         del q, k, v
-        x = self.linear(self.out_path, out)
+        x = self.scaled(self.linear(self.out_path, out), 0)
         del out
         x = ops.add(residual, x)
         residual = x
@@ -140,7 +140,13 @@ class VisionBlock(Module):
             x = ops.mul(activation(self.linear(first[0], x), self.act), self.linear(first[1], x))
         else:
             x = activation(self.linear(first[0], x), self.act)
-        return ops.add(residual, self.linear(last, x))
+        return ops.add(residual, self.scaled(self.linear(last, x), 1))
+
+    def scaled(self, x: Tensor, which: int) -> Tensor:
+        """What attention or the MLP returns, times a learned number for each channel (InternVL)."""
+        if not self.scales:
+            return x
+        return ops.mul(x.tape.leaf(self.parameters[self.scales[which]]), x)
 
 
 def _turned(x: Tensor) -> Tensor:
@@ -209,6 +215,11 @@ class Tower(Module):
         self.after: list[Module] = []
         self.merge = 1
         """Patches that become one token."""
+        self.stacks: tuple[int, ...] = ()
+        """Blocks whose outputs are merged too, for the first blocks of the language model."""
+        self.stacked: list[Tensor] = []
+        self.states: list[Tensor] = []
+        """The hidden states of every block, where they are kept."""
 
     def pixel_values(self, tape: Tape, images: int) -> Tensor:
         """What the caller passes in, in fp32."""
@@ -221,19 +232,35 @@ class Tower(Module):
         x = self.patch.forward(ops.to(pixels, self.patch.weight.dtype))
         if self.classed:
             x = _with_class(x, rows)
-        if not any(block.turns for block in self.in_order):
+        if "pos_embed" in self.children:
+            x = ops.add(x, self._interpolated(x.dtype, x.tape, rows))
+        elif not any(block.turns for block in self.in_order):
             x = ops.shift(x, "position embedding")
         for norm in self.before:
             x = norm.forward(x)
-        states = [x]
-        for block in self.in_order:
+        self.states = [x] if self.layer is not None else []
+        self.stacked = []
+        for number, block in enumerate(self.in_order):
             block.reach = block.reach or self.patches
             x = self._run(block, x)
             if self.layer is not None:
-                states.append(x)
+                self.states.append(x)
+            if number in self.stacks:
+                merger = self.child(f"deepstack_merger_list.{self.stacks.index(number)}")
+                self.stacked.append(_merged(merger, x, self.merge, whole=True))
         for norm in self.after:
             x = norm.forward(x)
-        return x if self.layer is None else states[self.layer]
+        return x
+
+    def _interpolated(self, dtype: str, tape: Tape, rows: Size) -> Tensor:
+        """Learned positions of a square, four of them weighted for each patch, in fp32."""
+        table = self.child("pos_embed")
+        corners = table.forward(tape, rows * 4)
+        weighted = ops.mul(corners, tape.tensor(rows * 4, 1, "fp32", "corner weights"))
+        del corners
+        out = tape.tensor(rows, weighted.width, "fp32", "positions")
+        ops.record([out], "sum", [weighted], lambda grad: (grad.alias(rows * 4),))
+        return ops.to(out, dtype)
 
     def _run(self, block: VisionBlock, x: Tensor) -> Tensor:
         if not self.checkpointed:
@@ -371,7 +398,8 @@ def qwen_visual(config: Mapping[str, Any], kind: str) -> Tower:
         plant(tower, "merger.mlp.2", Linear(wide, out, bias=True))
         return tower
     _merger(tower, "merger", hidden, wide, out)
-    for number, _ in enumerate(config.get("deepstack_visual_indexes") or ()):
+    tower.stacks = tuple(config.get("deepstack_visual_indexes") or ())
+    for number, _ in enumerate(tower.stacks):
         _merger(tower, f"deepstack_merger_list.{number}", wide, wide, out)
     return tower
 
@@ -457,7 +485,7 @@ class VisionLanguage(Network):
         )
         if tied:
             self.tie("lm_head.weight", f"{self.embedding_names[0]}.weight")
-        self.stages = [Stage(stack, self.enter, text.stages[0].leave)]
+        self.stages = [Stage(stack, self.enter, self.leave)]
         self.images = 0
         """Images per sequence: the tower runs where there is at least one."""
         self.pixels: list[Tensor] = []
@@ -466,6 +494,8 @@ class VisionLanguage(Network):
         """Tokens that an image becomes, where the config says."""
         self.shows = True
         """The tower's forward is modelled."""
+        self.joins = False
+        """The features of all images are joined into one tensor."""
         self.bidirectional = False
         """Image tokens see each other: a mask of its own for every sequence."""
 
@@ -478,10 +508,23 @@ class VisionLanguage(Network):
             for name in shared.masks:
                 shared.masks[name] = self._image_mask(tape, x.dtype)
         pixels = self.pixels.pop() if self.pixels else self.tower.pixel_values(tape, self.images)
-        features = self.project(self.tower.forward(pixels, self.images))
+        returned = self.tower.forward(pixels, self.images)
         del pixels
+        chosen = returned if self.tower.layer is None else self.tower.states[self.tower.layer]
+        features = self.project(chosen)
+        shared.held += [returned, *self.tower.states, features, *self.tower.stacked]
+        self.tower.states.clear()
+        if self.joins:
+            features = ops.copy(features, "cat")
         features = ops.to(features, x.dtype)
+        shared.held.append(features)
         return _scattered(x, features)
+
+    def leave(self, x: Tensor, shared: Shared) -> Tensor:
+        """The text's final norm; the deep stack's features go with the model's forward."""
+        x = self.text.stages[0].leave(x, shared)
+        self.tower.stacked.clear()
+        return x
 
     def show(self, images: int, tokens: int, *, checkpointed: bool) -> None:
         """Put ``images`` in each sequence, of ``tokens`` each where the config leaves it open."""
@@ -489,9 +532,18 @@ class VisionLanguage(Network):
             super().show(images, tokens, checkpointed=checkpointed)
         self.images = images
         self.tower.checkpointed = checkpointed
+        deep = len(self.tower.stacks)
+        if deep:  # the first blocks are each followed by features of their own
+            self.stages[0].stack.split(lambda layer: min(layer, deep))
         if not self.tower.patches:
             self.tower.patches = tokens * self.tower.merge
             self.image_tokens = tokens
+
+    def after_block(self, layer: int, x: Tensor) -> Tensor:
+        """Qwen3-VL's deep stack: features of a block of the tower onto the image tokens."""
+        if layer >= len(self.tower.stacked):
+            return x
+        return _stacked(x, self.tower.stacked[layer])
 
     def inputs(self, tape: Tape) -> list[Tensor]:
         """Pixel values, which the caller holds."""
@@ -559,11 +611,16 @@ def _grouped(x: Tensor, linear: Module) -> Tensor:
     return ops.view(x, _divided(x.rows, times), x.width * times)
 
 
-def _merged(merger: Module, x: Tensor, merge: int) -> Tensor:
-    """``PatchMerger``: normed, neighbours side by side, two linear layers, put back in order."""
+def _merged(merger: Module, x: Tensor, merge: int, *, whole: bool = False) -> Tensor:
+    """``PatchMerger``: normed, neighbours side by side, two linear layers, put back in order.
+
+    ``whole``: the norm sees the neighbours side by side.
+    """
     old = "ln_q" in merger.children
-    x = merger.child("ln_q" if old else "norm").forward(x)
+    norm = merger.child("ln_q" if old else "norm")
+    x = x if whole else norm.forward(x)
     x = ops.view(x, _divided(x.rows, merge), x.width * merge)
+    x = norm.forward(x) if whole else x
     first, second = ("mlp.0", "mlp.2") if old else ("linear_fc1", "linear_fc2")
     x = _linear(merger.child(second), activation(_linear(merger.child(first), x), "gelu"))
     return ops.gather(x) if old else x
@@ -602,6 +659,17 @@ def _scattered(x: Tensor, features: Tensor) -> Tensor:
         return make_x(grad), grad.tape.tensor(*shape, "gradient") if wants else None
 
     ops.record([out], "masked_scatter", [x, features], apply)
+    return out
+
+
+def _stacked(x: Tensor, features: Tensor) -> Tensor:
+    """``_deepstack_process``: a clone, whose rows of image tokens are added to and put back."""
+    features = ops.to(ops.copy(features, "cat"), x.dtype)
+    x = ops.copy(x, "clone")
+    local = ops.add(ops.gather(x, features.rows), features)
+    out = x.alias()
+    makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in (x, local)]
+    ops.record([out], "index_put", [x, local], lambda grad: tuple(make(grad) for make in makers))
     return out
 
 
@@ -687,8 +755,13 @@ _WRAPPERS: dict[str, tuple[str, str, str, str]] = {
     "qwen3_5_moe": ("qwen3_5_moe_text", "qwen3_5_moe_vision", "visual", "language_model"),
     "qwen3_vl_moe": ("qwen3_vl_moe_text", "qwen3_vl_moe_vision", "visual", "language_model"),
 }
-_SHOWN = ("llava", "gemma3", "paligemma", "internvl", "qwen2_vl", "qwen2_5_vl")
+_SHOWN = (
+    "llava", "gemma3", "paligemma", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
+    "qwen3_vl_moe",
+)  # fmt: skip
 """Wrappers whose tower is run; the others' weights are counted."""
+_JOINED = ("llava", "llava_next", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+"""Wrappers that call ``torch.cat`` on the features of each image."""
 _TEXT_TIES = ("llava", "qwen2_vl", "qwen2_5_vl", "glm4v")
 
 
@@ -706,6 +779,7 @@ def vision_language(raw: Config) -> Network:
         _text_network({**text, "tie_word_embeddings": False}), vision_tower(vision), tied=tied,
         tower_name=tower_name, text_name=text_name,
     )  # fmt: skip
+    network.joins = kind in _JOINED
     network.bidirectional = kind in ("gemma3", "paligemma")
     network.shows = kind in _SHOWN and vision["model_type"] != "pixtral"
     network.image_tokens = _image_tokens(config, network.tower)
