@@ -90,7 +90,7 @@ def job_of(resolved: Resolved) -> Job:
         fetches_ahead=stack.fetches_ahead,
         eval_micro=batch.eval_micro or 0,
         checkpoint_every=0
-        if checkpointing.kind == "none" or environment.checkpoint_attention
+        if checkpointing.kind == "none" or environment.checkpoint_attention or plan.task == "ppo"
         else checkpointing.every,
         loss_chunk=plan.loss.chunk or 0,
         images=batch.images or 0,

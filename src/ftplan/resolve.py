@@ -18,7 +18,7 @@ from ftplan.catalog.stacks import Stack, find_stack
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.report import Assumption, Finding
-from ftplan.spec import Checkpointing, Loss, Method, OptimizerChoice, Plan, Rollout
+from ftplan.spec import Batch, Checkpointing, Loss, Method, OptimizerChoice, Plan, Rollout
 
 if TYPE_CHECKING:
     pass
@@ -260,7 +260,12 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
     return replace(
         plan,
         method=_method(
-            method, stack.of_task(task), weights.layout != "plain", mixed, filler, own,
+            method,
+            stack.of_task(task),
+            weights.layout != "plain",
+            mixed,
+            filler,
+            own,
             shaped=config is not None,
         ),  # fmt: skip
         precision=precision,
@@ -291,7 +296,7 @@ def image_tokens(batch: Batch, config: Mapping[str, Any]) -> int:
     unit = image_unit(config)
     if unit and batch.image_size is not None:
         high, wide = (max(1, round(extent / unit)) for extent in batch.image_size)
-        return high * wide
+        return int(high * wide)
     return min(IMAGE_TOKENS, (batch.seq_len or 1) // (batch.images or 1))
 
 
@@ -318,7 +323,7 @@ def _image_size(batch: Batch, config: Mapping[str, Any], filler: _Filler) -> Non
         )
 
 
-_REFERRED = ("dpo", "kto", "grpo")
+_REFERRED = ("dpo", "kto", "grpo", "ppo")
 _NEEDS = {
     "alpha": None, "use_rslora": None,  # move no memory in any method
     "rank": ("lora", "qlora", "dora", "vera", "loha", "lokr", "oft", "boft"),
@@ -423,13 +428,13 @@ def _with_task(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) ->
                 remedy="use reference: model, adapter or precomputed; orpo has none",
             )
         plan = replace(plan, reference=reference)
-    if task == "grpo" or (task == "distill" and plan.rollout is not None):
+    if task in ("grpo", "ppo") or (task == "distill" and plan.rollout is not None):
         plan = _with_rollout(plan, filler)
     return plan
 
 
 def _refuse_unused(plan: Plan, task: str) -> None:
-    if plan.reference not in (None, "none") and task not in (*_REFERRED, "ppo"):
+    if plan.reference not in (None, "none") and task not in _REFERRED:
         raise InputError(
             f"the task {task!r} has no reference model",
             remedy=f"leave reference out; {', '.join(_REFERRED)} have one",

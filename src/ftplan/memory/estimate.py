@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ftplan.dtypes import find_format
 from ftplan.errors import UnsupportedError
-from ftplan.memory.cache import CacheLayer, cache_bytes, cache_layers
-from ftplan.memory.families import complete
 from ftplan.memory.fsdp import BUFFERS, shard_shape
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.nn import Network
-from ftplan.memory.optimizer import rounded, state_bytes, step_bytes
+from ftplan.memory.optimizer import state_bytes, step_bytes
 from ftplan.memory.prepare import counted_parameters, prepare
-from ftplan.memory.record import record_evaluation, record_serving, record_step
+from ftplan.memory.record import record_evaluation, record_step
 from ftplan.memory.replay import Alive, Program
+from ftplan.memory.rollout import Rollout, Stage
+from ftplan.memory.statics import Counted, StaticTerm, weights_term
 from ftplan.memory.tape import ITEM_BYTES, Label, Parameter
 from ftplan.memory.tasks import Objective, Resident, objective_of
 from ftplan.memory.zero import bucket_bytes, live_bytes, partition
 
 __all__ = ["Estimate", "StaticTerm", "Structure", "estimate"]
-
-Counted = Sequence[tuple[Parameter, int, bool]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StaticTerm:
-    """Bytes that are there at every moment of the step."""
-
-    name: str
-    bytes: int
-    formula: str
-    source: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,29 +43,9 @@ class Estimate:
         return sum(term.bytes for term in self.static)
 
 
-def weight_bytes(parameter: Parameter) -> int:
-    """Bytes of one weight as it is stored, each tensor rounded as the allocator does."""
-    if parameter.dtype in ITEM_BYTES:
-        return rounded(parameter.numel * ITEM_BYTES[parameter.dtype])
-    storage = find_format(parameter.dtype)
-    # what is sharded is the packed values: every rank has all of their scales (bitsandbytes'
-    # Linear4bit keeps its quant_state beside the weight: fix_4bit_weight_quant_state_from_module)
-    parts = (storage.storages(parameter.shape)[0], *storage.storages(parameter.whole)[1:])
-    return sum(rounded(part) for part in parts)
-
-
-def _weights(counted: Counted, name: str, source: str) -> StaticTerm:
-    total = sum(weight_bytes(parameter) * times for parameter, times, _ in counted)
-    by_dtype: dict[str, int] = {}
-    for parameter, times, _ in counted:
-        by_dtype[parameter.dtype] = by_dtype.get(parameter.dtype, 0) + parameter.numel * times
-    parts = [f"{count:,} x {dtype}" for dtype, count in by_dtype.items()]
-    return StaticTerm(name=name, bytes=total, formula=" + ".join(parts), source=source)
-
-
 def main_weights(updated: Counted) -> StaticTerm:
     """The fp32 copy that the optimizer updates beside 2-byte weights."""
-    return _weights(
+    return weights_term(
         updated, "optimizer/main_weights", "fp32 copy of what is trained, updated by the optimizer"
     )
 
@@ -107,8 +74,8 @@ def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]
     learned = [entry for entry in counted if entry[0].trainable]
     own = "adapters/parameters" if job.method == "adapter" else "weights/trainable"
     terms = [
-        _weights(frozen, "weights/frozen", "shapes from config.json"),
-        _weights(learned, own, "shapes from config.json"),
+        weights_term(frozen, "weights/frozen", "shapes from config.json"),
+        weights_term(learned, own, "shapes from config.json"),
     ]
     offload = job.sharding.offload
     if offload in ("params", "nvme"):
@@ -134,7 +101,7 @@ def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]
     )
     if job.sharding.kind == "ddp" and job.sharding.world > 1:
         terms.append(
-            _weights(
+            weights_term(
                 learned,
                 "gradients/ddp_buckets",
                 "DDP copies every gradient into flat buckets (gradient_as_bucket_view=False)",
@@ -147,7 +114,7 @@ def resident_terms(model: Resident, sharding: ShardingSpec) -> list[StaticTerm]:
     """A frozen model beside the trained one: sharded with it, and what ZeRO-3 gathers of it."""
     whole = counted_parameters(model.network)
     ranks = shard_ranks(sharding)
-    terms = [_weights([(_shard(p, ranks), n, m) for p, n, m in whole], model.name, model.why)]
+    terms = [weights_term([(_shard(p, ranks), n, m) for p, n, m in whole], model.name, model.why)]
     if sharding.kind == "zero3":
         terms.append(_live(sharding, whole, f"{model.name}_gathered"))
     if sharding.kind == "fsdp" and sharding.version == 2:
@@ -157,7 +124,7 @@ def resident_terms(model: Resident, sharding: ShardingSpec) -> list[StaticTerm]:
             if sharding.wrap == "model" or not inside
         ]
         why = "FSDP2's root unit is resharded by its backward, and this model has none"
-        terms.append(_weights(root, f"{model.name}_gathered", why))
+        terms.append(weights_term(root, f"{model.name}_gathered", why))
     if sharding.kind in ("fsdp", "zero3") and sharding.offload in ("params", "nvme"):
         return terms[1:]  # its shards wait on the host, or on NVMe
     return terms
@@ -207,7 +174,9 @@ class Structure:
 
     def __init__(self, job: Job) -> None:
         network = prepare(job)
-        counted = counted_parameters(network)
+        objective = objective_of(job)
+        own = counted_parameters(network)
+        counted = own + (counted_parameters(objective.critic) if objective.critic else [])
         ranks = shard_ranks(job.sharding)
         local = [(_shard(p, ranks), times, matrix) for p, times, matrix in counted]
         learned = [entry for entry in local if entry[0].trainable]
@@ -221,14 +190,13 @@ class Structure:
                     source="masks and tables that the model keeps beside its weights",
                 )
             )
-        objective = objective_of(job)
         for model in objective.resident:
             static += resident_terms(model, job.sharding)
         if job.sampler_bytes:
             static.append(_sampler(job))
         if job.accumulation > 1:
             static.append(
-                _weights(
+                weights_term(
                     _accumulated(job, learned),
                     "gradients/accumulated",
                     "gradients of earlier micro batches",
@@ -243,9 +211,9 @@ class Structure:
         self.program = program_of(job, network, objective)
         self.eval_micro = job.eval_micro
         self.evaluation = _evaluation_of(job, network, objective) if job.eval_micro else None
-        self.rollout = _rollout_of(job, network) if job.generates else None
+        self.rollout = Rollout(job, network, objective) if job.generates else None
         self.total_params = sum(
-            parameter.numel * times for parameter, times, _ in counted if _is_base(parameter)
+            parameter.numel * times for parameter, times, _ in own if _is_base(parameter)
         )
         self.trainable_params = sum(
             parameter.numel * times for parameter, times, _ in counted if parameter.trainable
@@ -258,29 +226,32 @@ class Structure:
         phases.append(("step", self.static_bytes + self.step_bytes + rest))
         if self.evaluation is not None:
             phases.append(("evaluation", self._evaluated(seq_len, chunk)))
-        if self.rollout is not None:
-            phases.append(("rollout", self._rolled_out(micro, seq_len)))
+        phases += [
+            (stage.phase, self._at_rest + stage.bytes) for stage in self._stages(micro, seq_len)
+        ]
         return phases
 
-    def _rolled_out(self, micro: int, seq_len: int) -> int:
-        """The worst moment while completions are generated, with neither gradients nor a graph."""
-        assert self.rollout is not None
-        static = sum(term.bytes for term in _without_gradients(self.static))
-        static += sum(term.bytes for term in self.rollout.terms(micro, seq_len))
-        return static + self.rollout.peak(micro, seq_len)
+    def _stages(self, micro: int, seq_len: int) -> list[Stage]:
+        """What happens before the step, where the model itself generates."""
+        return self.rollout.worst(micro, seq_len) if self.rollout is not None else []
+
+    @property
+    def _at_rest(self) -> int:
+        """What is static while there are no gradients."""
+        return sum(term.bytes for term in _without_gradients(self.static))
 
     def _evaluated(self, seq_len: int, chunk: int) -> int:
         """The worst moment of an evaluation, which comes when gradients have gone."""
         assert self.evaluation is not None
-        static = sum(term.bytes for term in _without_gradients(self.static))
-        return static + self.evaluation.peak(self.eval_micro, seq_len, chunk)
+        return self._at_rest + self.evaluation.peak(self.eval_micro, seq_len, chunk)
 
     def peak(self, micro: int, seq_len: int, chunk: int = 0) -> int:
         """The worst moment in bytes: the integer of :meth:`at`, without what is alive at it."""
         worst, rest = self.program.peak_and_rest(micro, seq_len, chunk)
         peak = self.static_bytes + max(worst, self.step_bytes + rest)
         peak = max(peak, self._evaluated(seq_len, chunk)) if self.evaluation else peak
-        return max(peak, self._rolled_out(micro, seq_len)) if self.rollout else peak
+        stages = [self._at_rest + stage.bytes for stage in self._stages(micro, seq_len)]
+        return max([peak, *stages])
 
     def at(self, micro: int, seq_len: int, chunk: int = 0) -> Estimate:
         """The worst moment for a micro batch, a sequence length and a chunk of the loss."""
@@ -293,9 +264,10 @@ class Structure:
                 _without_gradients(self.static),
                 self.evaluation.moment(self.eval_micro, seq_len, chunk).alive,
             )
-        if phase == "rollout" and self.rollout is not None:
-            static = (*_without_gradients(self.static), *self.rollout.terms(micro, seq_len))
-            return self._estimate(phases, static, self.rollout.alive(micro, seq_len))
+        for stage in self._stages(micro, seq_len):
+            if stage.phase == phase:
+                static = (*_without_gradients(self.static), *stage.terms)
+                return self._estimate(phases, static, stage.alive)
         resting = self.program.rest(micro, seq_len, chunk) if is_step else None
         return self._estimate(
             phases,
@@ -323,68 +295,6 @@ class Structure:
             total_params=self.total_params,
             trainable_params=self.trainable_params,
         )
-
-
-class Rollout:
-    """Completions generated by the model itself: a cache that fills, and a forward of prompts."""
-
-    def __init__(
-        self, program: Program, job: Job, layers: list[CacheLayer], gathered: list[StaticTerm]
-    ) -> None:
-        self._program = program
-        self._gathered = gathered
-        self._layers = layers
-        self._at_once = job.accumulation
-        self._completion = job.completion_tokens
-        self._format = find_format(job.environment.autocast or job.base_dtype)
-
-    def terms(self, micro: int, seq_len: int) -> list[StaticTerm]:
-        """What is held while tokens are sampled: weights that are sharded else, and the cache."""
-        return [*self._gathered, self._cache(micro, seq_len)]
-
-    def _cache(self, micro: int, seq_len: int) -> StaticTerm:
-        """Keys and values of all sequences when the last token is there."""
-        count = micro * self._at_once
-        return StaticTerm(
-            name="kv_cache/rollout",
-            bytes=cache_bytes(self._layers, self._format, count, seq_len),
-            formula=f"{count:,} sequences x {seq_len:,} tokens in {self._format.name}",
-            source="trl/trainer/grpo_trainer.py 1.16: one generation for all of a step's batches",
-        )
-
-    def _shape(self, micro: int, seq_len: int) -> tuple[int, int]:
-        return micro * self._at_once, max(1, seq_len - self._completion)
-
-    def peak(self, micro: int, seq_len: int) -> int:
-        """The most that the prompts' forward needs, in bytes."""
-        return self._program.peak(*self._shape(micro, seq_len))
-
-    def alive(self, micro: int, seq_len: int) -> Mapping[Label, Alive]:
-        """What is alive at that moment."""
-        return self._program.moment(*self._shape(micro, seq_len)).alive
-
-
-def _rollout_of(job: Job, network: Network) -> Rollout:
-    layers = cache_layers(network, complete(job.config))
-    recording = record_serving(network, replace(job.environment, training=False))
-    gathered = _gathered_to_generate(job.sharding, network)
-    return Rollout(Program(recording, recording.phases()), job, layers, gathered)
-
-
-def _gathered_to_generate(spec: ShardingSpec, network: Network) -> list[StaticTerm]:
-    """Weights that sampling needs whole: all of them under ZeRO-3, FSDP's root and two blocks."""
-    counted = counted_parameters(network)
-    if spec.kind == "zero3":
-        why = "trl/models/utils.py 1.16, unwrap_model_for_generation: ds3_gather_for_generation"
-        return [_weights(counted, "weights/gathered_to_generate", why)]
-    if spec.kind != "fsdp":
-        return []
-    blocks = max((stage.stack for stage in network.stages), key=lambda stack: stack.count)
-    block = [(p, 2, True) for p in blocks.parameters()]  # one runs, the next is on its way
-    root = [entry for entry in counted if spec.wrap == "model" or not entry[2]]
-    why = "torch/distributed/fsdp: the root stays gathered, blocks are gathered one by one"
-    return [_weights([*root, *(block if spec.wrap == "block" else ())],
-                     "weights/gathered_to_generate", why)]  # fmt: skip
 
 
 def _without_gradients(static: Sequence[StaticTerm]) -> tuple[StaticTerm, ...]:

@@ -14,7 +14,7 @@ from typing import Literal
 from ftplan.memory import ops
 from ftplan.memory.tape import BATCH, ONE, SEQ, TOKENS, Grads, Size, Tensor
 
-__all__ = ["divergence", "half_cross_entropy", "log_probs", "scalar"]
+__all__ = ["divergence", "divided_in_place", "half_cross_entropy", "log_probs", "scalar"]
 
 
 def scalar(parts: list[Tensor]) -> Tensor:
@@ -26,20 +26,45 @@ def scalar(parts: list[Tensor]) -> Tensor:
     return loss
 
 
-def log_probs(outputs: Tensor, completion: int) -> Tensor:
-    """Log-probabilities of the labels; already there where the head was fused with the loss."""
+def log_probs(
+    outputs: Tensor, completion: int, *, how: str | None = None, scaled: bool = False
+) -> Tensor:
+    """Log-probabilities of the labels; already there where the head was fused with the loss.
+
+    ``how``: another way than the trainer's usual one. ``scaled``: the temperature is in already.
+    """
     if outputs.width == 1:
         return outputs
+    how = how or outputs.tape.env.log_probs
     rows = BATCH * completion if completion else TOKENS + BATCH * -1
     shifted = ops.rows_slice(outputs, rows)
-    if completion:  # divided by the sampling temperature
+    if completion and not scaled:  # divided by the sampling temperature
         shifted = ops.scale(shifted)
-    if outputs.tape.env.log_probs == "kernel":
+    if how == "kernel":
         return _in_a_kernel(shifted)
-    if outputs.tape.env.log_probs == "whole":
+    if how == "whole":
         return _log_softmax(shifted)
     length = ONE * completion if completion else SEQ + ONE * -1
     return _picked(shifted, length)
+
+
+def divided_in_place(logits: Tensor, completion: int) -> Tensor:
+    """``logits[:, prompt:] /= temperature``: nothing forward, four buffers on the way back.
+
+    Source: torch/csrc/autograd/functions/tensor.cpp, ``CopySlices::apply``: the gradient is copied
+    whole, its slice cloned, and the clone divided.
+    """
+    rows, width, dtype = logits.rows, logits.width, logits.dtype
+    out = logits.alias()
+
+    def apply(grad: Tensor) -> Grads:
+        whole = grad.tape.tensor(rows, width, dtype, "gradient")
+        parts = [grad.tape.tensor(BATCH * completion, width, dtype, "gradient") for _ in range(2)]
+        parts.clear()
+        return (whole,)
+
+    ops.record([out], "divide in place", [logits], apply)
+    return out
 
 
 def _in_a_kernel(logits: Tensor) -> Tensor:

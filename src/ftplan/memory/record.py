@@ -18,6 +18,7 @@ from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.env import Environment
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.job import ShardingSpec
+from ftplan.memory.log_probs import log_probs
 from ftplan.memory.loss import classify_loss, compute_loss, model_outputs
 from ftplan.memory.nn import Module, Network, Shared, Stack, Stage
 from ftplan.memory.tape import (
@@ -35,7 +36,9 @@ from ftplan.memory.tape import (
 from ftplan.memory.tasks import Objective
 from ftplan.memory.zero import Zero
 
-__all__ = ["Recording", "Segment", "record_evaluation", "record_serving", "record_step"]
+__all__ = [
+    "Recording", "Segment", "record_evaluation", "record_scoring", "record_serving", "record_step",
+]  # fmt: skip
 
 
 BOUNDARY = Label("activations", "block inputs")
@@ -67,6 +70,8 @@ class Recording:
     """The same for what runs before the step, without a graph (GRPO's log-probabilities)."""
     tail_order: list[int] = field(default_factory=list)
     """The same for what a task does with the model's outputs after autocast has ended."""
+    regained: dict[int, Segment] = field(default_factory=dict)
+    """Per forward segment: what the caller still holds when its way back has let go of it."""
     batch: list[Tensor] = field(default_factory=list)
     """What the loop holds until the step has ended: the batch, and those fetched with it."""
     outputs: list[Tensor] = field(default_factory=list)
@@ -86,7 +91,11 @@ class Recording:
         if self.before_order:
             phases.insert(0, ("scoring", [self.forward[index] for index in self.before_order]))
         if self.backward:
-            backward = [self.backward[index] for index in reversed(order + self.tail_order)]
+            backward: list[Segment] = []
+            for index in reversed(order + self.tail_order):
+                backward.append(self.backward[index])
+                if index in self.regained:
+                    backward.append(self.regained[index])
             phases.append(("backward", [*backward, self.after]))
         return phases
 
@@ -112,6 +121,9 @@ class _Recorder:
         self.start = 0
         self.fsdp: Fsdp | None = None
         self.units: list[Unit] = []
+        self.states: _States | None = None
+        """Every hidden state, where the caller asked for them."""
+        self.critic_states: _States | None = None
         self.copies: list[Module] = []
         """Blocks beside the network's own: the real model holds them, and with them their
         gradients, so no garbage collection may take them while the step is recorded."""
@@ -229,14 +241,20 @@ def record_step(
     if objective is not None and objective.before:
         _score_before(recorder, objective)
     batch = [*_inputs(tape), *network.inputs(tape)]
-    further = [tape.tensor(t.rows * ahead, t.width, t.dtype, "batches ahead") for t in batch if ahead]
+    further = [
+        tape.tensor(t.rows * ahead, t.width, t.dtype, "batches ahead") for t in batch if ahead
+    ]
     recorder.recording.batch = batch + further
+    before = _left_over(recorder, objective, ahead) if objective is not None else []
+    values = _run_critic(recorder, objective, accumulated) if objective is not None else []
     if input_grads:
         _ask_for_input_grads(network)
     recorder.begin_root()
     recorder.order.append(recorder.cut("inputs"))
     shared = Shared()
     x: Tensor | None = None
+    if objective is not None and objective.all_states:
+        recorder.states = _States(recorder)
     for number, stage in enumerate(network.stages):
         if x is not None:
             shared.memory = x
@@ -252,6 +270,12 @@ def record_step(
         held = [_outputs(recorder, x, objective)]
         del x
         held.append(recorder.end_root(held.pop()))
+        held += values
+        values.clear()
+        before.clear()
+        if recorder.critic_states is not None:
+            recorder.order.append(recorder.cut("the critic's outputs"))
+            recorder.critic_states.drop()
         recorder.order.append(recorder.cut("the model returns"))
         recorder.end_autocast()
         root = _task_loss(recorder, held, objective)
@@ -284,6 +308,34 @@ def record_serving(network: Network, env: Environment) -> Recording:
     recorder.end_autocast()
     recorder.recording.saved = _alive(tape)
     del inputs, shared
+    return recorder.recording
+
+
+def record_scoring(network: Network, env: Environment, completion: int) -> Recording:
+    """A batch through a model without a graph, its hidden states kept; then log-probabilities.
+
+    As PPO scores a rollout: with all logits of the reference, or a head of one number a token.
+    """
+    recorder = _Recorder(network, env)
+    tape = recorder.tape
+    recorder.states = _States(recorder)
+    with tape.no_grad():
+        inputs = _inputs(tape)
+        recorder.order.append(recorder.cut("inputs"))
+        shared = Shared()
+        x: Tensor | None = None
+        for stage in network.stages:
+            x = _run_stage(recorder, stage, shared, 0, False)
+        assert x is not None
+        with tape.scoped("logits"):
+            logits = network.head(x)
+            del x
+            scores = log_probs(logits, completion, how="rows", scaled=True)
+        recorder.order.append(recorder.cut("scores"))
+        del logits, scores
+    recorder.end_autocast()
+    recorder.recording.saved = _alive(tape)
+    del inputs
     return recorder.recording
 
 
@@ -405,19 +457,25 @@ def _run_stage(
         last = len(recorder.network.stages) > 1 and _is_last(stage.stack, layer)
         if key in seen and not last:
             order.append(seen[key])
+            if recorder.states is not None:
+                recorder.states.again(seen[key])
             continue
         block = stage.stack.kinds[kind]
         if any(known[0] == kind for known in seen):
             block = copy.deepcopy(block)  # a layer of its own: its gradients are too
             recorder.copies.append(block)
         _name_parts(block, recorder.tape)
+        entering = x.storage.index if x.storage is not None else 0
         # the caller's name for the input lives until the block returns
         x = recorder.run_block(block, x, shared, checkpointed=checkpointed)
         x = recorder.network.after_block(layer, x)
         _name_boundary(x)
         seen[key] = recorder.cut("block")
         order.append(seen[key])
-        entered.hold()
+        if recorder.states is None:
+            entered.hold()
+        else:
+            recorder.states.keep(seen[key], entering, x)
     if not checkpoint_every:
         _forget(recorder.tape, shared)
     x = stage.leave(x, shared)
@@ -449,6 +507,120 @@ class _Entered:
         if index and -index in tape.events:
             self._held = tape.tensor(self._rows, self._width, self._dtype, "input embeddings")
             self._recorder.order.append(self._recorder.cut("input embeddings"))
+
+
+class _States:
+    """All hidden states (``output_hidden_states=True``), which the model's outputs hold.
+
+    Where the graph keeps the input of a block too, it is counted there, and again from the moment
+    the block's way back lets go of it.
+    """
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self._recorder = recorder
+        self._held: Tensor | None = None
+        self._shape: tuple[Size, int, str] | None = None
+        self._segment = 0
+        self._kept: dict[int, bool] = {}
+        """Per forward segment of a block: whether its input has a tensor of its own here."""
+        self._own = 0
+        self.count = 0
+
+    def keep(self, segment: int, entering: int, x: Tensor) -> None:
+        """A block has run on the storage ``entering``."""
+        tape = self._recorder.tape
+        self._shape = (x.rows, x.width, x.dtype)
+        self._kept[segment] = entering > 0 and -entering in tape.events
+        if self._kept[segment] and self._held is None:
+            self._held = tape.tensor(*self._shape, "hidden states")
+            self._segment = self._recorder.cut("hidden states")
+        self.again(segment)
+
+    def again(self, segment: int) -> None:
+        """A block like an earlier one has run."""
+        self.count += 1
+        if self._kept.get(segment):
+            self._own += 1
+            self._recorder.order.append(self._segment)
+
+    def drop(self) -> None:
+        """The outputs go, before anything runs backward."""
+        if self._held is not None:
+            self._held = None
+            segment = self._recorder.cut("hidden states dropped")
+            self._recorder.order += [segment] * self._own
+        self._own = 0
+
+    def return_them(self) -> None:
+        """The outputs reach the caller, in fp32 where mixed precision casts them."""
+        recorder, recording = self._recorder, self._recorder.recording
+        if self._shape is None:
+            return
+        tape = recorder.tape
+        rows, width, dtype = self._shape
+        if tape.env.outputs_to_fp32 and dtype != "fp32":
+            cast = tape.tensor(rows, width * (self.count + 1), "fp32", "hidden states")
+            recording.batch.append(cast)
+            recorder.order.append(recorder.cut("hidden states cast"))
+            self.drop()
+            return
+        for segment, own in self._kept.items():
+            if not own:
+                start = len(tape.events)
+                recording.batch.append(tape.tensor(rows, width, dtype, "hidden states"))
+                recording.regained[segment] = Segment("held", start, len(tape.events))
+        recorder.start = len(tape.events)
+        if self._held is not None:
+            recording.batch.append(self._held)
+
+
+def _left_over(recorder: _Recorder, objective: Objective, ahead: int) -> list[Tensor]:
+    """What PPO's loop still names when a micro batch begins.
+
+    The scores of the rollout, always; after another micro batch of the same step its outputs,
+    until the model has run, and the softmax of its logits, until the next one is made.
+    """
+    if not objective.all_states:
+        return []
+    tape, recording = recorder.tape, recorder.recording
+    network, steps = recorder.network, ahead + 1
+    vocabulary = network.head_parameters()[0].shape[0]
+    computed = tape.env.autocast or network.head_parameters()[0].dtype
+    dtype = "fp32" if tape.env.outputs_to_fp32 else computed
+    rows = BATCH * objective.completion
+    with tape.scoped("logits"):
+        recording.batch.append(tape.tensor(rows * steps, vocabulary, "fp32", "scores"))
+        if not ahead:
+            return []
+        recording.batch.append(tape.tensor(rows, vocabulary, dtype, "softmax of the last batch"))
+        layers = sum(stage.stack.count for stage in network.stages)
+        hidden = network.head_parameters()[0].shape[-1]
+        return [
+            tape.tensor(TOKENS, vocabulary, dtype, "outputs of the last batch"),
+            tape.tensor(TOKENS, hidden * (layers + 1), dtype, "outputs of the last batch"),
+        ]
+
+
+def _run_critic(recorder: _Recorder, objective: Objective, accumulated: bool) -> list[Tensor]:
+    """The value of every token, with a graph of its own; its hidden states go before the policy's
+    outputs are there."""
+    critic = objective.critic
+    if critic is None:
+        return []
+    if accumulated:
+        _hold_gradients(critic, recorder.tape)
+    shared = Shared()
+    x: Tensor | None = None
+    states = recorder.states = _States(recorder)
+    with recorder.apart(critic, beside=True):
+        for stage in critic.stages:
+            x = _run_stage(recorder, stage, shared, 0, False)
+        assert x is not None
+        values = critic.head(x)
+    del x
+    recorder.critic_states = states
+    recorder.order.append(recorder.cut("values"))
+    return [values]
 
 
 def _forget(tape: Tape, shared: Shared) -> None:
@@ -548,7 +720,9 @@ def _task_loss(recorder: _Recorder, held: list[Tensor], objective: Objective) ->
     recorder.order = recording.tail_order
     with tape.scoped("logits"):
         if tape.env.outputs_to_fp32:
-            held.append(ops.to(held.pop(), "fp32"))
+            held[0] = ops.to(held[0], "fp32")
+    if recorder.states is not None:
+        recorder.states.return_them()
 
     def again(network: Network) -> Tensor:
         recorder.order.append(recorder.cut("the policy's part"))
@@ -558,6 +732,8 @@ def _task_loss(recorder: _Recorder, held: list[Tensor], objective: Objective) ->
         loss = objective.loss(recorder.network, held, again)
     if tape.env.keep_outputs:
         recording.outputs += held
+    if recorder.states is not None:  # the names of the loop's body outlive the optimizer's step
+        recording.batch += held
     held.clear()
     recorder.order.append(recorder.cut("the task's loss"))
     return loss

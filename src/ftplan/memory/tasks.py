@@ -17,6 +17,8 @@ trainers that people run; the file and version that each mirrors:
     distill   trl/experimental/gkd/gkd_trainer.py 1.16: the teacher's forward without a graph, a
               generalised Jensen-Shannon divergence over all logits; in tiles where the loss is
               chunked (trl/trainer/distillation_trainer.py 1.16)
+    ppo       trl/experimental/ppo/ppo_trainer.py 1.12 (in no later version): policy and critic in
+              one wrapper, all hidden states returned; logits divided in place
     embed     sentence_transformers MultipleNegativesRankingLoss: anchors and positives, pooled
 """
 
@@ -29,11 +31,17 @@ from typing import Literal
 from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
 from ftplan.memory.job import Job
-from ftplan.memory.log_probs import divergence, half_cross_entropy, log_probs, scalar
+from ftplan.memory.log_probs import (
+    divergence,
+    divided_in_place,
+    half_cross_entropy,
+    log_probs,
+    scalar,
+)
 from ftplan.memory.loss import tiled_divergence
 from ftplan.memory.nn import Network
 from ftplan.memory.prepare import prepare
-from ftplan.memory.tape import BATCH, TOKENS, Tensor
+from ftplan.memory.tape import BATCH, ITEM_BYTES, TOKENS, Tensor
 
 __all__ = [
     "FULL_LOSS",
@@ -46,11 +54,12 @@ __all__ = [
 ]
 
 Kind = Literal["tokens", "labels", "rewards", "pairs", "unpaired", "odds", "policy", "teacher",
-               "contrast"]  # fmt: skip
+               "contrast", "clipped"]  # fmt: skip
 
 _KINDS: dict[str, Kind] = {
     "sft": "tokens", "pt": "tokens", "classify": "labels", "rm": "rewards", "dpo": "pairs",
     "kto": "unpaired", "orpo": "odds", "grpo": "policy", "distill": "teacher", "embed": "contrast",
+    "ppo": "clipped",
 }  # fmt: skip
 MODELLED = tuple(_KINDS)
 """Tasks that are sized."""
@@ -91,6 +100,15 @@ class Objective:
     """Tokens of each sequence that the loss looks at; 0: all."""
     resident: tuple[Resident, ...] = ()
     """Frozen models that the job holds."""
+    critic: Network | None = None
+    """A second network that is trained, whose forward runs first on the same batch (PPO)."""
+    scorers: tuple[Network, ...] = ()
+    """Who scores a rollout: the reference, the critic, the reward model."""
+
+    @property
+    def all_states(self) -> bool:
+        """Every hidden state is returned, and held as long as the outputs are."""
+        return self.kind == "clipped"
 
     @property
     def beside(self) -> bool:
@@ -121,6 +139,10 @@ class Objective:
             if self.states:
                 return tiled_divergence(network, self.other, outputs, told, self.completion)
             return divergence(outputs, told)
+        if self.kind == "clipped":
+            scaled = divided_in_place(outputs, self.completion)
+            mine = log_probs(scaled, self.completion, how="rows", scaled=True)
+            return scalar([mine, *held[1:]])
         mine = log_probs(outputs, self.completion)
         if self.other is not None and not self.before:
             with outputs.tape.no_grad():
@@ -152,7 +174,7 @@ def objective_of(job: Job) -> Objective:
         )
     other: Network | None = None
     resident: tuple[Resident, ...] = ()
-    if job.task in ("dpo", "kto", "grpo") and job.reference in ("model", "adapter"):
+    if job.task in ("dpo", "kto", "grpo", "ppo") and job.reference in ("model", "adapter"):
         other = prepare(_frozen(job))
         if job.reference == "model":
             why = "a second, frozen model gives the reference's log-probabilities"
@@ -166,6 +188,16 @@ def objective_of(job: Job) -> Objective:
         other = prepare(replace(_frozen(job), config=job.teacher))
         why = "the teacher, frozen, beside the student"
         resident = (Resident(name="weights/teacher", network=other, why=why),)
+    critic: Network | None = None
+    scorers: tuple[Network, ...] = ()
+    if job.task == "ppo":
+        _refuse_sharded_ppo(job)
+        assert other is not None
+        # both are what TRL's script loads: the policy's own architecture with a head of one number
+        critic, reward = (prepare(_scoring(job, method)) for method in ("full", "partial"))
+        why = "a frozen model scores what was sampled"
+        resident += (Resident(name="weights/reward", network=reward, why=why),)
+        scorers = (other, critic, reward)
     tiled = job.environment.loss == "chunked"
     return Objective(
         kind=kind,
@@ -175,7 +207,27 @@ def objective_of(job: Job) -> Objective:
         states=kind == "teacher" and tiled,
         completion=0 if kind == "teacher" and not tiled else job.completion_tokens,
         resident=resident,
+        critic=critic,
+        scorers=scorers,
     )
+
+
+def _refuse_sharded_ppo(job: Job) -> None:
+    if job.sharding.kind not in ("none", "ddp"):
+        raise UnsupportedError(
+            f"ppo sharded by {job.sharding.kind}: a policy and a critic in one wrapper",
+            remedy="size it on one GPU or with sharding: ddp",
+        )
+    if job.weights.name not in ITEM_BYTES:
+        raise UnsupportedError(
+            "ppo on quantised weights: its critic is trained whole",
+            remedy="use bf16 or fp32 weights, or task: grpo, which has no critic",
+        )
+
+
+def _scoring(job: Job, method: Literal["full", "partial"]) -> Job:
+    """A model with a head of one number: the critic (trained whole), or the reward model."""
+    return replace(job, method=method, last_layers=0, adapter=None, task="rm")
 
 
 def _frozen(job: Job) -> Job:

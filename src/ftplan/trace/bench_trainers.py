@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ftplan.trace.bench import AMP, BF16, BF16_AMP, FULL, Mapping, catalogue
 

@@ -159,7 +159,9 @@ def trace_job(
         model = build.build_model(job, model_config)
         reference = _reference(job, config, layers)
         # images ask for values: such a job runs on real tensors
-        mode = contextlib.nullcontext() if job.images else FakeTensorMode(allow_non_fake_inputs=True)
+        mode = (
+            contextlib.nullcontext() if job.images else FakeTensorMode(allow_non_fake_inputs=True)
+        )
         with mode, ledger:
             build.materialize(model)
             if reference is not None:

@@ -338,9 +338,13 @@ def _grpo(run: Run, name: str = "grpo") -> None:
 
 def _ppo(run: Run) -> None:
     """TRL's PPO, until 1.12: a policy and a value model in one wrapper, and its own loop."""
+    from accelerate.state import AcceleratorState
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     job, batch = run.job, run.job.micro * run.job.accumulation
+    # its Accelerator asks the launcher alone
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if job.mixed == "bfloat16" else "no"
+    AcceleratorState._reset_state(reset_partial_state=True)
     given = {key: value for key, value in run.common.items() if key != "max_steps"}
     arguments = PPOConfig(
         **given, total_episodes=batch * BATCHES, num_ppo_epochs=1, num_sample_generations=0,
@@ -373,7 +377,8 @@ def _generation(run: Run, model: Any, queries: Any, *_rest: Any) -> Any:
     """
     config, sequences = run.model.config, queries.shape[0]
     length = run.job.seq_len - run.prompt_tokens
-    width = (sequences, config.num_key_value_heads, run.job.seq_len - 1, config.head_dim)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = (sequences, config.num_key_value_heads, run.job.seq_len - 1, size)
     dtype = next(p.dtype for p in run.model.parameters() if p.dtype.is_floating_point)
     cache = [torch.empty(width, dtype=dtype) for _ in range(2 * config.num_hidden_layers)]
     scores = [torch.empty(sequences, config.vocab_size) for _ in range(length)]
