@@ -267,7 +267,7 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
             filler,
             own,
             shaped=config is not None,
-        ),  # fmt: skip
+        ),
         precision=precision,
         batch=batch,
         optimizer=optimizer,

@@ -709,7 +709,8 @@ def _loss(recorder: _Recorder, x: Tensor, objective: Objective | None) -> Tensor
 def _outputs(recorder: _Recorder, x: Tensor, objective: Objective) -> Tensor:
     """What the model returns where the loss is computed outside it."""
     with recorder.tape.scoped("logits"):
-        outputs = model_outputs(recorder.network, x, objective.completion, states=objective.states)
+        scored = 0 if objective.all_states else objective.completion
+        outputs = model_outputs(recorder.network, x, scored, states=objective.states)
     recorder.order.append(recorder.cut("logits"))
     return outputs
 

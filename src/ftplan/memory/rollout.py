@@ -98,12 +98,13 @@ class Rollout:
                         (once, seq_len))  # fmt: skip
 
     def _scores(self, count: int, times: int, which: str) -> StaticTerm:
-        head = self._network.head_parameters()[0]
-        size = count * self._job.completion_tokens * head.shape[0] * 4
+        vocabulary = self._network.head_parameters()[0].shape[0]
+        tokens = count * self._job.completion_tokens
+        size = tokens * vocabulary * 4
         return StaticTerm(
             name=f"logits/scores {which}",
             bytes=times * rounded(size),
-            formula=f"{times} x {count:,} x {self._job.completion_tokens:,} x {head.shape[0]:,} x 4",
+            formula=f"{times} x {tokens:,} tokens x {vocabulary:,} x 4",
             source=f"{PPO}: generate(output_scores=True), torch.stack, pad",
         )
 
