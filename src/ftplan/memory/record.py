@@ -564,6 +564,7 @@ class _States:
             recorder.order.append(recorder.cut("hidden states cast"))
             self.drop()
             return
+        recorder.order.append(recorder.cut("outputs"))
         for segment, own in self._kept.items():
             if not own:
                 start = len(tape.events)
