@@ -125,11 +125,15 @@ class Objective:
 
         ``held`` is what the caller keeps: the policy's logits (or states, or log-probabilities).
         """
+        if _taken_whole(held[0]) and self.kind in ("pairs", "unpaired", "odds"):
+            held[0] = ops.to(held[0], "fp32")  # the trainer holds no other copy
         outputs = held[0]
         if self.kind == "rewards":
             return scalar([outputs])
         if self.kind == "contrast":
             return _in_batch(outputs)
+        if self.kind == "odds" and _taken_whole(outputs):
+            return scalar([log_probs(outputs, self.completion)])
         if self.kind == "odds":
             return scalar([half_cross_entropy(outputs), log_probs(outputs, self.completion)])
         if self.kind == "teacher":
@@ -144,9 +148,13 @@ class Objective:
             mine = log_probs(scaled, self.completion, how="rows", scaled=True)
             return scalar([mine, *held[1:]])
         mine = log_probs(outputs, self.completion)
+        if self.kind == "unpaired" and _taken_whole(outputs):
+            held.append(ops.gather(outputs))  # kto/trainer.py: logits[tags] and logits[~tags]
         if self.other is not None and not self.before:
             with outputs.tape.no_grad():
                 told = again(self.other)
+                if _taken_whole(told):
+                    told = ops.to(told, "fp32")
                 theirs = log_probs(told, self.completion)
             return scalar([mine, theirs])
         return scalar([mine])
@@ -154,6 +162,15 @@ class Objective:
     def scores(self, outputs: Tensor) -> Tensor:
         """Log-probabilities alone, for later."""
         return log_probs(outputs, self.completion)
+
+
+def _taken_whole(outputs: Tensor) -> bool:
+    """LLaMA-Factory's losses: all logits in fp32, one log-softmax of them, no cross entropy.
+
+    Source: src/llamafactory/train/dpo/trainer.py, ``concatenated_forward``, and
+    train/trainer_utils.py, ``get_batch_logps``, 0.9.5.
+    """
+    return outputs.width > 1 and outputs.tape.env.log_probs == "whole"
 
 
 def sequences_of(task: str) -> int:
