@@ -6,7 +6,6 @@ from collections import defaultdict
 from typing import Any
 
 import pytest
-
 from test_bench import accuracy
 
 LEAST_TRAINED, LEAST_SHOWN = 80, 30

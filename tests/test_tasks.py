@@ -167,7 +167,7 @@ PPO: dict[str, Any] = {
 
 
 def test_ppo_trains_a_critic_and_holds_two_frozen_models() -> None:
-    """The critic's weights, gradients and states come beside the policy's; two models are frozen."""
+    """The critic's weights and states come beside the policy's; two models are frozen."""
     whole = sized(**PPO)
     statics = {term.name: term.bytes for term in whole.static}
     alone = {term.name: term.bytes for term in sized().static}

@@ -230,7 +230,6 @@ REFUSED: list[dict[str, Any]] = [
     {"sharding": {"kind": "fsdp", "tp": 2}},
     {"sharding": {"kind": "fsdp", "offload": "params"}},
     {"optimizer": {"name": "adamw", "in_backward": True}},
-    {"batch": {"images": 1}},
 ]
 
 

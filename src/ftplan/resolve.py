@@ -303,6 +303,11 @@ def image_tokens(batch: Batch, config: Mapping[str, Any]) -> int:
 def _image_size(batch: Batch, config: Mapping[str, Any], filler: _Filler) -> None:
     """How many tokens an image takes; a size is refused where the model has one of its own."""
     unit = image_unit(config)
+    if batch.image_size is not None and (len(batch.image_size) != 2 or min(batch.image_size) < 1):
+        raise InputError(
+            f"batch.image_size has {len(batch.image_size)} numbers, or none above zero",
+            remedy="write height and width in pixels: image_size: [448, 672]",
+        )
     if batch.image_size is not None and not unit:
         raise InputError(
             "this model's images have one size, or are cut into crops of one",

@@ -135,7 +135,7 @@ class Batch:
     """Sequences per GPU in evaluation; left out: evaluation is not sized."""
     images: int | None = None
     """Images per sequence, for vision-language models; crops of one count one by one."""
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[int, ...] | None = None
     """Height and width of an image in pixels, for models that take any resolution."""
 
 

@@ -133,6 +133,10 @@ _IMPLEMENTATIONS = {
 }
 
 
+def _sides(size: tuple[int, ...] | None) -> tuple[int, int]:
+    return (size[0], size[1]) if size else (448, 448)
+
+
 def resolve(plan: Plan) -> Job:
     """Fill what the plan leaves out with the stack's defaults (contract, section 3)."""
     method = plan.method
@@ -184,7 +188,7 @@ def resolve(plan: Plan) -> Job:
         seq_len=batch.seq_len or 2048,
         accumulation=batch.accumulation or 1,
         images=batch.images or 0,
-        image_size=batch.image_size or (448, 448),
+        image_size=_sides(batch.image_size),
         padding=batch.padding or "none",
         optimizer=name,
         implementation=implementation,
