@@ -6,6 +6,8 @@ for. Source: transformers 5.23.0, models/<type>/modeling_<type>.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend
 from ftplan.memory.checkpointing import checkpoint
