@@ -10,7 +10,7 @@ import pytest
 
 from ftplan import api
 from ftplan.catalog.models import MODELS
-from ftplan.errors import UnsupportedError
+from ftplan.errors import FtplanError, UnsupportedError
 from ftplan.memory.env import Environment
 from ftplan.memory.families import build
 from ftplan.memory.nn import Shared
@@ -66,3 +66,26 @@ def test_weights_that_are_never_trained_are_marked() -> None:
         case: dict[str, Any] = json.loads((cases / folder / f"{name}.json").read_text())
         fixed = [n for n, p in build(case["config"]).all_parameters() if p.fixed]
         assert fixed, name
+
+
+def test_an_image_takes_the_tokens_of_its_size() -> None:
+    """Any resolution: by its size in pixels; what does not fit, or has one size, is said."""
+
+    def peak(name: str, seq_len: int = 2048, **batch: object) -> int:
+        plan = Plan(
+            model=Model(name=name),
+            method=Method(kind="lora"),
+            batch=Batch(micro=1, seq_len=seq_len, images=1, **batch),  # type: ignore[arg-type]
+        )
+        report = api.estimate(plan)
+        assert report.allocated_bytes is not None
+        return report.allocated_bytes.expected
+
+    small, large = (peak("qwen2.5-vl-3b", image_size=(side, side)) for side in (224, 1120))
+    assert small < large
+    with pytest.raises(FtplanError, match="one size"):
+        peak("llava-1.5-7b", image_size=(224, 224))
+    with pytest.raises(FtplanError, match="part of the sequence"):
+        peak("qwen2.5-vl-3b", seq_len=512, image_size=(1120, 1120))
+    with pytest.raises(FtplanError, match="height and width"):
+        peak("qwen2.5-vl-3b", image_size=(224,))

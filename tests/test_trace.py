@@ -232,7 +232,6 @@ REFUSED: list[dict[str, Any]] = [
     {"sharding": {"kind": "fsdp", "version": 1, "offload": "params"}},
     {"sharding": {"kind": "zero2", "offload": "optimizer"}},
     {"optimizer": {"name": "adamw", "in_backward": True}},
-    {"batch": {"images": 1}},
 ]
 
 

@@ -22,7 +22,7 @@ from ftplan.memory.parallel import local_config, local_seq_len
 from ftplan.memory.serving import ServingJob
 from ftplan.memory.tape import ITEM_BYTES
 from ftplan.memory.tasks import HEADS
-from ftplan.resolve import IMAGE_TOKENS, Resolved, native_dtype
+from ftplan.resolve import Resolved, image_tokens, native_dtype
 from ftplan.spec import Checkpointing, Method, OptimizerChoice, Plan
 
 __all__ = ["job_of", "serving_job_of"]
@@ -45,7 +45,8 @@ def job_of(resolved: Resolved) -> Job:
     # accelerate hands FSDP2 a mixed-precision policy, and DeepSpeed's engine casts the model:
     # neither autocasts
     policy = plan.sharding.kind == "fsdp" and plan.sharding.version != 1
-    autocast = None if policy or engine is not None else mixed
+    around = plan.loss.kind == "chunked" and plan.task in stack.without_autocast
+    autocast = None if policy or around or engine is not None else mixed
     sharding = replace(
         _sharding(plan, resolved.config),
         adapters_apart=stack.name != "pytorch",
@@ -63,6 +64,7 @@ def job_of(resolved: Resolved) -> Job:
         and resolved.config.get("model_type") not in stack.uncast_losses,
         loss_keeps_chunks=stack.loss_keeps_chunks,
         loss_columns=stack.loss_columns or 0,
+        log_probs=stack.log_probs,
         offload_checkpoints=_offloads(checkpointing.kind, sharding),
         checkpoint_attention=_core_alone(checkpointing, stack),
         packed=bool(batch.packing),
@@ -70,6 +72,7 @@ def job_of(resolved: Resolved) -> Job:
         outputs_to_fp32=autocast is not None and stack.outputs_to_fp32,
         seq_len=local_seq_len(batch.seq_len, sharding),
         reentrant=bool(checkpointing.reentrant),
+        dropout=plan.task not in stack.dropout_off,
     )
     native = native_dtype(resolved.config) or "bf16"
     return Job(
@@ -88,6 +91,7 @@ def job_of(resolved: Resolved) -> Job:
         base_dtype=(engine or method.compute_dtype or native) if quantised else storage.name,
         compute_dtype=method.compute_dtype or "bf16",
         prepare_kbit=quantised and bool(method.prepare_kbit) and engine is None,
+        kbit_casts_back=plan.task in stack.kbit_casts_back,
         trainable_dtype=stack.trainable_dtype
         if method.kind in ("full", "partial") and engine is None
         else None,
@@ -95,13 +99,14 @@ def job_of(resolved: Resolved) -> Job:
         micro=batch.micro,
         seq_len=local_seq_len(batch.seq_len, sharding),
         accumulation=batch.accumulation,
+        fetches_ahead=stack.fetches_ahead,
         eval_micro=batch.eval_micro or 0,
         checkpoint_every=0
-        if checkpointing.kind == "none" or environment.checkpoint_attention
+        if checkpointing.kind == "none" or environment.checkpoint_attention or plan.task == "ppo"
         else checkpointing.every,
         loss_chunk=plan.loss.chunk or 0,
         images=batch.images or 0,
-        image_tokens=min(IMAGE_TOKENS, batch.seq_len // (batch.images or 1)),
+        image_tokens=image_tokens(batch, resolved.config),
         optimizer=_optimizer(plan.optimizer),
         main_weights=stack.main_weights and storage.name in ("bf16", "fp16"),
         sharding=sharding,

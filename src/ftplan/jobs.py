@@ -204,10 +204,13 @@ def explicit(plan: Plan) -> Plan:
 
 
 def diff(before: Plan, after: Plan, *, base: Path | None = None) -> Difference:
-    """What changed between two plans: their keys after defaults, and the answers' terms."""
+    """What changed between two plans: their keys after defaults, the answers' terms, and what
+    each change does."""
+    from ftplan.comparing import steps_between
     from ftplan.difference import difference
 
-    return difference(*(api.estimate(plan, base=base) for plan in (before, after)))
+    change = difference(*(api.estimate(plan, base=base) for plan in (before, after)))
+    return replace(change, steps=steps_between(before, after, bases=(base, base)))
 
 
 def placed(error: FtplanError, job: JobInput) -> FtplanError:

@@ -18,7 +18,7 @@ from ftplan.catalog.stacks import Stack, find_stack
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.report import Assumption, Finding
-from ftplan.spec import Checkpointing, Loss, Method, OptimizerChoice, Plan, Rollout
+from ftplan.spec import Batch, Checkpointing, Loss, Method, OptimizerChoice, Plan, Rollout
 
 if TYPE_CHECKING:
     pass
@@ -234,15 +234,8 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
             "packed sequences are full: nothing is padded",
             remedy="use padding: none, or packing: false",
         )
-    if batch.images and config is not None and str(config.get("model_type")).startswith("qwen"):
-        tokens = min(IMAGE_TOKENS, (batch.seq_len or 1) // batch.images)
-        filler.assumptions.append(
-            Assumption(
-                key="batch.images",
-                value=f"{tokens} tokens each",
-                source=f"any resolution: at most {IMAGE_TOKENS} tokens, inside batch.seq_len",
-            )
-        )
+    if batch.images and config is not None:
+        _image_size(batch, config, filler)
     optimizer = plan.optimizer or OptimizerChoice(
         name=filler.fill("optimizer", None, stack.optimizer, own("optimizer"))
     )
@@ -283,7 +276,13 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
     return replace(
         plan,
         method=_method(
-            method, stack, weights.layout != "plain", mixed, filler, own, shaped=config is not None
+            method,
+            stack.of_task(task),
+            weights.layout != "plain",
+            mixed,
+            filler,
+            own,
+            shaped=config is not None,
         ),
         precision=precision,
         batch=batch,
@@ -295,7 +294,57 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
     )
 
 
-_REFERRED = ("dpo", "kto", "grpo")
+def image_unit(config: Mapping[str, Any]) -> int:
+    """Pixels along one side of an image token, where any resolution is taken; 0: one size only."""
+    vision = config.get("vision_config")
+    if not isinstance(vision, Mapping):
+        return 0
+    kind = str(config.get("model_type"))
+    if kind.startswith("qwen"):
+        return int(vision.get("patch_size") or 14) * int(vision.get("spatial_merge_size") or 2)
+    if vision.get("model_type") == "pixtral":
+        return int(vision.get("patch_size") or 16) * int(config.get("spatial_merge_size") or 1)
+    return 0
+
+
+def image_tokens(batch: Batch, config: Mapping[str, Any]) -> int:
+    """Tokens of one image: by its size, or as many as are usual."""
+    unit = image_unit(config)
+    if unit and batch.image_size is not None:
+        high, wide = (max(1, round(extent / unit)) for extent in batch.image_size)
+        return int(high * wide)
+    return min(IMAGE_TOKENS, (batch.seq_len or 1) // (batch.images or 1))
+
+
+def _image_size(batch: Batch, config: Mapping[str, Any], filler: _Filler) -> None:
+    """How many tokens an image takes; a size is refused where the model has one of its own."""
+    unit = image_unit(config)
+    if batch.image_size is not None and (len(batch.image_size) != 2 or min(batch.image_size) < 1):
+        raise InputError(
+            f"batch.image_size has {len(batch.image_size)} numbers, or none above zero",
+            remedy="write height and width in pixels: image_size: [448, 672]",
+        )
+    if batch.image_size is not None and not unit:
+        raise InputError(
+            "this model's images have one size, or are cut into crops of one",
+            remedy="leave image_size out; count the crops of an image as batch.images",
+        )
+    if not unit:
+        return
+    tokens = image_tokens(batch, config)
+    if tokens * (batch.images or 1) > (batch.seq_len or 1):
+        raise InputError(
+            f"{batch.images} images of {tokens:,} tokens in a sequence of {batch.seq_len:,}",
+            remedy="image tokens are part of the sequence: raise batch.seq_len",
+        )
+    if batch.image_size is None:
+        source = f"any resolution: at most {IMAGE_TOKENS} tokens; batch.image_size says it"
+        filler.assumptions.append(
+            Assumption(key="batch.images", value=f"{tokens} tokens each", source=source)
+        )
+
+
+_REFERRED = ("dpo", "kto", "grpo", "ppo")
 _NEEDS = {
     "alpha": None, "use_rslora": None,  # move no memory in any method
     "rank": ("lora", "qlora", "dora", "vera", "loha", "lokr", "oft", "boft"),
@@ -406,13 +455,13 @@ def _with_task(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) ->
                 remedy="use reference: model, adapter or precomputed; orpo has none",
             )
         plan = replace(plan, reference=reference)
-    if task == "grpo":
+    if task in ("grpo", "ppo") or (task == "distill" and plan.rollout is not None):
         plan = _with_rollout(plan, filler)
     return plan
 
 
 def _refuse_unused(plan: Plan, task: str) -> None:
-    if plan.reference not in (None, "none") and task not in (*_REFERRED, "ppo"):
+    if plan.reference not in (None, "none") and task not in _REFERRED:
         raise InputError(
             f"the task {task!r} has no reference model",
             remedy=f"leave reference out; {', '.join(_REFERRED)} have one",
@@ -455,7 +504,8 @@ def _with_rollout(plan: Plan, filler: _Filler) -> Plan:
             f"a completion of {completion:,} tokens in a sequence of {seq_len:,}",
             remedy="give prompt_tokens and completion_tokens; their sum is the sequence",
         )
-    generations = filler.fill("rollout.generations", given.generations, 8)
+    group = 8 if plan.task == "grpo" else 1
+    generations = filler.fill("rollout.generations", given.generations, group)
     world = (plan.hardware.count or 1) * (plan.hardware.nodes or 1)
     at_once = (plan.batch.micro or 1) * (plan.batch.accumulation or 1) * world
     if at_once % generations:

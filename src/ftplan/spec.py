@@ -134,7 +134,9 @@ class Batch:
     eval_micro: int | None = None
     """Sequences per GPU in evaluation; left out: evaluation is not sized."""
     images: int | None = None
-    """Images per sequence, for vision-language models."""
+    """Images per sequence, for vision-language models; crops of one count one by one."""
+    image_size: tuple[int, ...] | None = None
+    """Height and width of an image in pixels, for models that take any resolution."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

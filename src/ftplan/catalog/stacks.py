@@ -7,7 +7,7 @@ A profile says which operations run and in which dtypes; it never multiplies a s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -54,6 +54,12 @@ class Stack:
     """An fp32 copy and an fp32 gradient beside each trainable 2-byte parameter (18 bytes)."""
     prepare_kbit: bool
     """Whether what is not quantised ends up in fp32 (`prepare_model_for_kbit_training`)."""
+    prepare_kbit_tasks: tuple[str, ...] = ()
+    """Tasks for which it does, where it does not for the others."""
+    kbit_casts_back: tuple[str, ...] = ()
+    """Tasks for which embeddings and head go back to bf16 after that."""
+    dropout_off: tuple[str, ...] = ()
+    """Tasks for which the trainer sets every dropout of model and adapters to zero."""
     weights_dtype: Literal["checkpoint", "fp32", "bf16"]
     """Dtype the base weights are loaded in; `checkpoint`: the one they are stored in."""
     mixed: Literal["no", "bf16"]
@@ -84,8 +90,15 @@ class Stack:
     """What the loss moves by one token; moving the logits copies them."""
     uncast_losses: tuple[str, ...] = ()
     """Model types whose own loss does not cast logits to fp32."""
+    log_probs: Literal["rows", "whole", "kernel"] = "rows"
+    """How a preference task takes log-probabilities out of logits: a sequence at a time, all at
+    once, or in a kernel that keeps the logits alone."""
     outputs_to_fp32: bool
     """Whether mixed precision also casts the returned logits to fp32 (accelerate)."""
+    without_autocast: tuple[str, ...] = ()
+    """Tasks whose chunked loss goes around the forward that autocast encloses."""
+    fetches_ahead: bool = False
+    """Whether all micro batches of a step are on the GPU before the first one's forward."""
     keeps_outputs: bool
     """Whether the model's outputs stay alive until backward has ended."""
     attention: Literal["eager", "sdpa", "flash"]
@@ -129,6 +142,10 @@ class Stack:
         if self.loss_chunks is not None:
             return -(-tokens // self.loss_chunks)
         return self.loss_chunk
+
+    def of_task(self, task: str) -> Stack:
+        """The profile as it is for one task."""
+        return replace(self, prepare_kbit=self.prepare_kbit or task in self.prepare_kbit_tasks)
 
     def loss_kind(self, *, method: str | None, task: str) -> Literal["full", "chunked", "fused"]:
         """How the loss meets the logits for this method (None: inference) and task."""

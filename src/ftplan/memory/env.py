@@ -34,6 +34,8 @@ class Environment:
     """A chunked loss recomputes nothing: autograd keeps every chunk."""
     loss_columns: int = 0
     """A chunked loss meets so many columns of the vocabulary at a time, in one buffer; 0: all."""
+    log_probs: Literal["rows", "whole", "kernel"] = "rows"
+    """How a task takes the log-probabilities of labels out of logits: :mod:`log_probs`."""
     offload_checkpoints: bool = False
     """A checkpointed block's input waits in host memory."""
     checkpoint_attention: bool = False
@@ -50,6 +52,8 @@ class Environment:
     """Which implementation of checkpointing recomputes a block."""
     training: bool = True
     """Dropout acts and a graph may be built."""
+    dropout: bool = True
+    """The trainer leaves the dropout of model and adapters on."""
 
     @property
     def fused(self) -> bool:

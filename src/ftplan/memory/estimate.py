@@ -5,35 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ftplan.dtypes import find_format
 from ftplan.errors import UnsupportedError
-from ftplan.memory.cache import CacheLayer, cache_bytes, cache_layers
-from ftplan.memory.families import complete
 from ftplan.memory.fsdp import BUFFERS, shard_shape
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.nn import Network
-from ftplan.memory.optimizer import rounded, state_bytes, step_bytes
+from ftplan.memory.optimizer import state_bytes, step_bytes
 from ftplan.memory.pipeline import candidates, cut, one_chunk, stages_of
 from ftplan.memory.prepare import counted_parameters, prepare
-from ftplan.memory.record import record_evaluation, record_serving, record_step
+from ftplan.memory.record import record_evaluation, record_step
 from ftplan.memory.replay import Alive, Program
+from ftplan.memory.rollout import Rollout, Stage
+from ftplan.memory.statics import Counted, StaticTerm, weight_bytes, weights_term
 from ftplan.memory.tape import ITEM_BYTES, Label, Parameter
-from ftplan.memory.tasks import Objective, objective_of
-from ftplan.memory.zero import Layout, layout_of, partition, step_temporaries
+from ftplan.memory.tasks import Objective, Resident, objective_of
+from ftplan.memory.zero import Layout, layout_of, live_bytes, partition, step_temporaries
 
 __all__ = ["Estimate", "StaticTerm", "Structure", "estimate", "structure_of"]
-
-Counted = Sequence[tuple[Parameter, int, bool]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StaticTerm:
-    """Bytes that are there at every moment of the step."""
-
-    name: str
-    bytes: int
-    formula: str
-    source: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,29 +44,9 @@ class Estimate:
         return sum(term.bytes for term in self.static)
 
 
-def weight_bytes(parameter: Parameter) -> int:
-    """Bytes of one weight as it is stored, each tensor rounded as the allocator does."""
-    if parameter.dtype in ITEM_BYTES:
-        return rounded(parameter.numel * ITEM_BYTES[parameter.dtype])
-    storage = find_format(parameter.dtype)
-    # what is sharded is the packed values: every rank has all of their scales (bitsandbytes'
-    # Linear4bit keeps its quant_state beside the weight: fix_4bit_weight_quant_state_from_module)
-    parts = (storage.storages(parameter.shape)[0], *storage.storages(parameter.whole)[1:])
-    return sum(rounded(part) for part in parts)
-
-
-def _weights(counted: Counted, name: str, source: str) -> StaticTerm:
-    total = sum(weight_bytes(parameter) * times for parameter, times, _ in counted)
-    by_dtype: dict[str, int] = {}
-    for parameter, times, _ in counted:
-        by_dtype[parameter.dtype] = by_dtype.get(parameter.dtype, 0) + parameter.numel * times
-    parts = [f"{count:,} x {dtype}" for dtype, count in by_dtype.items()]
-    return StaticTerm(name=name, bytes=total, formula=" + ".join(parts), source=source)
-
-
 def main_weights(updated: Counted) -> StaticTerm:
     """The fp32 copy that the optimizer updates beside 2-byte weights."""
-    return _weights(
+    return weights_term(
         updated, "optimizer/main_weights", "fp32 copy of what is trained, updated by the optimizer"
     )
 
@@ -128,8 +95,8 @@ def static_terms(
     learned = [entry for entry in counted if entry[0].trainable]
     own = "adapters/parameters" if job.method == "adapter" else "weights/trainable"
     terms = [
-        _weights(frozen, "weights/frozen", "shapes from config.json"),
-        _weights(learned, own, "shapes from config.json"),
+        weights_term(frozen, "weights/frozen", "shapes from config.json"),
+        weights_term(learned, own, "shapes from config.json"),
     ]
     offload = job.sharding.offload
     if offload in ("params", "nvme"):
@@ -148,7 +115,7 @@ def static_terms(
         updated = [(partition(p, ranks), times, m) for p, times, m in learned]
         terms.append(main_weights(updated))
         terms.append(
-            _weights(
+            weights_term(
                 [(partition(p, 1), n, m) for p, n, m in learned],
                 "gradients/main",
                 "one fp32 buffer that every gradient is added to (main_grad)",
@@ -164,13 +131,50 @@ def static_terms(
     )
     if job.sharding.kind == "ddp" and job.sharding.world > 1 and not job.main_weights:
         terms.append(
-            _weights(
+            weights_term(
                 learned,
                 "gradients/ddp_buckets",
                 "DDP copies every gradient into flat buckets (gradient_as_bucket_view=False)",
             )
         )
     return [term for term in terms if term.bytes and not _waits_elsewhere(term, job.sharding)]
+
+
+def resident_terms(model: Resident, sharding: ShardingSpec) -> list[StaticTerm]:
+    """A frozen model beside the trained one: sharded with it, and what ZeRO-3 gathers of it."""
+    whole = counted_parameters(model.network)
+    ranks = shard_ranks(sharding)
+    terms = [weights_term([(_shard(p, ranks), n, m) for p, n, m in whole], model.name, model.why)]
+    if sharding.kind == "zero3":
+        terms.append(_live(sharding, whole, f"{model.name}_gathered"))
+    if sharding.kind == "fsdp" and sharding.version == 2:
+        root = [
+            (_gathered(p, sharding.param_dtype), times, inside)
+            for p, times, inside in whole
+            if sharding.wrap == "model" or not inside
+        ]
+        why = "FSDP2's root unit is resharded by its backward, and this model has none"
+        terms.append(weights_term(root, f"{model.name}_gathered", why))
+    if sharding.kind in ("fsdp", "zero3") and sharding.offload in ("params", "nvme"):
+        return terms[1:]  # its shards wait on the host, or on NVMe
+    return terms
+
+
+def _gathered(parameter: Parameter, dtype: str | None) -> Parameter:
+    """A weight as FSDP gathers it: in the dtype of its policy."""
+    plain = parameter.dtype in ITEM_BYTES
+    return Parameter(
+        parameter.name, parameter.shape, dtype if plain and dtype else parameter.dtype, False
+    )
+
+
+def _live(spec: ShardingSpec, whole: Counted, name: str) -> StaticTerm:
+    return StaticTerm(
+        name=name,
+        bytes=live_bytes(spec, whole),
+        formula=f"{spec.max_live_elements:,} live + {spec.prefetch_elements:,} ahead",
+        source="DeepSpeed: stage3_max_live_parameters, stage3_prefetch_bucket_size",
+    )
 
 
 def _waits_elsewhere(term: StaticTerm, sharding: ShardingSpec) -> bool:
@@ -203,7 +207,9 @@ class Structure:
         self.stage = job.stage
         if job.stage is not None:
             cut(network, job.stage)
-        counted = counted_parameters(network)
+        objective = objective_of(job)
+        own = counted_parameters(network)
+        counted = own + (counted_parameters(objective.critic) if objective.critic else [])
         ranks = shard_ranks(job.sharding)
         local = [(_shard(p, ranks), times, matrix) for p, times, matrix in counted]
         learned = [entry for entry in local if entry[0].trainable]
@@ -218,9 +224,8 @@ class Structure:
                     source="masks and tables that the model keeps beside its weights",
                 )
             )
-        objective = objective_of(job)
         for model in objective.resident:
-            static.append(_weights(counted_parameters(model.network), model.name, model.why))
+            static += resident_terms(model, job.sharding)
         if job.sampler_bytes:
             static.append(_sampler(job))
         if (
@@ -229,7 +234,7 @@ class Structure:
             and not (job.stage is not None and job.stage.fresh)
         ):
             static.append(
-                _weights(
+                weights_term(
                     _accumulated(job, counted, learned, layout),
                     "gradients/accumulated",
                     "gradients of earlier micro batches",
@@ -256,9 +261,9 @@ class Structure:
         self.eval_micro = job.eval_micro
         evaluated = job.eval_micro and job.stage is None
         self.evaluation = _evaluation_of(job, network, objective) if evaluated else None
-        self.rollout = _rollout_of(job, network) if job.generates else None
+        self.rollout = Rollout(job, network, objective) if job.generates else None
         self.total_params = sum(
-            parameter.numel * times for parameter, times, _ in counted if _is_base(parameter)
+            parameter.numel * times for parameter, times, _ in own if _is_base(parameter)
         )
         self.trainable_params = sum(
             parameter.numel * times for parameter, times, _ in counted if parameter.trainable
@@ -271,28 +276,32 @@ class Structure:
         phases.append(("step", self.static_bytes + self.step_bytes + rest))
         if self.evaluation is not None:
             phases.append(("evaluation", self._evaluated(seq_len, chunk)))
-        if self.rollout is not None:
-            phases.append(("rollout", self._rolled_out(micro, seq_len)))
+        phases += [
+            (stage.phase, self._at_rest + stage.bytes) for stage in self._stages(micro, seq_len)
+        ]
         return phases
 
-    def _rolled_out(self, micro: int, seq_len: int) -> int:
-        """The worst moment while completions are generated, with neither gradients nor a graph."""
-        assert self.rollout is not None
-        static = sum(term.bytes for term in _without_gradients(self.static))
-        return static + self.rollout.cache(micro, seq_len).bytes + self.rollout.peak(micro, seq_len)
+    def _stages(self, micro: int, seq_len: int) -> list[Stage]:
+        """What happens before the step, where the model itself generates."""
+        return self.rollout.worst(micro, seq_len) if self.rollout is not None else []
+
+    @property
+    def _at_rest(self) -> int:
+        """What is static while there are no gradients."""
+        return sum(term.bytes for term in _without_gradients(self.static))
 
     def _evaluated(self, seq_len: int, chunk: int) -> int:
         """The worst moment of an evaluation, which comes when gradients have gone."""
         assert self.evaluation is not None
-        static = sum(term.bytes for term in _without_gradients(self.static))
-        return static + self.evaluation.peak(self.eval_micro, seq_len, chunk)
+        return self._at_rest + self.evaluation.peak(self.eval_micro, seq_len, chunk)
 
     def peak(self, micro: int, seq_len: int, chunk: int = 0) -> int:
         """The worst moment in bytes: the integer of :meth:`at`, without what is alive at it."""
         worst, rest = self.program.peak_and_rest(micro, seq_len, chunk)
         peak = self.static_bytes + max(worst, self.step_bytes + rest)
         peak = max(peak, self._evaluated(seq_len, chunk)) if self.evaluation else peak
-        return max(peak, self._rolled_out(micro, seq_len)) if self.rollout else peak
+        stages = [self._at_rest + stage.bytes for stage in self._stages(micro, seq_len)]
+        return max([peak, *stages])
 
     def at(self, micro: int, seq_len: int, chunk: int = 0) -> Estimate:
         """The worst moment for a micro batch, a sequence length and a chunk of the loss."""
@@ -305,10 +314,10 @@ class Structure:
                 _without_gradients(self.static),
                 self.evaluation.moment(self.eval_micro, seq_len, chunk).alive,
             )
-        if phase == "rollout" and self.rollout is not None:
-            cache = self.rollout.cache(micro, seq_len)
-            static = (*_without_gradients(self.static), cache)
-            return self._estimate(phases, static, self.rollout.alive(micro, seq_len))
+        for stage in self._stages(micro, seq_len):
+            if stage.phase == phase:
+                static = (*_without_gradients(self.static), *stage.terms)
+                return self._estimate(phases, static, stage.alive)
         resting = self.program.rest(micro, seq_len, chunk) if is_step else None
         return self._estimate(
             phases,
@@ -336,49 +345,6 @@ class Structure:
             total_params=self.total_params,
             trainable_params=self.trainable_params,
         )
-
-
-class Rollout:
-    """Completions generated by the model itself: a cache that fills, and a forward of prompts."""
-
-    def __init__(self, program: Program, job: Job, layers: list[CacheLayer]) -> None:
-        self._program = program
-        self._layers = layers
-        self._at_once = job.accumulation
-        self._completion = job.completion_tokens
-        self._format = find_format(job.environment.autocast or job.base_dtype)
-
-    def cache(self, micro: int, seq_len: int) -> StaticTerm:
-        """Keys and values of all sequences when the last token is there."""
-        count = micro * self._at_once
-        return StaticTerm(
-            name="kv_cache/rollout",
-            bytes=cache_bytes(self._layers, self._format, count, seq_len),
-            formula=f"{count:,} sequences x {seq_len:,} tokens in {self._format.name}",
-            source="trl/trainer/grpo_trainer.py 1.16: one generation for all of a step's batches",
-        )
-
-    def _shape(self, micro: int, seq_len: int) -> tuple[int, int]:
-        return micro * self._at_once, max(1, seq_len - self._completion)
-
-    def peak(self, micro: int, seq_len: int) -> int:
-        """The most that the prompts' forward needs, in bytes."""
-        return self._program.peak(*self._shape(micro, seq_len))
-
-    def alive(self, micro: int, seq_len: int) -> Mapping[Label, Alive]:
-        """What is alive at that moment."""
-        return self._program.moment(*self._shape(micro, seq_len)).alive
-
-
-def _rollout_of(job: Job, network: Network) -> Rollout:
-    if job.sharding.kind in ("fsdp", "zero3"):
-        raise UnsupportedError(
-            f"generating with weights that are sharded by {job.sharding.kind}",
-            remedy="use rollout.sampler: server, or colocate",
-        )
-    layers = cache_layers(network, complete(job.config))
-    recording = record_serving(network, replace(job.environment, training=False))
-    return Rollout(Program(recording, recording.phases()), job, layers)
 
 
 def _without_gradients(static: Sequence[StaticTerm]) -> tuple[StaticTerm, ...]:
@@ -473,10 +439,8 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
     sharded = job.sharding.is_zero or job.sharding.kind == "fsdp"
     sharding = job.sharding if sharded else None
     if sharding is not None and sharding.kind == "fsdp":
-        for parameter, _, _ in counted_parameters(network):
-            parameter.stored = parameter.dtype
-            if parameter.dtype in ITEM_BYTES:
-                parameter.dtype = sharding.param_dtype or parameter.dtype
+        for each in (network, *((objective.other,) if objective.other else ())):
+            _gathered_as(each, sharding.param_dtype)
     stage = job.stage
     if stage is not None and not objective.inside:
         raise UnsupportedError(
@@ -490,6 +454,7 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
         input_grads=job.checkpoint_every > 0,
         share=stage,
         accumulated=job.accumulation > 1 and not (stage is not None and stage.fresh),
+        ahead=job.accumulation - 1 if job.fetches_ahead else 0,
         sharding=sharding,
         objective=objective,
         step_of=_step_of(job),
@@ -498,7 +463,17 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
     program = Program(recording, recording.phases(under_way=under_way))
     program.virtual_tokens = network.virtual_tokens
     program.sequences = objective.sequences
+    program.completion = objective.completion
+    program.shifted = job.environment.loss_columns > 0
     return program
+
+
+def _gathered_as(network: Network, dtype: str | None) -> None:
+    """Weights as FSDP's units run with them: in the dtype of its policy."""
+    for parameter, _, _ in counted_parameters(network):
+        parameter.stored = parameter.dtype
+        if parameter.dtype in ITEM_BYTES:
+            parameter.dtype = dtype or parameter.dtype
 
 
 def _evaluation_of(job: Job, network: Network, objective: Objective) -> Program | None:

@@ -109,6 +109,8 @@ class Job:
     compute_dtype: str
     """What quantised weights are expanded to."""
     prepare_kbit: bool = False
+    kbit_casts_back: bool = False
+    """After the preparation embeddings and head go back to the base's dtype; norms do not."""
     trainable_dtype: str | None = None
     """What the trainer casts every trainable parameter to; None: nothing."""
     environment: Environment
@@ -118,6 +120,8 @@ class Job:
     """Tokens per sequence."""
     accumulation: int
     """Micro batches per optimizer step."""
+    fetches_ahead: bool = False
+    """All of them are on the GPU before the first one's forward."""
     images: int = 0
     """Images per sequence; their tokens are part of ``seq_len``."""
     image_tokens: int = 0

@@ -117,6 +117,16 @@ def _head_weight(network: Network) -> tuple[Parameter, bool]:
     return (trained or matrices)[0], bool(trained)
 
 
+def _named_tiles(vocabulary: int, columns: int) -> list[int]:
+    """Widths of two tiles in a row, the first of which a loop's variable still names."""
+    return [width for width in (columns, min(columns, vocabulary - columns)) if width]
+
+
+def _last_tile(vocabulary: int, columns: int) -> int:
+    """Width of the last tile of the vocabulary."""
+    return vocabulary % columns or columns
+
+
 def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
     """TRL's fused head: a tile of logits is folded into running statistics, then overwritten.
 
@@ -133,18 +143,22 @@ def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
     rows = TOKENS + BATCH * -1 if x.rows == TOKENS else x.rows + BATCH * -1
     hidden = ops.gather(ops.rows_slice(x, rows))
 
-    def tile(held: list[Tensor]) -> None:
+    def tile(held: list[Tensor], *, backward: bool) -> None:
         """One tile's buffer, and the operands that have another dtype."""
         held.append(tape.tensor(CHUNK, columns, dtype, "tile of logits"))
-        casts = [] if hidden_dtype == dtype else [tape.tensor(CHUNK, width, dtype, "cast")]
+        if hidden_dtype != dtype:
+            held.append(tape.tensor(CHUNK, width, dtype, "cast"))
         if parameter_dtype != dtype:
-            casts.append(tape.tensor(ONE * columns, width, dtype, "cast"))
-        held += casts
+            # the way back has a name for one tile's cast while it makes the next
+            sizes = _named_tiles(vocabulary, columns) if backward else [columns]
+            casts = [tape.tensor(ONE * size, width, dtype, "cast") for size in sizes]
+            casts.clear()
+            held.append(tape.tensor(ONE * _last_tile(vocabulary, columns), width, dtype, "cast"))
 
     hidden_dtype, parameter_dtype = hidden.dtype, weight.dtype
     statistics = [tape.tensor(rows, 1, "fp32", "statistics") for _ in range(7)]
     buffers: list[Tensor] = []
-    tile(buffers)
+    tile(buffers, backward=False)
     buffers.clear()
     out = tape.tensor(rows, 1, "fp32", "log-probabilities")
     saved = (hidden, statistics[:2])
@@ -158,7 +172,7 @@ def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
             tape.tensor(rows, width, "fp32", "gradient") if wants[0] else None,
             tape.tensor(ONE * vocabulary, width, "fp32", "weight gradient") if wants[1] else None,
         ]
-        tile(held)
+        tile(held, backward=True)
         return tuple(
             None if total is None else ops.fit(total, total.rows, total.width, wanted)
             for total, wanted in zip(sums, (hidden_dtype, parameter_dtype), strict=True)
@@ -168,8 +182,12 @@ def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
     return out
 
 
-def tiled_divergence(network: Network, other: Network, mine: Tensor, theirs: Tensor) -> Tensor:
+def tiled_divergence(
+    network: Network, other: Network, mine: Tensor, theirs: Tensor, completion: int = 0
+) -> Tensor:
     """TRL's divergence from a teacher: a tile of both models' logits at a time, in fp32.
+
+    ``completion`` tokens of each sequence are compared; 0: all.
 
     Both models' hidden states are kept; the way back makes each tile again
     (trl/kernels/chunked_divergence.py, ``ChunkedDivergenceFunction``, 1.16).
@@ -179,7 +197,7 @@ def tiled_divergence(network: Network, other: Network, mine: Tensor, theirs: Ten
     teacher, _ = _head_weight(other)
     vocabulary, width = parameter.shape
     columns = min(tape.env.loss_columns or vocabulary, vocabulary)
-    rows = TOKENS + BATCH * -1
+    rows = BATCH * completion if completion else TOKENS + BATCH * -1
     states = [ops.gather(ops.rows_slice(x, rows)) for x in (mine, theirs)]
     computed = [tape.env.autocast or x.dtype for x in states]
     heads = [(parameter.dtype, width), (teacher.dtype, teacher.shape[1])]
@@ -191,7 +209,11 @@ def tiled_divergence(network: Network, other: Network, mine: Tensor, theirs: Ten
             if stored != dtype:
                 held.append(tape.tensor(ONE * columns, across, dtype, "cast"))
         if backward and computed[0] != "fp32":
-            held.append(tape.tensor(CHUNK, columns, computed[0], "tile of gradients"))
+            sizes = _named_tiles(vocabulary, columns)
+            made = [tape.tensor(CHUNK, size, computed[0], "tile of gradients") for size in sizes]
+            made.clear()
+            last = _last_tile(vocabulary, columns)
+            held.append(tape.tensor(CHUNK, last, computed[0], "tile of gradients"))
 
     hidden_dtype, parameter_dtype = states[0].dtype, parameter.dtype
     statistics = [tape.tensor(rows, 1, "fp32", "statistics") for _ in range(6)]

@@ -227,6 +227,8 @@ class Shared:
     """The same for cross attention: zeros."""
     memory: Tensor | None = None
     """The encoder's output, for cross attention."""
+    held: list[Tensor] = field(default_factory=list)
+    """What the model's forward has names for until it ends (what a tower returned)."""
 
     def let_go(self) -> None:
         """The last block of the real model that holds these has gone."""
@@ -329,6 +331,8 @@ class Network(Module):
         """Linear layers that transformers keeps as they are (``_keep_in_fp32_modules``)."""
         self.virtual_tokens = 0
         """Learned tokens before each sequence, in tokens of a sequence (prompt tuning)."""
+        self.names_embeddings = True
+        """The model's forward names what the embedding returned (`inputs_embeds`) until it ends."""
 
     def tie(self, name: str, to: str) -> None:
         """Make the weight ``name`` the same one as ``to``."""
@@ -341,6 +345,10 @@ class Network(Module):
     def inputs(self, tape: Tape) -> list[Tensor]:
         """What the caller passes beside the text, and holds: none, but for images."""
         return []
+
+    def after_block(self, _layer: int, x: Tensor) -> Tensor:
+        """What the model does to the hidden states between two blocks: nothing, but for images."""
+        return x
 
     def further_inputs(self) -> list[Module]:
         """What ``enable_input_require_grads`` finds beside the word embedding: a tower's patches.

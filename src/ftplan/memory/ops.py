@@ -327,7 +327,8 @@ def softmax(x: Tensor, dtype: str | None = None, name: str = "softmax") -> Tenso
 
 def dropout(x: Tensor, probability: float, name: str = "dropout") -> Tensor:
     """``native_dropout``: a one-byte mask is kept."""
-    if probability <= 0 or not x.tape.env.training:
+    env = x.tape.env
+    if probability <= 0 or not (env.training and env.dropout):
         return x
     out = x.tape.tensor(x.rows, x.width, x.dtype, name)
     mask = x.tape.tensor(x.rows, x.width, "bool", "dropout mask")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 from ftplan.errors import InputError
 from ftplan.memory.adapters import adapt, distinguish
@@ -44,6 +45,11 @@ def prepare(job: Job) -> Network:
     for parameter in _everything(network):
         parameter.dtype = plain
         parameter.trainable = job.method == "full" and not parameter.fixed
+    if casts and job.kbit_casts_back:
+        outer = [network.head_parameters()]
+        outer += [list(network.child(n).parameters.values()) for n in network.embedding_names]
+        for parameter in chain.from_iterable(outer):
+            parameter.dtype = job.base_dtype
     if job.method == "partial":
         _train_last(network, job.last_layers)
     if quantized:

@@ -8,7 +8,8 @@ the borders of the blocks; :mod:`replay` then plays the segments as often as the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from ftplan.memory.env import Environment
 from ftplan.memory.flat import Flat
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.job import ShardingSpec
+from ftplan.memory.log_probs import log_probs
 from ftplan.memory.loss import classify_loss, compute_loss, model_outputs
 from ftplan.memory.nn import Module, Network, Shared, Stack, Stage
 from ftplan.memory.pipeline import PipelineStage
@@ -37,7 +39,9 @@ from ftplan.memory.tape import (
 from ftplan.memory.tasks import Objective
 from ftplan.memory.zero import Zero, layout_of
 
-__all__ = ["Recording", "Segment", "record_evaluation", "record_serving", "record_step"]
+__all__ = [
+    "Recording", "Segment", "record_evaluation", "record_scoring", "record_serving", "record_step",
+]  # fmt: skip
 
 
 BOUNDARY = Label("activations", "block inputs")
@@ -73,6 +77,10 @@ class Recording:
     """The same for what a task does with the model's outputs after autocast has ended."""
     buffers: list[Storage] = field(default_factory=list)
     """What a pipeline holds from its first micro batch to its last."""
+    regained: dict[int, Segment] = field(default_factory=dict)
+    """Per forward segment: what the caller still holds when its way back has let go of it."""
+    batch: list[Tensor] = field(default_factory=list)
+    """What the loop holds until the step has ended: the batch, and those fetched with it."""
     outputs: list[Tensor] = field(default_factory=list)
     """The model's outputs, where the caller keeps them until backward has ended."""
     after: Segment = Segment("", 0, 0)
@@ -94,7 +102,11 @@ class Recording:
         if self.before_order:
             phases.insert(0, ("scoring", [self.forward[index] for index in self.before_order]))
         if self.backward:
-            backward = [self.backward[index] for index in reversed(order + self.tail_order)]
+            backward: list[Segment] = []
+            for index in reversed(order + self.tail_order):
+                backward.append(self.backward[index])
+                if index in self.regained:
+                    backward.append(self.regained[index])
             phases.append(("backward", [*backward, self.after]))
         if under_way:
             phases.insert(0, ("warm-up", forward * under_way))
@@ -126,6 +138,9 @@ class _Recorder:
         self.units: list[Unit] = []
         self.place: int | str | None = None
         """Of the block that is recorded next (:meth:`Fsdp.place`)."""
+        self.states: _States | None = None
+        """Every hidden state, where the caller asked for them."""
+        self.critic_states: _States | None = None
         self.copies: list[Module] = []
         """Blocks beside the network's own: the real model holds them, and with them their
         gradients, so no garbage collection may take them while the step is recorded."""
@@ -141,6 +156,24 @@ class _Recorder:
                 root.parameters += stage.stack.parameters()
         self.units.append(root)
         fsdp.adopt(root)
+
+    @contextmanager
+    def apart(self, network: Network, *, beside: bool) -> Iterator[None]:
+        """Run another network without a graph, sharded like the first.
+
+        ``beside``: it is a model of its own, whose root was gathered once and has stayed so (its
+        bytes are static): FSDP2 reshards a root in backward, and it runs none. Else it is the
+        first one with its adapters off, whose root may still be gathered.
+        """
+        before = (self.network, self.fsdp, self.units)
+        self.network = network
+        if self.fsdp is not None:
+            order = list(self.fsdp.order)
+            self.units = [Unit("root", [])] if beside else self.units[:1]
+        yield
+        self.network, fsdp, self.units = before
+        if fsdp is not None:
+            fsdp.order = order
 
     def begin_root(self) -> None:
         """Gather what belongs to no block."""
@@ -203,6 +236,7 @@ def record_step(
     input_grads: bool = False,
     share: PipelineStage | None = None,
     accumulated: bool = False,
+    ahead: int = 0,
     sharding: ShardingSpec | None = None,
     objective: Objective | None = None,
     step_of: Callable[[Parameter], int | None] | None = None,
@@ -212,10 +246,11 @@ def record_step(
     ``checkpoint_every`` n > 0 recomputes every n-th block. ``input_grads`` makes the embedding's
     output ask for a gradient (``enable_input_require_grads``). ``share``: a rank's of a
     pipeline, where what enters may come from another rank, and what leaves go to one.
-    ``accumulated``: gradients of earlier micro batches are there already. ``sharding``: by FSDP or
-    ZeRO. ``objective``: the task, where it is another one than a language model's own loss.
-    ``step_of``: a hook that takes each parameter's gradient as it arrives (an optimizer that steps
-    in backward), and needs so many bytes for it; None: it leaves the gradient.
+    ``accumulated``: gradients of earlier micro batches are there already. ``ahead``: further micro
+    batches that the loop has fetched. ``sharding``: by FSDP or ZeRO. ``objective``: the task,
+    where it is another one than a language model's own loss. ``step_of``: a hook that takes each
+    parameter's gradient as it arrives (an optimizer that steps in backward), and needs so many
+    bytes for it; None: it leaves the gradient.
     """
     recorder = _Recorder(network, env)
     tape = recorder.tape
@@ -228,7 +263,13 @@ def record_step(
         _score_before(recorder, objective)
     if share is not None and share.buffered:
         _receive(recorder, share)
-    inputs = [*_inputs(tape), *network.inputs(tape)]
+    batch = [*_inputs(tape), *network.inputs(tape)]
+    further = [
+        tape.tensor(t.rows * ahead, t.width, t.dtype, "batches ahead") for t in batch if ahead
+    ]
+    recorder.recording.batch = batch + further
+    before = _left_over(recorder, objective, ahead) if objective is not None else []
+    values = _run_critic(recorder, objective, accumulated) if objective is not None else []
     received = share is not None and not share.first
     if input_grads and not received:
         _ask_for_input_grads(network)
@@ -237,6 +278,8 @@ def record_step(
     recorder.order.append(recorder.cut("inputs"))
     shared = Shared()
     x: Tensor | None = None
+    if objective is not None and objective.all_states:
+        recorder.states = _States(recorder)
     for number, stage in enumerate(network.stages):
         if x is not None:
             shared.memory = x
@@ -257,11 +300,16 @@ def record_step(
         held = [_outputs(recorder, x, objective)]
         del x
         held.append(recorder.end_root(held.pop()))
+        held += values
+        values.clear()
+        before.clear()
+        if recorder.critic_states is not None:
+            recorder.order.append(recorder.cut("the critic's outputs"))
+            recorder.critic_states.drop()
         recorder.order.append(recorder.cut("the model returns"))
         recorder.end_autocast()
         root = _task_loss(recorder, held, objective)
     recorder.recording.saved = _alive(tape)
-    del inputs
     if root.requires_grad:
         _run_backward(recorder, root)
     recorder.end_step(shared)
@@ -312,6 +360,34 @@ def record_serving(network: Network, env: Environment) -> Recording:
     recorder.end_autocast()
     recorder.recording.saved = _alive(tape)
     del inputs, shared
+    return recorder.recording
+
+
+def record_scoring(network: Network, env: Environment, completion: int) -> Recording:
+    """A batch through a model without a graph, its hidden states kept; then log-probabilities.
+
+    As PPO scores a rollout: with all logits of the reference, or a head of one number a token.
+    """
+    recorder = _Recorder(network, env)
+    tape = recorder.tape
+    recorder.states = _States(recorder)
+    with tape.no_grad():
+        inputs = _inputs(tape)
+        recorder.order.append(recorder.cut("inputs"))
+        shared = Shared()
+        x: Tensor | None = None
+        for stage in network.stages:
+            x = _run_stage(recorder, stage, shared, 0, False)
+        assert x is not None
+        with tape.scoped("logits"):
+            logits = network.head(x)
+            del x
+            scores = log_probs(logits, completion, how="rows", scaled=True)
+        recorder.order.append(recorder.cut("scores"))
+        del logits, scores
+    recorder.end_autocast()
+    recorder.recording.saved = _alive(tape)
+    del inputs
     return recorder.recording
 
 
@@ -425,6 +501,7 @@ def _run_stage(
         order.append(recorder.cut("final norm"))
         return x
     seen: dict[tuple[Hashable, ...], int] = {}
+    entered = _Entered(recorder, x)
     for layer, kind in enumerate(stage.stack.pattern):
         checkpointed = checkpoint_every > 0 and layer % checkpoint_every == 0
         recorder.place = recorder.fsdp.place(layer, stage.stack.count) if recorder.fsdp else None
@@ -432,22 +509,171 @@ def _run_stage(
         last = len(recorder.network.stages) > 1 and _is_last(stage.stack, layer)
         if key in seen and not last:
             order.append(seen[key])
+            if recorder.states is not None:
+                recorder.states.again(seen[key])
             continue
         block = stage.stack.kinds[kind]
         if any(known[0] == kind for known in seen):
             block = copy.deepcopy(block)  # a layer of its own: its gradients are too
             recorder.copies.append(block)
         _name_parts(block, recorder.tape)
+        entering = x.storage.index if x.storage is not None else 0
         # the caller's name for the input lives until the block returns
         x = recorder.run_block(block, x, shared, checkpointed=checkpointed)
+        x = recorder.network.after_block(layer, x)
         _name_boundary(x)
         seen[key] = recorder.cut("block")
         order.append(seen[key])
+        if recorder.states is None:
+            entered.hold()
+        else:
+            recorder.states.keep(seen[key], entering, x)
     if not checkpoint_every:
         _forget(recorder.tape, shared)
     x = stage.leave(x, shared)
+    del entered
+    shared.held.clear()
     order.append(recorder.cut("final norm"))
     return x
+
+
+class _Entered:
+    """What the embedding returned, which a model's forward has a name for until it ends.
+
+    The first block is recorded as the others are, so it lets go of its input as they do; where
+    nothing else keeps it, it comes alive again after that block.
+    """
+
+    def __init__(self, recorder: _Recorder, x: Tensor) -> None:
+        self._recorder = recorder
+        self._rows, self._width, self._dtype = x.rows, x.width, x.dtype
+        self._index = 0
+        if recorder.network.names_embeddings and x.storage is not None:
+            self._index = x.storage.index
+        self._held: Tensor | None = None
+
+    def hold(self) -> None:
+        """The first block has run."""
+        index, self._index = self._index, 0
+        tape = self._recorder.tape
+        if index and -index in tape.events:
+            self._held = tape.tensor(self._rows, self._width, self._dtype, "input embeddings")
+            self._recorder.order.append(self._recorder.cut("input embeddings"))
+
+
+class _States:
+    """All hidden states (``output_hidden_states=True``), which the model's outputs hold.
+
+    Where the graph keeps the input of a block too, it is counted there, and again from the moment
+    the block's way back lets go of it.
+    """
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self._recorder = recorder
+        self._held: Tensor | None = None
+        self._shape: tuple[Size, int, str] | None = None
+        self._segment = 0
+        self._kept: dict[int, bool] = {}
+        """Per forward segment of a block: whether its input has a tensor of its own here."""
+        self._own = 0
+        self.count = 0
+
+    def keep(self, segment: int, entering: int, x: Tensor) -> None:
+        """A block has run on the storage ``entering``."""
+        tape = self._recorder.tape
+        self._shape = (x.rows, x.width, x.dtype)
+        self._kept[segment] = entering > 0 and -entering in tape.events
+        if self._kept[segment] and self._held is None:
+            self._held = tape.tensor(*self._shape, "hidden states")
+            self._segment = self._recorder.cut("hidden states")
+        self.again(segment)
+
+    def again(self, segment: int) -> None:
+        """A block like an earlier one has run."""
+        self.count += 1
+        if self._kept.get(segment):
+            self._own += 1
+            self._recorder.order.append(self._segment)
+
+    def drop(self) -> None:
+        """The outputs go, before anything runs backward."""
+        if self._held is not None:
+            self._held = None
+            segment = self._recorder.cut("hidden states dropped")
+            self._recorder.order += [segment] * self._own
+        self._own = 0
+
+    def return_them(self) -> None:
+        """The outputs reach the caller, in fp32 where mixed precision casts them."""
+        recorder, recording = self._recorder, self._recorder.recording
+        if self._shape is None:
+            return
+        tape = recorder.tape
+        rows, width, dtype = self._shape
+        if tape.env.outputs_to_fp32 and dtype != "fp32":
+            cast = tape.tensor(rows, width * (self.count + 1), "fp32", "hidden states")
+            recording.batch.append(cast)
+            recorder.order.append(recorder.cut("hidden states cast"))
+            self.drop()
+            return
+        recorder.order.append(recorder.cut("outputs"))
+        for segment, own in self._kept.items():
+            if not own:
+                start = len(tape.events)
+                recording.batch.append(tape.tensor(rows, width, dtype, "hidden states"))
+                recording.regained[segment] = Segment("held", start, len(tape.events))
+        recorder.start = len(tape.events)
+        if self._held is not None:
+            recording.batch.append(self._held)
+
+
+def _left_over(recorder: _Recorder, objective: Objective, ahead: int) -> list[Tensor]:
+    """What PPO's loop still names when a micro batch begins.
+
+    The scores of the rollout, always; after another micro batch of the same step its outputs,
+    until the model has run, and the softmax of its logits, until the next one is made.
+    """
+    if not objective.all_states:
+        return []
+    tape, recording = recorder.tape, recorder.recording
+    network, steps = recorder.network, ahead + 1
+    vocabulary = network.head_parameters()[0].shape[0]
+    computed = tape.env.autocast or network.head_parameters()[0].dtype
+    dtype = "fp32" if tape.env.outputs_to_fp32 else computed
+    rows = BATCH * objective.completion
+    with tape.scoped("logits"):
+        recording.batch.append(tape.tensor(rows * steps, vocabulary, "fp32", "scores"))
+        if not ahead:
+            return []
+        recording.batch.append(tape.tensor(rows, vocabulary, dtype, "softmax of the last batch"))
+        layers = sum(stage.stack.count for stage in network.stages)
+        hidden = network.head_parameters()[0].shape[-1]
+        return [
+            tape.tensor(TOKENS, vocabulary, dtype, "outputs of the last batch"),
+            tape.tensor(TOKENS, hidden * (layers + 1), dtype, "outputs of the last batch"),
+        ]
+
+
+def _run_critic(recorder: _Recorder, objective: Objective, accumulated: bool) -> list[Tensor]:
+    """The value of every token, with a graph of its own; its hidden states go before the policy's
+    outputs are there."""
+    critic = objective.critic
+    if critic is None:
+        return []
+    if accumulated:
+        _hold_gradients(critic, recorder.tape)
+    shared = Shared()
+    x: Tensor | None = None
+    states = recorder.states = _States(recorder)
+    with recorder.apart(critic, beside=True):
+        for stage in critic.stages:
+            x = _run_stage(recorder, stage, shared, 0, False)
+        assert x is not None
+        values = critic.head(x)
+    del x
+    recorder.critic_states = states
+    recorder.order.append(recorder.cut("values"))
+    return [values]
 
 
 def _forget(tape: Tape, shared: Shared) -> None:
@@ -536,7 +762,8 @@ def _loss(recorder: _Recorder, x: Tensor, objective: Objective | None) -> Tensor
 def _outputs(recorder: _Recorder, x: Tensor, objective: Objective) -> Tensor:
     """What the model returns where the loss is computed outside it."""
     with recorder.tape.scoped("logits"):
-        outputs = model_outputs(recorder.network, x, objective.completion, states=objective.states)
+        scored = 0 if objective.all_states else objective.completion
+        outputs = model_outputs(recorder.network, x, scored, states=objective.states)
     recorder.order.append(recorder.cut("logits"))
     return outputs
 
@@ -547,7 +774,9 @@ def _task_loss(recorder: _Recorder, held: list[Tensor], objective: Objective) ->
     recorder.order = recording.tail_order
     with tape.scoped("logits"):
         if tape.env.outputs_to_fp32:
-            held.append(ops.to(held.pop(), "fp32"))
+            held[0] = ops.to(held[0], "fp32")
+    if recorder.states is not None:
+        recorder.states.return_them()
 
     def again(network: Network) -> Tensor:
         recorder.order.append(recorder.cut("the policy's part"))
@@ -557,6 +786,8 @@ def _task_loss(recorder: _Recorder, held: list[Tensor], objective: Objective) ->
         loss = objective.loss(recorder.network, held, again)
     if tape.env.keep_outputs:
         recording.outputs += held
+    if recorder.states is not None:  # the names of the loop's body outlive the optimizer's step
+        recording.batch += held
     held.clear()
     recorder.order.append(recorder.cut("the task's loss"))
     return loss
@@ -566,14 +797,17 @@ def _run_again(recorder: _Recorder, network: Network, objective: Objective) -> T
     """Another network's outputs on the same batch; the caller has turned the graph off."""
     shared = Shared()
     x: Tensor | None = None
-    with recorder.tape.scoped("activations"):
-        for stage in network.stages:
-            if x is not None:
-                shared.memory = x
-            x = _run_stage(recorder, stage, shared, 0, False)
-    assert x is not None
-    outputs = model_outputs(network, x, objective.completion, states=objective.states)
-    del x
+    with recorder.apart(network, beside=objective.beside):
+        with recorder.tape.scoped("activations"):
+            recorder.begin_root()
+            for stage in network.stages:
+                if x is not None:
+                    shared.memory = x
+                x = _run_stage(recorder, stage, shared, 0, False)
+        assert x is not None
+        outputs = model_outputs(network, x, objective.completion, states=objective.states)
+        del x
+        outputs = recorder.end_root(outputs)
     if recorder.tape.env.outputs_to_fp32:
         outputs = ops.to(outputs, "fp32")
     recorder.order.append(recorder.cut("the other model's logits"))

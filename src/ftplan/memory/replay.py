@@ -86,6 +86,10 @@ class Program:
         """Learned tokens before each sequence."""
         self.sequences = 1
         """Sequences that go through the model for each of the micro batch."""
+        self.completion = 0
+        """Tokens of each sequence that the loss looks at; 0: all."""
+        self.shifted = False
+        """The loss drops the last position of each sequence before it cuts chunks."""
         count = len(self._sizes)
         segments: dict[tuple[int, int], int] = {}
         self.phases: list[Phase] = []
@@ -108,8 +112,14 @@ class Program:
                     runs.append(Run(segments[key], 1))
             self.phases.append(Phase(name, tuple(runs)))
 
+    def _point(self, micro: int, seq_len: int, chunk: int) -> tuple[int, ...]:
+        """The basis of sizes for a batch: a chunk is no more than the rows that are scored."""
+        sequences, length = micro * self.sequences, seq_len + self.virtual_tokens
+        scored = self.completion or length - self.shifted
+        return basis(sequences, length, min(chunk, sequences * scored))
+
     def _bytes(self, micro: int, seq_len: int, chunk: int) -> list[int]:
-        point = basis(micro * self.sequences, seq_len + self.virtual_tokens, chunk)
+        point = self._point(micro, seq_len, chunk)
         sizes = [rounded(size.at(point)) for size in self._sizes]
         return sizes + [-size for size in sizes]
 
@@ -151,8 +161,7 @@ class Program:
         if self._worst is None:
             runs = [(run.segment, run.times) for phase in self.phases for run in phase.runs]
             self._worst = WorstMoments(self._sizes, self._steps, runs)
-        point = basis(micro * self.sequences, seq_len + self.virtual_tokens, chunk)
-        return self._worst.at(point)
+        return self._worst.at(self._point(micro, seq_len, chunk))
 
     def moment(self, micro: int, seq_len: int, chunk: int = 0) -> Moment:
         """What is alive at the largest moment."""

@@ -16,12 +16,13 @@ from typing import Any
 from ftplan.dtypes import Format
 from ftplan.memory.cache import CacheLayer, cache_bytes, cache_layers
 from ftplan.memory.env import Environment
-from ftplan.memory.estimate import Estimate, StaticTerm, weight_bytes
+from ftplan.memory.estimate import Estimate
 from ftplan.memory.families import build, complete
 from ftplan.memory.prepare import counted_parameters
 from ftplan.memory.quantized import quantize
 from ftplan.memory.record import record_serving
 from ftplan.memory.replay import Program
+from ftplan.memory.statics import StaticTerm, weight_bytes
 from ftplan.memory.tape import ITEM_BYTES
 
 __all__ = ["CacheLayer", "ServingJob", "cache_bytes", "cache_layers", "serve"]

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import active_fake_mode
 
 from ftplan.errors import UnsupportedError
+from ftplan.trace.images import is_vision_language
 from ftplan.trace.job import Job
 from ftplan.trace.quantized import prepare_kbit, quantize
 
@@ -29,6 +31,7 @@ __all__ = [
     "family_of",
     "materialize",
     "model_config",
+    "peft_config",
     "train_in_fp32",
 ]
 
@@ -60,6 +63,8 @@ def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
 def family_of(config: Any) -> str:
     """``causal``, ``masked`` or ``seq2seq``: which head the model is finetuned with."""
     named = " ".join(getattr(config, "architectures", None) or ())
+    if is_vision_language(config):
+        return "vision"
     if "ForMaskedLM" in named:
         return "masked"
     if getattr(config, "is_encoder_decoder", False):
@@ -83,6 +88,7 @@ def auto_class(family: str, task: str) -> Any:
         "causal": transformers.AutoModelForCausalLM,
         "masked": transformers.AutoModelForMaskedLM,
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
+        "vision": transformers.AutoModelForImageTextToText,
     }[family]
 
 
@@ -194,8 +200,20 @@ def adapt(model: Any, job: Job, *, quantized_already: bool = False) -> Any:
         return model
     import peft
 
+    configuration = peft_config(model, job)
+    adapted = peft.get_peft_model(
+        model, configuration, autocast_adapter_dtype=job.adapter_dtype == "fp32"
+    )
+    adapted.train()
+    return adapted
+
+
+def peft_config(model: Any, job: Job) -> Any:
+    """PEFT's configuration of the adapter that the plan's method asks for."""
+    import peft
+
     family = family_of(model.config)
-    task = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(family)
+    task = {"causal": "CAUSAL_LM", "vision": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(family)
     if job.task in ("classify", "rm"):
         task = "SEQ_CLS"
     common: dict[str, Any] = {"task_type": task}
@@ -240,11 +258,7 @@ def adapt(model: Any, job: Job, *, quantized_already: bool = False) -> Any:
         raise UnsupportedError(
             f"tracing the method {job.method!r}", remedy="trace it with peft's own adapters"
         )
-    adapted = peft.get_peft_model(
-        model, configuration, autocast_adapter_dtype=job.adapter_dtype == "fp32"
-    )
-    adapted.train()
-    return adapted
+    return configuration
 
 
 def apply_to_tensors(self: Any, fn: Any, recurse: bool = True) -> Any:
@@ -258,10 +272,14 @@ def apply_to_tensors(self: Any, fn: Any, recurse: bool = True) -> Any:
     for name, old in self._parameters.items():
         if old is None:
             continue
+        if "_cast" in vars(old):  # a tied weight is cast once
+            self._parameters[name] = old._cast
+            continue
         with torch.no_grad():
             new = fn(old)
         if new is not old and new.dtype != old.dtype:
-            self._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+            old._cast = nn.Parameter(new, requires_grad=old.requires_grad)
+            self._parameters[name] = old._cast
     for name, old in self._buffers.items():
         if old is not None:
             self._buffers[name] = fn(old)
@@ -287,6 +305,8 @@ def materialize(model: Any) -> None:
 
     def empty(old: Any) -> Any:
         new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device="cpu")
+        if active_fake_mode() is None:
+            new.zero_()  # positions are looked up with what is in a buffer
         if isinstance(old, nn.Parameter):
             parameter = nn.Parameter(new, requires_grad=old.requires_grad)
             parameter.__dict__.update(old.__dict__)

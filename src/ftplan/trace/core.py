@@ -35,6 +35,7 @@ import torch
 
 from ftplan.spec import Plan
 from ftplan.trace import build, cuda
+from ftplan.trace.images import image_batch
 from ftplan.trace.job import Job, resolve
 from ftplan.trace.ledger import Entry, Ledger
 from ftplan.trace.losses import loss_of
@@ -166,12 +167,18 @@ def trace_job(
         model_config = build.model_config(config, layers)
         model = build.build_model(job, model_config)
         reference = _reference(job, config, layers)
-        with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        # images ask for values: such a job runs on real tensors
+        mode = (
+            contextlib.nullcontext() if job.images else FakeTensorMode(allow_non_fake_inputs=True)
+        )
+        with mode, ledger:
             build.materialize(model)
             if reference is not None:
                 build.materialize(reference)
             total = _count(model)
             with cuda.as_on_cuda(ledger, job.capability), emulated(job, ledger):
+                if job.images:
+                    ledger.scalar_answer = None  # these tensors know
                 with (
                     cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors),
                     cuda.patched(torch.Tensor, "__deepcopy__", build.copy_tensor),
@@ -181,6 +188,8 @@ def trace_job(
                 build.checkpoint(job, model)
                 trainable = _count(model, trained=True)
                 model = shard(model, job, mesh)
+                if reference is not None and job.sharding == "fsdp":
+                    reference = shard(reference, job, mesh)
                 gc.collect()
                 if job.sharding.startswith("zero"):
                     from ftplan.trace.zero import run_steps
@@ -291,6 +300,8 @@ def _one_step(
     step: int,
 ) -> int:
     forward_end = 0
+    ahead = 1 if job.stack == "pytorch" else job.accumulation
+    fetched = [_fetched(job, model, ledger) for _ in range(ahead)]
     # with accumulation the second micro batch meets the gradients of the first; more add nothing
     batches = min(job.accumulation, 2)
     for number in range(batches):
@@ -299,12 +310,11 @@ def _one_step(
         say(f"step {step}: forward")
         gc.collect()
         ledger.enter("forward", step)
-        batch: Any = batch_of(job)
-        ledger.mark([t for t in batch.values() if t is not None], "inputs")
+        batch = fetched[number] if number < ahead else _fetched(job, model, ledger)
         outputs = forward(**batch)
         loss = outputs["loss"]
         if job.stack != "pytorch":
-            outputs = batch = None
+            outputs = None
         if job.accumulation > 1:
             loss = loss / job.accumulation
         forward_end = ledger.clock - 1
@@ -312,7 +322,7 @@ def _one_step(
         ledger.enter("backward", step)
         _backward(loss)
         loss = loss.detach()
-        outputs = batch = None
+        outputs = None
     say(f"step {step}: optimizer")
     gc.collect()
     ledger.enter("step", step)
@@ -331,6 +341,15 @@ def _sync(job: Job, model: Any, *, last: bool) -> None:
         return
     for unit in type(model).fsdp_modules(model):  # FSDP1's no_sync
         unit._sync_gradients = last
+
+
+def _fetched(job: Job, model: Any, ledger: Ledger) -> dict[str, Any]:
+    """A micro batch on the device, where the loop holds it until the step has ended."""
+    batch = batch_of(job)
+    if job.images:
+        batch |= image_batch(model.config, batch["input_ids"], job.images, job.image_size)
+    ledger.mark([t for t in batch.values() if t is not None], "inputs")
+    return batch
 
 
 def _backward(loss: Any) -> None:
@@ -428,7 +447,8 @@ def _result(
         phases[phase] = max(phases.get(phase, 0), live)
         if live > peak:
             peak, peak_clock, where = live, clock, phase
-    phases = {name: phases[name] for name in ("forward", "backward", "step") if name in phases}
+    named = ("rollout", "scoring", "forward", "backward", "step", "evaluation")
+    phases = {name: phases[name] for name in named if name in phases}
     return TraceResult(
         allocated_bytes=peak,
         peak_phase=where,

@@ -53,6 +53,8 @@ class Job:
     micro: int
     seq_len: int
     accumulation: int
+    images: int
+    image_size: tuple[int, int]
     padding: str
     optimizer: str
     implementation: str
@@ -134,8 +136,6 @@ def _refuse(plan: Plan) -> None:
         raise UnsupportedError(
             "tracing an optimizer that steps in backward or stores its states in another dtype"
         )
-    if plan.batch.images:
-        raise UnsupportedError("tracing images", remedy="trace the text alone")
 
 
 _IMPLEMENTATIONS = {
@@ -145,6 +145,10 @@ _IMPLEMENTATIONS = {
     "adam": ("adamw", "fused"),
     "sgd_momentum": ("sgd", "foreach"),
 }
+
+
+def _sides(size: tuple[int, ...] | None) -> tuple[int, int]:
+    return (size[0], size[1]) if size else (448, 448)
 
 
 def resolve(plan: Plan) -> Job:
@@ -197,6 +201,8 @@ def resolve(plan: Plan) -> Job:
         micro=batch.micro or 1,
         seq_len=batch.seq_len or 2048,
         accumulation=batch.accumulation or 1,
+        images=batch.images or 0,
+        image_size=_sides(batch.image_size),
         padding=batch.padding or "none",
         optimizer=name,
         implementation=implementation,

@@ -91,7 +91,7 @@ class LoraLinear(Adapted):
         if self.dora:
             result = self._forward_dora(cast, result)
         else:
-            result = ops.add(result, self._delta(ops.dropout(cast, self.dropout)))
+            result = ops.add(result, self._delta(cast))
         return ops.to(result, dtype)
 
     def _forward_bitsandbytes(self, x: Tensor, *, copied: bool) -> Tensor:
@@ -106,7 +106,7 @@ class LoraLinear(Adapted):
         if self.dora:
             result = self._forward_dora(x, result)
             return ops.to(result, dtype) if converts else result
-        output = self._delta(ops.dropout(x, self.dropout))
+        output = self._delta(x)
         if converts:
             output = ops.to(output, dtype)
         return ops.add(result, output)
@@ -122,7 +122,9 @@ class LoraLinear(Adapted):
         return out
 
     def _delta(self, x: Tensor) -> Tensor:
-        return ops.scale(self._thin(x))
+        # what dropout returns has no name: it goes when the first matrix has seen it
+        low = self.lora_A.default.forward(ops.dropout(x, self.dropout))
+        return ops.scale(self.lora_B.default.forward(low))
 
     def _forward_dora(self, x: Tensor, result: Tensor) -> Tensor:
         """The norm of the whole updated weight is computed anew, outside the graph, each time."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 from ftplan.errors import UnsupportedError
 from ftplan.memory.experts import Experts
 from ftplan.memory.families.decoder import Config, filled
-from ftplan.memory.families.vision import Conv, plant, weight
+from ftplan.memory.families.patches import Conv, plant, weight
 from ftplan.memory.nn import (
     Embedding,
     LayerNorm,
