@@ -46,6 +46,10 @@ class Environment:
     """Accelerate's mixed precision casts what the model returns to fp32."""
     seq_len: int | None = None
     """Sequence length in tokens, only for decisions (is it longer than the window), not sizes."""
+    returns_cache: bool = False
+    """Models whose code returns keys and values as tensors do so: nothing is checkpointed."""
+    single: bool = False
+    """One sequence in a batch: slices of it lie in one piece, and are not copied."""
     reentrant: bool = False
     """Which implementation of checkpointing recomputes a block."""
     training: bool = True

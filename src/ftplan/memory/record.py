@@ -106,6 +106,8 @@ class _Recorder:
         """Which of the recording's orders is being recorded."""
         self.regions: list[_Region] = []
         self.casts: list[dict[int, Tensor]] = []
+        self.returned: list[list[Tensor]] = []
+        """Per forward segment: what the model returns beside its logits."""
         self.start = 0
         self.fsdp: Fsdp | None = None
         self.units: list[Unit] = []
@@ -157,6 +159,8 @@ class _Recorder:
         self.regions.append(_Region(name, self.tape.sequence, index))
         self.casts.append(self.tape.weight_cache)
         self.tape.weight_cache = {}
+        self.returned.append(self.tape.returned)
+        self.tape.returned = []
         return index
 
     def end_step(self, shared: Shared) -> None:
@@ -167,11 +171,15 @@ class _Recorder:
         self.recording.after = Segment("outputs dropped", start, len(self.tape.events))
 
     def end_autocast(self) -> None:
-        """Autocast drops its casts of weights, those of each block when the model is deep."""
+        """Autocast drops its casts of weights, those of each block when the model is deep.
+
+        The caller drops what else the model returned, just after that.
+        """
         recording, tape = self.recording, self.tape
-        for cached in self.casts:
+        for cached, returned in zip(self.casts, self.returned, strict=True):
             start = len(tape.events)
             cached.clear()
+            returned.clear()
             recording.autocast_exit.append(Segment("autocast ends", start, len(tape.events)))
         self.start = len(tape.events)
 
@@ -473,7 +481,13 @@ def _loss(recorder: _Recorder, x: Tensor, objective: Objective | None) -> Tensor
         else:
             loss, logits = compute_loss(recorder.network, x)
         if logits is not None and tape.env.outputs_to_fp32:
-            logits = ops.to(logits, "fp32")
+            given, logits = logits, ops.to(logits, "fp32")
+            others = [  # every layer's, while what the model returned is still held
+                tape.tensor(x.rows, x.width, "fp32", "returned cache in fp32")
+                for index in recorder.order
+                for x in recorder.returned[index]
+            ]
+            del others, given
     if logits is not None and tape.env.keep_outputs:
         recorder.recording.outputs.append(logits)
     del logits

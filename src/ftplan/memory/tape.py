@@ -118,6 +118,8 @@ class Tape:
     """The part of the block that is running; empty: events are named by operation."""
     weight_cache: dict[int, Tensor] = field(default_factory=dict)
     """Autocast's casts of weights, by the weight: alive until autocast ends."""
+    returned: list[Tensor] = field(default_factory=list)
+    """What the model returns beside its logits: keys and values of the block that runs."""
     sequence: int = 0
     prefix: Joins | None = None
     """Learned keys and values before those of every layer (prefix tuning)."""
