@@ -53,6 +53,7 @@ def job_of(resolved: Resolved) -> Job:
         loss_shifts=stack.loss_shifts,
         loss_upcasts=stack.loss_upcasts
         and resolved.config.get("model_type") not in stack.uncast_losses,
+        logits_cast=stack.logits_cast,
         loss_keeps_chunks=stack.loss_keeps_chunks,
         loss_columns=stack.loss_columns or 0,
         offload_checkpoints=_offloads(checkpointing.kind, sharding),

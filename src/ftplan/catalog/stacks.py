@@ -84,6 +84,8 @@ class Stack:
     """Whether the loss casts logits to fp32."""
     loss_shifts: Literal["labels", "logits"] = "labels"
     """What the loss moves by one token; moving the logits copies them."""
+    logits_cast: Literal["loss", "model"] = "loss"
+    """Who casts logits to fp32: a model that does so has let go of the first copy."""
     uncast_losses: tuple[str, ...] = ()
     """Model types whose own loss does not cast logits to fp32."""
     outputs_to_fp32: bool

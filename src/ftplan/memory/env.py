@@ -30,6 +30,8 @@ class Environment:
     """What the loss moves by one token; moving the logits copies them."""
     loss_upcasts: bool = True
     """The loss casts logits to fp32 where the model class does."""
+    logits_cast: Literal["loss", "model"] = "loss"
+    """Who casts them: a model that does so has let go of the first copy."""
     loss_keeps_chunks: bool = False
     """A chunked loss recomputes nothing: autograd keeps every chunk."""
     loss_columns: int = 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 from ftplan.dtypes import find_format
 from ftplan.errors import UnsupportedError
@@ -33,6 +34,13 @@ class StaticTerm:
     bytes: int
     formula: str
     source: str
+    tensors: tuple[tuple[int, int], ...] = ()
+    """Bytes of a tensor and how many there are like it; empty: one tensor."""
+
+    def sizes(self) -> Iterator[int]:
+        """Bytes of each tensor, in order."""
+        for size, times in self.tensors or ((self.bytes, 1),):
+            yield from repeat(size, times)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +76,15 @@ def weight_bytes(parameter: Parameter) -> int:
 
 
 def _weights(counted: Counted, name: str, source: str) -> StaticTerm:
-    total = sum(weight_bytes(parameter) * times for parameter, times, _ in counted)
+    tensors = tuple((weight_bytes(parameter), times) for parameter, times, _ in counted)
+    total = sum(size * times for size, times in tensors)
     by_dtype: dict[str, int] = {}
     for parameter, times, _ in counted:
         by_dtype[parameter.dtype] = by_dtype.get(parameter.dtype, 0) + parameter.numel * times
     parts = [f"{count:,} x {dtype}" for dtype, count in by_dtype.items()]
-    return StaticTerm(name=name, bytes=total, formula=" + ".join(parts), source=source)
+    return StaticTerm(
+        name=name, bytes=total, formula=" + ".join(parts), source=source, tensors=tensors
+    )
 
 
 def main_weights(updated: Counted) -> StaticTerm:
@@ -137,6 +148,7 @@ def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]
             bytes=state_bytes(job.optimizer, updated),
             formula=f"{job.optimizer.name}: {states} for {trained:,} parameters{parts}",
             source=job.optimizer.source,
+            tensors=_state_tensors(job, updated),
         )
     )
     if job.sharding.kind == "ddp" and job.sharding.world > 1:
@@ -148,6 +160,15 @@ def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]
             )
         )
     return [term for term in terms if term.bytes and not _waits_elsewhere(term, job.sharding)]
+
+
+def _state_tensors(job: Job, updated: Counted) -> tuple[tuple[int, int], ...]:
+    """The states of each weight, as so many tensors of one size."""
+    count = max(1, len(job.optimizer.states))
+    return tuple(
+        (rounded(state_bytes(job.optimizer, [(parameter, 1, matrix)]) // count), count * times)
+        for parameter, times, matrix in updated
+    )
 
 
 def _waits_elsewhere(term: StaticTerm, sharding: ShardingSpec) -> bool:
@@ -208,6 +229,7 @@ class Structure:
         self.static_bytes = sum(term.bytes for term in static)
         in_backward = job.optimizer.in_backward
         self.step_bytes = 0 if in_backward else step_bytes(job.optimizer, learned)
+        self.learned = learned
         self.network = network
         self.counted = counted
         self.program = program_of(job, network, objective)

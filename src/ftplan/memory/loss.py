@@ -38,6 +38,8 @@ def compute_loss(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if kind == "fused":
         return _fused(network, x), None
     logits = network.head(x)
+    if env.logits_cast == "model" and env.loss_upcasts and network.loss_in_fp32:
+        logits = ops.to(logits, "fp32")
     return _full(network, logits), logits
 
 
