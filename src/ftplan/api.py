@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftplan import __version__
-from ftplan.assembling import job_of, serving_job_of
+from ftplan.assembling import job_of, lengths_of, serving_job_of
 from ftplan.errors import FtplanError, UnsupportedError
 from ftplan.memory import textbook
 from ftplan.memory.counters import counters, unexplained, workspace_bytes
@@ -75,10 +75,18 @@ def _training(resolved: Resolved) -> Report:
     """The walk, and what lies beside the GPU: host memory, disk, the wire."""
     from ftplan.memory.estimate import Structure
     from ftplan.memory.host import disk_bytes, host_interval, wire_of
+    from ftplan.memory.reserved import reserved
 
     job = job_of(resolved)
     structure = Structure(job)
-    report = _report(resolved, structure.at(job.micro, job.seq_len, job.loss_chunk))
+    gpu = gpu_of(resolved)
+    held = reserved(
+        structure, job.micro, job.seq_len, job.loss_chunk,
+        workspace=workspace_bytes(capability_of(resolved)) if gpu else 0,
+        capacity=gpu.usable_bytes if gpu else None,
+        lengths=lengths_of(resolved),
+    )  # fmt: skip
+    report = _report(resolved, structure.at(job.micro, job.seq_len, job.loss_chunk), held)
     plan, counted = resolved.plan, structure.counted
     host = host_interval(job, counted, gpus_per_node=plan.hardware.count or 1)
     written = disk_bytes(job, counted)
@@ -229,13 +237,14 @@ def _summary(resolved: Resolved, result: Estimate) -> ModelSummary:
     return ModelSummary(name=resolved.name, total_params=total, trainable_params=trainable)
 
 
-def _report(resolved: Resolved, result: Estimate) -> Report:
+def _report(resolved: Resolved, result: Estimate, held: Interval | None = None) -> Report:
     from ftplan.memory.terms import all_terms
 
     capability = capability_of(resolved)
     named = resolved.gpu is not None
     workspace = workspace_bytes(capability) if named else 0
     traced = is_traced(resolved)
+    gpu = gpu_of(resolved)
     shown = counters(
         result.peak_bytes,
         result.static_bytes,
@@ -244,11 +253,12 @@ def _report(resolved: Resolved, result: Estimate) -> Report:
         gpus=(resolved.plan.hardware.count or 1) * (resolved.plan.hardware.nodes or 1),
         traced=traced,
         cache_bytes=None if resolved.plan.method else _cache_bytes(result),
+        held=held,
+        usable_bytes=gpu.usable_bytes if gpu is not None else 0,
     )
     terms = all_terms(result, workspace)
     if not traced:
         terms.append(unexplained(shown.allocated, stack=resolved.stack.title))
-    gpu = gpu_of(resolved)
     return Report(
         verdict=_verdict(shown.device, gpu),
         model=_summary(resolved, result),

@@ -18,6 +18,7 @@ from ftplan.errors import InputError, UnsupportedError
 from ftplan.memory.env import Environment
 from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
 from ftplan.memory.optimizer import OptimizerSpec, State
+from ftplan.memory.lengths import Lengths
 from ftplan.memory.parallel import local_config, local_seq_len
 from ftplan.memory.serving import ServingJob
 from ftplan.memory.tape import ITEM_BYTES
@@ -25,7 +26,7 @@ from ftplan.memory.tasks import HEADS
 from ftplan.resolve import IMAGE_TOKENS, Resolved, native_dtype
 from ftplan.spec import Checkpointing, Method, OptimizerChoice, Plan
 
-__all__ = ["job_of", "serving_job_of"]
+__all__ = ["job_of", "lengths_of", "serving_job_of"]
 
 
 def job_of(resolved: Resolved) -> Job:
@@ -102,6 +103,19 @@ def job_of(resolved: Resolved) -> Job:
         teacher=_teacher(plan),
         generates=plan.rollout is not None and plan.rollout.sampler == "trainer",
         sampler_bytes=_sampler_bytes(plan, gpu),
+    )
+
+
+def lengths_of(resolved: Resolved) -> Lengths | None:
+    """Lengths of samples, where batches differ in them."""
+    given = resolved.plan.batch.lengths
+    if given is None or given.kind == "fixed":
+        return None
+    return Lengths(
+        mean=given.mean,
+        deviation=given.deviation or 0.0,
+        shortest=given.shortest or 1,
+        cut=given.longer == "cut",
     )
 
 

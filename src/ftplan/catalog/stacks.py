@@ -114,6 +114,8 @@ class Stack:
     """Whether a padding mask reaches attention in a batch of samples of full length."""
     pad_rule: str
     """To what length a batch is padded."""
+    lengths: Literal["fixed", "varied"] = "fixed"
+    """Whether batches differ in length when nothing is said."""
     loss_columns: int | None = None
     """`chunked`: columns of the vocabulary that are met at a time; None: all."""
     notes: tuple[str, ...]

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from ftplan.memory.allocator import Allocator, Block, OutOfSegmentsError, play
 from ftplan.memory.estimate import Structure
+from ftplan.memory.lengths import Lengths
 from ftplan.memory.replay import Program, rounded
+from ftplan.report import Interval
 
-__all__ = ["Lengths", "Reserved", "reserved"]
+__all__ = ["reserved"]
 
 GOLDEN = 0.6180339887498949
 FEW, MANY = (math.e, 5), (2.0, 10)
@@ -31,44 +32,6 @@ PRIMED = 3
 """Batches before the optimizer's first step, where lengths vary."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lengths:
-    """Lengths of samples, in tokens: any up to the longest, or a log-normal spread of them."""
-
-    mean: float | None = None
-    """None: every length up to the longest is as likely."""
-    deviation: float = 0.0
-    shortest: int = 1
-    cut: bool = False
-    """Longer samples are cut to the longest length; else they are left out."""
-
-    def at(self, share: float, longest: int, micro: int) -> int:
-        """The longest of ``micro`` samples, at ``share`` of the way through their order."""
-        share = share ** (1 / micro)
-        if self.mean is None:
-            return max(self.shortest, min(longest, round(share * longest)))
-        from statistics import NormalDist  # only where lengths are told
-
-        spread = math.log(1 + (self.deviation / self.mean) ** 2) or 1e-9
-        logs = NormalDist(math.log(self.mean) - spread / 2, math.sqrt(spread))
-        low = logs.cdf(math.log(max(1, self.shortest)))
-        high = 1.0 if self.cut else logs.cdf(math.log(longest))
-        place = min(max(low + (high - low) * share, 1e-9), 1 - 1e-9)
-        return max(self.shortest, min(longest, round(math.exp(logs.inv_cdf(place)))))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reserved:
-    """The most that is reserved, in bytes."""
-
-    fixed: int
-    """Every batch has the same length."""
-    varied: int | None = None
-    """Batches differ in length, a hundred or two of them; None: they do not."""
-    varied_high: int | None = None
-    """The same over about a thousand."""
-
-
 def reserved(
     structure: Structure,
     micro: int,
@@ -78,10 +41,12 @@ def reserved(
     workspace: int = 0,
     capacity: int | None = None,
     lengths: Lengths | None = None,
-) -> Reserved:
-    """What a job reserves on a card of ``capacity`` bytes (None: without end).
+) -> Interval:
+    """The most that a job reserves on a card of ``capacity`` bytes (None: without end).
 
-    ``workspace``: cuBLAS's, in bytes. ``lengths``: of samples up to ``seq_len``.
+    Low: every batch has the same length. Expected and high: the same, but where ``lengths`` of
+    samples up to ``seq_len`` differ: a run of some hundred batches, and of a thousand.
+    ``workspace``: cuBLAS's, in bytes.
     """
 
     def most(shares: Sequence[float]) -> int:
@@ -93,9 +58,9 @@ def reserved(
 
     fixed = most([1.0, 1.0])
     if lengths is None:
-        return Reserved(fixed=fixed)
-    few, many = (most(_records(*pace)) for pace in (FEW, MANY))
-    return Reserved(fixed=fixed, varied=max(fixed, few), varied_high=max(fixed, few, many))
+        return Interval(low=fixed, expected=fixed, high=fixed)
+    few, many = (max(fixed, most(_records(*pace))) for pace in (FEW, MANY))
+    return Interval(low=fixed, expected=few, high=max(few, many))
 
 
 def _records(base: float, count: int) -> list[float]:
