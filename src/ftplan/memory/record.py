@@ -226,8 +226,9 @@ def record_step(
         x = _run_stage(recorder, stage, shared, checkpoint_every, input_grads and number == 0)
     assert x is not None
     if objective is None or objective.inside:
-        root = _loss(recorder, x, objective)
+        states = [x]
         del x
+        root = _loss(recorder, states, objective)
         root = recorder.end_root(root)
         recorder.order.append(recorder.cut("the model returns"))
         recorder.end_autocast()
@@ -288,8 +289,9 @@ def record_evaluation(network: Network, env: Environment) -> Recording:
                 shared.memory = x
             x = _run_stage(recorder, stage, shared, 0, False)
         assert x is not None
-        loss_value = _loss(recorder, x, None)
+        states = [x]
         del x
+        loss_value = _loss(recorder, states, None)
         recorder.order.append(recorder.cut("the model returns"))
     recorder.end_autocast()
     recorder.recording.saved = _alive(tape)
@@ -471,21 +473,26 @@ def _trains(block: Module) -> bool:
     return any(parameter.trainable for _, parameter in block.named_parameters())
 
 
-def _loss(recorder: _Recorder, x: Tensor, objective: Objective | None) -> Tensor:
-    """Logits and loss, as the model class computes them inside its forward."""
+def _loss(recorder: _Recorder, states: list[Tensor], objective: Objective | None) -> Tensor:
+    """Logits and loss, as the model class computes them inside its forward.
+
+    ``states`` holds the last hidden states, which go when that forward returns.
+    """
     tape = recorder.tape
     logits: Tensor | None
     with tape.scoped("logits"):
+        x = states.pop()
         if objective is not None and objective.kind == "labels":
             loss, logits = classify_loss(recorder.network, x)
         else:
             loss, logits = compute_loss(recorder.network, x)
+        del x
         if logits is not None and tape.env.outputs_to_fp32:
             given, logits = logits, ops.to(logits, "fp32")
             others = [  # every layer's, while what the model returned is still held
-                tape.tensor(x.rows, x.width, "fp32", "returned cache in fp32")
+                tape.tensor(cached.rows, cached.width, "fp32", "returned cache in fp32")
                 for index in recorder.order
-                for x in recorder.returned[index]
+                for cached in recorder.returned[index]
             ]
             del others, given
     if logits is not None and tape.env.keep_outputs:

@@ -14,7 +14,7 @@ from ftplan.memory.attention import Heads, attend
 from ftplan.memory.families.decoder import Block, Config, Decoder, filled
 from ftplan.memory.families.llama import rotate
 from ftplan.memory.nn import Linear, Module, Network, Shared, activation
-from ftplan.memory.tape import ONE, SCORES, SEQ, SQUARE, Grads, Tape, Tensor
+from ftplan.memory.tape import SCORES, SEQ, SQUARE, Grads, Tape, Tensor
 
 LOGARITHMS = 32767
 """Numbers that each layer keeps to scale queries beyond the trained length."""
