@@ -65,6 +65,8 @@ def job_of(resolved: Resolved) -> Job:
         seq_len=local_seq_len(batch.seq_len, sharding),
         single=batch.micro == 1,
         returns_cache=checkpointing.kind == "none",
+        holds_4bit_inputs=stack.holds_4bit_inputs,
+        unpacks_gptq=stack.unpacks_gptq,
         reentrant=bool(checkpointing.reentrant),
     )
     native = native_dtype(resolved.config) or "bf16"

@@ -114,6 +114,10 @@ class Stack:
     """Whether a padding mask reaches attention in a batch of samples of full length."""
     pad_rule: str
     """To what length a batch is padded."""
+    holds_4bit_inputs: bool = False
+    """Whether bitsandbytes' 4-bit product holds its input, out of a checkpoint's sight (< 0.44)."""
+    unpacks_gptq: bool = False
+    """Whether GPTQ weights are unpacked by elementwise steps and kept for backward (auto_gptq)."""
     lengths: Literal["fixed", "varied"] = "fixed"
     """Whether batches differ in length when nothing is said."""
     loss_columns: int | None = None

@@ -124,8 +124,9 @@ class Allocator:
                 raise OutOfSegmentsError
         self._large += whole
         self.peak_bytes = max(self.peak_bytes, self.reserved_bytes)
+        block = Block(whole, self._next)
         self._next += whole
-        return Block(whole, self._next)
+        return block
 
     def _split(self, block: Block, rest: int) -> None:
         part = Block(rest, block.address + block.size)

@@ -48,6 +48,10 @@ class Environment:
     """Accelerate's mixed precision casts what the model returns to fp32."""
     seq_len: int | None = None
     """Sequence length in tokens, only for decisions (is it longer than the window), not sizes."""
+    holds_4bit_inputs: bool = False
+    """bitsandbytes' 4-bit product holds its input by itself (before 0.44)."""
+    unpacks_gptq: bool = False
+    """GPTQ weights are unpacked by elementwise steps, and autograd keeps what comes out."""
     returns_cache: bool = False
     """Models whose code returns keys and values as tensors do so: nothing is checkpointed."""
     single: bool = False

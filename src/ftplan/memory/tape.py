@@ -43,8 +43,8 @@ __all__ = [
 
 BLOCK_BYTES = 512
 ITEM_BYTES = {
-    "fp64": 8, "int64": 8, "fp32": 4, "int32": 4, "bf16": 2, "fp16": 2, "int8": 1,
-    "bool": 1, "fp8": 1,
+    "fp64": 8, "int64": 8, "fp32": 4, "int32": 4, "bf16": 2, "fp16": 2, "int16": 2,
+    "int8": 1, "bool": 1, "fp8": 1,
 }  # fmt: skip
 
 
