@@ -253,6 +253,7 @@ def _report(resolved: Resolved, result: Estimate, held: Interval | None = None) 
         gpus=(resolved.plan.hardware.count or 1) * (resolved.plan.hardware.nodes or 1),
         traced=traced,
         cache_bytes=None if resolved.plan.method else _cache_bytes(result),
+        prompt_told=resolved.plan.batch.prompt_len is not None,
         held=held,
         usable_bytes=gpu.usable_bytes if gpu is not None else 0,
     )

@@ -185,6 +185,7 @@ def serving_job_of(resolved: Resolved) -> ServingJob:
         weights=storage,
         base_dtype=base,
         compute_dtype=base,
+        prompt=plan.batch.prompt_len or 0,
         cache_format=find_format(plan.precision.kv_cache or base),
         environment=Environment(
             attention=plan.attention or "sdpa",

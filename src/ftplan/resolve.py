@@ -346,6 +346,8 @@ def idle_keys(plan: Plan) -> list[str]:
         idle.append("method.dropout")
     if plan.precision.kv_cache is not None:
         idle.append("precision.kv_cache")
+    if plan.batch.prompt_len is not None:
+        idle.append("batch.prompt_len")
     loss = plan.loss
     if loss is not None and loss.kind == "full" and loss.chunk is not None:
         idle.append("loss.chunk")

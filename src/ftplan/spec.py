@@ -143,6 +143,8 @@ class Batch:
     """Sequences per GPU per forward pass. Serving: concurrent sequences."""
     seq_len: int | None = None
     """Tokens per sequence. Serving: the context held in the cache."""
+    prompt_len: int | None = None
+    """Serving: tokens of a prompt, the rest of `seq_len` is generated; left out: all of them."""
     accumulation: int | None = None
     """Micro batches per optimizer step."""
     padding: Literal["none", "right"] | None = None

@@ -34,6 +34,9 @@ WALK = (0.03, 0.05)
 workspaces and the lifetimes of buffers inside them come to."""
 UNTRACED = (0.12, 0.20)
 """The same for stacks with modules of their own, that were never traced."""
+SERVED = (0.01, 0.03)
+"""Share of all that a generation loop and kernels of quantised weights take less, or more: buffers
+of their own."""
 WASTE = (0.01, 0.12, 0.22)
 """Low, expected, high: gaps in the allocator's segments as a share of the transient bytes, where
 all that can be given back has been. The smallest card on which the played allocator gets through
@@ -80,6 +83,7 @@ def counters(
     gpus: int,
     traced: bool = True,
     cache_bytes: int | None = None,
+    prompt_told: bool = False,
     held: Interval | None = None,
     usable_bytes: int = 0,
 ) -> Counters:
@@ -88,20 +92,21 @@ def counters(
     ``static_bytes`` of them never come and go. ``capability``: of the card, None for one that is
     not NVIDIA's; ``named``: the plan names a card, so its workspaces are counted. ``traced``: the
     stack's modules are those that the walk was held against. ``cache_bytes``: of the
-    key-value cache when a model is served. Prompts may be shorter than the context, so that less
-    is transient; and a cache that grows by concatenation, token by token, leaves blocks that are
+    key-value cache when a model is served. Prompts may be shorter than the context (unless
+    ``prompt_told``), so that less is transient; and a cache that grows by concatenation, token by token, leaves blocks that are
     too small for the next one, so that as much again may lie idle. ``held``: what the played
     allocator reserves, on a card of ``usable_bytes`` (0: none is named).
     """
     transient = peak_bytes - static_bytes
     expected = peak_bytes + (workspace_bytes(capability) if named else 0)
     less, more = WALK if traced else UNTRACED
-    if cache_bytes is not None:
+    if cache_bytes is not None and not prompt_told:
         less = 1.0
+    under, over = (round(peak_bytes * share) if prompt_told else 0 for share in SERVED)
     allocated = Interval(
-        low=max(0, expected - round(transient * less)),
+        low=max(0, expected - round(transient * less) - under),
         expected=expected,
-        high=expected + round(transient * more) + 2 * SMALL_SEGMENT,
+        high=expected + round(transient * more) + 2 * SMALL_SEGMENT + over,
     )
     low, middle, high = WASTE
     segments = SMALL_SEGMENT + LARGE_SEGMENT

@@ -257,11 +257,13 @@ def record_serving(network: Network, env: Environment) -> Recording:
         order.append(recorder.cut("inputs"))
         shared = Shared()
         x: Tensor | None = None
+        held: list[Tensor] = []
         for stage in network.stages:
             if x is not None:
                 shared.memory = x
-            x = _run_stage(recorder, stage, shared, 0, False)
+            x = _run_stage(recorder, stage, shared, 0, False, held)
         assert x is not None
+        held.clear()
         with tape.scoped("logits"):
             logits = network.head(x.alias(rows=BATCH))
             del logits, x
@@ -366,10 +368,19 @@ def _alive(tape: Tape) -> set[int]:
 
 
 def _run_stage(
-    recorder: _Recorder, stage: Stage, shared: Shared, checkpoint_every: int, input_grads: bool
+    recorder: _Recorder,
+    stage: Stage,
+    shared: Shared,
+    checkpoint_every: int,
+    input_grads: bool,
+    held: list[Tensor] | None = None,
 ) -> Tensor:
+    """Blocks with what stands around them. ``held`` receives what the model's forward names until
+    it returns: the embeddings, which no block needs after the first (it gets them twice)."""
     order = recorder.order
     x = stage.enter(recorder.tape, shared)
+    if held is not None:
+        held.append(recorder.tape.tensor(x.rows, x.width, x.dtype, "embeddings"))
     if input_grads and not x.requires_grad:
         _ask_for_gradient(x)
     for held in recorder.tape.collecting:
