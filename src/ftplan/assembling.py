@@ -26,6 +26,9 @@ from ftplan.memory.tasks import HEADS
 from ftplan.resolve import IMAGE_TOKENS, Resolved, native_dtype
 from ftplan.spec import Checkpointing, Method, OptimizerChoice, Plan
 
+VOCABULARY_BLOCK = 128
+"""Megatron's make_vocab_size_divisible_by: each rank's share is a multiple of it."""
+
 __all__ = ["job_of", "lengths_of", "serving_job_of"]
 
 
@@ -71,7 +74,7 @@ def job_of(resolved: Resolved) -> Job:
     )
     native = native_dtype(resolved.config) or "bf16"
     return Job(
-        config=local_config(resolved.config, sharding),
+        config=_local_config(resolved.config, sharding, stack),
         task=plan.task or "sft",
         method="full"
         if method.kind == "full"
@@ -106,6 +109,20 @@ def job_of(resolved: Resolved) -> Job:
         generates=plan.rollout is not None and plan.rollout.sampler == "trainer",
         sampler_bytes=_sampler_bytes(plan, gpu),
     )
+
+
+def _local_config(
+    config: Mapping[str, Any], sharding: ShardingSpec, stack: Stack
+) -> Mapping[str, Any]:
+    """One rank's part of the model; the vocabulary is split, where it is, in whole blocks."""
+    local = dict(local_config(config, sharding))
+    if stack.splits_vocabulary and sharding.tp > 1:
+        shape = local
+        if isinstance(local.get("text_config"), Mapping):
+            shape = local["text_config"] = dict(local["text_config"])
+        block = VOCABULARY_BLOCK * sharding.tp
+        shape["vocab_size"] = -(-shape["vocab_size"] // block) * VOCABULARY_BLOCK
+    return local
 
 
 def lengths_of(resolved: Resolved) -> Lengths | None:

@@ -114,6 +114,8 @@ class Stack:
     """Whether a padding mask reaches attention in a batch of samples of full length."""
     pad_rule: str
     """To what length a batch is padded."""
+    splits_vocabulary: bool = False
+    """Whether tensor parallelism splits embeddings, head and logits by the vocabulary."""
     holds_4bit_inputs: bool = False
     """Whether bitsandbytes' 4-bit product holds its input, out of a checkpoint's sight (< 0.44)."""
     unpacks_gptq: bool = False
