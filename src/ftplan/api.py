@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftplan import __version__
 from ftplan.assembling import job_of, lengths_of, serving_job_of
-from ftplan.errors import FtplanError, UnsupportedError
+from ftplan.errors import FtplanError, InputError, UnsupportedError
 from ftplan.memory import textbook
 from ftplan.memory.counters import counters, unexplained, workspace_bytes
 from ftplan.memory.ways import ways
@@ -335,7 +335,10 @@ def _textbook(resolved: Resolved) -> Report:
 
     plan = resolved.plan
     params = plan.model.params
-    assert params is not None
+    if params is None:
+        raise InputError(
+            "the model is not known", remedy="give a name, a config.json or a parameter count"
+        )
     storage = find_format(plan.precision.weights or "bf16")
     findings: tuple[Finding, ...] = resolved.findings
     if plan.method is None:

@@ -91,11 +91,11 @@ def counters(
 
     ``static_bytes`` of them never come and go. ``capability``: of the card, None for one that is
     not NVIDIA's; ``named``: the plan names a card, so its workspaces are counted. ``traced``: the
-    stack's modules are those that the walk was held against. ``cache_bytes``: of the
-    key-value cache when a model is served. Prompts may be shorter than the context (unless
-    ``prompt_told``), so that less is transient; and a cache that grows by concatenation, token by token, leaves blocks that are
-    too small for the next one, so that as much again may lie idle. ``held``: what the played
-    allocator reserves, on a card of ``usable_bytes`` (0: none is named).
+    stack's modules are those that the walk was held against. ``cache_bytes``: of the key-value
+    cache when a model is served. Prompts may be shorter than the context (unless ``prompt_told``),
+    so that less is transient; and a cache that grows by concatenation, token by token, leaves
+    blocks that are too small for the next one, so that as much again may lie idle. ``held``: what
+    the played allocator reserves, on a card of ``usable_bytes`` (0: none is named).
     """
     transient = peak_bytes - static_bytes
     expected = peak_bytes + (workspace_bytes(capability) if named else 0)
