@@ -16,7 +16,7 @@ from ftplan.memory.nn import (
     Stage,
     activation,
 )
-from ftplan.memory.tape import Parameter, SEQ, Size, Tape, Tensor
+from ftplan.memory.tape import SEQ, Parameter, Size, Tape, Tensor
 
 
 class Attention(Module):
