@@ -103,17 +103,20 @@ def test_known_residuals_are_few_and_still_there(rows: list[Any]) -> None:
 def test_every_published_reading_is_compared_or_left_out_with_a_reason() -> None:
     """Readings of others are held against reports of the same jobs; none is dropped silently.
 
-    Where the software ran transformers' modules, with every setting known, nine in ten are within
-    8 % and inside the interval. The page of errors shows the other stacks.
+    Where the software ran modules that are walked, with every setting known, on one GPU: of what
+    is allocated nine in ten are within 8 %, of what is reserved within 20 % (lengths of samples
+    are known by their mean and deviation alone), and nineteen in twenty lie in the interval.
+    The page of errors shows the other stacks.
     """
     compared, left_out = accuracy.published()
-    assert len(compared) >= 50 and len(compared) + len(left_out) >= 160
+    assert len(compared) >= 200 and len(compared) + len(left_out) >= 500
     assert all(len(reason) > 10 for _, reason in left_out)
     walked = [r for r in compared if r.quality == "A" and r.gpus == 1 and r.walked]
-    assert accuracy.summary(reading.error for reading in walked).median <= 0.03
-    near = [reading for reading in walked if abs(reading.error) <= 0.08]
-    assert len(near) >= 0.9 * len(walked)
-    assert sum(reading.inside for reading in walked) >= 0.9 * len(walked)
+    for counter, median, most in (("allocated", 0.03, 0.08), ("reserved", 0.08, 0.20)):
+        mine = [reading for reading in walked if reading.counter == counter]
+        assert accuracy.summary(reading.error for reading in mine).median <= median
+        assert sum(abs(r.error) <= most for r in mine) >= 0.9 * len(mine)
+        assert sum(reading.inside for reading in mine) >= 0.95 * len(mine)
     widths = sorted(reading.width for reading in compared)
     assert widths[len(widths) // 2] < 0.15
 

@@ -74,9 +74,12 @@ Towers and language models of true widths, few layers and a small vocabulary, tr
 READINGS = """\
 Read by others on real GPUs, each with its source in `validation/published.json`. All were made with
 older software than the calculator mirrors; its versions stand beside each reading there, and a
-plan names the stack of that time where there is a profile of it (`transformers-4.46`). LitGPT,
-torchtune, and ms-swift 2 with Qwen's first models run modules of their own, which are not what the
-calculator walks: their errors are what a plan that names such a stack must expect.
+plan names the stack of that time where there is a profile of it (`transformers-4.46`,
+`ms-swift-2`). LitGPT, torchtune and Megatron run modules of their own, which are not what the
+calculator walks: their errors are what a plan that names such a stack must expect. Where batches
+differ in length (ms-swift 1.6), what is reserved depends on the order of the samples: their mean
+and deviation are known, no more. Comments in ms-swift's example scripts are rounded, and do not
+say which version was read.
 `inside`: the reading lies between low and high; `width`: (high - low) / expected, the median.
 """
 GPU = """

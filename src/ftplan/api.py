@@ -24,6 +24,7 @@ from ftplan.spec import Plan
 from ftplan.units import format_bytes
 
 if TYPE_CHECKING:  # the walk is loaded only for a model whose shape is known
+    from ftplan.fit.remedies import Judged
     from ftplan.fit.sizer import Sizer
     from ftplan.memory.counters import Counters
     from ftplan.memory.estimate import Estimate, Structure
@@ -84,7 +85,11 @@ def _training(resolved: Resolved) -> Report:
 
     job = job_of(resolved)
     structure = structure_of(job)
-    report = _report(resolved, structure.at(job.micro, job.seq_len, job.loss_chunk))
+    report = _report(
+        resolved,
+        structure.at(job.micro, job.seq_len, job.loss_chunk),
+        _held(resolved, structure, job),
+    )
     plan, counted = resolved.plan, structure.counted
     host = host_interval(job, counted, gpus_per_node=plan.hardware.count or 1)
     written = disk_bytes(job, counted)
@@ -242,51 +247,60 @@ def _remedies(
     plan: Plan, resolved: Resolved, report: Report, base: Path | None
 ) -> tuple[Remedy, ...]:
     """What would help, tried one by one with this same calculator."""
-    from ftplan.fit.remedies import Card, Judged, remedies
+    from ftplan.fit.remedies import Card, remedies
 
     def judge(changed: Plan) -> Judged | None:
         try:
-            after = resolve(changed, base=base)
-            shown = _counted(after)
+            return _judged(resolve(changed, base=base))
         except FtplanError:  # a change that is not modelled is no remedy
             return None
         except Exception:  # nor is one we fail at, and it must not hide the answer
             return None
-        return Judged(
-            plan=after.plan,
-            allocated_bytes=shown.allocated.expected,
-            device_bytes=shown.device.high,
-            verdict=verdict_of(shown.device, gpu_of(after)) or "unknown",
-        )
 
     assert report.verdict and report.allocated_bytes and report.device_bytes
-    before = Judged(
-        plan=resolved.plan,
-        allocated_bytes=report.allocated_bytes.expected,
-        device_bytes=report.device_bytes.high,
-        verdict=report.verdict,
-    )
     card = Card(
         capability=capability_of(resolved) if resolved.gpu else (8, 0), larger=_larger(resolved)
     )
-    return remedies(plan, before, judge, card)
+    return remedies(plan, _judged(resolved), judge, card)
 
 
-def _counted(resolved: Resolved) -> Counters:
-    """The counters of a report, without its terms: what a search asks for many times."""
+def _judged(resolved: Resolved) -> Judged:
+    """The verdict of a report, without its terms: what a search asks for many times.
+
+    Whether a job fits is told by what it needs; only one that does not has to be played.
+    """
+    from ftplan.fit.remedies import Judged
+
+    gpu = gpu_of(resolved)
     if resolved.plan.task == "serve" or resolved.plan.method is None:
         from ftplan.assembling import serving_job_of
         from ftplan.memory.serving import serve
 
         served = serve(serving_job_of(resolved))
-        return _counters(resolved, served.peak_bytes, served.static_bytes, _cache_bytes(served))
-    from ftplan.assembling import job_of
-    from ftplan.memory.estimate import structure_of
+        need = _counters(
+            resolved, served.peak_bytes, served.static_bytes, cache_bytes=_cache_bytes(served)
+        )
+        verdict = verdict_of(need.device, gpu)
+    else:
+        from ftplan.assembling import job_of
+        from ftplan.memory.estimate import structure_of
 
-    job = job_of(resolved)
-    structure = structure_of(job)
-    phases = structure.phases(job.micro, job.seq_len, job.loss_chunk)
-    return _counters(resolved, max(peak for _, peak in phases), structure.static_bytes)
+        job = job_of(resolved)
+        structure = structure_of(job)
+        phases = structure.phases(job.micro, job.seq_len, job.loss_chunk)
+        peak = max(level for _, level in phases)
+        need = _counters(resolved, peak, structure.static_bytes)
+        verdict = verdict_of(need.device, gpu)
+        if verdict != "fits":
+            held = _held(resolved, structure, job)
+            shown = _counters(resolved, peak, structure.static_bytes, held=held)
+            verdict = verdict_of(shown.device, gpu)
+    return Judged(
+        plan=resolved.plan,
+        allocated_bytes=need.allocated.expected,
+        device_bytes=need.device.high,
+        verdict=verdict or "unknown",
+    )
 
 
 def _larger(resolved: Resolved) -> tuple[str, ...]:
@@ -325,34 +339,59 @@ def _summary(resolved: Resolved, result: Estimate) -> ModelSummary:
     return ModelSummary(name=resolved.name, total_params=total, trainable_params=trainable)
 
 
+def _held(resolved: Resolved, structure: Structure, job: Job) -> Interval:
+    """What the caching allocator reserves for the job, played."""
+    from ftplan.assembling import lengths_of
+    from ftplan.memory.counters import workspace_bytes
+    from ftplan.memory.reserved import reserved
+
+    gpu = gpu_of(resolved)
+    return reserved(
+        structure, job.micro, job.seq_len, job.loss_chunk,
+        workspace=workspace_bytes(capability_of(resolved)) if gpu else 0,
+        capacity=gpu.usable_bytes if gpu else None,
+        lengths=lengths_of(resolved),
+    )  # fmt: skip
+
+
 def _counters(
-    resolved: Resolved, peak: int, static: int, cache_bytes: int | None = None
+    resolved: Resolved,
+    peak: int,
+    static: int,
+    *,
+    cache_bytes: int | None = None,
+    held: Interval | None = None,
 ) -> Counters:
     from ftplan.memory.counters import counters
 
-    hardware = resolved.plan.hardware
+    hardware, gpu = resolved.plan.hardware, gpu_of(resolved)
     return counters(
         peak,
         static,
         capability=capability_of(resolved),
-        named=resolved.gpu is not None,
+        named=gpu is not None,
         gpus=(hardware.count or 1) * (hardware.nodes or 1),
         traced=is_traced(resolved),
         cache_bytes=cache_bytes,
+        prompt_told=resolved.plan.batch.prompt_len is not None,
+        held=held,
+        usable_bytes=gpu.usable_bytes if gpu is not None else 0,
     )
 
 
-def _report(resolved: Resolved, result: Estimate) -> Report:
+def _report(resolved: Resolved, result: Estimate, held: Interval | None = None) -> Report:
     from ftplan.memory.counters import unexplained, workspace_bytes
     from ftplan.memory.terms import all_terms
 
     cache = None if resolved.plan.method else _cache_bytes(result)
-    shown = _counters(resolved, result.peak_bytes, result.static_bytes, cache)
-    workspace = workspace_bytes(capability_of(resolved)) if resolved.gpu is not None else 0
+    shown = _counters(
+        resolved, result.peak_bytes, result.static_bytes, cache_bytes=cache, held=held
+    )
+    gpu = gpu_of(resolved)
+    workspace = workspace_bytes(capability_of(resolved)) if gpu is not None else 0
     terms = all_terms(result, workspace)
     if not is_traced(resolved):
         terms.append(unexplained(shown.allocated, stack=resolved.stack.title))
-    gpu = gpu_of(resolved)
     return Report(
         verdict=verdict_of(shown.device, gpu),
         model=_summary(resolved, result),

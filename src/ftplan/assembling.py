@@ -17,6 +17,7 @@ from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.memory.env import Environment
 from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
+from ftplan.memory.lengths import Lengths
 from ftplan.memory.optimizer import OptimizerSpec, State
 from ftplan.memory.parallel import local_config, local_seq_len
 from ftplan.memory.serving import ServingJob
@@ -25,7 +26,7 @@ from ftplan.memory.tasks import HEADS
 from ftplan.resolve import Resolved, image_tokens, native_dtype
 from ftplan.spec import Checkpointing, Method, OptimizerChoice, Plan
 
-__all__ = ["job_of", "serving_job_of"]
+__all__ = ["job_of", "lengths_of", "serving_job_of"]
 
 
 def job_of(resolved: Resolved) -> Job:
@@ -62,6 +63,7 @@ def job_of(resolved: Resolved) -> Job:
         loss_shifts=stack.loss_shifts,
         loss_upcasts=stack.loss_upcasts
         and resolved.config.get("model_type") not in stack.uncast_losses,
+        logits_cast=stack.logits_cast,
         loss_keeps_chunks=stack.loss_keeps_chunks,
         loss_columns=stack.loss_columns or 0,
         log_probs=stack.log_probs,
@@ -71,6 +73,10 @@ def job_of(resolved: Resolved) -> Job:
         keep_outputs=stack.keeps_outputs,
         outputs_to_fp32=autocast is not None and stack.outputs_to_fp32,
         seq_len=local_seq_len(batch.seq_len, sharding),
+        single=batch.micro == 1,
+        returns_cache=checkpointing.kind == "none",
+        holds_4bit_inputs=stack.holds_4bit_inputs,
+        unpacks_gptq=stack.unpacks_gptq,
         reentrant=bool(checkpointing.reentrant),
         dropout=plan.task not in stack.dropout_off,
     )
@@ -130,6 +136,19 @@ def _engine_dtype(plan: Plan, storage: Format, mixed: str | None) -> str | None:
     if mixed is not None:
         return mixed
     return storage.name if ITEM_BYTES.get(storage.name) == 2 else None
+
+
+def lengths_of(resolved: Resolved) -> Lengths | None:
+    """Lengths of samples, where batches differ in them."""
+    given = resolved.plan.batch.lengths
+    if given is None or given.kind == "fixed":
+        return None
+    return Lengths(
+        mean=given.mean,
+        deviation=given.deviation or 0.0,
+        shortest=given.shortest or 1,
+        cut=given.longer == "cut",
+    )
 
 
 def _offloads(kind: str, sharding: ShardingSpec) -> bool:
@@ -196,6 +215,7 @@ def serving_job_of(resolved: Resolved) -> ServingJob:
         weights=storage,
         base_dtype=base,
         compute_dtype=base,
+        prompt=plan.batch.prompt_len or 0,
         cache_format=find_format(plan.precision.kv_cache or base),
         environment=Environment(
             attention=plan.attention or "sdpa",

@@ -18,7 +18,16 @@ from ftplan.catalog.stacks import Stack, find_stack
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.report import Assumption, Finding
-from ftplan.spec import Batch, Checkpointing, Loss, Method, OptimizerChoice, Plan, Rollout
+from ftplan.spec import (
+    Batch,
+    Checkpointing,
+    Lengths,
+    Loss,
+    Method,
+    OptimizerChoice,
+    Plan,
+    Rollout,
+)
 
 if TYPE_CHECKING:
     pass
@@ -229,6 +238,7 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         padding=filler.fill("batch.padding", plan.batch.padding, stack.padding, own("padding")),
         packing=filler.fill("batch.packing", plan.batch.packing, stack.packing, own("packing")),
     )
+    batch = replace(batch, lengths=_lengths(batch, stack, filler, own("lengths")))
     if batch.packing and batch.padding == "right":
         raise InputError(
             "packed sequences are full: nothing is padded",
@@ -344,6 +354,31 @@ def _image_size(batch: Batch, config: Mapping[str, Any], filler: _Filler) -> Non
         )
 
 
+def _lengths(batch: Batch, stack: Stack, filler: _Filler, source: str) -> Lengths | None:
+    """Lengths of samples; None where every batch is full."""
+    given = batch.lengths
+    if given is None:
+        if batch.packing or stack.lengths == "fixed":
+            return None
+        filler.fill("batch.lengths", None, stack.lengths, source)
+        return Lengths()
+    if given.kind == "fixed":
+        return None
+    if batch.packing:
+        raise InputError(
+            "packed sequences are full: they do not differ in length",
+            remedy="leave batch.lengths out, or use packing: false",
+        )
+    if (given.mean is None) != (given.deviation is None):
+        raise InputError(
+            "lengths have a mean and a deviation, and one of them is missing",
+            remedy="write batch.lengths: {mean: 800, deviation: 600}, or varied",
+        )
+    if min(given.mean or 1, given.deviation or 1, given.shortest or 1) <= 0:
+        raise InputError("lengths are above zero", remedy="write the tokens of the samples")
+    return given
+
+
 _REFERRED = ("dpo", "kto", "grpo", "ppo")
 _NEEDS = {
     "alpha": None, "use_rslora": None,  # move no memory in any method
@@ -376,6 +411,8 @@ def idle_keys(plan: Plan) -> list[str]:
         idle.append("method.dropout")
     if plan.precision.kv_cache is not None:
         idle.append("precision.kv_cache")
+    if plan.batch.prompt_len is not None:
+        idle.append("batch.prompt_len")
     loss = plan.loss
     if loss is not None and loss.kind == "full" and loss.chunk is not None:
         idle.append("loss.chunk")

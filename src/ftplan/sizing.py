@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ftplan import __version__, api
-from ftplan.assembling import job_of
+from ftplan.assembling import job_of, lengths_of
 from ftplan.catalog.gpus import GpuRow, find_gpu, search_gpus
 from ftplan.catalog.models import resolve_model
 from ftplan.catalog.throughput import speed_of, utilisation_of
@@ -74,6 +74,7 @@ def _sizer(resolved: Resolved, given: Plan, base: Path | None) -> Sizer:
         named=gpu is not None,
         gpus=world,
         traced=api.is_traced(resolved),
+        lengths=lengths_of(resolved),
     )
     job = job_of(resolved)
     chunks = _chunks(resolved) if stack.loss_chunks else None

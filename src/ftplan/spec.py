@@ -116,6 +116,24 @@ class Precision:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """How long the samples are that batches are made of: what is reserved depends on it."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+
+    kind: Literal["fixed", "varied"] = "varied"
+    """`fixed`: every batch is `seq_len` long. `varied`: as long as its longest sample."""
+    mean: float | None = None
+    """Mean length in tokens; left out: every length up to `seq_len` is as likely."""
+    deviation: float | None = None
+    """Standard deviation in tokens."""
+    shortest: int | None = None
+    """Tokens of the shortest sample."""
+    longer: Literal["drop", "cut"] | None = None
+    """What happens to samples that are longer than `seq_len`; left out: `drop`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """What goes through the model at once, on one GPU."""
 
@@ -125,12 +143,16 @@ class Batch:
     """Sequences per GPU per forward pass. Serving: concurrent sequences."""
     seq_len: int | None = None
     """Tokens per sequence. Serving: the context held in the cache."""
+    prompt_len: int | None = None
+    """Serving: tokens of a prompt, the rest of `seq_len` is generated; left out: all of them."""
     accumulation: int | None = None
     """Micro batches per optimizer step."""
     padding: Literal["none", "right"] | None = None
     """`none`: no mask reaches attention."""
     packing: bool | None = None
     """Samples are joined so that every sequence is full."""
+    lengths: Lengths | None = None
+    """Lengths of samples: `fixed`, `varied`, or `{mean: 800, deviation: 600}`."""
     eval_micro: int | None = None
     """Sequences per GPU in evaluation; left out: evaluation is not sized."""
     images: int | None = None

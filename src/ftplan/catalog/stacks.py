@@ -88,6 +88,8 @@ class Stack:
     """Whether the loss casts logits to fp32."""
     loss_shifts: Literal["labels", "logits"] = "labels"
     """What the loss moves by one token; moving the logits copies them."""
+    logits_cast: Literal["loss", "model"] = "loss"
+    """Who casts logits to fp32: a model that does so has let go of the first copy."""
     uncast_losses: tuple[str, ...] = ()
     """Model types whose own loss does not cast logits to fp32."""
     log_probs: Literal["rows", "whole", "kernel"] = "rows"
@@ -125,6 +127,12 @@ class Stack:
     """To what length a batch is padded."""
     no_sync: bool = False
     """Whether FSDP reduces gradients with the last micro batch alone; whole ones until then."""
+    holds_4bit_inputs: bool = False
+    """Whether bitsandbytes' 4-bit product holds its input, out of a checkpoint's sight (< 0.44)."""
+    unpacks_gptq: bool = False
+    """Whether GPTQ weights are unpacked by elementwise steps and kept for backward (auto_gptq)."""
+    lengths: Literal["fixed", "varied"] = "fixed"
+    """Whether batches differ in length when nothing is said."""
     loss_columns: int | None = None
     """`chunked`: columns of the vocabulary that are met at a time; None: all."""
     notes: tuple[str, ...]

@@ -14,9 +14,11 @@ from functools import partial
 from itertools import pairwise
 
 from ftplan.fit.flops import Compute, compute_of
-from ftplan.memory.counters import Counters, counters
+from ftplan.memory.counters import Counters, counters, workspace_bytes
 from ftplan.memory.estimate import Structure, structure_of
 from ftplan.memory.job import Job
+from ftplan.memory.lengths import Lengths
+from ftplan.memory.reserved import reserved
 from ftplan.report import Verdict
 
 __all__ = ["Room", "Sizer", "largest"]
@@ -33,6 +35,8 @@ class Room:
     gpus: int
     traced: bool = True
     """The stack's modules are those that the walk was held against."""
+    lengths: Lengths | None = None
+    """Of samples, where batches differ in them."""
 
 
 def largest(fits: Callable[[int], bool], *, most: int) -> int:
@@ -71,26 +75,28 @@ class Sizer:
         self.room = room
         self._chunk = chunk
         self._job_at = job_at
-        self._structures: dict[int, Structure] = {}
+        self._structures: dict[tuple[int, bool], Structure] = {}
         self._single: dict[tuple[int, int], Structure] = {}
         self._compute: Compute | None = None
         self._edges = _windows(job.config)
         self.evaluated = 0
         """How many sizes were asked of a record."""
 
-    def structure(self, seq_len: int) -> Structure:
-        """The record that holds for a sequence length."""
-        side = sum(edge <= seq_len for edge in self._edges)
-        if side not in self._structures:
-            environment = replace(self.job.environment, seq_len=seq_len)
-            job = replace(self.job, environment=environment)
-            self._structures[side] = structure_of(job)
-        return self._structures[side]
+    def structure(self, seq_len: int, micro: int = 1) -> Structure:
+        """The record that holds for a sequence length, and for one sequence or several."""
+        side, single = sum(edge <= seq_len for edge in self._edges), micro == 1
+        if (side, single) not in self._structures:
+            environment = replace(self.job.environment, seq_len=seq_len, single=single)
+            structure = structure_of(replace(self.job, environment=environment))
+            self._structures[side, single] = structure
+            if (structure.network.loss_shifts or environment.loss_shifts) == "labels":
+                self._structures[side, not single] = structure
+        return self._structures[side, single]
 
     def record(self, micro: int, seq_len: int) -> Structure:
         """The record that holds for a batch."""
         if self._job_at is None:
-            return self.structure(seq_len)
+            return self.structure(seq_len, micro)
         key = (micro, seq_len)
         if key not in self._single:
             self._single[key] = structure_of(self._job_at(micro, seq_len))
@@ -113,28 +119,41 @@ class Sizer:
         record = self.record(micro, seq_len)
         return record.peak(micro, seq_len, self.chunk(micro, seq_len))
 
-    def counters(self, micro: int, seq_len: int) -> Counters:
-        """What the three counters will show."""
+    def counters(self, micro: int, seq_len: int, *, played: bool = True) -> Counters:
+        """What the three counters will show; not ``played``: what is needed alone, which decides
+        whether it fits."""
         room = self.room
+        record = self.record(micro, seq_len)
+        held = None
+        if played:
+            held = reserved(
+                record, micro, seq_len, self.chunk(micro, seq_len),
+                workspace=workspace_bytes(room.capability) if room.named else 0,
+                capacity=room.usable_bytes if room.named else None,
+                lengths=room.lengths,
+            )  # fmt: skip
         return counters(
             self.peak(micro, seq_len),
-            self.record(micro, seq_len).static_bytes,
+            record.static_bytes,
             capability=room.capability,
             named=room.named,
             gpus=room.gpus,
             traced=room.traced,
+            held=held,
+            usable_bytes=room.usable_bytes,
         )
 
     def verdict(self, micro: int, seq_len: int) -> Verdict:
         """Whether it fits the card."""
-        device = self.counters(micro, seq_len).device
-        if device.high <= self.room.usable_bytes:
+        if self.fits(micro, seq_len):
             return "fits"
+        device = self.counters(micro, seq_len).device
         return "tight" if device.expected <= self.room.usable_bytes else "over"
 
     def fits(self, micro: int, seq_len: int) -> bool:
         """Whether it fits the card for certain."""
-        return self.counters(micro, seq_len).device.high <= self.room.usable_bytes
+        need = self.counters(micro, seq_len, played=False)
+        return need.device.high <= self.room.usable_bytes
 
     def largest_micro(self, seq_len: int, *, most: int = 4096) -> int:
         """Most sequences at once that fit; 0: not even one does."""

@@ -30,6 +30,8 @@ class Environment:
     """What the loss moves by one token; moving the logits copies them."""
     loss_upcasts: bool = True
     """The loss casts logits to fp32 where the model class does."""
+    logits_cast: Literal["loss", "model"] = "loss"
+    """Who casts them: a model that does so has let go of the first copy."""
     loss_keeps_chunks: bool = False
     """A chunked loss recomputes nothing: autograd keeps every chunk."""
     loss_columns: int = 0
@@ -48,6 +50,14 @@ class Environment:
     """Accelerate's mixed precision casts what the model returns to fp32."""
     seq_len: int | None = None
     """Sequence length in tokens, only for decisions (is it longer than the window), not sizes."""
+    holds_4bit_inputs: bool = False
+    """bitsandbytes' 4-bit product holds its input by itself (before 0.44)."""
+    unpacks_gptq: bool = False
+    """GPTQ weights are unpacked by elementwise steps, and autograd keeps what comes out."""
+    returns_cache: bool = False
+    """Models whose code returns keys and values as tensors do so: nothing is checkpointed."""
+    single: bool = False
+    """One sequence in a batch: slices of it lie in one piece, and are not copied."""
     reentrant: bool = False
     """Which implementation of checkpointing recomputes a block."""
     training: bool = True

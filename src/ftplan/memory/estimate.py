@@ -9,7 +9,7 @@ from ftplan.errors import UnsupportedError
 from ftplan.memory.fsdp import BUFFERS, shard_shape
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.nn import Network
-from ftplan.memory.optimizer import state_bytes, step_bytes
+from ftplan.memory.optimizer import rounded, state_bytes, step_bytes
 from ftplan.memory.pipeline import candidates, cut, one_chunk, stages_of
 from ftplan.memory.prepare import counted_parameters, prepare
 from ftplan.memory.record import record_evaluation, record_step
@@ -127,6 +127,7 @@ def static_terms(
             bytes=state_bytes(job.optimizer, updated),
             formula=f"{job.optimizer.name}: {states} for {trained:,} parameters{parts}",
             source=job.optimizer.source,
+            tensors=_state_tensors(job, updated),
         )
     )
     if job.sharding.kind == "ddp" and job.sharding.world > 1 and not job.main_weights:
@@ -174,6 +175,15 @@ def _live(spec: ShardingSpec, whole: Counted, name: str) -> StaticTerm:
         bytes=live_bytes(spec, whole),
         formula=f"{spec.max_live_elements:,} live + {spec.prefetch_elements:,} ahead",
         source="DeepSpeed: stage3_max_live_parameters, stage3_prefetch_bucket_size",
+    )
+
+
+def _state_tensors(job: Job, updated: Counted) -> tuple[tuple[int, int], ...]:
+    """The states of each weight, as so many tensors of one size."""
+    count = max(1, len(job.optimizer.states))
+    return tuple(
+        (rounded(state_bytes(job.optimizer, [(parameter, 1, matrix)]) // count), count * times)
+        for parameter, times, matrix in updated
     )
 
 
@@ -255,6 +265,7 @@ class Structure:
             self.step_bytes = step_temporaries(job.sharding, layout, needs)
         if job.stage is not None:
             one_chunk(network, job.stage)
+        self.learned = learned
         self.network = network
         self.counted = counted
         self.program = program_of(job, network, objective)

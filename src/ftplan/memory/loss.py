@@ -38,6 +38,8 @@ def compute_loss(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if kind == "fused":
         return _fused(network, x), None
     logits = network.head(x)
+    if env.logits_cast == "model" and env.loss_upcasts and network.loss_in_fp32:
+        logits = ops.to(logits, "fp32")
     return _full(network, logits), logits
 
 
@@ -78,9 +80,11 @@ def _full(network: Network, logits: Tensor) -> Tensor:
     """``ForCausalLMLoss``: all logits in fp32, labels shifted by one."""
     if network.loss_in_fp32 and logits.tape.env.loss_upcasts:
         logits = ops.to(logits, "fp32")
+    env = logits.tape.env
     labels = logits.tape.tensor(TOKENS, 1, "int64", "shifted labels")
-    if logits.tape.env.loss_shifts == "logits":
-        # transformers until 4.48: logits[..., :-1, :].contiguous(), beside the logits themselves
+    if (network.loss_shifts or env.loss_shifts) == "logits" and not env.single:
+        # transformers until 4.48: logits[..., :-1, :].contiguous(), beside the logits themselves;
+        # of a single sequence that is a view
         return ops.cross_entropy(ops.copy(logits, "shifted logits"), labels)
     return ops.cross_entropy(logits, labels)
 

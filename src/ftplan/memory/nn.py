@@ -324,6 +324,8 @@ class Network(Module):
         """Large buffers that are no weights (causal masks of older models), static."""
         self.loss_in_fp32 = True
         """The loss casts logits to fp32 first (``ForCausalLMLoss``); else it takes them as is."""
+        self.loss_shifts: str | None = None
+        """What the model's own loss moves by one token; None: what the stack's does."""
         self.embedding_names: tuple[str, ...] = ("model.embed_tokens",)
         """Modules that quantisation and `all-linear` leave alone, beside the head."""
         self.head_name: str = "lm_head"

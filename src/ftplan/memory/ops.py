@@ -497,8 +497,13 @@ def embedding(tape: Tape, weight: Tensor, rows: Size) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """``log_softmax`` (keeps its output) and ``nll_loss`` (its targets): a scalar comes out."""
-    return nll_loss(unary(autocast_fp32(logits), "log_softmax", "output"), targets)
+    """``log_softmax`` (keeps its output) and ``nll_loss`` (its targets): a scalar comes out.
+
+    Autocast leaves the first in the logits' dtype, which ``cross_entropy_loss`` names, and runs
+    the second in fp32 (aten/src/ATen/native/LossNLL.cpp; aten/src/ATen/autocast_mode.h).
+    """
+    log_probs = autocast_fp32(unary(logits, "log_softmax", "output"))
+    return nll_loss(log_probs, targets)
 
 
 def nll_loss(log_probs: Tensor, *kept: Tensor) -> Tensor:

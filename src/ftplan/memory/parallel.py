@@ -20,6 +20,8 @@ from ftplan.memory.tape import ONE, TOKENS, Grads, Size, Tape, Tensor
 
 __all__ = ["local_config", "local_seq_len", "split_vocabulary"]
 
+BLOCK = 128
+"""Megatron's make_vocab_size_divisible_by: each rank's share of the vocabulary is a multiple."""
 _INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -43,7 +45,7 @@ def local_config(config: Mapping[str, Any], spec: ShardingSpec) -> Mapping[str, 
     if spec.tp > 1:
         _split_heads(local, spec.tp)
         if spec.megatron and isinstance(local.get("vocab_size"), int):
-            local["vocab_size"] = -(-local["vocab_size"] // spec.tp)
+            local["vocab_size"] = -(-local["vocab_size"] // (BLOCK * spec.tp)) * BLOCK
     if spec.ep > 1:
         _split_experts(local, spec.ep)
     return local

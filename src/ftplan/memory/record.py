@@ -133,6 +133,8 @@ class _Recorder:
         """Which of the recording's orders is being recorded."""
         self.regions: list[_Region] = []
         self.casts: list[dict[int, Tensor]] = []
+        self.returned: list[list[Tensor]] = []
+        """Per forward segment: what the model returns beside its logits."""
         self.start = 0
         self.fsdp: Fsdp | None = None
         self.units: list[Unit] = []
@@ -209,6 +211,8 @@ class _Recorder:
         self.regions.append(_Region(name, self.tape.sequence, index))
         self.casts.append(self.tape.weight_cache)
         self.tape.weight_cache = {}
+        self.returned.append(self.tape.returned)
+        self.tape.returned = []
         return index
 
     def end_step(self, shared: Shared) -> None:
@@ -219,11 +223,15 @@ class _Recorder:
         self.recording.after = Segment("outputs dropped", start, len(self.tape.events))
 
     def end_autocast(self) -> None:
-        """Autocast drops its casts of weights, those of each block when the model is deep."""
+        """Autocast drops its casts of weights, those of each block when the model is deep.
+
+        The caller drops what else the model returned, just after that.
+        """
         recording, tape = self.recording, self.tape
-        for cached in self.casts:
+        for cached, returned in zip(self.casts, self.returned, strict=True):
             start = len(tape.events)
             cached.clear()
+            returned.clear()
             recording.autocast_exit.append(Segment("autocast ends", start, len(tape.events)))
         self.start = len(tape.events)
 
@@ -291,8 +299,9 @@ def record_step(
         recorder.order.append(recorder.cut("the stage returns"))
         recorder.end_autocast()
     elif objective is None or objective.inside:
-        root = _loss(recorder, x, objective)
+        states = [x]
         del x
+        root = _loss(recorder, states, objective)
         root = recorder.end_root(root)
         recorder.order.append(recorder.cut("the model returns"))
         recorder.end_autocast()
@@ -348,11 +357,13 @@ def record_serving(network: Network, env: Environment) -> Recording:
         order.append(recorder.cut("inputs"))
         shared = Shared()
         x: Tensor | None = None
+        held: list[Tensor] = []
         for stage in network.stages:
             if x is not None:
                 shared.memory = x
-            x = _run_stage(recorder, stage, shared, 0, False)
+            x = _run_stage(recorder, stage, shared, 0, False, held)
         assert x is not None
+        held.clear()
         with tape.scoped("logits"):
             logits = network.head(x.alias(rows=BATCH))
             del logits, x
@@ -408,8 +419,9 @@ def record_evaluation(network: Network, env: Environment) -> Recording:
                 shared.memory = x
             x = _run_stage(recorder, stage, shared, 0, False)
         assert x is not None
-        loss_value = _loss(recorder, x, None)
+        states = [x]
         del x
+        loss_value = _loss(recorder, states, None)
         recorder.order.append(recorder.cut("the model returns"))
     recorder.end_autocast()
     recorder.recording.saved = _alive(tape)
@@ -484,10 +496,19 @@ def _alive(tape: Tape) -> set[int]:
 
 
 def _run_stage(
-    recorder: _Recorder, stage: Stage, shared: Shared, checkpoint_every: int, input_grads: bool
+    recorder: _Recorder,
+    stage: Stage,
+    shared: Shared,
+    checkpoint_every: int,
+    input_grads: bool,
+    held: list[Tensor] | None = None,
 ) -> Tensor:
+    """Blocks with what stands around them. ``held`` receives what the model's forward names until
+    it returns: the embeddings, which no block needs after the first (it gets them twice)."""
     order = recorder.order
     x = stage.enter(recorder.tape, shared)
+    if held is not None:
+        held.append(recorder.tape.tensor(x.rows, x.width, x.dtype, "embeddings"))
     if input_grads and not x.requires_grad:
         _ask_for_gradient(x)
     for held in recorder.tape.collecting:
@@ -741,17 +762,28 @@ def _trains(block: Module) -> bool:
     return any(parameter.trainable for _, parameter in block.named_parameters())
 
 
-def _loss(recorder: _Recorder, x: Tensor, objective: Objective | None) -> Tensor:
-    """Logits and loss, as the model class computes them inside its forward."""
+def _loss(recorder: _Recorder, states: list[Tensor], objective: Objective | None) -> Tensor:
+    """Logits and loss, as the model class computes them inside its forward.
+
+    ``states`` holds the last hidden states, which go when that forward returns.
+    """
     tape = recorder.tape
     logits: Tensor | None
     with tape.scoped("logits"):
+        x = states.pop()
         if objective is not None and objective.kind == "labels":
             loss, logits = classify_loss(recorder.network, x)
         else:
             loss, logits = compute_loss(recorder.network, x)
+        del x
         if logits is not None and tape.env.outputs_to_fp32:
-            logits = ops.to(logits, "fp32")
+            given, logits = logits, ops.to(logits, "fp32")
+            others = [  # every layer's, while what the model returned is still held
+                tape.tensor(cached.rows, cached.width, "fp32", "returned cache in fp32")
+                for index in recorder.order
+                for cached in recorder.returned[index]
+            ]
+            del others, given
     if logits is not None and tape.env.keep_outputs:
         recorder.recording.outputs.append(logits)
     del logits

@@ -16,7 +16,7 @@ from ftplan.memory.moments import WorstMoments
 from ftplan.memory.record import BOUNDARY, Recording, Segment
 from ftplan.memory.tape import BATCH, BLOCK_BYTES, SCORES, TOKENS, Label, Size, basis
 
-__all__ = ["Alive", "Moment", "Phase", "Program", "Run", "rounded"]
+__all__ = ["Alive", "Moment", "Phase", "Program", "Run", "Script", "rounded"]
 
 
 NOTHING = Size((0,) * 7)
@@ -60,6 +60,17 @@ class Moment:
     alive: Mapping[Label, Alive]
 
 
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A step tensor by tensor: births (``n``) and deaths (``~n``) of numbered slots."""
+
+    events: tuple[int, ...]
+    slots: tuple[int, ...]
+    """The size of each slot, by its number among the program's sizes."""
+    left: tuple[int, ...]
+    """Slots that are alive at the end."""
+
+
 class Program:
     """The dynamic part of a step as a function of micro batch and sequence length."""
 
@@ -82,6 +93,7 @@ class Program:
         """Per segment: index into the table of signed sizes."""
         self._storage_size = storage_size
         self._worst: WorstMoments | None = None
+        self._scripts: dict[int, Script] = {}
         self.virtual_tokens = 0
         """Learned tokens before each sequence."""
         self.sequences = 1
@@ -143,6 +155,28 @@ class Program:
                 level += run.times * net
             peaks.append((phase.name, peak))
         return peaks, level
+
+    def script(self, events: int) -> Script:
+        """The step as births and deaths one by one, in about so many ``events``.
+
+        Of many blocks in a row the first ones and the last are played in full; of those between,
+        what outlives them or was alive before: their other tensors find places that are there.
+        """
+        if events not in self._scripts:
+            unrolled = _Unrolled(self._events, self._storage_size)
+            self._scripts[events] = unrolled.script(self.phases, self._in_full(events))
+        return self._scripts[events]
+
+    def _in_full(self, events: int) -> int:
+        """How many blocks of a row can be played in full within ``events``."""
+        runs = [(len(self._events[r.segment]), r.times) for p in self.phases for r in p.runs]
+        deep = sum(size for size, times in runs if times > 1)
+        rest = sum(size for size, times in runs if times == 1)
+        return max(2, (events - rest) // max(1, deep) - 1)
+
+    def sizes_at(self, micro: int, seq_len: int, chunk: int = 0) -> list[int]:
+        """Bytes of each size of the script, in whole blocks."""
+        return self._bytes(micro, seq_len, chunk)[: len(self._sizes)]
 
     def births(self) -> int:
         """How many storages are made in a micro batch."""
@@ -214,6 +248,60 @@ class Program:
                     yield self._events[run.segment][: event + 1], 1
                     return
                 yield self._events[run.segment], run.times
+
+
+class _Unrolled:
+    """Segments unrolled: every tensor of a deep model has a slot of its own.
+
+    A segment that is played for many blocks has one set of storages, so a death names what was
+    born in the same place last; what came from another place (the block before) is the youngest
+    of the same size.
+    """
+
+    def __init__(self, events: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> None:
+        self._events = events
+        self._sizes = sizes
+        self._born = {event for segment in events for event in segment if event > 0}
+        """What dies and was never born was there before: it is static, and stays in its place."""
+        self._alive: dict[int, list[int]] = {}
+        self._slots: list[int] = []
+        self._played: list[int] = []
+
+    def script(self, phases: Sequence[Phase], whole: int) -> Script:
+        """All runs in order, the first ``whole`` blocks and the last in full; and what is left."""
+        for phase in phases:
+            for run in phase.runs:
+                events = self._events[run.segment]
+                lasting = _lasting(events)
+                for number in range(run.times):
+                    inner = whole <= number < run.times - 1
+                    self._play(lasting if inner else events)
+        left = [slot for slots in self._alive.values() for slot in slots]
+        return Script(tuple(self._played), tuple(self._slots), tuple(left))
+
+    def _play(self, events: Sequence[int]) -> None:
+        for event in events:
+            if event > 0:
+                self._alive.setdefault(event, []).append(len(self._slots))
+                self._played.append(len(self._slots))
+                self._slots.append(self._sizes[event - 1])
+            elif -event in self._born:
+                self._played.append(~self._last_of(-event))
+
+    def _last_of(self, storage: int) -> int:
+        slots = self._alive.get(storage)
+        if slots:
+            return slots.pop()
+        size = self._sizes[storage - 1]
+        others = [s for s in self._alive.values() if s and self._slots[s[-1]] == size]
+        return max(others, key=lambda slots: slots[-1]).pop()
+
+
+def _lasting(events: Sequence[int]) -> list[int]:
+    """The events of a segment but for storages that come and go within it."""
+    born = {event for event in events if event > 0}
+    passing = {-event for event in events if -event in born}
+    return [event for event in events if abs(event) not in passing]
 
 
 def per_sample(size: Size, sequences: int) -> Size:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from ftplan.dtypes import find_format
 from ftplan.memory.optimizer import rounded
@@ -23,6 +24,13 @@ class StaticTerm:
     bytes: int
     formula: str
     source: str
+    tensors: tuple[tuple[int, int], ...] = ()
+    """Bytes of a tensor and how many there are like it; empty: one tensor."""
+
+    def sizes(self) -> Iterator[int]:
+        """Bytes of each tensor, in order."""
+        for size, times in self.tensors or ((self.bytes, 1),):
+            yield from repeat(size, times)
 
 
 def weight_bytes(parameter: Parameter) -> int:
@@ -38,9 +46,11 @@ def weight_bytes(parameter: Parameter) -> int:
 
 def weights_term(counted: Counted, name: str, source: str) -> StaticTerm:
     """Weights as one term: how many there are of each dtype."""
-    total = sum(weight_bytes(parameter) * times for parameter, times, _ in counted)
+    tensors = tuple((weight_bytes(parameter), times) for parameter, times, _ in counted)
+    total = sum(size * times for size, times in tensors)
     by_dtype: dict[str, int] = {}
     for parameter, times, _ in counted:
         by_dtype[parameter.dtype] = by_dtype.get(parameter.dtype, 0) + parameter.numel * times
     parts = [f"{count:,} x {dtype}" for dtype, count in by_dtype.items()]
-    return StaticTerm(name=name, bytes=total, formula=" + ".join(parts), source=source)
+    formula = " + ".join(parts)
+    return StaticTerm(name=name, bytes=total, formula=formula, source=source, tensors=tensors)

@@ -43,8 +43,8 @@ __all__ = [
 
 BLOCK_BYTES = 512
 ITEM_BYTES = {
-    "fp64": 8, "int64": 8, "fp32": 4, "int32": 4, "bf16": 2, "fp16": 2, "int8": 1,
-    "bool": 1, "fp8": 1,
+    "fp64": 8, "int64": 8, "fp32": 4, "int32": 4, "bf16": 2, "fp16": 2, "int16": 2,
+    "int8": 1, "bool": 1, "fp8": 1,
 }  # fmt: skip
 
 
@@ -118,6 +118,8 @@ class Tape:
     """The part of the block that is running; empty: events are named by operation."""
     weight_cache: dict[int, Tensor] = field(default_factory=dict)
     """Autocast's casts of weights, by the weight: alive until autocast ends."""
+    returned: list[Tensor] = field(default_factory=list)
+    """What the model returns beside its logits: keys and values of the block that runs."""
     sequence: int = 0
     prefix: Joins | None = None
     """Learned keys and values before those of every layer (prefix tuning)."""

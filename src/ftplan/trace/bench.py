@@ -24,6 +24,9 @@ __all__ = ["ARCHITECTURES", "REGIMES", "jobs_of", "main", "write_bench"]
 
 Mapping = dict[str, Any]
 
+OWN_CODE: dict[str, str] = {"qwen-7b": "build"}
+"""Architectures whose code is none of transformers': traced by themselves, kept as they are."""
+
 ARCHITECTURES: dict[str, str] = {
     "llama-3.1-8b": "build",
     "llama-2-7b": "build",

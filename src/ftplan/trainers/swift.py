@@ -10,6 +10,7 @@ import math
 import re
 from typing import Any
 
+from ftplan.spec import Lengths
 from ftplan.trainers.accelerate import apply_fsdp
 from ftplan.trainers.commands import ENV, LAUNCH
 from ftplan.trainers.draft import Draft
@@ -291,6 +292,9 @@ def _length(draft: Draft, keys: Keys, task: str) -> None:
                 512,
                 SOURCE % "arguments/rlhf_args.py: max_completion_length = 512",
             )
+    if draft.stack.name == NAME and not draft.get("batch.packing"):
+        # how much shorter the samples are is the dataset's: batches of the longest are sized
+        draft.put("batch.lengths", Lengths(kind="fixed"))
     if draft.get("batch.seq_len") is None:
         draft.ask(
             "batch.seq_len", "max_length is not given: ms-swift cuts at the model's own maximum"

@@ -80,8 +80,9 @@ class LoraLinear(Adapted):
         self.dropout = spec.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.base_layer, QuantizedLinear) and self.base_layer.bitsandbytes:
-            return self._forward_bitsandbytes(x, copied=self.base_layer.four_bit)
+        base = self.base_layer
+        if isinstance(base, QuantizedLinear) and (base.bitsandbytes or x.tape.env.unpacks_gptq):
+            return self._forward_bitsandbytes(x, copied=base.four_bit)
         result = self.base_layer.forward(x)
         dtype = result.dtype
         # a module's call holds its arguments: ``x`` outlives the cast
