@@ -82,7 +82,8 @@ def test_the_list_of_optim_names_is_current() -> None:
         ("sophia", "sophia"), ("adam-mini", "adam_mini"), ("FusedAdam", "apex_fused_adam"),
         ("transformer_engine.pytorch.optimizers.fused_adam.FusedAdam", "apex_fused_adam"),
         ("flashoptim.FlashAdamW", "flash_adamw"), ("dion.Muon", "muon"),
-        ("bitsandbytes.optim.PagedAdam8bit", "paged_adamw_8bit"), ("q_galore", "q_galore_adamw8bit"),
+        ("bitsandbytes.optim.PagedAdam8bit", "paged_adamw_8bit"),
+        ("q_galore", "q_galore_adamw8bit"),
     ],
 )  # fmt: skip
 def test_trainers_spellings(spelling: str, name: str) -> None:
