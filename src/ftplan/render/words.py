@@ -61,7 +61,7 @@ def both_units(count: int) -> str:
 
 _PLACES = (
     (r"^https?://(www\.)?", ""),
-    (r"^(huggingface\.co/[^/]+/[^/]+)/(blob|raw|resolve)/main/config\.json$", r"\1"),
+    (r"^(huggingface\.co/[^/]+/[^/]+)/(blob|raw|resolve)/main/config\.json(?= \(|$)", r"\1"),
     (r"^github\.com/([^/]+/[^/]+)/(?:blob|tree)/([^/]+)/(.+)$", r"\1 \3 @\2"),
     (r"(@[0-9a-f]{8})[0-9a-f]{32}$", r"\1"),
     (r"/$", ""),
