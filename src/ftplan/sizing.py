@@ -239,7 +239,7 @@ class _Fit:
         micro = given if given and given <= largest_micro else min(largest_micro, 16)
         record = sizer.record(micro, self.seq_len)
         sequences = record.program.sequences  # a pair is two
-        job, work = sizer.job, sizer.compute.at(micro * sequences, self.seq_len)
+        job, work = sizer.job, sizer.work(micro, self.seq_len)
         dtype = job.environment.autocast or job.compute_dtype
         if job.weights.layout == "plain" and job.environment.autocast is None:
             dtype = job.weights.name

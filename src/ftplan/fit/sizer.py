@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
-from ftplan.fit.flops import Compute, compute_of
+from ftplan.fit.flops import Compute, Work
 from ftplan.memory.counters import Counters, counters
 from ftplan.memory.estimate import Structure
 from ftplan.memory.job import Job
@@ -73,7 +73,6 @@ class Sizer:
         self._job_at = job_at
         self._structures: dict[int, Structure] = {}
         self._single: dict[tuple[int, int], Structure] = {}
-        self._compute: Compute | None = None
         self._edges = _windows(job.config)
         self.evaluated = 0
         """How many sizes were asked of a record."""
@@ -96,12 +95,10 @@ class Sizer:
             self._single[key] = Structure(self._job_at(micro, seq_len))
         return self._single[key]
 
-    @property
-    def compute(self) -> Compute:
-        """Operations of the job."""
-        if self._compute is None:
-            self._compute = compute_of(self.structure(self.job.seq_len).network, self.job)
-        return self._compute
+    def work(self, micro: int, seq_len: int) -> Work:
+        """Operations of a micro batch."""
+        compute = Compute(self.record(micro, seq_len).program)
+        return compute.at(micro, seq_len, self.chunk(micro, seq_len))
 
     def chunk(self, micro: int, seq_len: int) -> int:
         """Tokens of one chunk of the loss; 0: it is not chunked."""

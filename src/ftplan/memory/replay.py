@@ -7,6 +7,7 @@ Both read the same events, so they give the same integer.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,7 +17,7 @@ from ftplan.memory.moments import WorstMoments
 from ftplan.memory.record import BOUNDARY, Recording, Segment
 from ftplan.memory.tape import BATCH, BLOCK_BYTES, SCORES, TOKENS, Label, Size, basis
 
-__all__ = ["Alive", "Moment", "Phase", "Program", "Run", "rounded"]
+__all__ = ["Alive", "Moment", "Operations", "Phase", "Program", "Run", "rounded"]
 
 
 NOTHING = Size((0,) * 7)
@@ -60,6 +61,18 @@ class Moment:
     alive: Mapping[Label, Alive]
 
 
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Floating point operations of matrix products, as an expression in the batch."""
+
+    phase: str
+    kind: str
+    """As in :class:`ftplan.memory.tape.Product`."""
+    again: bool
+    """Computed a second time."""
+    size: Size
+
+
 class Program:
     """The dynamic part of a step as a function of micro batch and sequence length."""
 
@@ -82,6 +95,9 @@ class Program:
         """Per segment: index into the table of signed sizes."""
         self._storage_size = storage_size
         self._worst: WorstMoments | None = None
+        self._products = tape.products
+        self._spans: list[tuple[int, int]] = []
+        """Per segment: its events on the tape."""
         self.virtual_tokens = 0
         """Learned tokens before each sequence."""
         self.sequences = 1
@@ -97,6 +113,7 @@ class Program:
                     continue
                 if key not in segments:
                     segments[key] = len(self._steps)
+                    self._spans.append(key)
                     events = tuple(tape.events[part.start : part.stop])
                     self._events.append(events)
                     self._steps.append(
@@ -108,8 +125,12 @@ class Program:
                     runs.append(Run(segments[key], 1))
             self.phases.append(Phase(name, tuple(runs)))
 
+    def point(self, micro: int, seq_len: int, chunk: int = 0) -> tuple[int, ...]:
+        """The values of the basis of sizes for a batch."""
+        return basis(micro * self.sequences, seq_len + self.virtual_tokens, chunk)
+
     def _bytes(self, micro: int, seq_len: int, chunk: int) -> list[int]:
-        point = basis(micro * self.sequences, seq_len + self.virtual_tokens, chunk)
+        point = self.point(micro, seq_len, chunk)
         sizes = [rounded(size.at(point)) for size in self._sizes]
         return sizes + [-size for size in sizes]
 
@@ -139,6 +160,34 @@ class Program:
         each = [sum(event > 0 for event in events) for events in self._events]
         return sum(each[run.segment] * run.times for p in self.phases for run in p.runs)
 
+    def born(self) -> Size:
+        """Bytes of all storages that are made in a micro batch."""
+        each = [
+            sum((self._sizes[self._storage_size[e - 1]] for e in events if e > 0), NOTHING)
+            for events in self._events
+        ]
+        return sum((each[r.segment] * r.times for p in self.phases for r in p.runs), NOTHING)
+
+    def operations(self) -> list[Operations]:
+        """What a micro batch computes. Raises LookupError where a product's size is not known."""
+        starts = [product.event for product in self._products]
+        each: list[dict[tuple[str, bool], Size]] = []
+        for start, stop in self._spans:
+            sums: dict[tuple[str, bool], Size] = {}
+            for product in self._products[bisect_left(starts, start) : bisect_left(starts, stop)]:
+                if product.each is None:
+                    raise LookupError(product.name)
+                key = (product.kind, product.again)
+                sums[key] = sums.get(key, NOTHING) + product.rows * product.each
+            each.append(sums)
+        totals: dict[tuple[str, str, bool], Size] = {}
+        for phase in self.phases:
+            for run in phase.runs:
+                for (kind, again), size in each[run.segment].items():
+                    place = (phase.name, kind, again)
+                    totals[place] = totals.get(place, NOTHING) + size * run.times
+        return [Operations(*place, size) for place, size in totals.items()]
+
     def peak(self, micro: int, seq_len: int, chunk: int = 0) -> int:
         """The largest moment, in bytes on top of what is static."""
         return self.peak_and_rest(micro, seq_len, chunk)[0]
@@ -151,7 +200,7 @@ class Program:
         if self._worst is None:
             runs = [(run.segment, run.times) for phase in self.phases for run in phase.runs]
             self._worst = WorstMoments(self._sizes, self._steps, runs)
-        point = basis(micro * self.sequences, seq_len + self.virtual_tokens, chunk)
+        point = self.point(micro, seq_len, chunk)
         return self._worst.at(point)
 
     def moment(self, micro: int, seq_len: int, chunk: int = 0) -> Moment:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from sys import getrefcount
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from ftplan.memory.env import Environment
 
@@ -34,6 +34,7 @@ __all__ = [
     "Label",
     "Node",
     "Parameter",
+    "Product",
     "Size",
     "Storage",
     "Tape",
@@ -93,6 +94,23 @@ class Label:
     """The part of the block, or else the operation, that made it."""
 
 
+class Product(NamedTuple):
+    """Matrix products: what a step computes, beside what it allocates."""
+
+    event: int
+    """How many events were on the tape before it."""
+    sequence: int
+    """Of the last node before it."""
+    rows: Size
+    each: int | None
+    """Floating point operations for each of the rows; None: nobody said."""
+    kind: Literal["linear", "attention", "hidden"]
+    """``hidden``: scores that a mask hides and the kernel does not compute, to be taken off."""
+    again: bool
+    """Computed before: by a checkpoint, or by the backward of a kernel that kept nothing."""
+    name: str
+
+
 class Joins(Protocol):
     """What attention does to keys and to values before it uses them."""
 
@@ -129,6 +147,11 @@ class Tape:
     """Tensors that are leaves of the graph, held until their gradient arrives."""
     recalled: list[Tensor] | None = None
     """While a checkpoint runs again: what escaped the first time, in order."""
+    products: list[Product] = field(default_factory=list)
+    again: bool = False
+    """A checkpoint runs again."""
+    stands_for: dict[Size, Size] = field(default_factory=dict)
+    """Rows that are played for others beside themselves (chunks of a loss that are all alike)."""
 
     def allocate(self, size: Size, name: str) -> Storage:
         """A storage of ``size`` bytes comes alive."""
@@ -155,6 +178,25 @@ class Tape:
         storage = self.allocate(rows * (width * ITEM_BYTES[dtype]), name)
         return Tensor(self, storage, rows, width, dtype)
 
+    def multiply(
+        self, rows: Size, inner: int | None, width: int = 1, name: str = "linear", *,
+        times: int = 1, kind: Literal["linear", "attention", "hidden"] = "linear",
+        again: bool = False,
+    ) -> Size:  # fmt: skip
+        """Count ``times`` products of (rows x inner) and (inner x width), before they are made.
+
+        ``hidden`` rows are twice as many: half of a square has no whole number of them. Returns
+        the rows that were counted, for the way back.
+        """
+        if not times:
+            return rows
+        each = None if inner is None else (1 if kind == "hidden" else 2) * inner * width * times
+        rows = self.stands_for.get(rows, rows) if self.stands_for else rows
+        self.products.append(
+            Product(len(self.events), self.sequence, rows, each, kind, again or self.again, name)
+        )
+        return rows
+
     def leaf(self, parameter: Parameter) -> Tensor:
         """A weight as an operand: a view of static bytes."""
         *lead, width = parameter.shape
@@ -174,6 +216,15 @@ class Tape:
             yield
         finally:
             self.grad_enabled = before
+
+    @contextmanager
+    def counting(self, stands_for: dict[Size, Size]) -> Iterator[None]:
+        """Products over some rows are played for those over others beside them."""
+        before, self.stands_for = self.stands_for, stands_for
+        try:
+            yield
+        finally:
+            self.stands_for = before
 
     @contextmanager
     def scoped(self, group: str) -> Iterator[None]:
