@@ -46,11 +46,16 @@ class TimeEstimate:
     flops_per_micro_batch: int
     """What one card computes, recomputation included."""
     model_flops_per_micro_batch: int
-    """Without recomputation: what MFU counts."""
+    """Without what is computed twice: what utilisation is counted by."""
+    flops: Mapping[str, int]
+    """The same in parts: `forward`, `backward`, `recompute`; `attention` is in these three."""
+    model_flops_utilisation: float
+    """Model operations a second over the rate in the data sheet, expected."""
     seconds_per_micro_batch: Spread
     tokens_per_second: Spread
     bound: str
-    """`compute`, `memory bandwidth`, `kernel launches` or `interconnect`."""
+    """What takes most of it: `compute`, `memory bandwidth`, `interconnect`, `host link` or
+    `kernel launches`."""
     tokens: int | None = None
     """Tokens to process; None: not given."""
     steps: int | None = None

@@ -239,30 +239,27 @@ class _Fit:
         micro = given if given and given <= largest_micro else min(largest_micro, 16)
         record = sizer.record(micro, self.seq_len)
         sequences = record.program.sequences  # a pair is two
-        job, work = sizer.job, sizer.work(micro, self.seq_len)
+        job, load = sizer.job, sizer.load(micro, self.seq_len)
         dtype = job.environment.autocast or job.compute_dtype
         if job.weights.layout == "plain" and job.environment.autocast is None:
             dtype = job.weights.name
-        speed = speed_of(gpu, mixed_or_weights=dtype, share=self.workload.slice_share)
+        gpus = sizer.room.gpus
+        speed = speed_of(
+            gpu, mixed_or_weights=dtype, gpus=gpus, share=self.workload.slice_share
+        )
         if not speed.flops:
             return None
-        seconds, bound = micro_step(
-            work,
-            record,
-            job,
-            speed,
-            utilisation_of(gpu),
-            hidden_of(job.config),
-        )
+        seconds, bound = micro_step(load, speed, utilisation_of(gpu))
         return data_time(
             seconds,
             bound,
-            work,
+            load,
+            speed,
             micro=micro,
             sequences=sequences,
             seq_len=self.seq_len,
             accumulation=job.accumulation,
-            gpus=sizer.room.gpus,
+            gpus=gpus,
             tokens=self.workload.tokens,
             price_per_hour=self.paid.get(gpu.name, self.paid.get("")),
             watts=self.workload.watts,

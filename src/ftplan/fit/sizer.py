@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
-from ftplan.fit.flops import Compute, Work
+from ftplan.fit.flops import Compute, hidden_of
+from ftplan.fit.time import Load, load_of
 from ftplan.memory.counters import Counters, counters
 from ftplan.memory.estimate import Structure
 from ftplan.memory.job import Job
@@ -95,10 +96,17 @@ class Sizer:
             self._single[key] = Structure(self._job_at(micro, seq_len))
         return self._single[key]
 
-    def work(self, micro: int, seq_len: int) -> Work:
-        """Operations of a micro batch."""
-        compute = Compute(self.record(micro, seq_len).program)
-        return compute.at(micro, seq_len, self.chunk(micro, seq_len))
+    def load(self, micro: int, seq_len: int) -> Load:
+        """What a micro batch asks of the card."""
+        record, chunk = self.record(micro, seq_len), self.chunk(micro, seq_len)
+        compute = Compute(record.program)
+        return load_of(
+            record,
+            self.job,
+            compute.at(micro, seq_len, chunk),
+            made_bytes=compute.born_bytes(micro, seq_len, chunk),
+            width=hidden_of(self.job.config),
+        )
 
     def chunk(self, micro: int, seq_len: int) -> int:
         """Tokens of one chunk of the loss; 0: it is not chunked."""
