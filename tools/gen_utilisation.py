@@ -1,8 +1,7 @@
 """Read utilisation off the published readings that are not kept apart, and try it on the others.
 
-    python tools/gen_utilisation.py            # write src/ftplan/catalog/data/utilisation.json
-    python tools/gen_utilisation.py --check    # exit 1 if it would change
-    python tools/gen_utilisation.py --table    # the readings kept apart, one by one (Markdown)
+    python tools/gen_utilisation.py            # write catalog/data/utilisation.json and the page
+    python tools/gen_utilisation.py --check    # exit 1 if they would change
 
 What depends on no card is read off A100s, of which there are most readings: the hidden size at
 which matmuls reach half of their best share, the share of attention kernels relative to it, the
@@ -34,7 +33,19 @@ from ftplan.fit.time import Load, Speed, Utilisation, micro_step, tokens_per_sec
 from ftplan.resolve import resolve
 from ftplan.trace.job import plan_from
 
-PATH = Path(__file__).parents[1] / "src/ftplan/catalog/data/utilisation.json"
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "src/ftplan/catalog/data/utilisation.json"
+PAGE = ROOT / "docs/throughput.md"
+HEAD = """\
+# How fast: estimates against published readings
+
+Generated from the program: `python tools/gen_utilisation.py` writes it anew.
+
+A source is kept apart when the SHA-256 of its name is odd; the shares of `ftplan fit` are read off
+the other sources alone ([how](../tools/gen_utilisation.py)). Not used on either side: 8 readings
+in fp8 or fp4, 7 without a rate (hours for data of unknown length), 4 of adapters that are not
+modelled, 1 of tensor and pipeline parallelism.
+"""
 ANY = ("", (), (), ())
 CLASSES: tuple[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
     (
@@ -53,11 +64,11 @@ CLASSES: tuple[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]], ..
 T_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
 """Student's t at 95 %, by degrees of freedom from 1."""
 GRID = {
-    "half_width": (300, 400, 500, 600, 700, 800, 900),
-    "attention": (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6),
-    "traffic": (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0),
-    "overlap": (0.0, 0.25, 0.5, 0.75, 1.0),
-    "best": tuple(n / 100 for n in range(60, 96, 2)),
+    "half_width": (300, 500, 700, 900),
+    "attention": (0.2, 0.3, 0.4, 0.5),
+    "traffic": (0.4, 0.8, 1.2, 1.6, 2.0),
+    "overlap": (0.0, 0.5, 1.0),
+    "best": (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95),
 }
 
 Measured = tuple[Reading, Load, Speed, float]
@@ -104,19 +115,22 @@ def expected(load: Load, speed: Speed, share: Utilisation) -> float:
 
 
 def fitted(rows: Sequence[Measured]) -> Utilisation:
-    """The point of the grid whose squares are least, each source weighed by the root of its rows."""
+    """The point of the grid whose squares are least, each source weighed by the root of its rows.
+
+    The grid is coarse: the class's factor comes on top.
+    """
     count = {source: len(v) for source, v in by_source([(r[0], 0.0) for r in rows]).items()}
-    best: tuple[float, Utilisation] | None = None
-    for values in product(*GRID.values()):
-        share = Utilisation(**dict(zip(GRID, values, strict=True)), spread=1.0, source="")
-        squares = sum(
+
+    def squares(share: Utilisation) -> float:
+        return sum(
             log(expected(load, speed, share) / seconds) ** 2 / sqrt(count[reading.source])
             for reading, load, speed, seconds in rows
         )
-        if best is None or squares < best[0]:
-            best = squares, share
-    assert best is not None
-    return best[1]
+
+    points: list[dict[str, Any]] = [
+        dict(zip(GRID, values, strict=True)) for values in product(*GRID.values())
+    ]
+    return min((Utilisation(**point, spread=1.0, source="") for point in points), key=squares)
 
 
 def factor(row: Measured, share: Utilisation) -> float:
@@ -173,7 +187,7 @@ def rows_of_file() -> list[dict[str, Any]]:
                 "best": round(share.best, 3), "half_width": int(base.half_width),
                 "attention": round(share.attention, 3), "traffic": base.traffic,
                 "overlap": base.overlap, "spread": round(exp(T_95[freedom - 1] * sqrt(square)), 2),
-                "source": f"{count} readings of {len(means)} sources in data/throughput.json"
+                "source": f"data/throughput.json: readings {count}, sources {len(means)}"
                 if means else "the mean of the other classes: no reading of such a card",
             }
         )  # fmt: skip
@@ -189,8 +203,29 @@ def tried(reading: Reading) -> tuple[float, float, float]:
     return spread.low, spread.expected, spread.high
 
 
+def classes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The classes of cards with their shares, as Markdown."""
+    lines = [
+        "## Shares of the data sheet's rate\n",
+        "| cards | matmuls, at best | attention | low and high | read off |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['name']} | {row['best']:.2f} | {row['attention']:.2f} | "
+            f"x {1 / row['spread']:.2f} to {row['spread']:.2f} | {row['source']} |"
+        )
+    base = rows[0]
+    lines.append(
+        f"\nMatmuls reach `best x hidden / (hidden + {base['half_width']})`; "
+        f"{base['traffic']} bytes cross the memory for each that is allocated; "
+        f"{base['overlap']:.0%} of the communication hides behind the computation."
+    )
+    return "\n".join(lines)
+
+
 def table() -> str:
-    """The readings kept apart, the worst first."""
+    """The readings kept apart, the worst first, as Markdown."""
     lines = []
     for reading in readings():
         if reading.kept:
@@ -199,10 +234,11 @@ def table() -> str:
     lines.sort(key=lambda line: -abs(line[0]))
     inside = [low <= reading.tokens_per_s_per_gpu <= high for _, reading, low, _, high in lines]
     text = [
-        f"{sum(inside)} of {len(inside)} inside; median high / low "
-        f"{median(high / low for *_, low, _, high in lines):.2f}; median error "
-        f"{median(abs(exp(error) - 1) for error, *_ in lines):.0%}\n",
-        "| reading | card | read | low | expected | high | inside |",
+        "## Readings kept apart, the worst first\n",
+        f"{sum(inside)} of {len(inside)} lie between low and high; the median of high / low is "
+        f"{median(high / low for *_, low, _, high in lines):.2f}, the median error "
+        f"{median(abs(exp(error) - 1) for error, *_ in lines):.0%}. Tokens a second and card.\n",
+        "| reading | cards | read | low | expected | high | inside |",
         "| --- | --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for (_, reading, low, middle, high), within in zip(lines, inside, strict=True):
@@ -217,15 +253,18 @@ def table() -> str:
 
 
 def main() -> int:
-    """Write, check or show."""
-    if "--table" in sys.argv:
-        print(table())
-        return 0
-    text = "[\n" + ",\n".join(json.dumps(row) for row in rows_of_file()) + "\n]\n"
-    if "--check" in sys.argv:
-        return int(text != PATH.read_text())
-    PATH.write_text(text)
-    return 0
+    """Write or check."""
+    check = "--check" in sys.argv
+    rows = rows_of_file()
+    data = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+    stale = data != DATA.read_text()
+    if not check:
+        DATA.write_text(data)
+    page = f"{HEAD}\n{classes(rows)}\n\n{table()}\n"
+    stale = stale or not PAGE.exists() or page != PAGE.read_text()
+    if not check:
+        PAGE.write_text(page)
+    return int(stale and check)
 
 
 if __name__ == "__main__":
