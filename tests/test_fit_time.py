@@ -48,7 +48,10 @@ def work(micro: int, seq_len: int, model: str = "llama-3.1-8b", **more: Any) -> 
 # --- PyTorch's count ----------------------------------------------------------------------------
 
 NEAR = {
-    ("falcon_h1", "full"): "states x heads of so small a mixer are no multiple of the chunk squared",
+    (
+        "falcon_h1",
+        "full",
+    ): "states x heads of so small a mixer are no multiple of the chunk squared",
     ("falcon_h1_norm", "full"): "the same",
     ("llama", "boft"): "the way back through the solver of 4 x 4 blocks",
     ("hunyuan_v1_moe", "lora checkpointed"): "PEFT wraps its router, which is no linear layer here",

@@ -26,7 +26,9 @@ from ftplan.trace.job import plan_from, resolve
 
 ROOT = Path(__file__).parents[1]
 CASES = [
-    path for room in ("families", "mixtures") for path in (ROOT / "tests/cases" / room).glob("*.json")
+    path
+    for room in ("families", "mixtures")
+    for path in (ROOT / "tests/cases" / room).glob("*.json")
 ]
 FAMILIES = {path.stem: path for path in sorted(CASES)}
 TARGET = ROOT / "tests/cases/flops.json"
@@ -47,14 +49,16 @@ SOMEWHERE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "full, every other block": (
         ("llama", "phi"),
         {
-            "method": {"kind": "full"}, "precision": BF16,
+            "method": {"kind": "full"},
+            "precision": BF16,
             "gradient_checkpointing": {"kind": "full", "every": 2},
         },
     ),
     "full, reentrant": (
         ("llama", "gpt_neox"),
         {
-            "method": {"kind": "full"}, "precision": BF16,
+            "method": {"kind": "full"},
+            "precision": BF16,
             "gradient_checkpointing": {"kind": "full", "reentrant": True},
         },
     ),
@@ -73,7 +77,8 @@ SOMEWHERE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "full padded": (
         ("llama", "qwen2", "t5"),
         {
-            "method": {"kind": "full"}, "precision": BF16,
+            "method": {"kind": "full"},
+            "precision": BF16,
             "batch": {**BATCH, "padding": "right"},
         },
     ),
@@ -89,7 +94,8 @@ SOMEWHERE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "dora checkpointed, dropout": (
         ("llama",),
         {
-            "method": {**LORA, "kind": "dora", "dropout": 0.1}, "precision": BF16,
+            "method": {**LORA, "kind": "dora", "dropout": 0.1},
+            "precision": BF16,
             "gradient_checkpointing": True,
         },
     ),
@@ -97,7 +103,8 @@ SOMEWHERE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("llama", "gpt_neox", "falcon"),
         {
             "method": {**LORA, "kind": "qlora", "prepare_kbit": True},
-            "precision": {"weights": "nf4", "mixed": "bf16"}, "gradient_checkpointing": True,
+            "precision": {"weights": "nf4", "mixed": "bf16"},
+            "gradient_checkpointing": True,
         },
     ),
     "int8 lora": (
@@ -130,7 +137,10 @@ SOMEWHERE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "dpo, the adapter off": (
         ("llama",),
         {
-            "method": LORA, "precision": BF16, "task": "dpo", "loss": "full",
+            "method": LORA,
+            "precision": BF16,
+            "task": "dpo",
+            "loss": "full",
             "gradient_checkpointing": True,
         },
     ),

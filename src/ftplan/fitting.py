@@ -11,6 +11,7 @@ from ftplan.report import Assumption, Finding, GpuSummary, ModelSummary, Remedy,
 __all__ = [
     "DataFormat",
     "DataSummary",
+    "FastestPlan",
     "FitReport",
     "FitRow",
     "GpuOffer",
@@ -63,6 +64,7 @@ class TimeEstimate:
     hours: Spread | None = None
     cost: Spread | None = None
     """In the currency of the price that was given."""
+    cost_per_million_tokens: Spread | None = None
     energy_kwh: Spread | None = None
 
 
@@ -92,6 +94,23 @@ class GpuOffer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FastestPlan:
+    """The fastest plan of a way that fits."""
+
+    change: Mapping[str, Any]
+    """Laid over the plan it makes this one: the way, settings that lose nothing, the batch."""
+    micro: int
+    """The smallest micro batch that is as fast as the largest."""
+    largest_micro: int
+    """Most sequences at once that still fit with these settings."""
+    accumulation: int
+    peak_bytes: int
+    """Expected bytes on the device."""
+    headroom_bytes: int
+    """Usable bytes less the upper end of the peak."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FitRow:
     """One way of running the job on the card."""
 
@@ -110,8 +129,10 @@ class FitRow:
     """Most sequences at once that still fit at the plan's sequence length; None: none does."""
     longest_seq_len: int | None
     """Longest sequence that still fits at the plan's micro batch; None: none does."""
+    fastest: FastestPlan | None = None
+    """None: no card is named or nothing fits."""
     time: TimeEstimate | None = None
-    """How fast it runs; None: no card is named or it does not fit."""
+    """How fast :attr:`fastest` runs."""
     note: str = ""
     """Why a row has no numbers."""
 
@@ -128,6 +149,10 @@ class GpuOption:
     usable_bytes: int
     price_per_hour: float | None = None
     """For all cards together."""
+    fastest: FastestPlan | None = None
+    """The fastest plan on them, where there is a price."""
+    time: TimeEstimate | None = None
+    """How fast that plan runs, and what it costs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +180,9 @@ class FitReport:
     solution: Solution | None = None
     """What ``--for`` asked for."""
     candidates: int = 0
-    """Plans that the answer chose from."""
+    """Plans that the answer was chosen from: ways x settings x cards x micro batches."""
+    evaluated: int = 0
+    """Of these, how many sizes were asked of a record; the others need not be."""
     findings: tuple[Finding, ...] = ()
     assumptions: tuple[Assumption, ...] = ()
     schema_version: int = 1

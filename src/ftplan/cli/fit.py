@@ -131,7 +131,8 @@ def _write_plan(job: JobInput, answer: FitReport, path: Path) -> None:
     row = next((row for row in answer.rows if row.way == answer.recommended), None)
     notes = ["written by ftplan fit"]
     if row is not None:
-        changes = [row.change]
+        asked = row.fastest is None or answer.solution is not None
+        changes = [row.change if asked or row.fastest is None else row.fastest.change]
         notes.append(f"{row.way}: {answer.reason}")
     else:
         changes = [remedy.change for remedy in answer.remedies]

@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
-from ftplan.fit.flops import Compute, hidden_of
-from ftplan.fit.time import Load, load_of
+from ftplan.fit.time import Demand, Load
 from ftplan.memory.counters import Counters, counters
 from ftplan.memory.estimate import Structure
 from ftplan.memory.job import Job
@@ -59,6 +58,7 @@ class Sizer:
 
     ``job_at`` makes the job for a batch where more than sizes depends on it (what is generated
     and scored in reinforcement finetuning): then every size gets a record of its own.
+    ``structures`` are records of the same job on another card, by side of the window.
     """
 
     def __init__(
@@ -67,12 +67,15 @@ class Sizer:
         room: Room,
         chunk: Callable[[int], int] | None = None,
         job_at: Callable[[int, int], Job] | None = None,
+        *,
+        structures: dict[int, Structure] | None = None,
     ) -> None:
         self.job = job
         self.room = room
         self._chunk = chunk
         self._job_at = job_at
-        self._structures: dict[int, Structure] = {}
+        self._structures = {} if structures is None else structures
+        self._demands: dict[int, Demand] = {}
         self._single: dict[tuple[int, int], Structure] = {}
         self._edges = _windows(job.config)
         self.evaluated = 0
@@ -96,17 +99,14 @@ class Sizer:
             self._single[key] = Structure(self._job_at(micro, seq_len))
         return self._single[key]
 
-    def load(self, micro: int, seq_len: int) -> Load:
-        """What a micro batch asks of the card."""
-        record, chunk = self.record(micro, seq_len), self.chunk(micro, seq_len)
-        compute = Compute(record.program)
-        return load_of(
-            record,
-            self.job,
-            compute.at(micro, seq_len, chunk),
-            made_bytes=compute.born_bytes(micro, seq_len, chunk),
-            width=hidden_of(self.job.config),
-        )
+    def load(self, micro: int, seq_len: int, accumulation: int | None = None) -> Load:
+        """What one of a step's micro batches asks of the card."""
+        record = self.record(micro, seq_len)
+        if id(record) not in self._demands:
+            self._demands[id(record)] = Demand(record, self.job)
+        steps = self.job.accumulation if accumulation is None else accumulation
+        chunk = self.chunk(micro, seq_len)
+        return self._demands[id(record)].at(micro, seq_len, chunk, steps)
 
     def chunk(self, micro: int, seq_len: int) -> int:
         """Tokens of one chunk of the loss; 0: it is not chunked."""

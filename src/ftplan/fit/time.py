@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftplan.fit.flops import Work
+from ftplan.fit.flops import Compute, Work, hidden_of
 from ftplan.fitting import Spread, TimeEstimate
 from ftplan.memory.estimate import Structure
 from ftplan.memory.host import offloaded_bytes, wire_of
 from ftplan.memory.job import Job
 
-__all__ = ["Load", "Speed", "Utilisation", "data_time", "load_of", "micro_step",
-           "tokens_per_second"]  # fmt: skip
+__all__ = [
+    "Demand", "Load", "Speed", "Utilisation", "data_time", "micro_step", "tokens_per_second",
+]  # fmt: skip
 
 LAUNCH_SECONDS = Spread(low=3e-6, expected=6e-6, high=14e-6)
 """Host time per kernel: PyTorch eager, one kernel for each tensor that is made."""
@@ -84,23 +85,37 @@ class Load:
     """Weights, gradients and states that pass to the host and back, and the update there."""
 
 
-def load_of(structure: Structure, job: Job, work: Work, *, made_bytes: int, width: int) -> Load:
-    """The load of one micro batch of a recorded step."""
-    steps = max(1, job.accumulation)
-    wire = wire_of(job, structure.counted)
-    states = sum(
-        term.bytes for term in structure.static
-        if term.name.startswith(("optimizer/", "weights/trainable", "adapters/"))
-    )  # fmt: skip
-    return Load(
-        work=work,
-        width=width,
-        made_bytes=made_bytes,
-        update_bytes=2 * states / steps,
-        launches=structure.program.births(),
-        wire_bytes=wire.bytes_per_step / steps if wire is not None else 0.0,
-        host_seconds=_host_seconds(structure, job) / steps,
-    )
+class Demand:
+    """What a recorded step asks of each card, as a function of its batch."""
+
+    def __init__(self, structure: Structure, job: Job) -> None:
+        self.compute = Compute(structure.program)
+        wire = wire_of(job, structure.counted)
+        states = sum(
+            term.bytes for term in structure.static
+            if term.name.startswith(("optimizer/", "weights/trainable", "adapters/"))
+        )  # fmt: skip
+        self._wire_bytes = wire.bytes_per_step / max(1, job.accumulation) if wire else 0.0
+        self._once = wire is not None and job.sharding.kind not in ("fsdp", "zero3", "zero2")
+        self._accumulation = max(1, job.accumulation)
+        self._update_bytes = 2.0 * states
+        self._host_seconds = _host_seconds(structure, job)
+        self._width = hidden_of(job.config)
+
+    def at(self, micro: int, seq_len: int, chunk: int, accumulation: int) -> Load:
+        """The load of one of ``accumulation`` micro batches."""
+        steps = max(1, accumulation)
+        # what is sent once a step is shared by its micro batches, what each of them sends is not
+        times = self._accumulation / steps if self._once else 1.0
+        return Load(
+            work=self.compute.at(micro, seq_len, chunk),
+            width=self._width,
+            made_bytes=self.compute.born_bytes(micro, seq_len, chunk),
+            update_bytes=self._update_bytes / steps,
+            launches=self.compute.births,
+            wire_bytes=self._wire_bytes * times,
+            host_seconds=self._host_seconds / steps,
+        )
 
 
 def _host_seconds(structure: Structure, job: Job) -> float:
@@ -177,8 +192,13 @@ def data_time(
     """
     per_micro = micro * sequences * seq_len
     rate = tokens_per_second(seconds, per_micro * gpus)
-    hours = cost = energy = None
+    hours = cost = energy = each = None
     steps = None
+    if price_per_hour is not None:
+        seconds_each = Spread(
+            low=1e6 / rate.high, expected=1e6 / rate.expected, high=1e6 / rate.low
+        )
+        each = seconds_each.times(price_per_hour * gpus / 3600)
     if tokens is not None:
         steps = -(-tokens // (per_micro * gpus * accumulation))
         hours = Spread(
@@ -210,5 +230,6 @@ def data_time(
         steps=steps,
         hours=hours,
         cost=cost,
+        cost_per_million_tokens=each,
         energy_kwh=energy,
     )

@@ -67,8 +67,7 @@ def kernel(env: Environment, heads: Heads, dtype: str, *, masked: bool) -> str:
     if env.attention == "flash":
         return "flash"
     half = dtype in ("bf16", "fp16")
-    modern = env.capability is None or env.capability >= (8, 0)
-    if half and modern and not masked and heads.size == heads.value_size and heads.size <= 256:
+    if half and env.modern and not masked and heads.size == heads.value_size and heads.size <= 256:
         return "flash"
     return "math" if heads.groups > 1 and not masked else "efficient"
 
@@ -213,9 +212,7 @@ def _count(
                 tape.multiply(rows, width, 1, name, kind=kind, again=again)
 
 
-def _hidden(
-    tape: Tape, every: Size, heads: Heads, window: int | None, *, masked: bool
-) -> Size:
+def _hidden(tape: Tape, every: Size, heads: Heads, window: int | None, *, masked: bool) -> Size:
     """Twice the pairs that a kernel does not compute, because it knows the mask without seeing it.
 
     Causal: s (s - 1) / 2 of a sequence's s^2. In a window of w: all but s w - w (w - 1) / 2.

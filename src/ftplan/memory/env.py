@@ -52,6 +52,11 @@ class Environment:
     """Dropout acts and a graph may be built."""
 
     @property
+    def modern(self) -> bool:
+        """All that operations ask of the card: whether PyTorch's flash kernel runs on it."""
+        return self.capability is None or self.capability >= (8, 0)
+
+    @property
     def fused(self) -> bool:
         """Kernels take the place of norms, rotations and gates."""
         return self.kernels != "none"

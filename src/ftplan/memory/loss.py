@@ -94,6 +94,7 @@ def _chunked(network: Network, x: Tensor) -> Tensor:
     hidden = ops.gather(ops.copy(x, "shifted hidden states"))
     loss: Tensor | None = None
     trains = any(parameter.trainable for parameter in network.head_parameters())
+    x.tape.chunks_played = 2
     for rows in (CHUNK, TOKENS + (BATCH + CHUNK) * -1):
         piece = ops.rows_slice(hidden, CHUNK)
 
@@ -240,6 +241,7 @@ def _kept_chunks(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
     ``chunked_cross_entropy``, 0.5).
     """
     tape, env = x.tape, x.tape.env
+    tape.chunks_played = 0
     rest = TOKENS + CHUNK * -1
     upcasts = network.loss_in_fp32 and env.loss_upcasts
     weights = [tape.leaf(p) for p in network.head_parameters() if p.trainable]

@@ -15,7 +15,7 @@ from typing import Any
 
 from ftplan.memory.moments import WorstMoments
 from ftplan.memory.record import BOUNDARY, Recording, Segment
-from ftplan.memory.tape import BATCH, BLOCK_BYTES, SCORES, TOKENS, Label, Size, basis
+from ftplan.memory.tape import BATCH, BLOCK_BYTES, CHUNK, SCORES, TOKENS, Label, Size, basis
 
 __all__ = ["Alive", "Moment", "Operations", "Phase", "Program", "Run", "rounded"]
 
@@ -96,6 +96,7 @@ class Program:
         self._storage_size = storage_size
         self._worst: WorstMoments | None = None
         self._products = tape.products
+        self._chunks_played = tape.chunks_played
         self._spans: list[tuple[int, int]] = []
         """Per segment: its events on the tape."""
         self.virtual_tokens = 0
@@ -161,12 +162,16 @@ class Program:
         return sum(each[run.segment] * run.times for p in self.phases for run in p.runs)
 
     def born(self) -> Size:
-        """Bytes of all storages that are made in a micro batch."""
+        """Bytes of all storages that are made in a micro batch, those of every chunk of a loss."""
         each = [
             sum((self._sizes[self._storage_size[e - 1]] for e in events if e > 0), NOTHING)
             for events in self._events
         ]
-        return sum((each[r.segment] * r.times for p in self.phases for r in p.runs), NOTHING)
+        total = sum((each[r.segment] * r.times for p in self.phases for r in p.runs), NOTHING)
+        if not self._chunks_played:
+            return total
+        every = total[6] // self._chunks_played
+        return total + TOKENS * every + CHUNK * -total[6]
 
     def operations(self) -> list[Operations]:
         """What a micro batch computes. Raises LookupError where a product's size is not known."""

@@ -58,13 +58,20 @@ class Size(tuple[int, ...]):
 
     __slots__ = ()
 
+    # written out, because a step makes hundreds of sizes
+
     def __add__(self, other: object) -> Size:
         assert isinstance(other, Size)
-        return Size(a + b for a, b in zip(self, other, strict=True))
+        a, b, c, d, e, f, g = self
+        h, i, j, k, m, n, o = other
+        return Size((a + h, b + i, c + j, d + k, e + m, f + n, g + o))
 
     def __mul__(self, factor: object) -> Size:
         assert isinstance(factor, int)
-        return Size(a * factor for a in self)
+        a, b, c, d, e, f, g = self
+        return Size(
+            (a * factor, b * factor, c * factor, d * factor, e * factor, f * factor, g * factor)
+        )
 
     __rmul__ = __mul__
 
@@ -147,16 +154,25 @@ class Tape:
     """Tensors that are leaves of the graph, held until their gradient arrives."""
     recalled: list[Tensor] | None = None
     """While a checkpoint runs again: what escaped the first time, in order."""
+    known: dict[tuple[str, str], Label] = field(default_factory=dict)
+    """Labels that were made before."""
     products: list[Product] = field(default_factory=list)
     again: bool = False
     """A checkpoint runs again."""
     stands_for: dict[Size, Size] = field(default_factory=dict)
     """Rows that are played for others beside themselves (chunks of a loss that are all alike)."""
+    chunks_played: int = 1
+    """How many chunks of the loss are on the tape for all there are; 0: the others are there too,
+    as one."""
 
     def allocate(self, size: Size, name: str) -> Storage:
         """A storage of ``size`` bytes comes alive."""
         self.sizes.append(size)
-        self.labels.append(Label(self.scope, self.module or name))
+        key = (self.scope, self.module or name)
+        label = self.known.get(key)
+        if label is None:
+            label = self.known[key] = Label(*key)
+        self.labels.append(label)
         index = len(self.sizes)
         self.events.append(index)
         return Storage(self, index)

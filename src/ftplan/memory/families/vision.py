@@ -110,9 +110,7 @@ class VisionBlock(Module):
             del scores
             weights = ops.to(ops.softmax(weights, "fp32"), q.dtype)
             width = heads.count * heads.size
-            out = ops.copy(
-                ops.matmul(weights, v, q.rows, width, "attention", inner=self.reach)
-            )
+            out = ops.copy(ops.matmul(weights, v, q.rows, width, "attention", inner=self.reach))
         else:
             out = attend(q, k, v, heads, reach=self.reach)
         return ops.copy(out, "windows joined") if self.pieces else out
