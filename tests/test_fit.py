@@ -6,8 +6,9 @@ import gc
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
+from operator import ge
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -80,8 +81,8 @@ def test_search_of_cells_is_brute_force(drawn: list[Any]) -> None:
             Cell(
                 key=key,
                 micros=range(1, count + 1),
-                fits=lambda n, border=border: n <= border,
-                rate=lambda n, rates=rates: rates[n - 1],
+                fits=partial(ge, border),
+                rate=dict(enumerate(rates, start=1)).__getitem__,
             )
         )
         every.append([(key, n, rates[n - 1]) for n in range(1, count + 1) if n <= border])
@@ -422,11 +423,7 @@ def test_hundreds_of_thousands_of_plans_in_seconds() -> None:
     assert answer.candidates > 500_000
     assert answer.evaluated < answer.candidates / 50
     assert spent < 5, f"{spent:.1f} s"
-    best = min(
-        answer.gpus, key=lambda o: o.time.cost_per_million_tokens.expected if o.time else 1e9
-        if o.time and o.time.cost_per_million_tokens else 1e9,
-    )  # fmt: skip
-    assert best.price_per_hour is not None
+    assert all(option.time and option.time.cost_per_million_tokens for option in answer.gpus)
 
 
 # --- Time ---------------------------------------------------------------------------------------

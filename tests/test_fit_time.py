@@ -145,7 +145,7 @@ def test_frozen_weights_have_no_gradient_of_their_own() -> None:
 
 
 def test_checkpointing_stops_before_the_last_product() -> None:
-    """A block runs again up to its last saved tensor: all but its last product; the head does not."""
+    """A block runs again up to its last saved tensor, so without its last product."""
     again = work(1, 1024, gradient_checkpointing=Checkpointing(kind="full"))
     plain = work(1, 1024)
     last = 32 * 2 * 14336 * 4096 * 1024
@@ -179,7 +179,7 @@ def test_a_window_bounds_flash_attention() -> None:
 def test_a_reference_and_a_teacher_are_in_forward() -> None:
     """A DPO step has two sequences through the policy and two through the reference; a distilling
     one the teacher's forward besides."""
-    qwen = {"model": "qwen2.5-0.5b", "precision": Precision(weights="bf16")}
+    qwen: dict[str, Any] = {"model": "qwen2.5-0.5b", "precision": Precision(weights="bf16")}
     once = work(1, 256, **qwen)
     dpo = work(1, 256, task="dpo", **qwen)
     assert dpo.forward == 4 * once.forward

@@ -5,11 +5,11 @@
 
 What depends on no card is read off A100s, of which there are most readings: the hidden size at
 which matmuls reach half of their best share, the share of attention kernels relative to it, the
-bytes that cross the memory for each that is allocated, and what hides of the communication. Each class of
-cards then has one factor on both shares: the geometric mean over its sources of what makes the
-estimate the reading. A source counts as one, however many rows it has. The spread is a prediction
-interval of 90 % for a source that is new (Student's t), from the variance between the sources of
-a class, pooled over classes; a class without a source has the variance between classes on top.
+bytes that cross the memory for each that is allocated, and what hides of the communication. Each
+class of cards then has one factor on both shares: the geometric mean over its sources of what
+makes the estimate the reading. A source counts as one, however many rows it has. The spread is a
+prediction interval of 90 % for a source that is new (Student's t), from the variance between the
+sources of a class, pooled over classes; a class without a source has that between classes on top.
 """
 
 from __future__ import annotations

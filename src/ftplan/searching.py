@@ -99,7 +99,7 @@ class _Place:
     """Sequences of one step on one card, where the plan fixes them."""
 
     def batch(self, micro: int) -> Change:
-        """The micro batch as a change to the plan; accumulation keeps the step where it is fixed."""
+        """The micro batch as a change to the plan; accumulation keeps a step that is fixed."""
         if self.whole_batch is None:
             return {"batch": {"micro": micro}}
         return {"batch": {"micro": micro, "accumulation": self.whole_batch // micro}}

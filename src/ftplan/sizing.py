@@ -6,9 +6,9 @@ Part of the library's front: names from the catalogues in, answers out.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ftplan import __version__, api
 from ftplan.catalog.gpus import GpuRow, find_gpu
@@ -16,11 +16,11 @@ from ftplan.catalog.models import resolve_model
 from ftplan.errors import FtplanError, InputError, describe_fault
 from ftplan.fit.changes import apply_change, merge
 from ftplan.fit.sizer import Sizer, largest
-from ftplan.fit.ways import Way, lean_settings, ways_to_train
+from ftplan.fit.ways import Way, lean_settings
 from ftplan.fitting import FitReport, FitRow, GpuOption
 from ftplan.offering import Offering, cost_of
 from ftplan.report import Report, Verdict
-from ftplan.resolve import Resolved, resolve
+from ftplan.resolve import resolve
 from ftplan.searching import Search, Workload, sized, sizer_for
 from ftplan.solving import Question, Tried, solution_of
 from ftplan.spec import Plan

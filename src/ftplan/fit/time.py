@@ -3,8 +3,8 @@
 One kernel runs after the other, so times add up: matrix products at the share of the card's rate
 that their width reaches, everything else at the speed of the memory (each tensor that is made is
 written and read, partly out of a cache). If the host cannot launch the kernels as fast, it decides
-instead. What crosses the links between cards hides behind that in part. The shares are read off published throughput
-(``catalog/data/utilisation.json``, written by tools/gen_utilisation.py).
+instead. What crosses the links between cards hides behind that in part. The shares are read off
+published throughput (``catalog/data/utilisation.json``, written by tools/gen_utilisation.py).
 """
 
 from __future__ import annotations

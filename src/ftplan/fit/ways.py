@@ -94,7 +94,7 @@ _LIGER: Change = {"loss": "fused", "kernels": "liger"}
 
 
 def _losses(plan: Plan) -> tuple[Change, ...]:
-    """Ways to meet the logits and to run norms and gates that change no number, as the plan lets."""
+    """How to meet the logits, and run norms and gates, with the same result: as the plan lets."""
     if plan.loss is not None:
         return ({},)
     if plan.stack == "torchtune":

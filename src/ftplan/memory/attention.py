@@ -18,6 +18,7 @@ from ftplan.memory.tape import (
     SQUARE,
     TOKENS,
     Grads,
+    Kind,
     Size,
     Tape,
     Tensor,
@@ -206,7 +207,8 @@ def _count(
     gradients of all four operands, and the scores anew."""
     both = heads.count * (heads.size + heads.value_size)
     each, anew = (2 * both, heads.count * heads.size) if backward else (both, 0)
-    for rows, kind in ((pairs, "attention"), (hidden, "hidden")):
+    every: tuple[tuple[Size, Kind], ...] = ((pairs, "attention"), (hidden, "hidden"))
+    for rows, kind in every:
         for width, again in ((each, False), (anew, True)):
             if width and any(rows):
                 tape.multiply(rows, width, 1, name, kind=kind, again=again)

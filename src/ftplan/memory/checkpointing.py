@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ftplan.memory import ops
-from ftplan.memory.tape import Node, Tensor
+from ftplan.memory.tape import Node, Tape, Tensor
 
 __all__ = ["checkpoint"]
 

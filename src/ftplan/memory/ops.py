@@ -22,6 +22,7 @@ from ftplan.memory.tape import (
     ITEM_BYTES,
     ONE,
     Grads,
+    Kind,
     Node,
     Parameter,
     Size,
@@ -205,7 +206,7 @@ def matmul(
     if not exact:
         a, b = autocast(a), autocast(b)
     summed = _summed(a, rows, width) if inner is None else (rows, inner, width)
-    kind: Literal["linear", "attention"] = "attention" if inner is None else "linear"
+    kind: Kind = "attention" if inner is None else "linear"
     a.tape.multiply(*summed, name, kind=kind)
     out = a.tape.tensor(rows, width, a.dtype, name)
     saved_a = a if b.requires_grad else None

@@ -31,6 +31,7 @@ __all__ = [
     "SEQ",
     "SQUARE",
     "TOKENS",
+    "Kind",
     "Label",
     "Node",
     "Parameter",
@@ -101,6 +102,11 @@ class Label:
     """The part of the block, or else the operation, that made it."""
 
 
+Kind = Literal["linear", "attention", "hidden"]
+"""Of a product. ``hidden``: scores that a mask hides and the kernel does not compute, to be taken
+off what it would compute without one."""
+
+
 class Product(NamedTuple):
     """Matrix products: what a step computes, beside what it allocates."""
 
@@ -111,8 +117,7 @@ class Product(NamedTuple):
     rows: Size
     each: int | None
     """Floating point operations for each of the rows; None: nobody said."""
-    kind: Literal["linear", "attention", "hidden"]
-    """``hidden``: scores that a mask hides and the kernel does not compute, to be taken off."""
+    kind: Kind
     again: bool
     """Computed before: by a checkpoint, or by the backward of a kernel that kept nothing."""
     name: str
@@ -196,8 +201,7 @@ class Tape:
 
     def multiply(
         self, rows: Size, inner: int | None, width: int = 1, name: str = "linear", *,
-        times: int = 1, kind: Literal["linear", "attention", "hidden"] = "linear",
-        again: bool = False,
+        times: int = 1, kind: Kind = "linear", again: bool = False,
     ) -> Size:  # fmt: skip
         """Count ``times`` products of (rows x inner) and (inner x width), before they are made.
 
