@@ -58,10 +58,11 @@ class TimeEstimate:
     """What takes most of it: `compute`, `memory bandwidth`, `interconnect`, `host link` or
     `kernel launches`."""
     tokens: int | None = None
-    """Tokens to process; None: not given."""
+    """Tokens to process, without padding and what is cut off; None: not given."""
     steps: int | None = None
     """Optimizer steps for them."""
     hours: Spread | None = None
+    """For the data as they are: with padding where samples are padded."""
     cost: Spread | None = None
     """In the currency of the price that was given."""
     cost_per_million_tokens: Spread | None = None
@@ -190,8 +191,9 @@ class FitReport:
 
 
 DataFormat = Literal[
-    "chat", "prompt and completion", "preference pairs", "unpaired preference", "text", "unknown"
-]
+    "chat", "prompt and completion", "preference pairs", "unpaired preference", "text",
+    "prompts alone", "token ids", "unknown",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +231,10 @@ class DataSummary:
     """Share of all tokens that is cut off."""
     padded_efficiency: float
     """Share of real tokens when every example is padded to ``seq_len``."""
+    batch: int
+    """Samples that are padded to the longest of them."""
+    batch_efficiency: float
+    """Share of real tokens then."""
     packing_efficiency: float
     """Share of real tokens when examples are packed (best fit decreasing)."""
     packed_sequences: int
@@ -242,6 +248,8 @@ class DataSummary:
     unreadable: int
     """Lines that are no JSON object."""
     first_unreadable_line: int | None
+    with_media: int
+    """Examples with images, video or sound, whose tokens are not counted."""
     mixed_formats: tuple[str, ...]
     """Other formats that some examples have."""
     findings: tuple[Finding, ...] = ()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from ftplan.assembling import job_of
 from ftplan.catalog.gpus import GpuRow, find_gpu
 from ftplan.catalog.throughput import speed_of, utilisation_of
 from ftplan.errors import FtplanError
+from ftplan.files.lengths import cut_to, packed, padded_tokens
 from ftplan.fit.changes import Change, apply_change, merge
 from ftplan.fit.search import Best, Cell, fastest
 from ftplan.fit.sizer import Room, Sizer
-from ftplan.fit.time import data_time, micro_step
+from ftplan.fit.time import Amount, data_time, micro_step
 from ftplan.fit.ways import Way, free_settings
-from ftplan.fitting import FastestPlan, TimeEstimate
+from ftplan.fitting import FastestPlan, Spread, TimeEstimate
 from ftplan.memory.estimate import Structure
 from ftplan.memory.job import Job
 from ftplan.resolve import Resolved, resolve
@@ -37,7 +39,11 @@ class Workload:
     """What is to be processed and what it costs; None: not known."""
 
     tokens: int | None = None
-    """Tokens, all epochs together."""
+    """Tokens, all epochs together, in full sequences."""
+    lengths: Mapping[int, int] | None = None
+    """Or: how many samples there are of each length in tokens."""
+    epochs: float = 1.0
+    """Passes over the samples."""
     prices: Mapping[str, float] | None = None
     """Price of one card per hour by catalogue name; the empty name: of the plan's own card."""
     watts: float | None = None
@@ -127,6 +133,8 @@ class Search:
         self.evaluated = 0
         """Sizes that were asked of a record for that."""
         self._records: dict[object, dict[int, Structure]] = {}
+        self._padded: dict[int, int] = {}
+        self._packed: int | None = None
 
     def price_of(self, gpu: GpuRow) -> float | None:
         """Per card and hour, as the user gave it: by name, or for the plan's own card."""
@@ -198,7 +206,7 @@ class Search:
     # --- Time ---------------------------------------------------------------------------------
 
     def rate(self, sizer: Sizer, gpu: GpuRow, micro: int, accumulation: int) -> float:
-        """Tokens a second of all cards, expected."""
+        """Tokens a second of all cards in full sequences, expected."""
         return self.time(sizer, gpu, micro, accumulation).tokens_per_second.expected
 
     def time(self, sizer: Sizer, gpu: GpuRow, micro: int, accumulation: int) -> TimeEstimate:
@@ -207,10 +215,15 @@ class Search:
         dtype = job.environment.autocast or job.compute_dtype
         if job.weights.layout == "plain" and job.environment.autocast is None:
             dtype = job.weights.name
-        share = self.workload.slice_share
-        speed = speed_of(gpu, mixed_or_weights=dtype, gpus=gpus, share=share)
+        part = self.workload.slice_share
+        speed = speed_of(gpu, mixed_or_weights=dtype, gpus=gpus, share=part)
         load = sizer.load(micro, self.seq_len, accumulation)
-        seconds, bound = micro_step(load, speed, utilisation_of(gpu))
+        share = utilisation_of(gpu)
+        seconds, bound = micro_step(load, speed, share)
+        length = self._length(sizer, micro)
+        data_seconds = seconds
+        if length != self.seq_len:
+            data_seconds = micro_step(sizer.load(micro, length, accumulation), speed, share)[0]
         return data_time(
             seconds,
             bound,
@@ -221,9 +234,35 @@ class Search:
             seq_len=self.seq_len,
             accumulation=accumulation,
             gpus=gpus,
-            tokens=self.workload.tokens,
+            amount=self._amount(sizer, data_seconds),
             price_per_hour=self.price_of(gpu),
             watts=self.workload.watts,
+        )
+
+    def _length(self, sizer: Sizer, micro: int) -> int:
+        """How long the data's sequences are in the mean: padded to a batch's longest, or packed."""
+        lengths = self.workload.lengths
+        if lengths is None or sizer.job.environment.packed:
+            return self.seq_len
+        if micro not in self._padded:
+            count = sum(lengths.values())
+            self._padded[micro] = ceil(padded_tokens(lengths, self.seq_len, micro) / count)
+        return self._padded[micro]
+
+    def _amount(self, sizer: Sizer, seconds: Spread) -> Amount | None:
+        """The data, as sequences of which a micro batch takes so many seconds."""
+        lengths, epochs = self.workload.lengths, self.workload.epochs
+        if lengths is None:
+            tokens = self.workload.tokens
+            if tokens is None:
+                return None
+            return Amount(tokens=tokens, sequences=tokens / self.seq_len, seconds=seconds)
+        tokens = sum(n * times for n, times in cut_to(lengths, self.seq_len).items())
+        if self._packed is None and sizer.job.environment.packed:
+            self._packed = packed(lengths, self.seq_len)
+        count = self._packed if sizer.job.environment.packed else sum(lengths.values())
+        return Amount(
+            tokens=round(tokens * epochs), sequences=(count or 0) * epochs, seconds=seconds
         )
 
 

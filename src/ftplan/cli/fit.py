@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -88,10 +88,8 @@ def fit(
     if reserved:
         hardware = replace(job.plan.hardware, reserved=reserved)
         job = replace(job, plan=replace(job.plan, hardware=hardware))
-    job, count = _with_data(job, data, tokens, epochs)
-    workload = sizing.Workload(
-        tokens=count, prices=_prices(price or []), watts=watts, slice_share=share
-    )
+    job, asked = _with_data(job, data, tokens, epochs)
+    workload = sizing.Workload(**asked, prices=_prices(price or []), watts=watts, slice_share=share)
     try:
         answer = sizing.fit(job.plan, base=job.base, workload=workload, solve=solve)
     except FtplanError as error:
@@ -156,18 +154,21 @@ def _write_plan(job: JobInput, answer: FitReport, path: Path) -> None:
 
 def _with_data(
     job: JobInput, data: Path | None, tokens: str | None, epochs: float
-) -> tuple[JobInput, int | None]:
-    """The tokens to process; data also give a sequence length where the plan has none."""
+) -> tuple[JobInput, dict[str, Any]]:
+    """What is to be processed; data also give a sequence length where the plan has none."""
     from ftplan.units import parse_count
 
     if data is None:
-        return job, None if tokens is None else round(parse_count(tokens) * epochs)
+        return job, {} if tokens is None else {"tokens": round(parse_count(tokens) * epochs)}
     if tokens is not None:
         raise InputError("--data and --tokens both say how much there is", remedy="give one")
-    from ftplan.files.dataset import read_dataset
+    import sys
+
+    from ftplan.cli.data import progress
+    from ftplan.files.dataset import count_dataset
     from ftplan.report import Assumption
 
-    summary = read_dataset(data)
+    summary, lengths = count_dataset(data, told=progress if sys.stderr.isatty() else None)
     if job.plan.batch.seq_len is None:
         # a few giants do not set the length: 99 % decide, and what is cut is said
         whole = summary.longest_tokens <= 2 * summary.p99_tokens
@@ -184,7 +185,7 @@ def _with_data(
             plan=replace(job.plan, batch=batch),
             assumptions=(*job.assumptions, assumed),
         )
-    return job, round(summary.tokens.expected * epochs)
+    return job, {"lengths": lengths, "epochs": epochs}
 
 
 # --- Prices -------------------------------------------------------------------------------------

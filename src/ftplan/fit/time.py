@@ -10,6 +10,7 @@ published throughput (``catalog/data/utilisation.json``, written by tools/gen_ut
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from ftplan.fit.flops import Compute, Work, hidden_of
 from ftplan.fitting import Spread, TimeEstimate
@@ -18,7 +19,8 @@ from ftplan.memory.host import offloaded_bytes, wire_of
 from ftplan.memory.job import Job
 
 __all__ = [
-    "Demand", "Load", "Speed", "Utilisation", "data_time", "micro_step", "tokens_per_second",
+    "Amount", "Demand", "Load", "Speed", "Utilisation", "data_time", "micro_step",
+    "tokens_per_second",
 ]  # fmt: skip
 
 LAUNCH_SECONDS = Spread(low=3e-6, expected=6e-6, high=14e-6)
@@ -170,6 +172,18 @@ def tokens_per_second(seconds: Spread, tokens: int) -> Spread:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Amount:
+    """Data to be processed, all passes together."""
+
+    tokens: int
+    """Without padding, and without what is cut off."""
+    sequences: float
+    """That go through the model."""
+    seconds: Spread
+    """Of one micro batch of them."""
+
+
 def data_time(
     seconds: Spread,
     bound: str,
@@ -181,17 +195,17 @@ def data_time(
     seq_len: int,
     accumulation: int,
     gpus: int,
-    tokens: int | None,
+    amount: Amount | None,
     price_per_hour: float | None,
     watts: float | None,
 ) -> TimeEstimate:
-    """The rate of a job, and the hours, cost and energy of ``tokens`` where they are known.
+    """The rate of a job, and the hours, cost and energy of the data where they are known.
 
     ``sequences`` of one example (a preference pair is two); ``price_per_hour`` and ``watts`` are
     those of one card.
     """
-    per_micro = micro * sequences * seq_len
-    rate = tokens_per_second(seconds, per_micro * gpus)
+    together = micro * sequences * gpus
+    rate = tokens_per_second(seconds, together * seq_len)
     hours = cost = energy = each = None
     steps = None
     if price_per_hour is not None:
@@ -199,13 +213,9 @@ def data_time(
             low=1e6 / rate.high, expected=1e6 / rate.expected, high=1e6 / rate.low
         )
         each = seconds_each.times(price_per_hour * gpus / 3600)
-    if tokens is not None:
-        steps = -(-tokens // (per_micro * gpus * accumulation))
-        hours = Spread(
-            low=tokens / rate.high / 3600,
-            expected=tokens / rate.expected / 3600,
-            high=tokens / rate.low / 3600,
-        )
+    if amount is not None:
+        steps = ceil(amount.sequences / (together * accumulation))
+        hours = amount.seconds.times(amount.sequences / together / 3600)
         if price_per_hour is not None:
             cost = hours.times(price_per_hour * gpus)
         if watts is not None:
@@ -226,7 +236,7 @@ def data_time(
         seconds_per_micro_batch=seconds,
         tokens_per_second=rate,
         bound=bound,
-        tokens=tokens,
+        tokens=amount.tokens if amount is not None else None,
         steps=steps,
         hours=hours,
         cost=cost,
