@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -530,29 +531,116 @@ def test_the_plan_to_take_is_written(
 
 # --- Cards here, and slices ---------------------------------------------------------------------
 
-SMI = "name, memory.total [MiB], memory.free [MiB]\nNVIDIA A10G, 23028 MiB, 12000 MiB\n"
+HEAD = "index, uuid, name, memory.total [MiB], memory.free [MiB]\n"
+A10G = HEAD + "0, GPU-aa, NVIDIA A10G, 23028 MiB, 12000 MiB\n"
+A100 = "NVIDIA A100-SXM4-80GB, 81920 MiB"
+SMI: dict[str, tuple[str, str, str | None]] = {
+    # name: (answer to the query, to -L, CUDA_VISIBLE_DEVICES)
+    "one card, half taken": (A10G, "GPU 0: NVIDIA A10G (UUID: GPU-aa)\n", None),
+    "a slice": (
+        HEAD + f"0, GPU-1, {A100}, [N/A]\n",
+        "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-1)\n"
+        "  MIG 1g.10gb     Device  0: (UUID: MIG-x)\n"
+        "  MIG 3g.40gb     Device  1: (UUID: MIG-y)\n",
+        None,
+    ),
+    "the slice that is named": (
+        HEAD + f"0, GPU-1, {A100}, [N/A]\n",
+        "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-1)\n"
+        "  MIG 1g.10gb     Device  0: (UUID: MIG-x)\n"
+        "  MIG 3g.40gb     Device  1: (UUID: MIG-y)\n",
+        "MIG-x",
+    ),
+    "four alike, one taken": (
+        HEAD + "".join(f"{n}, GPU-{n}, {A100}, {81000 - 70000 * (n == 2)} MiB\n" for n in range(4)),
+        "", None,
+    ),
+    "two that are shown": (
+        HEAD + "".join(f"{n}, GPU-{n}, {A100}, 81000 MiB\n" for n in range(8)), "", "3, GPU-5",
+    ),
+    "two kinds": (
+        HEAD + "0, GPU-0, NVIDIA T400 4GB, 4096 MiB, 3900 MiB\n"
+        "1, GPU-1, NVIDIA GeForce RTX 4090, 24564 MiB, 24000 MiB\n",
+        "", None,
+    ),
+    "without a heading or units": ("0, GPU-0, NVIDIA A10G, 23028, 22500\n", "", None),
+}  # fmt: skip
+SEEN = {
+    "one card, half taken": ("a10g-24gb", 1, 11.2, 11.8),
+    "a slice": ("a100-80gb", 1, 38.9, 39.3),
+    "the slice that is named": ("a100-80gb", 1, 9.5, 9.9),
+    "four alike, one taken": ("a100-80gb", 3, 78.0, 79.3),
+    "two that are shown": ("a100-80gb", 2, 78.0, 79.3),
+    "two kinds": ("rtx-4090-24gb", 1, 23.0, 23.9),
+    "without a heading or units": ("a10g-24gb", 1, 21.5, 22.1),
+}
+"""Name, count, and between which GiB the usable bytes lie."""
 
 
-def test_the_card_that_is_here(ftplan_: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--gpu auto takes the card that nvidia-smi names and what is free on it now."""
-    import importlib
-
+def answering(monkeypatch: pytest.MonkeyPatch, query: str, listed: str, shown: str | None) -> None:
     module = importlib.import_module("ftplan.cli.fit")
-    monkeypatch.setattr(module, "_nvidia_smi", lambda *a: "" if a == ("-L",) else SMI)
+    monkeypatch.setattr(module, "_nvidia_smi", lambda *a: listed if a == ("-L",) else query)
+    if shown is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+
+
+@pytest.mark.parametrize("case", SMI)
+def test_the_card_that_is_here(
+    case: str, ftplan_: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--gpu auto takes what nvidia-smi names, what is free of it now, and what is shown to CUDA."""
+    answering(monkeypatch, *SMI[case])
     said = ftplan_("fit", "--model", "smollm2-135m", "--gpu", "auto", "--format", "json")
-    assert said.code == 0
-    gpu = said.data["gpu"]
-    assert gpu["name"] == "a10g-24gb"
-    assert 11.2 * 2**30 < gpu["usable_bytes"] <= 12000 * 2**20
-    sliced = "GPU 0: NVIDIA A100\n  MIG 3g.40gb     Device  0: (UUID: MIG-1)\n"
-    a100 = "NVIDIA A100-SXM4-80GB, 81920 MiB, 81000 MiB\n"
-    monkeypatch.setattr(module, "_nvidia_smi", lambda *a: sliced if a == ("-L",) else a100)
-    half = ftplan_("fit", "--model", "smollm2-135m", "--gpu", "auto", "--format", "json").data
-    whole = ftplan_("fit", "--model", "smollm2-135m", "--gpu", "a100-80gb", "-f", "json").data
-    assert half["gpu"]["usable_bytes"] == whole["gpu"]["usable_bytes"] // 2
-    named = ftplan_("fit", "--model", "smollm2-135m", "--gpu", "a100-80gb:3g.40gb", "-f", "json")
-    assert named.data["gpu"] == half["gpu"]
-    assert ftplan_("fit", "--model", "gpt2", "--gpu", "a100-80gb:9g.99gb").code == 2
+    name, count, least, most = SEEN[case]
+    assert said.code == 0, said.err
+    assert (said.data["gpu"]["name"], said.data["gpu"]["count"]) == (name, count)
+    assert least < said.data["gpu"]["usable_bytes"] / 2**30 <= most
+    assert name in said.err
+
+
+@pytest.mark.parametrize(
+    ("query", "listed", "shown", "told"),
+    [
+        ("No devices were found\n", "No devices found.\n", None, "lists no GPU"),
+        ("", "", None, "lists no GPU"),
+        ("\x00\x01 garbage, 12\n<html>\n", "garbage", None, "lists no GPU"),
+        (A10G, "", "", "CUDA_VISIBLE_DEVICES"),
+        (A10G, "", "7", "CUDA_VISIBLE_DEVICES"),
+        (HEAD + "0, GPU-0, NVIDIA Nothing 9000, 99999 MiB, 99999 MiB\n", "", None, "Nothing 9000"),
+    ],
+)
+def test_no_card_is_said(
+    query: str, listed: str, shown: str | None, told: str, ftplan_: Terminal,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """No card, none that CUDA sees, one that nobody knows, noise: one clear error and a way out."""
+    answering(monkeypatch, query, listed, shown)
+    said = ftplan_("fit", "--model", "gpt2", "--gpu", "auto")
+    assert (said.code, said.out) == (2, "")
+    assert told in said.err
+    assert "help:" in said.err
+
+
+def test_slices_by_name(ftplan_: Terminal) -> None:
+    """A slice has its part of the memory and of the speed; what is no slice is refused by name."""
+    found = {}
+    for gpu in ("a100-80gb", "a100-80gb:3g.40gb", "a30:2g.12gb", "h200:1g.18gb", "h100:7g.80gb"):
+        said = ftplan_("fit", "--model", "smollm2-135m", "--gpu", gpu, "-f", "json")
+        assert said.code == 0
+        row = said.data["rows"][0]
+        found[gpu] = (said.data["gpu"]["usable_bytes"] / 2**30, row["time"]["tokens_per_second"])
+    assert 39.1 < found["a100-80gb:3g.40gb"][0] < 39.3  # nvidia-smi mig -lgip: 39.25
+    assert 11.5 < found["a30:2g.12gb"][0] < 12
+    assert 17 < found["h200:1g.18gb"][0] < 18
+    assert found["h100:7g.80gb"][0] == pytest.approx(79.1, abs=0.1)
+    slower = found["a100-80gb:3g.40gb"][1]["expected"] / found["a100-80gb"][1]["expected"]
+    assert slower < 0.7
+    for wrong in ("a100-80gb:9g.99gb", "a100-80gb:3g", "rtx-4090:3g.12gb", "a100-80gb:"):
+        said = ftplan_("fit", "--model", "gpt2", "--gpu", wrong)
+        assert (said.code, said.out) == (2, "")
+        assert "help:" in said.err
 
 
 def test_no_nvidia_smi_is_said(ftplan_: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
