@@ -19,11 +19,10 @@ from ftplan.errors import FtplanError
 from ftplan.files.lengths import cut_to, packed, padded_tokens
 from ftplan.fit.changes import Change, apply_change, merge
 from ftplan.fit.search import Best, Cell, fastest
-from ftplan.fit.sizer import Room, Sizer
+from ftplan.fit.sizer import Records, Room, Sizer
 from ftplan.fit.time import Amount, data_time, micro_step
 from ftplan.fit.ways import Way, free_settings
 from ftplan.fitting import FastestPlan, Spread, TimeEstimate
-from ftplan.memory.estimate import Structure
 from ftplan.memory.job import Job
 from ftplan.resolve import Resolved, resolve
 from ftplan.spec import Plan
@@ -61,9 +60,9 @@ def sizer_for(
     resolved: Resolved,
     given: Plan,
     base: Path | None,
-    structures: dict[int, Structure] | None = None,
+    records: Records | None = None,
 ) -> Sizer:
-    """The sizes of a training job on its card. ``structures``: records of a job that is alike."""
+    """The sizes of a training job on its card. ``records``: of a job that is alike."""
     plan, stack = resolved.plan, resolved.stack
     gpu = api.gpu_of(resolved)
     room = Room(
@@ -76,7 +75,7 @@ def sizer_for(
     chunks = _chunks(resolved) if stack.loss_chunks else None
     job = job_of(resolved)
     if plan.task not in ("grpo", "ppo"):
-        return Sizer(job, room, chunks, structures=structures)
+        return Sizer(job, room, chunks, records=records)
 
     def job_at(micro: int, seq_len: int) -> Job:
         return job_of(resolve(sized(given, micro, seq_len), base=base))
@@ -132,7 +131,7 @@ class Search:
         """Plans that the answers were chosen from."""
         self.evaluated = 0
         """Sizes that were asked of a record for that."""
-        self._records: dict[object, dict[int, Structure]] = {}
+        self._records: dict[object, Records] = {}
         self._padded: dict[int, int] = {}
         self._packed: int | None = None
 
@@ -189,7 +188,7 @@ class Search:
         try:
             resolved = resolve(sized(plan, 1, self.seq_len), base=self.base)
             key = (way.name, repr(setting), *_traits(resolved))
-            sizer = sizer_for(resolved, plan, self.base, self._records.setdefault(key, {}))
+            sizer = sizer_for(resolved, plan, self.base, self._records.setdefault(key, Records()))
             sizer.record(1, self.seq_len)
         except FtplanError:
             return []  # a setting that this model or stack does not have

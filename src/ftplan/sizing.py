@@ -283,8 +283,7 @@ class _Fit:
         if chosen.way.name == "as planned":
             if chosen.row.verdict == "fits":
                 return f"the plan fits as it is, at {size}"
-            assert chosen.row.fastest is not None
-            return f"the plan fits {chosen.row.fastest.micro} at once, not {self.micro}"
+            return f"not as it is, at {size}, but with settings that lose nothing"
         before = [one.row.way for one in tried[: tried.index(chosen)] if one.row.peak_bytes]
         if not before:
             return f"it fits at {size} and gives up nothing"

@@ -9,7 +9,7 @@ for each side.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
@@ -19,7 +19,7 @@ from ftplan.memory.estimate import Structure
 from ftplan.memory.job import Job
 from ftplan.report import Verdict
 
-__all__ = ["Room", "Sizer", "largest"]
+__all__ = ["Records", "Room", "Sizer", "largest"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +53,22 @@ def largest(fits: Callable[[int], bool], *, most: int) -> int:
     return low
 
 
+@dataclass(slots=True)
+class Records:
+    """What was recorded of one job: it holds on every card that is alike to the calculator."""
+
+    structures: dict[int, Structure] = field(default_factory=dict)
+    """By side of the model's attention window."""
+    demands: dict[int, Demand] = field(default_factory=dict)
+    """By the identity of their record, which lives as long."""
+
+
 class Sizer:
     """Sizes of a job on a card. ``chunk`` says how many tokens one chunk of the loss holds.
 
     ``job_at`` makes the job for a batch where more than sizes depends on it (what is generated
     and scored in reinforcement finetuning): then every size gets a record of its own.
-    ``structures`` are records of the same job on another card, by side of the window.
+    ``records`` are those of the same job on another card.
     """
 
     def __init__(
@@ -67,15 +77,13 @@ class Sizer:
         room: Room,
         chunk: Callable[[int], int] | None = None,
         job_at: Callable[[int, int], Job] | None = None,
-        *,
-        structures: dict[int, Structure] | None = None,
+        records: Records | None = None,
     ) -> None:
         self.job = job
         self.room = room
         self._chunk = chunk
         self._job_at = job_at
-        self._structures = {} if structures is None else structures
-        self._demands: dict[int, Demand] = {}
+        self._records = Records() if records is None else records
         self._single: dict[tuple[int, int], Structure] = {}
         self._edges = _windows(job.config)
         self.evaluated = 0
@@ -84,11 +92,12 @@ class Sizer:
     def structure(self, seq_len: int) -> Structure:
         """The record that holds for a sequence length."""
         side = sum(edge <= seq_len for edge in self._edges)
-        if side not in self._structures:
+        structures = self._records.structures
+        if side not in structures:
             environment = replace(self.job.environment, seq_len=seq_len)
             job = replace(self.job, environment=environment)
-            self._structures[side] = Structure(job)
-        return self._structures[side]
+            structures[side] = Structure(job)
+        return structures[side]
 
     def record(self, micro: int, seq_len: int) -> Structure:
         """The record that holds for a batch."""
@@ -102,11 +111,11 @@ class Sizer:
     def load(self, micro: int, seq_len: int, accumulation: int | None = None) -> Load:
         """What one of a step's micro batches asks of the card."""
         record = self.record(micro, seq_len)
-        if id(record) not in self._demands:
-            self._demands[id(record)] = Demand(record, self.job)
+        demands = self._records.demands
+        if id(record) not in demands:
+            demands[id(record)] = Demand(record, self.job)
         steps = self.job.accumulation if accumulation is None else accumulation
-        chunk = self.chunk(micro, seq_len)
-        return self._demands[id(record)].at(micro, seq_len, chunk, steps)
+        return demands[id(record)].at(micro, seq_len, self.chunk(micro, seq_len), steps)
 
     def chunk(self, micro: int, seq_len: int) -> int:
         """Tokens of one chunk of the loss; 0: it is not chunked."""

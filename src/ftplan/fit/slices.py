@@ -19,8 +19,8 @@ QUERY = ("index", "uuid", "name", "memory.total", "memory.free")
 MEMORY_PARTS = 8
 """A card's memory is cut into eight parts, whatever the number of its compute slices."""
 OWN_SHARE = 0.99
-"""Of a slice's memory what a program gets: 39.25 GiB of a half A100 80GB and 9.75 of an eighth of an
-H100, where the whole card has 79.25 and 79.1 (totals that PyTorch and nvidia-smi mig -lgip print)."""
+"""Of a slice's memory what a program gets: 39.25 GiB of half an A100 80GB and 9.75 of an eighth of
+an H100, where whole cards have 79.25 and 79.1 (as PyTorch and nvidia-smi mig -lgip print them)."""
 NEARLY = 0.9
 """A card with this share of the freest one's free memory counts as free."""
 _PROFILE = re.compile(r"(\d)g\.(\d+)gb(?:\+\S*)?")
@@ -78,7 +78,8 @@ class Slice:
 
 def parse_query(text: str) -> list[FoundCard]:
     """Cards of the query's CSV, with or without its heading and units (MiB)."""
-    found, columns = [], list(QUERY)
+    found: list[FoundCard] = []
+    columns = list(QUERY)
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
         if "name" in cells:
@@ -137,7 +138,9 @@ def visible_to(
         if card is None and part is None:
             break
         left += [card] if card is not None else []
-        parts += [part] if part is not None else [s for s in slices if card and s.card == card.index]
+        parts += (
+            [part] if part is not None else [s for s in slices if card and s.card == card.index]
+        )
     wanted = {part.card for part in parts}
     left += [card for card in cards if card.index in wanted and card not in left]
     return left, parts

@@ -109,13 +109,11 @@ def lean_settings(plan: Plan, way: Way) -> tuple[Change, ...]:
 
 def free_settings(plan: Plan, way: Way) -> tuple[Change, ...]:
     """All settings of a way that lose nothing: they differ in memory and in time alone."""
-    if not way.sets:
-        return ({},)
     again: tuple[Change, ...] = ({"gradient_checkpointing": False},)
-    if way.sets.get("gradient_checkpointing") is True:
-        again = (*again, {"gradient_checkpointing": True})
-    elif plan.gradient_checkpointing is not None:
+    if plan.gradient_checkpointing is not None:
         again = ({},)
+    elif way.sets.get("gradient_checkpointing") is not False:  # not for the last blocks alone
+        again = (*again, {"gradient_checkpointing": True})
     return tuple(merge(first, second) for first in again for second in _losses(plan))
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from rich.text import Text
 
 from ftplan.fitting import FastestPlan, FitReport, FitRow, GpuOption, Spread, TimeEstimate
-from ftplan.render.markdown import code, escape
+from ftplan.render.markdown import escape, remedy_lines
 from ftplan.render.markdown import table as markdown_table
 from ftplan.render.table import STYLE, Page, grid, show_assumptions, show_findings, show_remedies
-from ftplan.render.words import change_text, gib
+from ftplan.render.words import gib
 from ftplan.units import format_count
 
 __all__ = ["render", "render_markdown"]
@@ -257,19 +257,7 @@ def render_markdown(answer: FitReport) -> str:
     for title, head, rows, notes in _further(answer):
         parts += [f"### {title}\n", _markdown(head, rows)]
         parts += [f"{escape(text)}\n" for text in notes]
-    if answer.remedies:
-        remedies = [
-            (
-                code(change_text(r.change)),
-                gib(max(0, r.saves_bytes)),
-                r.verdict or "",
-                escape(r.costs),
-            )
-            for r in answer.remedies
-        ]
-        titles = ("change", "saves GiB", "then", "cost")
-        parts += ["### What would help, in order\n", markdown_table(titles, remedies, right=(1,))]
-    return "\n".join(parts)
+    return "\n".join([*parts, *remedy_lines(answer.remedies)])
 
 
 def _markdown(head: tuple[str, ...], rows: Rows) -> str:
