@@ -68,22 +68,25 @@ cell_of = st.tuples(
     st.integers(0, 45),
     st.lists(st.floats(0, 10), min_size=40, max_size=40),
     st.floats(0.1, 10),
+    st.booleans(),
 )
 
 
 @settings(deadline=None)
 @given(st.lists(cell_of, min_size=1, max_size=6))
 def test_search_of_cells_is_brute_force(drawn: list[Any]) -> None:
-    """With any border and any rates that never fall the taken plan is that of trying them all."""
+    """With any border and any rates, those that never fall halved and others rated one by one, the
+    taken plan is that of trying them all."""
     cells, every = [], []
-    for key, (count, border, steps, start) in enumerate(drawn):
-        rates = [start + sum(steps[: n + 1]) for n in range(count)]
+    for key, (count, border, steps, start, grows) in enumerate(drawn):
+        rates = [start + (sum(steps[: n + 1]) if grows else steps[n]) for n in range(count)]
         cells.append(
             Cell(
                 key=key,
                 micros=range(1, count + 1),
                 fits=partial(ge, border),
                 rate=dict(enumerate(rates, start=1)).__getitem__,
+                grows=grows,
             )
         )
         every.append([(key, n, rates[n - 1]) for n in range(1, count + 1) if n <= border])
@@ -197,6 +200,45 @@ def test_every_row_is_what_check_says(case: str) -> None:
             assert verdict(plan, answer.micro, row.longest_seq_len)[0] == "fits", row
             if row.longest_seq_len < 32768:
                 assert verdict(plan, answer.micro, row.longest_seq_len + 1)[0] != "fits", row
+
+
+MODELS = ("smollm2-135m", "qwen2.5-1.5b", "gemma-2-2b", "olmoe-1b-7b", "gpt2", "mistral-7b-v0.1")
+GPUS = ("t4-16gb", "rtx-3060-12gb", "a10g-24gb", "l40s-48gb", "a100-80gb", "h100-80gb")
+
+
+@settings(deadline=None, max_examples=5)
+@given(
+    st.sampled_from(MODELS),
+    st.sampled_from(GPUS),
+    st.sampled_from((1, 1, 2)),
+    st.sampled_from((256, 1000, 4096)),
+    st.sampled_from(("transformers", "trl", "axolotl", "pytorch")),
+)
+def test_rows_of_any_model_on_any_card(
+    model: str, gpu: str, count: int, seq_len: int, stack: Any
+) -> None:
+    """Whatever the model, card, length and stack: each row is what `check` says of its plan, both
+    limits fit and one more does not, and so does the fastest plan with its limit."""
+    plan = Plan(
+        model=Model(name=model), stack=stack, batch=Batch(seq_len=seq_len),
+        hardware=Hardware(gpu=gpu, count=count),
+    )  # fmt: skip
+    answer = ftplan.fit(plan)
+    for row in answer.rows:
+        if row.peak_bytes is None:
+            continue
+        way = apply_change(plan, row.change)
+        said, device = verdict(way, 1, answer.seq_len)
+        assert (said, device.expected) == (row.verdict, row.peak_bytes), row
+        limits = [(way, row.largest_micro, answer.seq_len, 4096)]
+        if row.fastest is not None:
+            best = apply_change(plan, row.fastest.change)
+            limits.append((best, row.fastest.largest_micro, answer.seq_len, searching.MOST_MICRO))
+            assert verdict(best, row.fastest.micro, answer.seq_len)[0] == "fits"
+        for one, micro, length, most in limits:
+            if micro is not None:
+                assert verdict(one, micro, length)[0] == "fits", row
+                assert micro == most or verdict(one, micro + 1, length)[0] != "fits", row
 
 
 @pytest.mark.parametrize("case", CARDS)

@@ -31,6 +31,8 @@ __all__ = ["MOST_MICRO", "Search", "Workload", "sized", "sizer_for"]
 
 MOST_MICRO = 512
 """Largest micro batch that is searched where the plan gives none."""
+PADDED_MICROS = tuple(sorted({2**n for n in range(10)} | {3 * 2**n for n in range(8)}))
+"""Micro batches that are tried where padding makes larger ones slower: 2^n and 3 x 2^n."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +170,9 @@ class Search:
         """One cell, or two where the step is fixed: without accumulation the record is another."""
         batch = self.plan.batch
         if batch.micro is None:
-            return self._cell(way, setting, gpu, range(1, MOST_MICRO + 1), None, {})
+            padded = self.workload.lengths is not None and not batch.packing
+            micros = PADDED_MICROS if padded else range(1, MOST_MICRO + 1)
+            return self._cell(way, setting, gpu, micros, None, {})
         whole = batch.micro * (batch.accumulation or 1)
         some = [micro for micro in range(1, whole) if whole % micro == 0]
         more = self._cell(way, setting, gpu, some, whole, {"accumulation": 2}) if some else []
@@ -199,14 +203,18 @@ class Search:
                 micros=micros,
                 fits=lambda micro: sizer.fits(micro, self.seq_len),
                 rate=lambda micro: self.rate(sizer, gpu, micro, place.accumulation(micro)),
+                grows=self.workload.lengths is None or sizer.job.environment.packed,
             )
         ]
 
     # --- Time ---------------------------------------------------------------------------------
 
     def rate(self, sizer: Sizer, gpu: GpuRow, micro: int, accumulation: int) -> float:
-        """Tokens a second of all cards in full sequences, expected."""
-        return self.time(sizer, gpu, micro, accumulation).tokens_per_second.expected
+        """Tokens a second of all cards, expected: of the data, or else in full sequences."""
+        time = self.time(sizer, gpu, micro, accumulation)
+        if self.workload.lengths is None or time.hours is None or time.tokens is None:
+            return time.tokens_per_second.expected
+        return time.tokens / (3600 * time.hours.expected)
 
     def time(self, sizer: Sizer, gpu: GpuRow, micro: int, accumulation: int) -> TimeEstimate:
         """How long a micro batch takes, and the data with it."""

@@ -267,10 +267,20 @@ class _Fit:
     ) -> Any:
         if self.solve is None:
             return None
+        if self.solve in ("micro-batch", "seq-len", "rank"):
+            one = self._relaxed(one)
         return solution_of(
             self.solve, one, chosen, gpus, many, has_gpu=self.gpu is not None, base=self.base,
             micro=self.micro, seq_len=self.seq_len,
         )  # fmt: skip
+
+    def _relaxed(self, one: Tried) -> Tried:
+        """A way that does not fit as it is, with the settings of its fastest plan if that does."""
+        fastest = one.row.fastest
+        if one.row.verdict == "fits" or fastest is None:
+            return one
+        sets = {key: value for key, value in fastest.change.items() if key != "batch"}
+        return self._sized(Way(name=one.way.name, sets=sets, plan=apply_change(self.plan, sets)))
 
     def _reason(self, chosen: Tried | None, tried: list[Tried]) -> str:
         size = f"{self.micro} x {self.seq_len} tokens"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ftplan.errors import InputError
+from ftplan.fit.changes import merge
 from ftplan.fit.flops import hidden_of
 from ftplan.fit.sizer import Sizer, largest
 from ftplan.fit.ways import Way
@@ -21,6 +22,8 @@ __all__ = ["Question", "Tried", "solution_of"]
 
 Question = Literal["micro-batch", "seq-len", "gpu", "gpus", "method", "rank"]
 MOST_RANK = 1024
+_SETTINGS = ("gradient_checkpointing", "loss", "kernels")
+"""Of a change, what is said beside the way: what it took to fit and loses nothing."""
 
 
 @dataclass(slots=True)
@@ -67,15 +70,17 @@ def solution_of(
     elif of == "micro-batch":
         best = chosen or one if one.row.largest_micro is None else one
         value, way = best.row.largest_micro, best.row.way
-        change = {"batch": {"micro": value}} if value else {}
+        change = {**best.way.sets, "batch": {"micro": value}} if value else {}
     elif of == "seq-len":
         best = chosen or one if one.row.longest_seq_len is None else one
         value, way = best.row.longest_seq_len, best.row.way
-        change = {"batch": {"seq_len": value}} if value else {}
+        change = {**best.way.sets, "batch": {"seq_len": value}} if value else {}
     else:
         value, way, change = _rank(one, chosen, micro, seq_len, base)
     noun = of.replace("-", " ")
-    text = f"{noun}: {value} ({way})" if value is not None else f"{noun}: nothing fits"
+    settings = [f"{key}: {given}" for key, given in change.items() if key in _SETTINGS]
+    told = ", ".join([way, *settings])
+    text = f"{noun}: {value} ({told})" if value is not None else f"{noun}: nothing fits"
     return Solution(of=of, value=value, way=way if value else None, change=change, text=text)
 
 
@@ -101,7 +106,8 @@ def _rank(
 
     assert best.resolved is not None
     rank = largest(fits, most=min(MOST_RANK, hidden_of(best.resolved.config or {})))
-    return rank or None, way.name, {"method": {"rank": rank}} if rank else {}
+    change = dict(merge(way.sets, {"method": {"rank": rank}})) if rank else {}
+    return rank or None, way.name, change
 
 
 def _spread_over(count: int) -> dict[str, Any]:

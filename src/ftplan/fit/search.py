@@ -41,6 +41,9 @@ class Cell(Generic[KeyT]):
     """Whether a micro batch fits for certain."""
     rate: Callable[[int], float]
     """Tokens a second, expected."""
+    grows: bool = True
+    """The rate never falls as the micro batch grows. It may where samples are padded to the longest
+    of their batch: then every micro batch that fits is rated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +58,18 @@ class Best(Generic[KeyT]):
 
 
 def best_of(cell: Cell[KeyT]) -> Best[KeyT] | None:
-    """The smallest micro batch that fits and is as good as the largest that does."""
+    """The smallest micro batch that fits and is as good as the best that does."""
     micros = cell.micros
     count = largest(lambda n: cell.fits(micros[n - 1]), most=len(micros))
     if not count:
         return None
-    top = cell.rate(micros[count - 1])
-    less = largest(lambda n: cell.rate(micros[n - 1]) < AS_GOOD * top, most=count - 1)
+    if cell.grows:
+        top = cell.rate(micros[count - 1])
+        less = largest(lambda n: cell.rate(micros[n - 1]) < AS_GOOD * top, most=count - 1)
+    else:
+        rates = [cell.rate(micro) for micro in micros[:count]]
+        top = max(rates)
+        less = next(n for n, rate in enumerate(rates) if rate >= AS_GOOD * top)
     rate = cell.rate(micros[less])
     return Best(key=cell.key, micro=micros[less], most=micros[count - 1], rate=rate)
 

@@ -192,7 +192,7 @@ def _notes(answer: FitReport) -> list[str]:
     low = min(rate.low / rate.expected for rate in rates)
     high = max(rate.high / rate.expected for rate in rates)
     return [
-        "how: settings that lose nothing (ckpt: gradient checkpointing); most: largest batch so",
+        "how: settings that lose nothing (ckpt: checkpointing); most: largest batch so",
         f"rates of all cards together, expected; they may be {low:.2f} to {high:.2f} times that",
         f"the fastest of {answer.candidates:,} plans: ways x settings x cards x batches",
     ]
