@@ -90,6 +90,8 @@ def ways_to_train(plan: Plan, *, has_bf16: bool = True, is_cuda: bool = True) ->
 
 
 _FUSED: Change = {"loss": "fused"}
+_OWN_KERNELS = ("unsloth", "litgpt", "nemo", "megatron")
+"""Stacks whose loss and kernels are not to be chosen."""
 _LIGER: Change = {"loss": "fused", "kernels": "liger"}
 
 
@@ -99,6 +101,8 @@ def _losses(plan: Plan) -> tuple[Change, ...]:
         return ({},)
     if plan.stack == "torchtune":
         return ({}, {"loss": "chunked"})
+    if plan.stack in _OWN_KERNELS:
+        return ({},)
     return ({}, _FUSED) if plan.kernels is not None else ({}, _FUSED, _LIGER)
 
 

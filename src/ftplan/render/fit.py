@@ -191,8 +191,11 @@ def _notes(answer: FitReport) -> list[str]:
     rates = [row.time.tokens_per_second for row in answer.rows if row.time is not None]
     low = min(rate.low / rate.expected for rate in rates)
     high = max(rate.high / rate.expected for rate in rates)
+    plans = [row.fastest for row in answer.rows if row.fastest is not None]
+    liger = any(plan.change.get("kernels") == "liger" for plan in plans)
     return [
         "how: settings that lose nothing (ckpt: checkpointing); most: largest batch so",
+        *(["liger: kernels of the package liger-kernel; --kernels none leaves them out"] * liger),
         f"rates of all cards together, expected; they may be {low:.2f} to {high:.2f} times that",
         f"the fastest of {answer.candidates:,} plans: ways x settings x cards x batches",
     ]
