@@ -224,6 +224,23 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def stacks() -> str:
+    """What each source's stack does to the rate: the mean of read over expected, as Markdown."""
+    ratios = by_source([(r, log(r.tokens_per_s_per_gpu / tried(r)[1])) for r in readings()])
+    kept = {reading.source: reading.kept for reading in readings()}
+    lines = [
+        "## By source, that is by stack\n",
+        "| source | side | readings | read / expected | least | most |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for source, logs in sorted(ratios.items()):
+        numbers = (fmean(logs), min(logs), max(logs))
+        cells = " | ".join(f"{exp(number):.2f}" for number in numbers)
+        side = "kept apart" if kept[source] else "read off"
+        lines.append(f"| {source} | {side} | {len(logs)} | {cells} |")
+    return "\n".join(lines)
+
+
 def table() -> str:
     """The readings kept apart, the worst first, as Markdown."""
     lines = []
@@ -260,7 +277,7 @@ def main() -> int:
     stale = data != DATA.read_text()
     if not check:
         DATA.write_text(data)
-    page = f"{HEAD}\n{classes(rows)}\n\n{table()}\n"
+    page = f"{HEAD}\n{classes(rows)}\n\n{stacks()}\n\n{table()}\n"
     stale = stale or not PAGE.exists() or page != PAGE.read_text()
     if not check:
         PAGE.write_text(page)
