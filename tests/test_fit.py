@@ -325,20 +325,6 @@ SMALL = Plan(
 )
 
 
-@pytest.mark.parametrize("model", ["smollm2-135m", "mistral-7b-v0.1", "gemma-2-2b"])
-def test_frontier_is_brute_force(model: str) -> None:
-    """The staircase loses nothing: it is the border that trying every plan finds."""
-    plan = replace(SMALL, model=Model(name=model), gradient_checkpointing=Checkpointing())
-    plan = replace(plan, hardware=Hardware(gpu="a100-40gb"))
-    sizer = sizer_of(plan)
-    micros = [1, 2, 3, 5, 8, 13, 40]
-    lengths = [64, 500, 1024, 2048, 4000, 4096, 5000, 8192, 16384, 60000]
-    border = sizer.frontier(micros, lengths)
-    for micro in micros:
-        fitting = [n for n in lengths if sizer.fits(micro, n)]
-        assert border[micro] == max(fitting, default=0), micro
-
-
 SEARCHED: dict[str, tuple[Plan, str]] = {
     "one card": (replace(SMALL, method=None, precision=Precision()), "rtx-3060-12gb"),
     "a card without bf16": (replace(SMALL, method=None, precision=Precision()), "t4-16gb"),

@@ -8,7 +8,7 @@ for each side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -167,25 +167,6 @@ class Sizer:
 
     def _fits_from(self, micro: int, start: int, count: int) -> bool:
         return self.fits(micro, start + count - 1)
-
-    def frontier(self, micros: Sequence[int], seq_lens: Sequence[int]) -> Mapping[int, int]:
-        """For each micro batch the longest of ``seq_lens`` that fits (0: none does).
-
-        Both lists go up. What does not fit at a micro batch does not fit at a larger one, so the
-        border is a staircase: it is walked once, not searched for at every micro batch.
-        """
-        limits: dict[int, int] = {}
-        sides: dict[int, list[int]] = {}
-        for seq_len in seq_lens:
-            sides.setdefault(sum(edge <= seq_len for edge in self._edges), []).append(seq_len)
-        for lengths in sides.values():
-            at = len(lengths) - 1
-            for micro in micros:
-                while at >= 0 and not self.fits(micro, lengths[at]):
-                    at -= 1
-                longest = lengths[at] if at >= 0 else 0
-                limits[micro] = max(limits.get(micro, 0), longest)
-        return limits
 
 
 def _windows(config: Mapping[str, object]) -> list[int]:
