@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # the walk is loaded only for a model whose shape is known
     from ftplan.memory.host import Wire
     from ftplan.memory.job import Job
 
-__all__ = ["estimate"]
+__all__ = ["estimate", "needed"]
 
 NETWORK_BYTES_PER_S = 50 * 10**9
 """One direction of a 400 Gb/s port for each GPU, which large clusters have: a lower bound."""
@@ -50,6 +50,14 @@ def estimate(plan: Plan, *, base: Path | None = None, with_remedies: bool = True
     if over and with_remedies:
         report = replace(report, remedies=_remedies(plan, resolved, report, base))
     return report
+
+
+def needed(plan: Plan, *, base: Path | None = None) -> Interval:
+    """What a job needs of the card, beside which its allocator may hold more where there is room.
+
+    It goes by the kind of card alone, and decides whether the job fits.
+    """
+    return _needed(resolve(plan, base=base))[0].device
 
 
 def estimate_summary(resolved: Resolved, sizer: Sizer | None) -> ModelSummary | None:
@@ -152,7 +160,7 @@ def _slow_wire(
     if resolved.gpu is None or job.task == "embed":  # a head that is not there computes nothing
         return ()
     from ftplan.catalog.throughput import speed_of
-    from ftplan.fit.flops import compute_of
+    from ftplan.fit.flops import Compute
 
     dtype = job.environment.autocast or job.compute_dtype
     speed = speed_of(resolved.gpu, mixed_or_weights=dtype)
@@ -163,9 +171,7 @@ def _slow_wire(
     link, sent = max(ways.items(), key=lambda item: item[1])
     if not speed.flops or not sent:
         return ()
-    work = compute_of(structure.network, job).at(
-        job.micro * structure.program.sequences, job.seq_len
-    )
+    work = Compute(structure.program).at(job.micro, job.seq_len, job.loss_chunk)
     computed = work.total * job.accumulation / speed.flops
     if sent <= computed:
         return ()
@@ -265,41 +271,41 @@ def _remedies(
 
 
 def _judged(resolved: Resolved) -> Judged:
-    """The verdict of a report, without its terms: what a search asks for many times.
-
-    Whether a job fits is told by what it needs; only one that does not has to be played.
-    """
+    """The verdict of a report, without its terms: what a search asks for many times."""
     from ftplan.fit.remedies import Judged
 
+    need, shown = _needed(resolved)
     gpu = gpu_of(resolved)
-    if resolved.plan.task == "serve" or resolved.plan.method is None:
-        from ftplan.assembling import serving_job_of
-        from ftplan.memory.serving import serve
-
-        served = serve(serving_job_of(resolved))
-        need = _counters(
-            resolved, served.peak_bytes, served.static_bytes, cache_bytes=_cache_bytes(served)
-        )
-        verdict = verdict_of(need.device, gpu)
-    else:
-        from ftplan.assembling import job_of
-        from ftplan.memory.estimate import structure_of
-
-        job = job_of(resolved)
-        structure = structure_of(job)
-        phases = structure.phases(job.micro, job.seq_len, job.loss_chunk)
-        peak = max(level for _, level in phases)
-        need = _counters(resolved, peak, structure.static_bytes)
-        verdict = verdict_of(need.device, gpu)
-        if verdict != "fits":
-            held = _held(resolved, structure, job)
-            shown = _counters(resolved, peak, structure.static_bytes, held=held)
-            verdict = verdict_of(shown.device, gpu)
+    verdict = verdict_of(need.device, gpu)
+    if verdict != "fits":  # whether it fits is told by the need; the rest has to be played
+        verdict = verdict_of(shown().device, gpu)
     return Judged(
         plan=resolved.plan,
         allocated_bytes=need.allocated.expected,
         device_bytes=need.device.high,
         verdict=verdict or "unknown",
+    )
+
+
+def _needed(resolved: Resolved) -> tuple[Counters, Callable[[], Counters]]:
+    """What a job needs, and a way to what the report shows: with all that its allocator holds."""
+    if resolved.plan.task == "serve" or resolved.plan.method is None:
+        from ftplan.assembling import serving_job_of
+        from ftplan.memory.serving import serve
+
+        served = serve(serving_job_of(resolved))
+        cache = _cache_bytes(served)
+        need = _counters(resolved, served.peak_bytes, served.static_bytes, cache_bytes=cache)
+        return need, lambda: need
+    from ftplan.assembling import job_of
+    from ftplan.memory.estimate import structure_of
+
+    job = job_of(resolved)
+    structure = structure_of(job)
+    phases = structure.phases(job.micro, job.seq_len, job.loss_chunk)
+    peak = max(level for _, level in phases)
+    return _counters(resolved, peak, structure.static_bytes), lambda: _counters(
+        resolved, peak, structure.static_bytes, held=_held(resolved, structure, job)
     )
 
 

@@ -8,12 +8,12 @@ for each side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
-from ftplan.fit.flops import Compute, compute_of
+from ftplan.fit.time import Demand, Load
 from ftplan.memory.counters import Counters, counters, workspace_bytes
 from ftplan.memory.estimate import Structure, structure_of
 from ftplan.memory.job import Job
@@ -21,7 +21,7 @@ from ftplan.memory.lengths import Lengths
 from ftplan.memory.reserved import reserved
 from ftplan.report import Verdict
 
-__all__ = ["Room", "Sizer", "largest"]
+__all__ = ["Records", "Room", "Sizer", "largest"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +57,22 @@ def largest(fits: Callable[[int], bool], *, most: int) -> int:
     return low
 
 
+@dataclass(slots=True)
+class Records:
+    """What was recorded of one job: it holds on every card that is alike to the calculator."""
+
+    structures: dict[tuple[int, bool], Structure] = field(default_factory=dict)
+    """By side of the model's attention window, and for one sequence or several."""
+    demands: dict[int, Demand] = field(default_factory=dict)
+    """By the identity of their record, which lives as long."""
+
+
 class Sizer:
     """Sizes of a job on a card. ``chunk`` says how many tokens one chunk of the loss holds.
 
     ``job_at`` makes the job for a batch where more than sizes depends on it (what is generated
     and scored in reinforcement finetuning): then every size gets a record of its own.
+    ``records`` are those of the same job on another card.
     """
 
     def __init__(
@@ -70,14 +81,14 @@ class Sizer:
         room: Room,
         chunk: Callable[[int], int] | None = None,
         job_at: Callable[[int, int], Job] | None = None,
+        records: Records | None = None,
     ) -> None:
         self.job = job
         self.room = room
         self._chunk = chunk
         self._job_at = job_at
-        self._structures: dict[tuple[int, bool], Structure] = {}
+        self._records = Records() if records is None else records
         self._single: dict[tuple[int, int], Structure] = {}
-        self._compute: Compute | None = None
         self._edges = _windows(job.config)
         self.evaluated = 0
         """How many sizes were asked of a record."""
@@ -85,13 +96,14 @@ class Sizer:
     def structure(self, seq_len: int, micro: int = 1) -> Structure:
         """The record that holds for a sequence length, and for one sequence or several."""
         side, single = sum(edge <= seq_len for edge in self._edges), micro == 1
-        if (side, single) not in self._structures:
+        structures = self._records.structures
+        if (side, single) not in structures:
             environment = replace(self.job.environment, seq_len=seq_len, single=single)
             structure = structure_of(replace(self.job, environment=environment))
-            self._structures[side, single] = structure
+            structures[side, single] = structure
             if (structure.network.loss_shifts or environment.loss_shifts) == "labels":
-                self._structures[side, not single] = structure
-        return self._structures[side, single]
+                structures[side, not single] = structure
+        return structures[side, single]
 
     def record(self, micro: int, seq_len: int) -> Structure:
         """The record that holds for a batch."""
@@ -102,12 +114,14 @@ class Sizer:
             self._single[key] = structure_of(self._job_at(micro, seq_len))
         return self._single[key]
 
-    @property
-    def compute(self) -> Compute:
-        """Operations of the job."""
-        if self._compute is None:
-            self._compute = compute_of(self.structure(self.job.seq_len).network, self.job)
-        return self._compute
+    def load(self, micro: int, seq_len: int, accumulation: int | None = None) -> Load:
+        """What one of a step's micro batches asks of the card."""
+        record = self.record(micro, seq_len)
+        demands = self._records.demands
+        if id(record) not in demands:
+            demands[id(record)] = Demand(record, self.job)
+        steps = self.job.accumulation if accumulation is None else accumulation
+        return demands[id(record)].at(micro, seq_len, self.chunk(micro, seq_len), steps)
 
     def chunk(self, micro: int, seq_len: int) -> int:
         """Tokens of one chunk of the loss; 0: it is not chunked."""
@@ -172,25 +186,6 @@ class Sizer:
 
     def _fits_from(self, micro: int, start: int, count: int) -> bool:
         return self.fits(micro, start + count - 1)
-
-    def frontier(self, micros: Sequence[int], seq_lens: Sequence[int]) -> Mapping[int, int]:
-        """For each micro batch the longest of ``seq_lens`` that fits (0: none does).
-
-        Both lists go up. What does not fit at a micro batch does not fit at a larger one, so the
-        border is a staircase: it is walked once, not searched for at every micro batch.
-        """
-        limits: dict[int, int] = {}
-        sides: dict[int, list[int]] = {}
-        for seq_len in seq_lens:
-            sides.setdefault(sum(edge <= seq_len for edge in self._edges), []).append(seq_len)
-        for lengths in sides.values():
-            at = len(lengths) - 1
-            for micro in micros:
-                while at >= 0 and not self.fits(micro, lengths[at]):
-                    at -= 1
-                longest = lengths[at] if at >= 0 else 0
-                limits[micro] = max(limits.get(micro, 0), longest)
-        return limits
 
 
 def _windows(config: Mapping[str, object]) -> list[int]:

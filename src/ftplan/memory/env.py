@@ -66,6 +66,11 @@ class Environment:
     """The trainer leaves the dropout of model and adapters on."""
 
     @property
+    def modern(self) -> bool:
+        """All that operations ask of the card: whether PyTorch's flash kernel runs on it."""
+        return self.capability is None or self.capability >= (8, 0)
+
+    @property
     def fused(self) -> bool:
         """Kernels take the place of norms, rotations and gates."""
         return self.kernels != "none"

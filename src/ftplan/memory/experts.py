@@ -61,12 +61,14 @@ def grouped_linear(
     dtype (``input.to(weight.dtype)``); a bias is added in place.
     """
     x = ops.to(x, weight.dtype) if weight.dtype in ("fp32", "bf16", "fp16") else x
-    out = x.tape.tensor(x.rows, out_features, x.dtype, "grouped_mm")
+    rows, width = x.rows, x.width
+    x.tape.multiply(rows, width, out_features)
+    out = x.tape.tensor(rows, out_features, x.dtype, "grouped_mm")
     saved_x = x if weight.requires_grad else None
     saved_weight = weight if x.requires_grad else None
     make_x = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
     weight_rows, weight_width, weight_dtype = weight.rows, weight.width, weight.dtype
-    wants_weight = weight.requires_grad
+    wants_x, wants_weight = x.requires_grad, weight.requires_grad
     inputs = [x, weight]
     if bias is not None:
         inputs.append(bias)
@@ -75,6 +77,7 @@ def grouped_linear(
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved_x, saved_weight, offsets
+        grad.tape.multiply(rows, width, out_features, times=wants_x + wants_weight)
         grad_weight = None
         if wants_weight:
             grad_weight = grad.tape.tensor(weight_rows, weight_width, weight_dtype, "expert grad")
@@ -90,13 +93,17 @@ def grouped_linear(
 def batched_linear(x: Tensor, weight: Tensor, out_features: int) -> Tensor:
     """``bmm`` of every expert's rows with its matrix, as many rows for each; under autocast."""
     x, weight = ops.autocast(x), ops.autocast(weight)
-    out = x.tape.tensor(x.rows, out_features, x.dtype, "bmm")
+    rows, width = x.rows, x.width
+    x.tape.multiply(rows, width, out_features)
+    out = x.tape.tensor(rows, out_features, x.dtype, "bmm")
     saved = (x if weight.requires_grad else None, weight if x.requires_grad else None)
     make_x = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
     make_weight = ops.like(weight.rows, weight.width, weight.dtype, weight.requires_grad)
+    wants = x.requires_grad + weight.requires_grad
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved
+        grad.tape.multiply(rows, width, out_features, times=wants)
         return make_x(grad), make_weight(grad)
 
     ops.record([out], "bmm", [x, weight], apply)

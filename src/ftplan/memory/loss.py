@@ -5,7 +5,7 @@ from __future__ import annotations
 from ftplan.memory import ops
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.nn import Linear, Network
-from ftplan.memory.tape import BATCH, CHUNK, ONE, TOKENS, Grads, Parameter, Tensor
+from ftplan.memory.tape import BATCH, CHUNK, ONE, TOKENS, Grads, Parameter, Size, Tensor
 
 __all__ = ["chunk_tokens", "classify_loss", "compute_loss", "model_outputs", "tiled_divergence"]
 
@@ -98,9 +98,15 @@ def _chunked(network: Network, x: Tensor) -> Tensor:
     hidden = ops.gather(ops.copy(x, "shifted hidden states"))
     loss: Tensor | None = None
     trains = any(parameter.trainable for parameter in network.head_parameters())
-    for _ in range(2):
+    x.tape.chunks_played = 2
+    for rows in (CHUNK, TOKENS + (BATCH + CHUNK) * -1):
         piece = ops.rows_slice(hidden, CHUNK)
-        part = checkpoint(lambda h: _chunk_loss(network, h), piece, trains=trains)
+
+        def chunk(h: Tensor, rows: Size = rows) -> Tensor:
+            with h.tape.counting({CHUNK: rows}):
+                return _chunk_loss(network, h)
+
+        part = checkpoint(chunk, piece, trains=trains)
         loss = part if loss is None else ops.add(loss, part)
     assert loss is not None
     return loss
@@ -162,6 +168,7 @@ def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
     hidden_dtype, parameter_dtype = hidden.dtype, weight.dtype
     statistics = [tape.tensor(rows, 1, "fp32", "statistics") for _ in range(7)]
     buffers: list[Tensor] = []
+    tape.multiply(rows, width, vocabulary)
     tile(buffers, backward=False)
     buffers.clear()
     out = tape.tensor(rows, 1, "fp32", "log-probabilities")
@@ -171,6 +178,8 @@ def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
 
     def apply(_grad: Tensor) -> Grads:
         _kept = saved
+        tape.multiply(rows, width, vocabulary, again=True)
+        tape.multiply(rows, width, vocabulary, times=wants[0] + wants[1])
         held: list[Tensor] = []
         sums = [
             tape.tensor(rows, width, "fp32", "gradient") if wants[0] else None,
@@ -222,6 +231,8 @@ def tiled_divergence(
     hidden_dtype, parameter_dtype = states[0].dtype, parameter.dtype
     statistics = [tape.tensor(rows, 1, "fp32", "statistics") for _ in range(6)]
     buffers: list[Tensor] = []
+    for _, across in heads:
+        tape.multiply(rows, across, vocabulary)
     tiles(buffers, False)
     buffers.clear()
     out = tape.tensor(rows, 1, "fp32", "divergence")
@@ -230,6 +241,9 @@ def tiled_divergence(
 
     def apply(_grad: Tensor) -> Grads:
         _kept = saved
+        for _, across in heads:
+            tape.multiply(rows, across, vocabulary, again=True)
+        tape.multiply(rows, width, vocabulary, times=wants[0] + wants[1])
         held: list[Tensor] = []
         sums = [
             tape.tensor(rows, width, "fp32", "gradient") if wants[0] else None,
@@ -253,6 +267,7 @@ def _kept_chunks(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
     ``chunked_cross_entropy``, 0.5).
     """
     tape, env = x.tape, x.tape.env
+    tape.chunks_played = 0
     rest = TOKENS + CHUNK * -1
     upcasts = network.loss_in_fp32 and env.loss_upcasts
     weights = [tape.leaf(p) for p in network.head_parameters() if p.trainable]
@@ -260,12 +275,15 @@ def _kept_chunks(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
     computed = env.autocast or x.dtype
     dtype = "fp32" if upcasts or env.autocast else computed
     pieces = ops.rows_slice(x, rest), ops.rows_slice(x, CHUNK)
+    width, wants = x.width, x.requires_grad + bool(weights)
+    tape.multiply(rest, width, vocabulary)
     logits = tape.tensor(rest, vocabulary, computed, "logits") if env.keep_outputs else None
     kept = [tape.tensor(rest, vocabulary, dtype, "log-probabilities")]
     others = tape.tensor(ONE, 1, "fp32", "loss")
     makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in (pieces[0], *weights)]
 
     def apply(grad: Tensor) -> Grads:
+        tape.multiply(rest, width, vocabulary, times=wants)
         kept.clear()
         return tuple(make(grad) for make in makers)
 
@@ -303,9 +321,10 @@ def _fused(network: Network, x: Tensor) -> Tensor:
         made.append(tape.tensor(x.rows, x.width, x.dtype, "gradient of hidden states"))
         made += [tape.tensor(w.rows, w.width, w.dtype, "gradient of the head") for w in weights]
     losses = tape.tensor(TOKENS, 1, "fp32", "loss per token")
-    with tape.no_grad():
+    with tape.no_grad(), tape.counting({CHUNK: TOKENS}):
         chunk = x.alias(rows=CHUNK)
         logits = network.head(chunk)
+        tape.multiply(CHUNK, x.width, logits.width, times=len(made))
         if weights:
             update = tape.tensor(weights[0].rows, weights[0].width, logits.dtype, "head update")
             del update

@@ -220,6 +220,8 @@ class Shared:
     """Cosines and sines by the name of the layer type."""
     masks: dict[str, Tensor | None] = field(default_factory=dict)
     """Attention masks by the name of the layer type, where a kernel needs one."""
+    windows: dict[str, int | None] = field(default_factory=dict)
+    """How many tokens each one sees, by the name of the layer type; None: all before it."""
     mask: Tensor | None = None
     bias: Tensor | None = None
     """A position bias with a gradient (T5)."""
@@ -393,7 +395,11 @@ class Network(Module):
         self.head_name = "score"
         score = Linear(head.in_features, labels)
         self.replace("score", score)
-        self.head = score.forward  # type: ignore[method-assign]
+        self.head = self._scored  # type: ignore[method-assign]
+
+    def _scored(self, x: Tensor) -> Tensor:
+        out: Tensor = self.children["score"].forward(x)  # by name: an adapter trains a copy of it
+        return out
 
     def drop_head(self) -> None:
         """Return the last hidden states (``AutoModel``): an embedding model has no head."""

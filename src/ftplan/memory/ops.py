@@ -22,6 +22,7 @@ from ftplan.memory.tape import (
     ITEM_BYTES,
     ONE,
     Grads,
+    Kind,
     Node,
     Parameter,
     Size,
@@ -163,6 +164,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
     x, weight = autocast(x), autocast(weight)
     bias = None if bias is None else autocast(bias)
     out_features = weight.rows[0]
+    counted = x.tape.multiply(x.rows, x.width, out_features)
     out = x.tape.tensor(x.rows, out_features, x.dtype, name)
     saved_x = x if records(weight) and weight.requires_grad else None
     saved_weight = weight if x.requires_grad else None
@@ -173,6 +175,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
     def apply(grad: Tensor) -> Grads:
         tape = grad.tape
         _kept = saved_x, saved_weight
+        tape.multiply(counted, width, out_features, times=wants[0] + wants[1])
         grad_x = tape.tensor(rows, width, dtype, "gradient") if wants[0] else None
         grad_weight = (
             tape.tensor(weight_rows, width, dtype, "weight gradient") if wants[1] else None
@@ -192,26 +195,42 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
 
 
 def matmul(
-    a: Tensor, b: Tensor, rows: Size, width: int, name: str = "matmul", *, exact: bool = False
-) -> Tensor:
+    a: Tensor, b: Tensor, rows: Size, width: int, name: str = "matmul", *, exact: bool = False,
+    inner: int | None = None,
+) -> Tensor:  # fmt: skip
     """A batched product of two activations; ``rows`` x ``width`` is the shape of the result.
 
-    ``exact``: inside a kernel, where autocast does not reach.
+    ``exact``: inside a kernel, where autocast does not reach. ``inner``: over how many numbers
+    each of the result is summed; left out where a table of scores, made or used, tells it.
     """
     if not exact:
         a, b = autocast(a), autocast(b)
+    summed = _summed(a, rows, width) if inner is None else (rows, inner, width)
+    kind: Kind = "attention" if inner is None else "linear"
+    a.tape.multiply(*summed, name, kind=kind)
     out = a.tape.tensor(rows, width, a.dtype, name)
     saved_a = a if b.requires_grad else None
     saved_b = b if a.requires_grad else None
     make_a = like(a.rows, a.width, a.dtype, a.requires_grad)
     make_b = like(b.rows, b.width, b.dtype, b.requires_grad)
 
+    wants = a.requires_grad + b.requires_grad
+
     def apply(grad: Tensor) -> Grads:
         _kept = saved_a, saved_b
+        grad.tape.multiply(*summed, name, times=wants, kind=kind)
         return make_a(grad), make_b(grad)
 
     record([out], name, [a, b], apply)
     return out
+
+
+def _summed(a: Tensor, rows: Size, width: int) -> tuple[Size, int | None, int]:
+    """A product that makes a table of scores, or uses one: its rows are pairs x heads."""
+    for table, across in ((rows, a.width), (a.rows, width)):
+        if table[4]:
+            return table, across // table[4], 1
+    return rows, None, width
 
 
 _LARGE = (1, 4096, 64, 64 * 4096, 64 * 4096 * 4096, 4096 * 4096, 256)

@@ -92,6 +92,7 @@ class QuantizedLinear(Linear):
 
 def _matmul(x: Tensor, in_features: int, out_features: int, *, saved: Tensor | None) -> Tensor:
     tape = x.tape
+    tape.multiply(x.rows, in_features, out_features)
     expanded = tape.tensor(ONE * out_features, in_features, x.dtype, "dequantised weight")
     out = tape.tensor(x.rows, out_features, x.dtype, "linear")
     del expanded
@@ -99,6 +100,7 @@ def _matmul(x: Tensor, in_features: int, out_features: int, *, saved: Tensor | N
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved
+        grad.tape.multiply(rows, in_features, out_features)
         weight = grad.tape.tensor(ONE * out_features, in_features, dtype, "dequantised weight")
         result = grad.tape.tensor(rows, in_features, dtype, "gradient")
         del weight
@@ -112,6 +114,7 @@ def _matmul_int8(x: Tensor, in_features: int, out_features: int, *, adds: bool) 
     """Quantised input, int32 product, fp16 result, each for a moment; the input is held."""
     tape = x.tape
     rows, dtype = x.rows, x.dtype
+    tape.multiply(rows, in_features, out_features)
     with tape.no_grad():
         half = ops.to(x.alias(), "fp16")
         scales = tape.tensor(rows, 1, "fp32", "int8 row scales")
@@ -129,6 +132,7 @@ def _matmul_int8(x: Tensor, in_features: int, out_features: int, *, adds: bool) 
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved
+        grad.tape.multiply(rows, in_features, out_features)
         weight = grad.tape.tensor(ONE * out_features, in_features, dtype, "dequantised weight")
         cast = ops.to(grad.alias(), dtype)
         made = grad.tape.tensor(rows, in_features, dtype, "gradient")

@@ -7,6 +7,7 @@ Both read the same events, so they give the same integer.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,9 +15,9 @@ from typing import Any
 
 from ftplan.memory.moments import WorstMoments
 from ftplan.memory.record import BOUNDARY, Recording, Segment
-from ftplan.memory.tape import BATCH, BLOCK_BYTES, SCORES, TOKENS, Label, Size, basis
+from ftplan.memory.tape import BATCH, BLOCK_BYTES, CHUNK, SCORES, TOKENS, Label, Size, basis
 
-__all__ = ["Alive", "Moment", "Phase", "Program", "Run", "Script", "rounded"]
+__all__ = ["Alive", "Moment", "Operations", "Phase", "Program", "Run", "Script", "rounded"]
 
 
 NOTHING = Size((0,) * 7)
@@ -71,6 +72,18 @@ class Script:
     """Slots that are alive at the end."""
 
 
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Floating point operations of matrix products, as an expression in the batch."""
+
+    phase: str
+    kind: str
+    """As in :class:`ftplan.memory.tape.Product`."""
+    again: bool
+    """Computed a second time."""
+    size: Size
+
+
 class Program:
     """The dynamic part of a step as a function of micro batch and sequence length."""
 
@@ -94,6 +107,10 @@ class Program:
         self._storage_size = storage_size
         self._worst: WorstMoments | None = None
         self._scripts: dict[int, Script] = {}
+        self._products = tape.products
+        self._chunks_played = tape.chunks_played
+        self._spans: list[tuple[int, int]] = []
+        """Per segment: its events on the tape."""
         self.virtual_tokens = 0
         """Learned tokens before each sequence."""
         self.sequences = 1
@@ -113,6 +130,7 @@ class Program:
                     continue
                 if key not in segments:
                     segments[key] = len(self._steps)
+                    self._spans.append(key)
                     events = tuple(tape.events[part.start : part.stop])
                     self._events.append(events)
                     self._steps.append(
@@ -124,14 +142,14 @@ class Program:
                     runs.append(Run(segments[key], 1))
             self.phases.append(Phase(name, tuple(runs)))
 
-    def _point(self, micro: int, seq_len: int, chunk: int) -> tuple[int, ...]:
+    def point(self, micro: int, seq_len: int, chunk: int = 0) -> tuple[int, ...]:
         """The basis of sizes for a batch: a chunk is no more than the rows that are scored."""
         sequences, length = micro * self.sequences, seq_len + self.virtual_tokens
         scored = self.completion or length - self.shifted
         return basis(sequences, length, min(chunk, sequences * scored))
 
     def _bytes(self, micro: int, seq_len: int, chunk: int) -> list[int]:
-        point = self._point(micro, seq_len, chunk)
+        point = self.point(micro, seq_len, chunk)
         sizes = [rounded(size.at(point)) for size in self._sizes]
         return sizes + [-size for size in sizes]
 
@@ -183,6 +201,38 @@ class Program:
         each = [sum(event > 0 for event in events) for events in self._events]
         return sum(each[run.segment] * run.times for p in self.phases for run in p.runs)
 
+    def born(self) -> Size:
+        """Bytes of all storages that are made in a micro batch, those of every chunk of a loss."""
+        each = [
+            sum((self._sizes[self._storage_size[e - 1]] for e in events if e > 0), NOTHING)
+            for events in self._events
+        ]
+        total = sum((each[r.segment] * r.times for p in self.phases for r in p.runs), NOTHING)
+        if not self._chunks_played:
+            return total
+        every = total[6] // self._chunks_played
+        return total + TOKENS * every + CHUNK * -total[6]
+
+    def operations(self) -> list[Operations]:
+        """What a micro batch computes. Raises LookupError where a product's size is not known."""
+        starts = [product.event for product in self._products]
+        each: list[dict[tuple[str, bool], Size]] = []
+        for start, stop in self._spans:
+            sums: dict[tuple[str, bool], Size] = {}
+            for product in self._products[bisect_left(starts, start) : bisect_left(starts, stop)]:
+                if product.each is None:
+                    raise LookupError(product.name)
+                key = (product.kind, product.again)
+                sums[key] = sums.get(key, NOTHING) + product.rows * product.each
+            each.append(sums)
+        totals: dict[tuple[str, str, bool], Size] = {}
+        for phase in self.phases:
+            for run in phase.runs:
+                for (kind, again), size in each[run.segment].items():
+                    place = (phase.name, kind, again)
+                    totals[place] = totals.get(place, NOTHING) + size * run.times
+        return [Operations(*place, size) for place, size in totals.items()]
+
     def peak(self, micro: int, seq_len: int, chunk: int = 0) -> int:
         """The largest moment, in bytes on top of what is static."""
         return self.peak_and_rest(micro, seq_len, chunk)[0]
@@ -195,7 +245,7 @@ class Program:
         if self._worst is None:
             runs = [(run.segment, run.times) for phase in self.phases for run in phase.runs]
             self._worst = WorstMoments(self._sizes, self._steps, runs)
-        return self._worst.at(self._point(micro, seq_len, chunk))
+        return self._worst.at(self.point(micro, seq_len, chunk))
 
     def moment(self, micro: int, seq_len: int, chunk: int = 0) -> Moment:
         """What is alive at the largest moment."""

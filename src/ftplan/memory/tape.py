@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from sys import getrefcount
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from ftplan.memory.env import Environment
 
@@ -31,9 +31,11 @@ __all__ = [
     "SEQ",
     "SQUARE",
     "TOKENS",
+    "Kind",
     "Label",
     "Node",
     "Parameter",
+    "Product",
     "Size",
     "Storage",
     "Tape",
@@ -57,13 +59,20 @@ class Size(tuple[int, ...]):
 
     __slots__ = ()
 
+    # written out, because a step makes hundreds of sizes
+
     def __add__(self, other: object) -> Size:
         assert isinstance(other, Size)
-        return Size(a + b for a, b in zip(self, other, strict=True))
+        a, b, c, d, e, f, g = self
+        h, i, j, k, m, n, o = other
+        return Size((a + h, b + i, c + j, d + k, e + m, f + n, g + o))
 
     def __mul__(self, factor: object) -> Size:
         assert isinstance(factor, int)
-        return Size(a * factor for a in self)
+        a, b, c, d, e, f, g = self
+        return Size(
+            (a * factor, b * factor, c * factor, d * factor, e * factor, f * factor, g * factor)
+        )
 
     __rmul__ = __mul__
 
@@ -91,6 +100,27 @@ class Label:
     """``activations``, ``gradients``, ``logits``, ``temporary`` ...: a group of the contract."""
     name: str
     """The part of the block, or else the operation, that made it."""
+
+
+Kind = Literal["linear", "attention", "hidden"]
+"""Of a product. ``hidden``: scores that a mask hides and the kernel does not compute, to be taken
+off what it would compute without one."""
+
+
+class Product(NamedTuple):
+    """Matrix products: what a step computes, beside what it allocates."""
+
+    event: int
+    """How many events were on the tape before it."""
+    sequence: int
+    """Of the last node before it."""
+    rows: Size
+    each: int | None
+    """Floating point operations for each of the rows; None: nobody said."""
+    kind: Kind
+    again: bool
+    """Computed before: by a checkpoint, or by the backward of a kernel that kept nothing."""
+    name: str
 
 
 class Joins(Protocol):
@@ -132,11 +162,25 @@ class Tape:
     """Tensors that are leaves of the graph, held until their gradient arrives."""
     recalled: list[Tensor] | None = None
     """While a checkpoint runs again: what escaped the first time, in order."""
+    known: dict[tuple[str, str], Label] = field(default_factory=dict)
+    """Labels that were made before."""
+    products: list[Product] = field(default_factory=list)
+    again: bool = False
+    """A checkpoint runs again."""
+    stands_for: dict[Size, Size] = field(default_factory=dict)
+    """Rows that are played for others beside themselves (chunks of a loss that are all alike)."""
+    chunks_played: int = 1
+    """How many chunks of the loss are on the tape for all there are; 0: the others are there too,
+    as one."""
 
     def allocate(self, size: Size, name: str) -> Storage:
         """A storage of ``size`` bytes comes alive."""
         self.sizes.append(size)
-        self.labels.append(Label(self.scope, self.module or name))
+        key = (self.scope, self.module or name)
+        label = self.known.get(key)
+        if label is None:
+            label = self.known[key] = Label(*key)
+        self.labels.append(label)
         index = len(self.sizes)
         self.events.append(index)
         return Storage(self, index)
@@ -164,6 +208,24 @@ class Tape:
         storage = self.allocate(rows * (width * ITEM_BYTES[dtype]), name)
         return Tensor(self, storage, rows, width, dtype)
 
+    def multiply(
+        self, rows: Size, inner: int | None, width: int = 1, name: str = "linear", *,
+        times: int = 1, kind: Kind = "linear", again: bool = False,
+    ) -> Size:  # fmt: skip
+        """Count ``times`` products of (rows x inner) and (inner x width), before they are made.
+
+        ``hidden`` rows are twice as many: half of a square has no whole number of them. Returns
+        the rows that were counted, for the way back.
+        """
+        if not times:
+            return rows
+        each = None if inner is None else (1 if kind == "hidden" else 2) * inner * width * times
+        rows = self.stands_for.get(rows, rows) if self.stands_for else rows
+        self.products.append(
+            Product(len(self.events), self.sequence, rows, each, kind, again or self.again, name)
+        )
+        return rows
+
     def leaf(self, parameter: Parameter) -> Tensor:
         """A weight as an operand: a view of static bytes."""
         *lead, width = parameter.shape
@@ -183,6 +245,15 @@ class Tape:
             yield
         finally:
             self.grad_enabled = before
+
+    @contextmanager
+    def counting(self, stands_for: dict[Size, Size]) -> Iterator[None]:
+        """Products over some rows are played for those over others beside them."""
+        before, self.stands_for = self.stands_for, stands_for
+        try:
+            yield
+        finally:
+            self.stands_for = before
 
     @contextmanager
     def scoped(self, group: str) -> Iterator[None]:

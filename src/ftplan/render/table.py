@@ -304,13 +304,14 @@ def show_remedies(page: Page, remedies: Sequence[Remedy]) -> None:
 
 
 def _remedy_table(page: Page, remedies: Sequence[Remedy], indent: int = 2) -> None:
-    table = grid(("change", "left"), ("saves GiB", "right"), ("then", "left"), ("cost", "left"))
+    columns = ("change", "saves GiB", "alone", "then", "cost")
+    table = grid(*((name, "right" if name == "saves GiB" else "left") for name in columns))
     for remedy in remedies:
-        verdict = remedy.verdict or ""
+        verdicts = (remedy.verdict_alone or "", remedy.verdict or "")
         table.add_row(
             change_text(remedy.change),
             gib(max(0, remedy.saves_bytes)),
-            Text(verdict, STYLE.get(verdict, "")),
+            *(Text(verdict, STYLE.get(verdict, "")) for verdict in verdicts),
             Text(remedy.costs, "dim"),
         )
     page.add(table, indent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from ftplan.errors import UnsupportedError
@@ -250,8 +251,6 @@ def _zero(sharding: Sharding) -> dict[str, Any]:
 
 def plan_from(mapping: dict[str, Any]) -> Plan:
     """A plan from the mapping of a plan file, without the strict reader (for scripts here)."""
-    from pydantic import TypeAdapter
-
     data = dict(mapping)
     if isinstance(data.get("model"), str):
         data["model"] = {"name": data["model"]}
@@ -265,4 +264,12 @@ def plan_from(mapping: dict[str, Any]) -> Plan:
     precision = data.get("precision")
     if isinstance(precision, dict) and precision.get("mixed") is False:
         data["precision"] = {**precision, "mixed": "no"}
-    return TypeAdapter(Plan).validate_python(data)
+    plan: Plan = _reader().validate_python(data)
+    return plan
+
+
+@cache
+def _reader() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Plan)

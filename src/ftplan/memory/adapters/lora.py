@@ -240,13 +240,16 @@ class FoldedParameter(Module):
             factors.append(ops.to(tape.leaf(matrix), self.folded.dtype))
         if self.count == 1:
             return self._fold_matrix(tape, weight)
-        out = tape.tensor(weight.rows, weight.width, weight.dtype, "folded experts")
+        whole, rank, across = weight.rows, factors[0].rows[0] // self.count, weight.width
+        tape.multiply(whole, rank, across, times=2)  # once for ``register_parametrization``'s check
+        out = tape.tensor(whole, across, weight.dtype, "folded experts")
         shapes = [(f.rows, f.width, f.dtype) for f in factors]
         saved = tuple(factors)
 
         def apply(grad: Tensor) -> Grads:
             _kept = saved
             made = []
+            grad.tape.multiply(whole, rank, across, times=2)
             for rows, width, dtype in reversed(shapes):
                 product = grad.tape.tensor(rows, width, dtype, "gradient")
                 made.append(grad.tape.tensor(rows, width, dtype, "gradient"))
@@ -260,7 +263,7 @@ class FoldedParameter(Module):
         """A single matrix: the update is made first, then cast, then added."""
         down = tape.leaf(self.lora_A.default.parameters["weight"])
         up = tape.leaf(self.lora_B.default.parameters["weight"])
-        delta = ops.matmul(up, down, weight.rows, weight.width, "update")
+        delta = ops.matmul(up, down, weight.rows, weight.width, "update", inner=up.width)
         return ops.add(weight, ops.to(ops.scale(delta), weight.dtype))
 
 

@@ -57,7 +57,9 @@ class LohaLinear(WholeUpdate):
         def whole(dtype: str) -> Tensor:
             return tape.tensor(rows, width, dtype, "low-rank product")
 
+        rank = factors[0].width
         with tape.no_grad():
+            tape.multiply(rows, rank, width, times=2)
             cast = [ops.autocast(factor) for factor in factors]
             dtype = cast[0].dtype
             first, second = whole(dtype), whole(dtype)
@@ -70,6 +72,9 @@ class LohaLinear(WholeUpdate):
         full = factors[0].dtype  # the way back runs outside autocast
 
         def apply(grad: Tensor) -> Grads:
+            tape.multiply(
+                rows, rank, width, times=6
+            )  # both low-rank products again, and the gradients of their factors
             scaled = whole(dtype)
             product = whole(full)
             step = whole(full)
@@ -116,7 +121,9 @@ class LokrLinear(WholeUpdate):
         if self.thin:
             up = tape.leaf(self.lokr_w2_a.parameters["default"])
             down = tape.leaf(self.lokr_w2_b.parameters["default"])
-            second = ops.matmul(up, down, ONE * self.inner[0], self.inner[1], "low-rank factor")
+            second = ops.matmul(
+                up, down, ONE * self.inner[0], self.inner[1], "low-rank factor", inner=up.width
+            )
         else:
             second = tape.leaf(self.lokr_w2.parameters["default"])
         return ops.scale(_kron(first, second, self.out_features, self.in_features))

@@ -72,7 +72,7 @@ class OftLinear(Adapted):
 
     def _rotated(self, x: Tensor, dtype: str) -> Tensor:
         turn = self._cayley(x.tape, dtype)
-        turned = ops.matmul(x, turn, x.rows, x.width, "rotation")
+        turned = ops.matmul(x, turn, x.rows, x.width, "rotation", inner=self.size)
         return ops.copy(turned, "joined blocks")
 
     def _cayley(self, tape: Tape, dtype: str) -> Tensor:
@@ -81,9 +81,9 @@ class OftLinear(Adapted):
         rows, size = ONE * (self.blocks * self.size), self.size
         skew = _skew(vector, rows, size)
         total = tape.tensor(rows, size, dtype, "rotation")
-        square = ops.matmul(skew, skew, rows, size, "power")
-        cube = ops.matmul(square, skew, rows, size, "power")
-        fourth = ops.matmul(cube, skew, rows, size, "power")
+        square = ops.matmul(skew, skew, rows, size, "power", inner=size)
+        cube = ops.matmul(square, skew, rows, size, "power", inner=size)
+        fourth = ops.matmul(cube, skew, rows, size, "power", inner=size)
 
         def apply(grad: Tensor) -> Grads:
             made = [grad.tape.tensor(rows, size, dtype, "gradient") for _ in range(3)]
@@ -153,10 +153,10 @@ class BoftLinear(Adapted):
         turned = ops.unary(ops.to(ops.scale(ops.add(blocks, blocks)), "fp32"), "solve", "output")
         dense = ops.to(_block_diagonal(turned, width), dtype)
         order = ops.to(tape.leaf(self.parameters["boft_P"]).alias(rows, width), dtype)
-        dense = ops.matmul(dense, order, rows, width, "rotation")
-        dense = ops.matmul(order, dense, rows, width, "rotation")
-        dense = ops.matmul(dense, eye, rows, width, "rotation")
-        return ops.matmul(x, ops.to(dense, dtype), x.rows, width, "rotated input")
+        dense = ops.matmul(dense, order, rows, width, "rotation", inner=width)
+        dense = ops.matmul(order, dense, rows, width, "rotation", inner=width)
+        dense = ops.matmul(dense, eye, rows, width, "rotation", inner=width)
+        return ops.matmul(x, ops.to(dense, dtype), x.rows, width, "rotated input", inner=width)
 
 
 def _block_diagonal(blocks: Tensor, width: int) -> Tensor:

@@ -124,7 +124,7 @@ class Attention(Module):
         q, k = self.turn(q, k, shared)
         out = attend(
             q, k, v, self.heads, shared.masks.get(self.mask), held=held,
-            by_head=self.joined,
+            by_head=self.joined, window=shared.windows.get(self.mask),
         )  # fmt: skip
         return self.out(out)
 
@@ -315,6 +315,7 @@ class Decoder(Network):
         for name, window in self.windows.items():
             eager = self.eager_only and tape.env.attention != "flash"
             shared.masks[name] = make_mask(tape, dtype, window=window, eager=eager)
+            shared.windows[name] = window
         for name, rope in self.ropes.items():
             if rope.complex_pairs:
                 table = tape.tensor(SEQ, rope.width, "fp32", "rope")

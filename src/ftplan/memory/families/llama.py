@@ -424,6 +424,7 @@ class Attention(Module):
             eager=self.heads.softcap,
             by_head=self.traits.rejoins,
             held=held,
+            window=shared.windows.get(self.layer_type),
         )
         out = self.o_proj.forward(out)
         return ops.dropout(out, self.dropout)
@@ -648,6 +649,7 @@ class Llama(Network):
             x = ops.scale(x)
         for name in self.layer_types:
             window = config.get("sliding_window") if name == "sliding_attention" else None
+            shared.windows[name] = window
             shared.masks[name] = make_mask(
                 tape, x.dtype, window=window, eager=heads_of(config).softcap
             )

@@ -83,11 +83,14 @@ class VisionBlock(Module):
         heads = self.heads
         if q.tape.env.attention == "eager":
             width = heads.count * self.reach
-            weights = ops.scale(ops.matmul(q, k, q.rows, width, "scores"))
+            scores = ops.matmul(q, k, q.rows, width, "scores", inner=heads.size)
+            weights = ops.scale(scores)
+            del scores
             weights = ops.to(ops.softmax(weights, "fp32"), q.dtype)
-            out = ops.copy(ops.matmul(weights, v, q.rows, heads.count * heads.size, "attention"))
+            width = heads.count * heads.size
+            out = ops.copy(ops.matmul(weights, v, q.rows, width, "attention", inner=self.reach))
         else:
-            out = attend(q, k, v, heads)
+            out = attend(q, k, v, heads, reach=self.reach)
         return ops.copy(out, "windows joined") if self.pieces else out
 
     def linear(self, path: str, x: Tensor) -> Tensor:
@@ -159,12 +162,16 @@ class Conv(Module):
         inputs = [x, matrix]
         if self.bias is not None:
             inputs.append(ops.autocast(tape.leaf(self.bias)))
-        out = tape.tensor(x.rows, self.out_features, x.dtype, "convolution")
+        rows, area, width = x.rows, self.in_features, self.out_features
+        tape.multiply(rows, area, width)
+        out = tape.tensor(rows, width, x.dtype, "convolution")
+        wants = x.requires_grad + matrix.requires_grad
         saved = (x, matrix)  # one backward function for all of them: it keeps both in any case
         makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in inputs]
 
         def apply(grad: Tensor) -> Grads:
             _kept = saved
+            grad.tape.multiply(rows, area, width, times=wants)
             return tuple(make(grad) for make in makers)
 
         ops.record([out], "convolution", inputs, apply)
