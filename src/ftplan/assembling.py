@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from ftplan.catalog.gpus import GpuRow
 from ftplan.catalog.models import resolve_model
@@ -16,6 +16,7 @@ from ftplan.catalog.stacks import Stack
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.memory.env import Environment
+from ftplan.memory.kernels import LIBRARIES, Kernels, Lora, kernels_of
 from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
 from ftplan.memory.optimizer import OptimizerSpec, State
 from ftplan.memory.parallel import local_config, local_seq_len
@@ -48,8 +49,10 @@ def job_of(resolved: Resolved) -> Job:
         attention=plan.attention or "sdpa",
         capability=_capability(gpu),
         padding_mask=batch.padding == "right",
-        kernels=plan.kernels or "none",
+        kernels=_kernels(resolved, storage),
         loss=plan.loss.kind,
+        loss_by=_fused_loss(plan),
+        model_casts_logits=stack.model_casts_logits,
         loss_shifts=stack.loss_shifts,
         loss_upcasts=stack.loss_upcasts
         and resolved.config.get("model_type") not in stack.uncast_losses,
@@ -88,6 +91,7 @@ def job_of(resolved: Resolved) -> Job:
         if checkpointing.kind == "none" or environment.checkpoint_attention
         else checkpointing.every,
         loss_chunk=plan.loss.chunk or 0,
+        card_bytes=gpu.usable_bytes if gpu is not None else 0,
         images=batch.images or 0,
         image_tokens=min(IMAGE_TOKENS, batch.seq_len // (batch.images or 1)),
         optimizer=_optimizer(plan.optimizer),
@@ -100,6 +104,32 @@ def job_of(resolved: Resolved) -> Job:
         generates=plan.rollout is not None and plan.rollout.sampler == "trainer",
         sampler_bytes=_sampler_bytes(plan, gpu),
     )
+
+
+def _kernels(resolved: Resolved, storage: Format) -> Kernels:
+    """What is fused: a library's kernels for this architecture, and LoRA's functions."""
+    plan, config = resolved.plan, resolved.config or {}
+    library, method = plan.kernels or "none", plan.method
+    lora: Lora = "none"
+    if library == "unsloth":
+        lora = "unsloth"
+    elif library == "foak" and storage.layout != "plain":
+        lora = "foak"
+    elif method is not None and method.fused_lora:
+        lora = "axolotl"
+    text = config.get("text_config")
+    kind = config.get("model_type", "")
+    inner = text.get("model_type", kind) if isinstance(text, Mapping) else kind
+    known = LIBRARIES[library]
+    return kernels_of(library, str(kind if kind in known else inner), lora=lora)
+
+
+def _fused_loss(plan: Plan) -> Literal["liger", "unsloth", "cut", "foak"]:
+    """Whose function a fused loss is."""
+    assert plan.loss is not None
+    if plan.loss.by is not None:
+        return plan.loss.by
+    return plan.kernels if plan.kernels in ("unsloth", "foak") else "liger"
 
 
 def _offloads(kind: str, sharding: ShardingSpec) -> bool:

@@ -159,23 +159,15 @@ def _serving(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) -> P
     return replace(plan, precision=precision, batch=batch, attention=attention)
 
 
-LIGER = frozenset((
-    "deepseek_v2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gemma3", "glm4", "gpt_oss",
-    "internvl", "llama", "llama4_text", "llama4", "llava", "granite", "ministral", "mistral",
-    "mixtral", "nemotron", "olmo2", "olmo3", "qwen2", "qwen3", "qwen3_moe", "qwen2_vl",
-    "qwen2_5_vl", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
-    "qwen3_vl", "qwen3_vl_moe", "smollm3", "phi3", "paligemma", "falcon_h1", "smolvlm",
-    "hunyuan_v1_dense", "hunyuan_v1_moe", "exaone4",
-))  # fmt: skip
-"""liger_kernel/transformers/monkey_patch.py: MODEL_TYPE_TO_APPLY_LIGER_FN, 0.8.5."""
-
-
 def _check_kernels(plan: Plan, stack: Stack, config: Mapping[str, Any] | None) -> None:
     """Refuse kernels that would not run."""
+    from ftplan.memory.kernels import LIBRARIES
+
     model_type = (config or {}).get("model_type")
-    if plan.kernels == "liger" and config is not None and model_type not in LIGER:
+    known = LIBRARIES[plan.kernels or "none"]
+    if plan.kernels in ("liger", "foak") and config is not None and model_type not in known:
         raise UnsupportedError(
-            f"Liger kernels for model_type {model_type!r}", remedy="use kernels: none"
+            f"{plan.kernels} kernels for model_type {model_type!r}", remedy="use kernels: none"
         )
     if plan.kernels == "unsloth" and stack.name != "unsloth":
         raise InputError(
@@ -243,7 +235,8 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
     loss = plan.loss
     if loss is None:
         kind = stack.loss_kind(method=method.kind, task=plan.task or "sft")
-        if plan.kernels == "liger" and kind == "full":
+        model_type = (config or {}).get("model_type")
+        if plan.kernels == "liger" and kind == "full" and model_type != "granite":
             kind = "fused"  # apply_liger_kernel_to_*: fused_linear_cross_entropy=True
         if plan.task in FULL_LOSS or (kind == "fused" and plan.task not in ("sft", "pt")):
             kind = "full"
@@ -264,11 +257,19 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
             loss,
             chunk=filler.fill("loss.chunk", None, stack.chunk_tokens(tokens) or 256, own("loss")),
         )
+    method = _method(
+        method, stack, weights.layout != "plain", mixed, filler, own, shaped=config is not None
+    )
+    if stack.fused_lora and method.kind in ("lora", "qlora") and task in ("sft", "pt"):
+        fuses = weights.name != "bnb-int8" and (plan.sharding.kind, plan.sharding.version) != (
+            "fsdp",
+            1,
+        )
+        fused = filler.fill("method.fused_lora", method.fused_lora, fuses, own("fused_lora"))
+        method = replace(method, fused_lora=fused)
     return replace(
         plan,
-        method=_method(
-            method, stack, weights.layout != "plain", mixed, filler, own, shaped=config is not None
-        ),
+        method=method,
         precision=precision,
         batch=batch,
         optimizer=optimizer,
@@ -289,6 +290,7 @@ _NEEDS = {
     "bottleneck": ("houlsby", "pfeiffer"),
     "rank_pattern": ("lora", "qlora", "dora", "loha", "lokr"),
     "use_dora": ("lora", "qlora", "dora"),
+    "fused_lora": ("lora", "qlora"),
     "target_parameters": ("lora", "qlora", "dora"),
 }  # fmt: skip
 """Keys of a method and the kinds that have a use for them."""

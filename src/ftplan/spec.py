@@ -83,6 +83,8 @@ class Method:
     """Expert parameters that are no modules, adapted by name (PEFT's `target_parameters`)."""
     use_dora: bool | None = None
     """Weight-decomposed adapters; kind `dora` is `lora` with this."""
+    fused_lora: bool | None = None
+    """LoRA's projections run as autograd functions (axolotl's `lora_qkv_kernel` ...)."""
     use_rslora: bool | None = None
     """Rank-stabilised scaling. Moves no memory."""
     double_quant: bool | None = None
@@ -181,6 +183,8 @@ class Loss:
     """`full`: all logits at once. `chunked`: some tokens at a time. `fused`: never whole."""
     chunk: int | None = None
     """Tokens per chunk."""
+    by: Literal["liger", "unsloth", "cut", "foak"] | None = None
+    """Whose function a `fused` loss is; `cut`: cut cross entropy (Apple's)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,8 +309,8 @@ class Plan:
     """Attention implementation."""
     loss: Loss | None = None
     """Loss implementation."""
-    kernels: Literal["none", "liger", "unsloth"] | None = None
-    """Fused kernels that replace the model's own."""
+    kernels: Literal["none", "liger", "unsloth", "foak"] | None = None
+    """Fused kernels that replace the model's own; `foak`: fms-acceleration's."""
     hardware: Hardware = field(default_factory=Hardware)
     """GPUs and host."""
     sharding: Sharding = field(default_factory=Sharding)

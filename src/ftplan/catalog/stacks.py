@@ -84,6 +84,12 @@ class Stack:
     """Whether the loss casts logits to fp32."""
     loss_shifts: Literal["labels", "logits"] = "labels"
     """What the loss moves by one token; moving the logits copies them."""
+    model_casts_logits: bool = False
+    """Whether the model casts its logits to fp32 itself and lets go of the first copy."""
+    caching_models: tuple[str, ...] = ()
+    """Model types that fill a key-value cache in training, even when they are checkpointed."""
+    fused_lora: bool = False
+    """Whether LoRA's projections run as autograd functions when nothing is said."""
     uncast_losses: tuple[str, ...] = ()
     """Model types whose own loss does not cast logits to fp32."""
     outputs_to_fp32: bool
@@ -92,7 +98,7 @@ class Stack:
     """Whether the model's outputs stay alive until backward has ended."""
     attention: Literal["eager", "sdpa", "flash"]
     """Attention when nothing is said."""
-    kernels: Literal["none", "liger", "unsloth"]
+    kernels: Literal["none", "liger", "unsloth", "foak"]
     """Fused kernels when nothing is said."""
     rank: int
     """Adapter rank of the trainer's own configuration."""
@@ -156,8 +162,7 @@ def _stacks() -> dict[str, Stack]:
 
 
 def _stack(name: str, entry: Mapping[str, Any], raw: Mapping[str, Any]) -> Stack:
-    # a profile may be like another one but for a few fields: an earlier version of it
-    rows = {**(raw[entry["like"]]["fields"] if "like" in entry else {}), **entry["fields"]}
+    rows = _rows(entry, raw)
     values = {key: _tuple(row["value"]) for key, row in rows.items()}
     return Stack(
         name=name,
@@ -167,6 +172,12 @@ def _stack(name: str, entry: Mapping[str, Any], raw: Mapping[str, Any]) -> Stack
         sources={key: row["source"] for key, row in rows.items()},
         **values,
     )
+
+
+def _rows(entry: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A profile may be like another one but for a few fields: an earlier version of it."""
+    others = _rows(raw[entry["like"]], raw) if "like" in entry else {}
+    return {**others, **entry["fields"]}
 
 
 def _tuple(value: Any) -> Any:

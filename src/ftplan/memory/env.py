@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ftplan.memory.kernels import NONE, Kernels
+
 __all__ = ["Environment"]
 
 
@@ -22,14 +24,18 @@ class Environment:
     """A mask reaches attention: no flash kernel, keys and values expanded to all heads."""
     attention_dropout: bool = False
     """Dropout inside attention is active."""
-    kernels: Literal["none", "liger", "unsloth"] = "none"
-    """Fused kernels that replace the model's own."""
+    kernels: Kernels = NONE
+    """Fused kernels that replace the model's own operations."""
     loss: Literal["full", "chunked", "fused"] = "full"
     """How the loss meets the logits."""
+    loss_by: Literal["liger", "unsloth", "cut", "foak"] = "liger"
+    """Whose function a fused loss is."""
     loss_shifts: Literal["labels", "logits"] = "labels"
     """What the loss moves by one token; moving the logits copies them."""
     loss_upcasts: bool = True
     """The loss casts logits to fp32 where the model class does."""
+    model_casts_logits: bool = False
+    """The model itself casts them, and lets go of the first copy (transformers until 4.45)."""
     loss_keeps_chunks: bool = False
     """A chunked loss recomputes nothing: autograd keeps every chunk."""
     loss_columns: int = 0
@@ -50,8 +56,3 @@ class Environment:
     """Which implementation of checkpointing recomputes a block."""
     training: bool = True
     """Dropout acts and a graph may be built."""
-
-    @property
-    def fused(self) -> bool:
-        """Kernels take the place of norms, rotations and gates."""
-        return self.kernels != "none"

@@ -11,6 +11,7 @@ from ftplan.memory.cache import CacheLayer, cache_bytes, cache_layers
 from ftplan.memory.families import complete
 from ftplan.memory.fsdp import BUFFERS, shard_shape
 from ftplan.memory.job import Job, ShardingSpec
+from ftplan.memory.loss import chunk_tokens, head_weight
 from ftplan.memory.nn import Network
 from ftplan.memory.optimizer import rounded, state_bytes, step_bytes
 from ftplan.memory.prepare import counted_parameters, prepare
@@ -210,6 +211,7 @@ class Structure:
         self.step_bytes = 0 if in_backward else step_bytes(job.optimizer, learned)
         self.network = network
         self.counted = counted
+        self._fused = _fused_chunk(job, network, self.static_bytes)
         self.program = program_of(job, network, objective)
         self.eval_micro = job.eval_micro
         self.evaluation = _evaluation_of(job, network, objective) if job.eval_micro else None
@@ -221,8 +223,15 @@ class Structure:
             parameter.numel * times for parameter, times, _ in counted if parameter.trainable
         )
 
+    def _chunk(self, micro: int, seq_len: int, given: int) -> int:
+        """Tokens of a chunk of the loss: ``given``, or by the rule of a fused one."""
+        if given or self._fused is None:
+            return given
+        return self._fused(micro * self.program.sequences * seq_len)
+
     def phases(self, micro: int, seq_len: int, chunk: int = 0) -> list[tuple[str, int]]:
         """The most that is alive in each phase, in bytes."""
+        chunk = self._chunk(micro, seq_len, chunk)
         played, rest = self.program.levels(micro, seq_len, chunk)
         phases = [(name, self.static_bytes + peak) for name, peak in played]
         phases.append(("step", self.static_bytes + self.step_bytes + rest))
@@ -246,6 +255,7 @@ class Structure:
 
     def peak(self, micro: int, seq_len: int, chunk: int = 0) -> int:
         """The worst moment in bytes: the integer of :meth:`at`, without what is alive at it."""
+        chunk = self._chunk(micro, seq_len, chunk)
         worst, rest = self.program.peak_and_rest(micro, seq_len, chunk)
         peak = self.static_bytes + max(worst, self.step_bytes + rest)
         peak = max(peak, self._evaluated(seq_len, chunk)) if self.evaluation else peak
@@ -253,6 +263,7 @@ class Structure:
 
     def at(self, micro: int, seq_len: int, chunk: int = 0) -> Estimate:
         """The worst moment for a micro batch, a sequence length and a chunk of the loss."""
+        chunk = self._chunk(micro, seq_len, chunk)
         phases = self.phases(micro, seq_len, chunk)
         phase, _ = max(phases, key=lambda item: item[1])
         is_step = phase == "step"
@@ -293,6 +304,16 @@ class Structure:
             total_params=self.total_params,
             trainable_params=self.trainable_params,
         )
+
+
+def _fused_chunk(job: Job, network: Network, static_bytes: int) -> Callable[[int], int] | None:
+    """Tokens of a chunk of a fused loss as a function of all tokens; None: the loss is another."""
+    if job.environment.loss != "fused":
+        return None
+    vocabulary, hidden = head_weight(network)[0].shape
+    free = max(1, job.card_bytes - static_bytes) if job.card_bytes else 0
+    by = job.environment.loss_by
+    return lambda tokens: chunk_tokens(by, tokens, vocabulary, hidden, free)
 
 
 class Rollout:

@@ -97,7 +97,9 @@ class Job:
     checkpoint_every: int = 0
     """Recompute every n-th block; 0: none."""
     loss_chunk: int = 0
-    """Tokens per chunk of a chunked loss."""
+    """Tokens per chunk of a chunked loss; 0: by the loss's own rule."""
+    card_bytes: int = 0
+    """What the driver reports of the card; 0: no card is named."""
     optimizer: OptimizerSpec
     main_weights: bool = False
     """An fp32 copy of each 2-byte trainable parameter, and an fp32 gradient."""

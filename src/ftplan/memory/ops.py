@@ -369,49 +369,6 @@ def native_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> 
     return out
 
 
-def fused_rms_norm(x: Tensor, weight: Tensor | None) -> Tensor:
-    """A kernel's RMSNorm: keeps its input and an fp32 number a row; the gradient takes the place
-    of the one that comes in (liger_kernel/ops/rms_norm.py, ``LigerRMSNormFunction``, 0.8.5;
-    unsloth/kernels/rms_layernorm.py, ``Fast_RMS_Layernorm``)."""
-    tape = x.tape
-    out = tape.tensor(x.rows, x.width, x.dtype, "rms norm")
-    statistics = tape.tensor(x.rows, 1, "fp32", "rms norm statistics")
-    saved = (x, statistics)
-    inputs = [x] if weight is None else [x, weight]
-    make = None
-    if weight is not None and weight.requires_grad:
-        make = like(weight.rows, weight.width, weight.dtype, True)
-    wants = x.requires_grad
-
-    def apply(grad: Tensor) -> Grads:
-        _kept = saved
-        grads: list[Tensor | None] = [grad if wants else None]
-        if weight_given:
-            grads.append(make(grad) if make is not None else None)
-        return tuple(grads)
-
-    weight_given = weight is not None
-    record([out], "rms norm", inputs, apply)
-    return out
-
-
-def fused_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """A kernel's ``act(gate) * up``: keeps both, and writes their gradients over them.
-
-    Source: liger_kernel/ops/swiglu.py, ``LigerSiLUMulFunction``, and geglu.py, 0.8.5;
-    unsloth/kernels/swiglu.py.
-    """
-    out = gate.tape.tensor(gate.rows, gate.width, gate.dtype, "gated")
-    saved = (gate.alias(), up.alias())
-    wants = (gate.requires_grad, up.requires_grad)
-
-    def apply(_grad: Tensor) -> Grads:
-        return tuple(t if want else None for t, want in zip(saved, wants, strict=True))
-
-    record([out], "gated", [gate, up], apply)
-    return out
-
-
 def mean(x: Tensor) -> Tensor:
     """The mean of each row keeps nothing; the way back is a full tensor."""
     out = x.tape.tensor(x.rows, 1, x.dtype, "mean")
