@@ -47,6 +47,8 @@ def job_of(resolved: Resolved) -> Job:
     environment = Environment(
         autocast=autocast,
         attention=plan.attention or "sdpa",
+        repeats_heads=_repeats_heads(plan, stack, resolved.config),
+        fills_cache=resolved.config.get("model_type") in stack.caching_models,
         capability=_capability(gpu),
         padding_mask=batch.padding == "right",
         kernels=_kernels(resolved, storage),
@@ -122,6 +124,14 @@ def _kernels(resolved: Resolved, storage: Format) -> Kernels:
     inner = text.get("model_type", kind) if isinstance(text, Mapping) else kind
     known = LIBRARIES[library]
     return kernels_of(library, str(kind if kind in known else inner), lora=lora)
+
+
+def _repeats_heads(plan: Plan, stack: Stack, config: Mapping[str, Any]) -> bool:
+    attention = plan.attention or "sdpa"
+    repeating = stack.repeating_attention
+    return attention in repeating or (
+        attention == "flash" and config.get("model_type") in repeating
+    )
 
 
 def _fused_loss(plan: Plan) -> Literal["liger", "unsloth", "cut", "foak"]:

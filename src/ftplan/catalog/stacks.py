@@ -88,6 +88,9 @@ class Stack:
     """Whether the model casts its logits to fp32 itself and lets go of the first copy."""
     caching_models: tuple[str, ...] = ()
     """Model types that fill a key-value cache in training, even when they are checkpointed."""
+    repeating_attention: tuple[str, ...] = ()
+    """Attention implementations, or model types under flash, that copy keys and values to all
+    query heads."""
     fused_lora: bool = False
     """Whether LoRA's projections run as autograd functions when nothing is said."""
     uncast_losses: tuple[str, ...] = ()

@@ -116,6 +116,9 @@ def attend(
     env = q.tape.env
     if heads.causal:
         k, v, mask = with_prefix(k, v, mask)
+    if env.repeats_heads and not eager and env.attention != "eager":
+        full = heads.count * heads.size
+        k, v = (ops.expand_heads(t, full // t.width) for t in (k, v))
     if env.checkpoint_attention and q.tape.grad_enabled and bias is None:
 
         def core(q: Tensor) -> Tensor:

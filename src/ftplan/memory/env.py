@@ -22,6 +22,10 @@ class Environment:
     """CUDA compute capability: below 8.0 there is no flash kernel. None: no NVIDIA GPU."""
     padding_mask: bool = False
     """A mask reaches attention: no flash kernel, keys and values expanded to all heads."""
+    repeats_heads: bool = False
+    """Keys and values are copied to all query heads before any kernel (transformers until 4.48)."""
+    fills_cache: bool = False
+    """Keys and values stay in a cache until the model returns, even when it is checkpointed."""
     attention_dropout: bool = False
     """Dropout inside attention is active."""
     kernels: Kernels = NONE

@@ -117,7 +117,7 @@ class Tape:
     module: str = ""
     """The part of the block that is running; empty: events are named by operation."""
     weight_cache: dict[int, Tensor] = field(default_factory=dict)
-    """Autocast's casts of weights, by the weight: alive until autocast ends."""
+    """Autocast's casts of weights, by the weight, and what else lives until the model returns."""
     sequence: int = 0
     prefix: Joins | None = None
     """Learned keys and values before those of every layer (prefix tuning)."""

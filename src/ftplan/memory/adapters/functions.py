@@ -136,7 +136,10 @@ def lora_products(x: Tensor, layers: Sequence[LoraLike]) -> list[Tensor]:
     dropped = _drop_outside(x, layers[0].dropout)
     with tape.no_grad():
         products = [_Product(x, layer) for layer in layers]
-    outs = [product.out for product in products]
+    outs = []
+    for product in products:  # what the way back holds is no longer its result
+        outs.append(product.out)
+        del product.out
     saved: list[Tensor] = [x.alias()]
     wants, shares = x.requires_grad, len(layers) > 1 and dropped is None
     inputs = _inputs(x, products)

@@ -47,7 +47,11 @@ class Attention(Module):
     def forward(self, x: Tensor, shared: Shared, held: list[Tensor] | None = None) -> Tensor:
         heads = self.heads
         narrow = heads.kv_count * heads.size
-        q, k, v = ops.split(self.c_attn.forward(x), (heads.count * heads.size, narrow, narrow))
+        qkv = self.c_attn.forward(x)
+        if x.tape.env.fills_cache:  # keys and values are a view of all three
+            x.tape.weight_cache[id(self)] = qkv.alias()
+        q, k, v = ops.split(qkv, (heads.count * heads.size, narrow, narrow))
+        del qkv
         out = attend(q, k, v, heads, shared.mask, held=held)
         return ops.dropout(self.c_proj.forward(out), self.dropout)
 
