@@ -56,6 +56,8 @@ class Stack:
     """An fp32 copy and an fp32 gradient beside each trainable 2-byte parameter (18 bytes)."""
     prepare_kbit: bool
     """Whether what is not quantised ends up in fp32 (`prepare_model_for_kbit_training`)."""
+    recasts_prepared: bool = False
+    """Whether embeddings and head are cast back under bf16, so that norms alone stay in fp32."""
     weights_dtype: Literal["checkpoint", "fp32", "bf16"]
     """Dtype the base weights are loaded in; `checkpoint`: the one they are stored in."""
     mixed: Literal["no", "bf16"]

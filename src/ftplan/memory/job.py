@@ -79,6 +79,8 @@ class Job:
     compute_dtype: str
     """What quantised weights are expanded to."""
     prepare_kbit: bool = False
+    recasts_prepared: bool = False
+    """After it embeddings and head are cast back: norms and biases stay in fp32."""
     trainable_dtype: str | None = None
     """What the trainer casts every trainable parameter to; None: nothing."""
     environment: Environment

@@ -41,6 +41,9 @@ def prepare(job: Job) -> Network:
     for parameter in _everything(network):
         parameter.dtype = plain
         parameter.trainable = job.method == "full" and not parameter.fixed
+    if quantized and casts and job.recasts_prepared:
+        for matrix in _embeddings_and_head(network):
+            matrix.dtype = job.base_dtype
     if job.method == "partial":
         _train_last(network, job.last_layers)
     if quantized:
@@ -56,6 +59,13 @@ def prepare(job: Job) -> Network:
             if parameter.trainable:
                 parameter.dtype = job.trainable_dtype
     return network
+
+
+def _embeddings_and_head(network: Network) -> Iterator[Parameter]:
+    """What TRL casts back by name (``peft_module_casting_to_bf16``, 0.13)."""
+    for name, parameter in network.named_parameters():
+        if "norm" not in name and name.endswith("weight") and len(parameter.shape) > 1:
+            yield parameter
 
 
 def _train_last(network: Network, count: int) -> None:
