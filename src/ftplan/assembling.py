@@ -83,6 +83,7 @@ def job_of(resolved: Resolved) -> Job:
         base_dtype=(method.compute_dtype or native) if quantised else storage.name,
         compute_dtype=method.compute_dtype or "bf16",
         prepare_kbit=quantised and bool(method.prepare_kbit),
+        separate_experts=stack.separate_experts,
         recasts_prepared=stack.recasts_prepared and mixed == "bf16",
         trainable_dtype=stack.trainable_dtype if method.kind in ("full", "partial") else None,
         environment=environment,

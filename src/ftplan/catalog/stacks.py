@@ -93,6 +93,8 @@ class Stack:
     repeating_attention: tuple[str, ...] = ()
     """Attention implementations, or model types under flash, that copy keys and values to all
     query heads."""
+    separate_experts: bool = False
+    """Whether experts are linear layers of their own, which quantisation takes."""
     fused_lora: bool = False
     """Whether LoRA's projections run as autograd functions when nothing is said."""
     uncast_losses: tuple[str, ...] = ()

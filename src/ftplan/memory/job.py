@@ -81,6 +81,8 @@ class Job:
     prepare_kbit: bool = False
     recasts_prepared: bool = False
     """After it embeddings and head are cast back: norms and biases stay in fp32."""
+    separate_experts: bool = False
+    """Experts are linear layers, which quantisation takes (transformers until 4.57)."""
     trainable_dtype: str | None = None
     """What the trainer casts every trainable parameter to; None: nothing."""
     environment: Environment

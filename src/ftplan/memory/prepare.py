@@ -51,7 +51,10 @@ def prepare(job: Job) -> Network:
         quantize(network, job.weights, job.compute_dtype, whole=skipped)
         for stage in network.stages:
             for block in stage.stack.kinds:
-                quantize(block, job.weights, job.compute_dtype, whole=network.unquantised)
+                quantize(
+                    block, job.weights, job.compute_dtype, whole=network.unquantised,
+                    experts=job.separate_experts,
+                )  # fmt: skip
     if job.adapter is not None:
         adapt(network, job)
     if job.trainable_dtype is not None:
