@@ -16,8 +16,8 @@ from ftplan.catalog.stacks import Stack
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.memory.env import Environment
-from ftplan.memory.kernels import LIBRARIES, Kernels, Lora, kernels_of
 from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
+from ftplan.memory.kernels import LIBRARIES, Kernels, Lora, kernels_of
 from ftplan.memory.optimizer import OptimizerSpec, State
 from ftplan.memory.parallel import local_config, local_seq_len
 from ftplan.memory.serving import ServingJob

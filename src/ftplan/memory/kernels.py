@@ -23,7 +23,7 @@ class Kernels:
     norm_in_place: bool = True
     """The gradient of a norm's input is written over the gradient of its output."""
     norm_trains: bool = True
-    """The norm's weight gets a gradient; Unsloth's kernel of 2024 made none."""
+    """The norm's weight gets a gradient; Unsloth's kernel makes none."""
     rope: bool = False
     """Queries and keys are rotated where they are, forward and backward."""
     gate: bool = False
@@ -63,29 +63,28 @@ _LIGER: Mapping[str, Mapping[str, bool]] = {
 """liger_kernel/transformers/monkey_patch.py 0.8.5: the defaults of ``apply_liger_kernel_to_*``,
 and ``in_place`` of the norm's class (rms_norm.py). Granite alone has no fused linear loss."""
 
+_FAST = {"norm": True, "norm_trains": False, "rope": True}
 _UNSLOTH: Mapping[str, Mapping[str, bool]] = {
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "granite"), {"norm": True, "rope": True}
-    ),
-    **dict.fromkeys(("gemma", "gemma2"), {"norm": True, "norm_in_place": False, "rope": True}),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "granite"), _FAST),
+    **dict.fromkeys(("gemma", "gemma2"), {**_FAST, "norm_in_place": False}),
     **dict.fromkeys(("cohere", "falcon_h1"), {"rope": True}),
 }
-"""unsloth/models 2026.10.9: the architectures with a ``Fast*Model``. Others run transformers' code,
+"""unsloth/models 2026.8.19: the architectures with a ``Fast*Model``. Others run transformers' code,
 compiled; their loss and their checkpointing are Unsloth's."""
 
 _FOAK: Mapping[str, Mapping[str, bool]] = {
     **dict.fromkeys(
         ("llama", "mistral", "mixtral", "granite", "granitemoe", "granitemoeshared"),
-        {"norm": True, "norm_trains": False, "rope": True, "loss": True},
+        {**_FAST, "loss": True},
     ),
     "gpt_bigcode": {"loss": True},
 }
-"""fms_acceleration_foak/models 0.7.4, with Unsloth's kernels of early 2024: fast_rms_layernorm, fast_rope_embeddings, fast_loss."""
+"""fms_acceleration_foak/models 0.7.4, Unsloth's kernels of early 2024: ``fast_rms_layernorm``,
+``fast_rope_embeddings``, ``fast_loss``."""
 
 LIBRARIES: Mapping[str, Mapping[str, Mapping[str, bool]]] = {
     "none": {}, "liger": _LIGER, "unsloth": _UNSLOTH, "foak": _FOAK,
 }  # fmt: skip
-
 
 
 def kernels_of(library: str, model_type: str, *, lora: Lora = "none") -> Kernels:

@@ -17,8 +17,8 @@ __all__ = [
 ]
 
 UNSLOTH_BUDGET = 4 * 1024**3
-"""Bytes that a chunk of Unsloth's fused loss may take, or half of what is free: at 16 bytes a logit
-(unsloth_zoo/fused_losses/cross_entropy_loss.py 2026.10.9)."""
+"""Bytes that a chunk's fp32 logits may take in Unsloth's fused loss, or half of what is free
+(unsloth_zoo/fused_losses/cross_entropy_loss.py 2026.8.13)."""
 
 
 def chunk_tokens(by: str, tokens: int, vocabulary: int, hidden: int, free: int) -> int:
@@ -32,7 +32,7 @@ def chunk_tokens(by: str, tokens: int, vocabulary: int, hidden: int, free: int) 
         return 0
     if by == "unsloth":
         budget = min(UNSLOTH_BUDGET, free // 2) if free > 0 else UNSLOTH_BUDGET
-        return min(tokens, max(1, budget // (16 * vocabulary)))
+        return min(tokens, max(1, budget // (4 * vocabulary)))
     parts = -(-vocabulary // hidden)
     return min(1 << (-(-tokens // parts) - 1).bit_length(), tokens)
 
@@ -325,7 +325,8 @@ def _chunk_of_logits(network: Network, x: Tensor, *, backward: bool) -> None:
     """What a chunk of a fused loss takes for a moment: its logits, and copies of them.
 
     Liger writes the gradient over the logits; its earlier version copied them up and down
-    (fms_acceleration_foak, liger_ce); Unsloth's chunk is a small graph of its own.
+    (fms_acceleration_foak, liger_ce); Unsloth's chunk is a small graph, compiled: fp32 copies do
+    not leave its kernels.
     """
     tape, by = x.tape, x.tape.env.loss_by
     parameter, trained = head_weight(network)
@@ -334,13 +335,10 @@ def _chunk_of_logits(network: Network, x: Tensor, *, backward: bool) -> None:
     with tape.no_grad():
         weight = ops.autocast(tape.leaf(parameter))
         logits = tape.tensor(CHUNK, vocabulary, dtype, "chunk of logits")
-        if by != "liger":
-            held = [ops.to(logits, "fp32")]
-            if by == "unsloth":
-                held += [tape.tensor(CHUNK, vocabulary, "fp32", "chunk of log-probabilities")]
-            if by == "unsloth" and backward:
-                held.append(tape.tensor(CHUNK, vocabulary, "fp32", "chunk of gradients"))
-            held.clear()
+        if by == "foak" or (by == "unsloth" and backward):
+            copied = "fp32" if by == "foak" else dtype
+            copy = tape.tensor(CHUNK, vocabulary, copied, "chunk of logits")
+            del copy
         if backward and dtype != x.dtype:
             product = tape.tensor(CHUNK, width, dtype, "product")
             del product

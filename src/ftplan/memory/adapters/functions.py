@@ -2,7 +2,7 @@
 
 The plain modules cast and keep an input for each adapted layer (:mod:`lora`). Source: the
 functions themselves, run with their launches left out (tests/cases/kernels):
-unsloth/kernels/fast_lora.py 2026.10.9; fms_acceleration_foak fused_ops/unsloth_lora 0.7.4;
+unsloth/kernels/fast_lora.py 2026.8.19; fms_acceleration_foak fused_ops/unsloth_lora 0.7.4;
 axolotl/kernels/lora.py 0.18.0.
 """
 
@@ -45,16 +45,21 @@ class _Product:
         expanded = self._expand(x, buffered=True)
         self.out = tape.tensor(x.rows, self.out_features, self.dtype, "linear")
         del expanded
-        dropped = self._drop(x, layer.dropout)
+        self._drop(x, layer.dropout)
         down = self._cast(x, self.parameters[0])
         thin = tape.tensor(x.rows, self.rank, self.dtype, "thin product")
+        del down
         up = self._cast(x, self.parameters[1])
         if self.style == "foak":  # out += (x A)(s B): the product is made first
             wide = tape.tensor(x.rows, self.out_features, self.dtype, "wide product")
             del wide
-        if self.style == "axolotl":  # keeps the cast matrices
-            self.kept += [t for t in (down, up) if t is not None]
-        del down, up, thin, dropped
+        del up, thin
+
+    def casts(self, like: Tensor) -> list[Tensor]:
+        """The thin matrices in the dtype of the function: axolotl keeps them for the way back,
+        Unsloth makes them anew there."""
+        made = [self._cast(like, parameter) for parameter in self.parameters]
+        return [cast for cast in made if cast is not None]
 
     def _expand(self, like: Tensor, *, buffered: bool = False) -> Tensor | None:
         """A quantised weight in full; Unsloth has one buffer for all that run forward."""
@@ -69,14 +74,14 @@ class _Product:
         rows, width = parameter.shape
         return like.tape.tensor(ONE * rows, width, self.dtype, "cast")
 
-    def _drop(self, x: Tensor, probability: float) -> Tensor | None:
-        """Dropout inside the function: foak keeps what it made, Unsloth a mask."""
-        if probability <= 0 or not x.tape.env.training or self.style == "axolotl":
-            return None
+    def _drop(self, x: Tensor, probability: float) -> None:
+        """foak's dropout is inside the function, which keeps what it made and no mask."""
+        if probability <= 0 or not x.tape.env.training or self.style != "foak":
+            return
         out = x.tape.tensor(x.rows, x.width, x.dtype, "dropped input")
         mask = x.tape.tensor(x.rows, x.width, "bool", "dropout mask")
-        self.kept.append(out if self.style == "foak" else mask)
-        return out
+        del mask
+        self.kept.append(out)
 
     def gradients(self, like: Tensor) -> list[Tensor]:
         """Of the two thin matrices, in the dtype of the function."""
@@ -89,19 +94,17 @@ class _Product:
         return made
 
     def arrived(self, grads: list[Tensor]) -> list[Tensor]:
-        """As the engine hands them on: in the parameters' own dtype."""
-        return [
-            grad if p.dtype == self.dtype else ops.to(grad, p.dtype)
-            for grad, p in zip(grads, self.parameters, strict=True)
-        ]
+        """As the engine hands them on: in the parameters' own dtype, one after the other."""
+        return [ops.to(grads.pop(0), parameter.dtype) for parameter in self.parameters]
 
-    def add_to(self, total: Tensor | None, into: Tensor | None, like: Tensor) -> Tensor:
+    def add_to(
+        self, total: Tensor | None, into: Tensor | None, like: Tensor, *, buffered: bool = False
+    ) -> Tensor:
         """The gradient of the input through this product, added to ``total`` or written ``into``
         what is given."""
         tape = like.tape
-        expanded = self._expand(like)
+        expanded = self._expand(like, buffered=buffered)
         shape = (self.rows, self.in_features, self.dtype)
-        first = total is None
         if total is None:
             total = into if into is not None else tape.tensor(*shape, "gradient")
         elif self.style == "foak":  # dX += dY W: not in place of an addmm
@@ -114,10 +117,7 @@ class _Product:
             product = tape.tensor(*shape, "product")
             masked = tape.tensor(*shape, "product")
             del mask, product, masked
-        elif self.kept and self.style == "unsloth":  # the mask is applied to a product of its own
-            product = tape.tensor(*shape, "product")
-            del product
-        del thin, first
+        del thin
         return total
 
 
@@ -130,7 +130,7 @@ def lora_products(x: Tensor, layers: Sequence[LoraLike]) -> list[Tensor]:
     """``LoRA_QKV`` and ``LoRA_W`` (``LoRA_O``): projections of one input, which is kept once.
 
     The gradient of the input replaces it where there are several (Unsloth's ``inplace``); one
-    projection makes a new tensor.
+    projection, and axolotl's, make a new tensor.
     """
     tape, style = x.tape, x.tape.env.kernels.lora
     dropped = _drop_outside(x, layers[0].dropout)
@@ -141,29 +141,47 @@ def lora_products(x: Tensor, layers: Sequence[LoraLike]) -> list[Tensor]:
         outs.append(product.out)
         del product.out
     saved: list[Tensor] = [x.alias()]
-    wants, shares = x.requires_grad, len(layers) > 1 and dropped is None
+    wants, shares = x.requires_grad, len(layers) > 1 and style != "axolotl"
     inputs = _inputs(x, products)
-    outside = [] if dropped is None else [dropped]
-    if dropped is not None:
-        saved.append(dropped.alias())
+    outside = _Outside(x, dropped, alone=len(layers) == 1)
+    kept = [product.casts(x) for product in products] if style == "axolotl" else []
 
     def apply(*grads: Tensor | None) -> Grads:
         like = next(grad for grad in grads if grad is not None)
+        _kept = kept
+        again = [product.casts(like) for product in products] if style == "unsloth" else []
         thin = [product.gradients(like) for product in products]
         total: Tensor | None = None
         if wants:
             for product in products:
-                into = saved[0] if shares and style != "none" else None
-                total = product.add_to(total, into, like)
+                total = product.add_to(total, saved[0] if shares else None, like)
+        back = outside.gradient(like)
+        again.clear()
         made = [g for product, pair in zip(products, thin, strict=True)
                 for g in product.arrived(pair)]  # fmt: skip
-        thin.clear()
-        back = [like.tape.tensor(x_rows, x_width, x_dtype, "gradient") for _ in outside]
         return (total, *made, *back)
 
-    x_rows, x_width, x_dtype = x.rows, x.width, x.dtype
-    ops.record(outs, "LoRA products", [*inputs, *outside], apply)
+    ops.record(outs, "LoRA products", [*inputs, *outside.inputs], apply)
     return outs
+
+
+class _Outside:
+    """axolotl's dropout is outside of the function, which takes what it made as an input."""
+
+    def __init__(self, x: Tensor, dropped: Tensor | None, *, alone: bool) -> None:
+        self.inputs = [] if dropped is None else [dropped]
+        self._kept = None if dropped is None else dropped.alias()
+        self._shape = x.rows, x.width, x.dtype
+        self._alone = alone
+
+    def gradient(self, like: Tensor) -> list[Tensor]:
+        """Of what dropout made; one projection scales it in a second step."""
+        if self._kept is None:
+            return []
+        product = like.tape.tensor(*self._shape, "product") if self._alone else None
+        made = [like.tape.tensor(*self._shape, "gradient")]
+        del product
+        return made
 
 
 def _drop_outside(x: Tensor, probability: float) -> Tensor | None:
@@ -185,33 +203,33 @@ def lora_gated(x: Tensor, layers: tuple[LoraLike, LoraLike, LoraLike]) -> Tensor
         gate_product, up_product = (_Product(x, layer) for layer in layers[:2])
         hidden = tape.tensor(x.rows, gate_product.out_features, gate_product.dtype, "gated")
         down_product = _Product(hidden, layers[2])
-    del hidden
     out = down_product.out
     products = (gate_product, up_product, down_product)
     saved = [x.alias(), gate_product.out, up_product.out]
-    outside = [] if dropped is None else [dropped]
-    if dropped is not None:
-        saved.append(dropped.alias())
     for product in products:
         del product.out
     wants = x.requires_grad
     inputs = _inputs(x, products)
-    x_rows, x_width, x_dtype = x.rows, x.width, x.dtype
+    outside = _Outside(x, dropped, alone=False)
+    kept = [product.casts(x) for product in products] if style == "axolotl" else []
+    del hidden
 
     def apply(grad: Tensor) -> Grads:
-        hidden = down_product.add_to(None, None, grad)
-        thin = [product.gradients(grad) for product in (down_product, up_product, gate_product)]
-        del hidden
+        _kept = kept
+        again = [product.casts(grad) for product in products] if style == "unsloth" else []
+        hidden = down_product.add_to(None, None, grad, buffered=True)
+        thin = [product.gradients(grad) for product in reversed(products)]
         total: Tensor | None = None
         if wants:
-            into = saved[0] if style != "axolotl" else None
-            total = up_product.add_to(total, into, grad)
+            into = saved[0] if style == "unsloth" else None
+            total = up_product.add_to(None, into, grad)
             total = gate_product.add_to(total, None, grad)
+        back = outside.gradient(grad)
+        del hidden
+        again.clear()
         made = [g for product, pair in zip(products, reversed(thin), strict=True)
                 for g in product.arrived(pair)]  # fmt: skip
-        thin.clear()
-        back = [grad.tape.tensor(x_rows, x_width, x_dtype, "gradient") for _ in outside]
         return (total, *made, *back)
 
-    ops.record([out], "LoRA MLP", [*inputs, *outside], apply)
+    ops.record([out], "LoRA MLP", [*inputs, *outside.inputs], apply)
     return out
