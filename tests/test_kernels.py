@@ -33,7 +33,7 @@ def _name(case: dict[str, Any]) -> str:
 
 
 def _tape(case: dict[str, Any], **conditions: Any) -> Tape:
-    lora = case["library"] if case["op"].startswith("lora") else "none"
+    lora: Any = case["library"] if case["op"].startswith("lora") else "none"
     library = case["library"] if case["library"] in LIBRARIES else "none"
     kernels = kernels_of(library, case["model"], lora=lora)
     return Tape(Environment(kernels=kernels, **conditions))
@@ -100,6 +100,9 @@ class _Head(Network):
 
 
 def _call(case: dict[str, Any]) -> dict[str, int]:
+    x: Any
+    gate: Any
+    up: Any
     op = case["op"]
     if op == "norm":
         tape = _tape(case)

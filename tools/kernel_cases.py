@@ -1,8 +1,8 @@
 """Write what the autograd functions of kernel libraries allocate, in tests/cases/kernels.json.
 
 The functions are taken out of the libraries' sources by name and run on fake tensors; launches of
-GPU kernels are left out, for nothing is allocated in them. Needs the trace extra, and the sources
-(unpacked wheels or checkouts of liger_kernel, unsloth, axolotl, fms_acceleration_foak) in a folder::
+GPU kernels are left out, for nothing is allocated in them. Needs the trace extra, and a folder of
+sources (unpacked wheels or checkouts): liger_kernel, unsloth, axolotl, fms_acceleration_foak::
 
     python tools/kernel_cases.py FOLDER           # write
     python tools/kernel_cases.py FOLDER --check   # exit 1 if the file would change
@@ -83,8 +83,9 @@ def taken(root: Path, *sources: tuple[str, tuple[str, ...]]) -> Names:
         fast_dequantize=dequantized, dequantize=dequantized,
         torch_amp_custom_fwd=_decorator, torch_amp_custom_bwd=_decorator, amp_custom_fwd=_decorator,
         amp_custom_bwd=_decorator, ensure_contiguous=_decorator, MAX_FUSED_SIZE=65536,
-        Float8Tensor=type(None), DTensor=type(None), _DTensor=type(None), is_hip=lambda: False, is_cdna=lambda: False,
-        _should_tile=lambda n: False, ROPE_GROUP_SIZE=4, _CHUNK_MEM_CONST=1, _ADDMM_SUPPORTS_OUT_DTYPE=True, INT32_SAFETY_BUFFER=2**31,
+        Float8Tensor=type(None), DTensor=type(None), _DTensor=type(None), is_hip=lambda: False,
+        is_cdna=lambda: False, _should_tile=lambda n: False, ROPE_GROUP_SIZE=4, _CHUNK_MEM_CONST=1,
+        _ADDMM_SUPPORTS_OUT_DTYPE=True, INT32_SAFETY_BUFFER=2**31,
         _str_to_casting_mode={"llama": 0}, _CASTING_MODE_LLAMA=_Value(0),
         _CASTING_MODE_GEMMA=_Value(1), torch_to_triton_dtype={BF16: None, FP32: None},
         triton=_Triton(), math=__import__("math"), Optional=__import__("typing").Optional,

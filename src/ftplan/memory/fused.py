@@ -1,8 +1,8 @@
 """Operations of fused kernels: several steps in one function, which keeps less and overwrites.
 
 What each one keeps and makes was read off the libraries' autograd functions, run with their
-launches left out (tests/cases/kernels, tools/kernel_cases.py): liger_kernel 0.8.5, unsloth 2026.8.19,
-fms_acceleration_foak 0.7.4, axolotl 0.18.
+launches left out (tests/cases/kernels.json, tools/kernel_cases.py): liger_kernel 0.8.5, unsloth
+2026.8.19, fms_acceleration_foak 0.7.4, axolotl 0.18.
 """
 
 from __future__ import annotations

@@ -345,4 +345,4 @@ def _chunk_of_logits(network: Network, x: Tensor, *, backward: bool) -> None:
         if backward and trained and by == "unsloth":
             update = tape.tensor(ONE * vocabulary, width, dtype, "head update")
             del update
-    del weight
+    del weight, logits
