@@ -246,6 +246,7 @@ def _adapter(method: Method, task: str | None) -> AdapterSpec:
         target_parameters=tuple(method.target_parameters or ()),
         virtual_tokens=method.virtual_tokens or 20,
         bottleneck=method.bottleneck or 0,
+        options=method.options or {},
     )
 
 

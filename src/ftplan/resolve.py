@@ -23,7 +23,7 @@ from ftplan.spec import Checkpointing, Loss, Method, OptimizerChoice, Plan, Roll
 if TYPE_CHECKING:
     pass
 
-__all__ = ["Resolved", "native_dtype", "resolve"]
+__all__ = ["RANKS", "Resolved", "native_dtype", "resolve"]
 
 CONTRACT = "ftplan's default"
 IMAGE_TOKENS = 1280
@@ -283,7 +283,10 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
 _REFERRED = ("dpo", "kto", "grpo")
 _NEEDS = {
     "alpha": None, "use_rslora": None,  # move no memory in any method
-    "rank": ("lora", "qlora", "dora", "vera", "loha", "lokr", "oft", "boft"),
+    "rank": (
+        "lora", "qlora", "dora", "vera", "loha", "lokr", "oft", "boft", "adalora", "miss", "hra",
+        "randlora", "shira", "vblora", "delora", "pvera", "hira",
+    ),
     "last_layers": ("partial",),
     "trainable": ("partial",),
     "virtual_tokens": ("prompt_tuning", "prefix_tuning", "p_tuning"),
@@ -305,6 +308,8 @@ def idle_keys(plan: Plan) -> list[str]:
         for key, kinds in _NEEDS.items()
         if kinds is not None and getattr(method, key) is not None and method.kind not in kinds
     ]
+    known = OPTIONS.get(method.kind, ())
+    idle += [f"method.options.{name}" for name in method.options or () if name not in known]
     quantised = find_format(plan.precision.weights or "bf16").layout != "plain"
     if not quantised:
         keys = ("double_quant", "prepare_kbit", "compute_dtype")
@@ -513,8 +518,19 @@ def _method(
     )
 
 
-_RANKED = ("lora", "qlora", "dora", "vera", "loha", "lokr")
-_TARGETED = (*_RANKED, "oft", "boft")
+RANKS = {
+    **dict.fromkeys(("lora", "qlora", "dora", "vera", "loha", "lokr"), 16), "adalora": 12,
+    "miss": 64, "hra": 8, "randlora": 32, "shira": 32, "vblora": 4, "delora": 8, "pvera": 256,
+    "hira": 32,
+}  # fmt: skip
+"""Kinds that have a rank, and what it is when nothing is said: 16, or PEFT's own."""
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "ia3": ("feedforward_modules",), "lokr": ("decompose_factor",), "c3a": ("block_size",),
+    "miss": ("init_weights", "mini_r"), "fourierft": ("n_frequency",), "road": ("variant",),
+    "vblora": ("num_vectors", "vector_length", "topk"), "trainable_tokens": ("token_indices",),
+}  # fmt: skip
+"""Settings of PEFT's kinds that move memory, by PEFT's names."""
+_TARGETED = (*RANKS, "oft", "boft", "c3a", "fourierft", "road")
 _LEARNED_TOKENS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 
 
@@ -522,8 +538,8 @@ def _adapted(method: Method, stack: Stack, quantised: bool, filler: _Filler, own
     """The defaults of what the kind of adapter has: a rank, targets, learned tokens, a dtype."""
     kind = method.kind
     rank, targets, dtype = method.rank, method.targets, method.adapter_dtype
-    if kind in _RANKED:
-        rank = filler.fill("method.rank", rank, 16)
+    if kind in RANKS:
+        rank = filler.fill("method.rank", rank, RANKS[kind])
     if kind in _TARGETED:
         targets = filler.fill("method.targets", targets, "all-linear")
     tokens = method.virtual_tokens

@@ -33,6 +33,8 @@ _CONFIG: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
 MethodKind = Literal[
     "full", "partial", "lora", "qlora", "dora", "ia3", "vera", "loha", "lokr", "oft", "boft",
     "ln_tuning", "prompt_tuning", "prefix_tuning", "p_tuning", "houlsby", "pfeiffer", "bitfit",
+    "adalora", "miss", "c3a", "fourierft", "hra", "randlora", "road", "shira", "vblora", "delora",
+    "pvera", "hira", "trainable_tokens",
 ]  # fmt: skip
 Task = Literal[
     "serve", "sft", "pt", "rm", "dpo", "kto", "orpo", "ppo", "grpo", "distill", "classify", "embed"
@@ -99,6 +101,8 @@ class Method:
     """`partial` of a bare parameter count: how many parameters are trained."""
     virtual_tokens: int | None = None
     """Prompt and prefix tuning: how many tokens are learned."""
+    options: dict[str, int | str | bool | tuple[int | str, ...]] | None = None
+    """Settings of the adapter's kind by PEFT's own names, as `{block_size: 64}` of c3a."""
     bottleneck: int | None = None
     """Houlsby and Pfeiffer adapters: width of the bottleneck."""
 

@@ -35,6 +35,8 @@ class AdapterSpec:
     target_parameters: tuple[str, ...] = ()
     virtual_tokens: int = 0
     bottleneck: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the kind, by PEFT's names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
