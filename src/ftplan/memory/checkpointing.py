@@ -37,7 +37,8 @@ def checkpoint(
     stored: Callable[[], Tensor] = _host_copy(x) if offload else lambda: x
 
     def forward_again(grad: Tensor | None) -> Tensor:
-        cache, tape.weight_cache = tape.weight_cache, {}
+        casts, cached = tape.weight_cache, tape.cached
+        tape.weight_cache, tape.cached = {}, []
         with tape.scoped("recomputed"):
             start = stored()
             kept: list[Tensor | None] = [start]
@@ -45,7 +46,7 @@ def checkpoint(
             again = function(_entry(start, kept))
             del start
             tape.recalled = None
-        tape.weight_cache = cache
+        tape.weight_cache, tape.cached = casts, cached
         if tape.env.reentrant:  # its backward holds the gradient and the output on the stack
             kept += [grad, again]
         return again

@@ -68,6 +68,8 @@ class Recording:
     """The same for what a task does with the model's outputs after autocast has ended."""
     outputs: list[Tensor] = field(default_factory=list)
     """The model's outputs, where the caller keeps them until backward has ended."""
+    cache_exit: list[Segment] = field(default_factory=list)
+    """Per forward segment: what the caller's cache held of it, where the caller keeps outputs."""
     after: Segment = Segment("", 0, 0)
     """What dies when backward has ended."""
     saved: set[int] = field(default_factory=set)
@@ -84,7 +86,8 @@ class Recording:
             phases.insert(0, ("scoring", [self.forward[index] for index in self.before_order]))
         if self.backward:
             backward = [self.backward[index] for index in reversed(order + self.tail_order)]
-            phases.append(("backward", [*backward, self.after]))
+            dropped = [self.cache_exit[index] for index in order]
+            phases.append(("backward", [*backward, *dropped, self.after]))
         return phases
 
 
@@ -106,6 +109,7 @@ class _Recorder:
         """Which of the recording's orders is being recorded."""
         self.regions: list[_Region] = []
         self.casts: list[dict[int, Tensor]] = []
+        self.caches: list[list[Tensor]] = []
         self.start = 0
         self.fsdp: Fsdp | None = None
         self.units: list[Unit] = []
@@ -156,24 +160,34 @@ class _Recorder:
         index = len(self.recording.forward) - 1
         self.regions.append(_Region(name, self.tape.sequence, index))
         self.casts.append(self.tape.weight_cache)
-        self.tape.weight_cache = {}
+        self.caches.append(self.tape.cached)
+        self.tape.weight_cache, self.tape.cached = {}, []
         return index
 
     def end_step(self, shared: Shared) -> None:
         """The caller lets go of what the model returned, and of what every block was handed."""
+        self.recording.cache_exit = [self._drop(cached) for cached in self.caches]
         start = len(self.tape.events)
         self.recording.outputs.clear()
         shared.let_go()
         self.recording.after = Segment("outputs dropped", start, len(self.tape.events))
 
     def end_autocast(self) -> None:
-        """Autocast drops its casts of weights, those of each block when the model is deep."""
-        recording, tape = self.recording, self.tape
-        for cached in self.casts:
-            start = len(tape.events)
-            cached.clear()
-            recording.autocast_exit.append(Segment("autocast ends", start, len(tape.events)))
+        """Autocast drops its casts of weights, those of each block when the model is deep.
+
+        Unless the caller keeps what the model returned, its cache goes too.
+        """
+        tape = self.tape
+        for casts, cached in zip(self.casts, self.caches, strict=True):
+            held = [] if tape.env.keep_outputs else cached
+            self.recording.autocast_exit.append(self._drop(casts, held))
         self.start = len(tape.events)
+
+    def _drop(self, *held: dict[int, Tensor] | list[Tensor]) -> Segment:
+        start = len(self.tape.events)
+        for tensors in held:
+            tensors.clear()
+        return Segment("dropped", start, len(self.tape.events))
 
 
 def record_step(

@@ -117,7 +117,9 @@ class Tape:
     module: str = ""
     """The part of the block that is running; empty: events are named by operation."""
     weight_cache: dict[int, Tensor] = field(default_factory=dict)
-    """Autocast's casts of weights, by the weight, and what else lives until the model returns."""
+    """Autocast's casts of weights, by the weight."""
+    cached: list[Tensor] = field(default_factory=list)
+    """Keys and values in the model's cache, which is one of its outputs."""
     sequence: int = 0
     prefix: Joins | None = None
     """Learned keys and values before those of every layer (prefix tuning)."""

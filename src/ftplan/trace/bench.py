@@ -320,6 +320,7 @@ def write_bench(
     out: Path, only: list[str] | None = None, fresh: bool = False, seconds: float | None = None
 ) -> int:
     """Trace what is missing and write the files; returns how many jobs there are now."""
+    from ftplan.trace.bench_adapters import adapter_jobs_of
     from ftplan.trace.bench_sharded import sharded_jobs_of
     from ftplan.trace.core import versions
 
@@ -333,7 +334,8 @@ def write_bench(
         path = out / f"{name}.json"
         old = json.loads(path.read_text()) if path.exists() and not fresh else {"jobs": []}
         config = configs[name]
-        wanted = [*jobs_of(name, config), *sharded_jobs_of(name, config)]
+        makers = (jobs_of, sharded_jobs_of, adapter_jobs_of)
+        wanted = [job for make in makers for job in make(name, config)]
         kept = {json.dumps([job["plan"], job["layers"]]): job for job in old["jobs"]}
         refused = dict(old.get("refused", {}))
         keys = [json.dumps([plan, layers]) for _, plan, layers in wanted]

@@ -118,7 +118,7 @@ def build_model(job: Job, config: Any) -> Any:
     with torch.device("meta"):
         model = kind.from_config(config, dtype=dtype, attn_implementation=attention)
         model.train()
-        model.config.use_cache = False
+        model.config.use_cache = job.method == "prefix_tuning"  # whose prefix is a cache
         _keep_in_fp32(model, dtype)
     return model
 

@@ -49,7 +49,7 @@ class Attention(Module):
         narrow = heads.kv_count * heads.size
         qkv = self.c_attn.forward(x)
         if x.tape.env.fills_cache:  # keys and values are a view of all three
-            x.tape.weight_cache[id(self)] = qkv.alias()
+            x.tape.cached.append(qkv.alias())
         q, k, v = ops.split(qkv, (heads.count * heads.size, narrow, narrow))
         del qkv
         out = attend(q, k, v, heads, shared.mask, held=held)
