@@ -172,3 +172,34 @@ def test_keys_of_sharding_without_a_use_are_named() -> None:
     """The size of DDP's buckets does nothing under ZeRO-3: it is named, not swallowed."""
     told = [f.message for f in _zero3(sharding={"bucket_bytes": 25 * 2**20}).findings]
     assert any("sharding.bucket_bytes" in message for message in told)
+
+
+@pytest.mark.parametrize(("kind", "blocks"), [("lora", 30), ("full", 0)])
+def test_hooks_of_fsdp1_hold_what_entered_frozen_blocks(kind: str, blocks: int) -> None:
+    """A block that trains nothing and runs again reentrantly keeps the gradient of its input too,
+    until backward has ended; one that trains does not.
+    """
+
+    def peak(reentrant: bool) -> int:
+        job = job_of(
+            resolve(
+                plan_of(
+                    method={"kind": kind},
+                    gradient_checkpointing={"kind": "full", "reentrant": reentrant},
+                    sharding={"kind": "fsdp", "version": 1},
+                    batch={"micro": 8, "seq_len": 2048},
+                    loss="chunked",
+                    hardware=EIGHT,
+                )
+            )
+        )
+        structure = Structure(job)
+        left = structure.program.rest(job.micro, job.seq_len)
+        assert {label.group for label, alive in left.items() if alive.bytes} <= {
+            "activations", "logits", "gradients",
+        }  # fmt: skip
+        assert sum(a.bytes for n, a in left.items() if n.group != "gradients") < 1_000_000
+        return structure.at(job.micro, job.seq_len, job.loss_chunk).peak_bytes
+
+    states = (peak(True) - peak(False)) / (8 * 2048 * 576 * 2)
+    assert blocks - 3 <= states <= blocks + 3

@@ -63,6 +63,7 @@ def job_of(resolved: Resolved) -> Job:
         offload_checkpoints=_offloads(checkpointing.kind, sharding),
         checkpoint_attention=_core_alone(checkpointing, stack),
         packed=bool(batch.packing),
+        hooks_hold_inputs=_hooks_hold_inputs(plan),
         keep_outputs=stack.keeps_outputs,
         outputs_to_fp32=autocast is not None and stack.outputs_to_fp32,
         seq_len=local_seq_len(batch.seq_len, sharding),
@@ -142,6 +143,17 @@ def _fused_loss(plan: Plan) -> Literal["liger", "unsloth", "cut", "foak"]:
     if plan.loss.by is not None:
         return plan.loss.by
     return plan.kernels if plan.kernels in ("unsloth", "foak") else "liger"
+
+
+def _hooks_hold_inputs(plan: Plan) -> bool:
+    """FSDP1 around blocks that train nothing: adapters are units of their own (peft's policy)."""
+    assert plan.method is not None and plan.gradient_checkpointing is not None
+    sharding = plan.sharding
+    apart = sharding.kind == "fsdp" and sharding.version == 1 and sharding.wrap != "model"
+    adapts = plan.method.kind not in ("full", "partial", "bitfit")
+    return (
+        apart and adapts and plan.stack != "pytorch" and bool(plan.gradient_checkpointing.reentrant)
+    )
 
 
 def _offloads(kind: str, sharding: ShardingSpec) -> bool:

@@ -79,6 +79,8 @@ def _entry(x: Tensor, kept: list[Tensor | None]) -> Tensor:
     seen = x.alias()
 
     def apply(grad: Tensor) -> tuple[Tensor | None, ...]:
+        if grad.tape.env.hooks_hold_inputs:
+            grad.tape.cached += [tensor.alias() for tensor in (kept[0], grad) if tensor]
         kept.clear()
         return (grad,)
 

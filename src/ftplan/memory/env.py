@@ -50,6 +50,10 @@ class Environment:
     """The core of attention alone is checkpointed (Megatron's selective recomputation)."""
     packed: bool = False
     """Samples are joined: positions come with the batch."""
+    hooks_hold_inputs: bool = False
+    """FSDP1 around a frozen block that is run again reentrantly: its hook (``register_multi_grad_
+    hook`` in ``_register_post_backward_reshard_only_hook``, torch 2.4 to 2.13) keeps the node of
+    the block's input, a leaf there, and with it the input and its gradient."""
     keep_outputs: bool = False
     """The caller holds the model's outputs until backward has ended."""
     outputs_to_fp32: bool = False

@@ -69,7 +69,8 @@ class Recording:
     outputs: list[Tensor] = field(default_factory=list)
     """The model's outputs, where the caller keeps them until backward has ended."""
     cache_exit: list[Segment] = field(default_factory=list)
-    """Per forward segment: what the caller's cache held of it, where the caller keeps outputs."""
+    """Per forward segment: what is held of it until backward has ended, by a caller that keeps the
+    model's cache, or by hooks."""
     after: Segment = Segment("", 0, 0)
     """What dies when backward has ended."""
     saved: set[int] = field(default_factory=set)
@@ -561,12 +562,17 @@ def _run_backward(recorder: _Recorder, root: Tensor) -> None:
     cuts: dict[int, Segment] = {}
     start = len(tape.events)
 
+    def cut(region: _Region) -> None:
+        nonlocal start
+        stop = len(tape.events)
+        cuts[region.segment] = Segment(region.name, start, stop)
+        recorder.caches[region.segment] += tape.cached
+        start, tape.cached = stop, []
+
     def on_node(node: Node) -> None:
-        nonlocal current, start
+        nonlocal current
         while current > 0 and node.sequence <= regions[current - 1].last:
-            stop = len(tape.events)
-            cuts[regions[current].segment] = Segment(f"{regions[current].name}", start, stop)
-            start = stop
+            cut(regions[current])
             current -= 1
             for grad in node.buffers:  # whichever block made it, it has one name
                 if grad is not None and grad.storage is not None:
@@ -575,6 +581,6 @@ def _run_backward(recorder: _Recorder, root: Tensor) -> None:
     backward(root, tape.tensor(ONE, 1, "fp32", "loss gradient"), on_node)
     if recorder.fsdp is not None:
         recorder.fsdp.finish(recorder.units)
-    cuts[regions[current].segment] = Segment(regions[current].name, start, len(tape.events))
+    cut(regions[current])
     empty = Segment("", 0, 0)
     recording.backward = [cuts.get(i, empty) for i in range(len(recording.forward))]

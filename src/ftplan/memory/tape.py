@@ -119,7 +119,7 @@ class Tape:
     weight_cache: dict[int, Tensor] = field(default_factory=dict)
     """Autocast's casts of weights, by the weight."""
     cached: list[Tensor] = field(default_factory=list)
-    """Keys and values in the model's cache, which is one of its outputs."""
+    """What is held beside the graph: keys and values in the model's cache, inputs in hooks."""
     sequence: int = 0
     prefix: Joins | None = None
     """Learned keys and values before those of every layer (prefix tuning)."""
