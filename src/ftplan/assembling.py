@@ -142,7 +142,9 @@ def _fused_loss(plan: Plan) -> Literal["liger", "unsloth", "cut", "foak"]:
     assert plan.loss is not None
     if plan.loss.by is not None:
         return plan.loss.by
-    return plan.kernels if plan.kernels in ("unsloth", "foak") else "liger"
+    if plan.kernels in ("unsloth", "foak"):
+        return plan.kernels
+    return "cut" if plan.stack == "axolotl" and plan.kernels != "liger" else "liger"
 
 
 def _hooks_hold_inputs(plan: Plan) -> bool:
