@@ -79,6 +79,7 @@ def test_corpus_is_there() -> None:
         "lora", "dora", "vera", "loha", "lokr", "oft", "boft", "ia3", "ln_tuning",
         "prompt_tuning", "prefix_tuning", "p_tuning", "adalora", "miss", "c3a", "fourierft", "hra",
         "randlora", "road", "shira", "vblora", "delora", "pvera", "hira", "trainable_tokens",
+        "beft", "gralora", "glora", "peanut", "psoft",
     }  # fmt: skip
 
 

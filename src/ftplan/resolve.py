@@ -285,7 +285,8 @@ _NEEDS = {
     "alpha": None, "use_rslora": None,  # move no memory in any method
     "rank": (
         "lora", "qlora", "dora", "vera", "loha", "lokr", "oft", "boft", "adalora", "miss", "hra",
-        "randlora", "shira", "vblora", "delora", "pvera", "hira",
+        "randlora", "shira", "vblora", "delora", "pvera", "hira", "gralora", "glora", "peanut",
+        "psoft",
     ),
     "last_layers": ("partial",),
     "trainable": ("partial",),
@@ -521,16 +522,17 @@ def _method(
 RANKS = {
     **dict.fromkeys(("lora", "qlora", "dora", "vera", "loha", "lokr"), 16), "adalora": 12,
     "miss": 64, "hra": 8, "randlora": 32, "shira": 32, "vblora": 4, "delora": 8, "pvera": 256,
-    "hira": 32,
+    "hira": 32, "gralora": 32, "glora": 8, "peanut": 32, "psoft": 32,
 }  # fmt: skip
 """Kinds that have a rank, and what it is when nothing is said: 16, or PEFT's own."""
 OPTIONS: dict[str, tuple[str, ...]] = {
     "ia3": ("feedforward_modules",), "lokr": ("decompose_factor",), "c3a": ("block_size",),
     "miss": ("init_weights", "mini_r"), "fourierft": ("n_frequency",), "road": ("variant",),
+    "gralora": ("gralora_k",), "glora": ("config_A_B",), "peanut": ("depth", "act_fn"),
     "vblora": ("num_vectors", "vector_length", "topk"), "trainable_tokens": ("token_indices",),
 }  # fmt: skip
 """Settings of PEFT's kinds that move memory, by PEFT's names."""
-_TARGETED = (*RANKS, "oft", "boft", "c3a", "fourierft", "road")
+_TARGETED = (*RANKS, "oft", "boft", "c3a", "fourierft", "road", "beft")
 _LEARNED_TOKENS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 
 

@@ -34,7 +34,7 @@ MethodKind = Literal[
     "full", "partial", "lora", "qlora", "dora", "ia3", "vera", "loha", "lokr", "oft", "boft",
     "ln_tuning", "prompt_tuning", "prefix_tuning", "p_tuning", "houlsby", "pfeiffer", "bitfit",
     "adalora", "miss", "c3a", "fourierft", "hra", "randlora", "road", "shira", "vblora", "delora",
-    "pvera", "hira", "trainable_tokens",
+    "pvera", "hira", "trainable_tokens", "beft", "gralora", "glora", "peanut", "psoft",
 ]  # fmt: skip
 Task = Literal[
     "serve", "sft", "pt", "rm", "dpo", "kto", "orpo", "ppo", "grpo", "distill", "classify", "embed"

@@ -27,6 +27,11 @@ METHODS: dict[str, Mapping] = {
     "delora": {"kind": "delora", "rank": 8},
     "pvera": {"kind": "pvera", "rank": 256},
     "hira": {"kind": "hira", "rank": 32},
+    "beft": {"kind": "beft"},
+    "gralora": {"kind": "gralora", "rank": 32},
+    "glora": {"kind": "glora", "rank": 8},
+    "peanut": {"kind": "peanut", "rank": 32, "options": {"depth": 1}},
+    "psoft": {"kind": "psoft", "rank": 64},
     "lokr-factor": {"kind": "lokr", "rank": 32, "options": {"decompose_factor": 4}},
 }
 """Methods by name, on the projections of queries and values."""

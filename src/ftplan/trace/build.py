@@ -38,7 +38,9 @@ FURTHER = {
     "fourierft": ("FourierFTConfig", ""), "hra": ("HRAConfig", "r"),
     "randlora": ("RandLoraConfig", "r"), "road": ("RoadConfig", ""), "shira": ("ShiraConfig", "r"),
     "vblora": ("VBLoRAConfig", "r"), "delora": ("DeloraConfig", "r"), "pvera": ("PveraConfig", "r"),
-    "hira": ("HiraConfig", "r"), "trainable_tokens": ("TrainableTokensConfig", ""),
+    "hira": ("HiraConfig", "r"), "beft": ("BeftConfig", ""), "gralora": ("GraloraConfig", "r"),
+    "glora": ("GloraConfig", "r"), "peanut": ("PeanutConfig", "r"), "psoft": ("PsoftConfig", "r"),
+    "trainable_tokens": ("TrainableTokensConfig", ""),
 }  # fmt: skip
 """peft's configuration of a kind, and its name for the rank."""
 

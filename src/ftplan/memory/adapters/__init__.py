@@ -13,6 +13,13 @@ from ftplan.errors import UnsupportedError
 from ftplan.memory.adapters.bottleneck import add_bottlenecks
 from ftplan.memory.adapters.lora import FoldedLinear, FoldedParameter, LoraEmbedding, LoraLinear
 from ftplan.memory.adapters.lycoris import LohaLinear, LokrLinear
+from ftplan.memory.adapters.paths import (
+    BeftLinear,
+    GloraLinear,
+    GraloraLinear,
+    PeanutLinear,
+    PsoftLinear,
+)
 from ftplan.memory.adapters.products import (
     AdaLoraLinear,
     Bank,
@@ -67,7 +74,7 @@ BARE = ("ln_tuning", "trainable_tokens")
 """Kinds that put nothing around a linear layer."""
 PLAIN = (
     "adalora", "miss", "c3a", "fourierft", "hra", "randlora", "road", "shira", "vblora", "delora",
-    "pvera", "hira",
+    "pvera", "hira", "beft", "gralora", "glora", "peanut", "psoft",
 )  # fmt: skip
 """Kinds that are modelled on plain linear layers alone."""
 Wrap = Callable[[str, Linear, int], Module]
@@ -279,6 +286,11 @@ def _wrapper(
         "shira": ShiraLinear,
         "delora": DeloraLinear,
         "hira": HiraLinear,
+        "beft": BeftLinear,
+        "gralora": GraloraLinear,
+        "glora": GloraLinear,
+        "peanut": PeanutLinear,
+        "psoft": PsoftLinear,
     }
     if kind not in simple:
         raise UnsupportedError(f"the adapter {kind!r}", remedy=f"use one of {', '.join(simple)}")
