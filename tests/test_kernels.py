@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from ftplan.api import estimate
 from ftplan.dtypes import find_format
+from ftplan.files.document import parse_document
+from ftplan.files.plan import parse_plan
 from ftplan.memory import fused
 from ftplan.memory.adapters.lora import LoraLinear
 from ftplan.memory.env import Environment
@@ -148,3 +151,28 @@ def test_the_cases_cover_every_library_and_function() -> None:
     assert len(CASES) >= 30
     assert {("liger", "norm"), ("liger", "gate"), ("liger", "fused_loss")} <= seen
     assert {(name, "lora_qkv") for name in ("unsloth", "axolotl", "foak")} <= seen
+
+
+def test_unsloth_expands_into_one_buffer() -> None:
+    """The largest 4-bit matrix with an adapter is there in two bytes a number, with its scales in
+    four, from the first step on; without quantisation there is none."""
+
+    def buffers(kind: str) -> int:
+        plan = parse_plan(
+            parse_document(
+                json.dumps(
+                    {
+                        "version": 1, "model": "llama-3.1-8b", "stack": "unsloth",
+                        "method": {"kind": kind, "targets": ["q_proj", "down_proj"]},
+                        "batch": {"micro": 1, "seq_len": 128}, "hardware": {"gpu": "a100-80gb"},
+                    }
+                ),
+                file="plan.json",
+            )
+        )  # fmt: skip
+        report = estimate(plan, with_remedies=False)
+        return sum(term.bytes for term in report.terms if term.name == "weights/buffers")
+
+    elements = 4096 * 14336
+    assert buffers("qlora") == elements * 2 + elements // 64 * 4
+    assert buffers("lora") == 0

@@ -189,7 +189,7 @@ class Structure:
                     name="weights/buffers",
                     bytes=network.buffer_bytes,
                     formula=f"{network.buffer_bytes:,}",
-                    source="masks and tables that the model keeps beside its weights",
+                    source="masks, tables and buffers that are kept beside the weights",
                 )
             )
         objective = objective_of(job)

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 from ftplan.errors import InputError
 from ftplan.memory.adapters import adapt, distinguish
+from ftplan.memory.adapters.lora import LoraLinear
 from ftplan.memory.families import build
 from ftplan.memory.job import Job
 from ftplan.memory.nn import Network
-from ftplan.memory.quantized import KEPT_BY_PREPARATION, quantize
+from ftplan.memory.quantized import KEPT_BY_PREPARATION, QuantizedLinear, quantize
 from ftplan.memory.tape import ITEM_BYTES, Parameter
 
 __all__ = ["counted_parameters", "prepare"]
@@ -57,11 +58,31 @@ def prepare(job: Job) -> Network:
                 )  # fmt: skip
     if job.adapter is not None:
         adapt(network, job)
+        if job.environment.kernels.lora == "unsloth":
+            network.buffer_bytes += _expanded_buffer(network)
     if job.trainable_dtype is not None:
         for parameter in _everything(network):
             if parameter.trainable:
                 parameter.dtype = job.trainable_dtype
     return network
+
+
+def _expanded_buffer(network: Network) -> int:
+    """Unsloth's two global buffers: its largest 4-bit matrix in two bytes, and its scales in four.
+
+    ``fast_dequantize`` with ``use_global_buffer``, unsloth/kernels/utils.py 2026.8.19.
+    """
+    blocks = [block for stage in network.stages for block in stage.stack.kinds]
+    modules = [module for root in (network, *blocks) for _, module in root.named_modules()]
+    elements = [
+        module.in_features * module.out_features
+        for module in modules
+        if isinstance(module, LoraLinear)
+        and isinstance(module.base_layer, QuantizedLinear)
+        and module.base_layer.four_bit
+    ]
+    largest = max(elements, default=0)
+    return largest * 2 + largest // 64 * 4
 
 
 def _embeddings_and_head(network: Network) -> Iterator[Parameter]:
