@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -203,3 +204,35 @@ def test_hooks_of_fsdp1_hold_what_entered_frozen_blocks(kind: str, blocks: int) 
 
     states = (peak(True) - peak(False)) / (8 * 2048 * 576 * 2)
     assert blocks - 3 <= states <= blocks + 3
+
+
+def test_checkpointing_by_operation_keeps_every_second_product() -> None:
+    """torchtitan keeps of a Llama block what queries, values, gate and down projections and fused
+    attention return; its input is kept anyway, and the rest runs again.
+
+    torchtitan/parallelisms/parallelize_llama.py, December 2024; PyTorch's own
+    ``create_selective_checkpoint_contexts`` on transformers' Llama keeps the same, traced.
+    """
+
+    def grown(kind: str) -> int:
+        saved = []
+        for layers in (2, 3):
+            plan = plan_of(
+                model="llama-3.2-1b",
+                stack="torchtitan",
+                method={"kind": "full"},
+                precision={"weights": "bf16", "mixed": "no"},
+                gradient_checkpointing={"kind": kind},
+                batch={"micro": 1, "seq_len": 1024},
+            )
+            resolved = resolve(plan)
+            config = {**(resolved.config or {}), "num_hidden_layers": layers}
+            structure = Structure(job_of(replace(resolved, config=config)))
+            forward = dict(structure.phases(1, 1024))["forward"]
+            saved.append(forward - structure.static_bytes)
+        return saved[1] - saved[0]
+
+    hidden, narrow, inner, heads = 2048, 512, 8192, 32
+    kept = 2 * (hidden + narrow + inner + hidden + hidden) + 4 * heads
+    extra = grown("selective") - grown("full")
+    assert 0 <= extra - 1024 * kept < 10_000

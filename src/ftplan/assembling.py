@@ -62,6 +62,7 @@ def job_of(resolved: Resolved) -> Job:
         loss_columns=stack.loss_columns or 0,
         offload_checkpoints=_offloads(checkpointing.kind, sharding),
         checkpoint_attention=_core_alone(checkpointing, stack),
+        keeps_products=checkpointing.kind == "selective" and stack.name == "torchtitan",
         packed=bool(batch.packing),
         hooks_hold_inputs=_hooks_hold_inputs(plan),
         keep_outputs=stack.keeps_outputs,
@@ -171,9 +172,10 @@ def _offloads(kind: str, sharding: ShardingSpec) -> bool:
 
 
 def _core_alone(checkpointing: Checkpointing, stack: Stack) -> bool:
-    """``selective``: Megatron's, of attention's core; torchtune's is of every n-th block."""
+    """``selective``: Megatron's, of attention's core; torchtune's is of every n-th block, and
+    torchtitan's of every block, by operation."""
     selective = checkpointing.kind == "selective" and checkpointing.every == 1
-    return selective and stack.name != "torchtune"
+    return selective and stack.name not in ("torchtune", "torchtitan")
 
 
 def _labels(config: Mapping[str, Any]) -> int:

@@ -21,7 +21,7 @@ __all__ = ["Stack", "StackRow", "find_stack", "is_stack", "stack_names", "stack_
 UNMODELLED = {"mlx": "training with MLX on Apple silicon (unified memory, no CUDA allocator)"}
 """Stacks that are recognised and refused, and what is not modelled."""
 
-OWN_MODULES = frozenset({"torchtune", "litgpt", "nemo", "megatron", "unsloth"})
+OWN_MODULES = frozenset({"torchtune", "litgpt", "nemo", "megatron", "unsloth", "torchtitan"})
 """Stacks that run their own model code, which the walk was not held against."""
 
 ALIASES = {

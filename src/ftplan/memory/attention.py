@@ -197,8 +197,8 @@ def _fused(
     attention_backward.cu, ``_efficient_attention_backward``.
     """
     tape = q.tape
-    out = tape.tensor(q.rows, heads.count * heads.value_size, q.dtype, choice)
-    log_sum_exp = tape.tensor(q.rows, heads.count, "fp32", f"{choice} log-sum-exp")
+    out = tape.kept(q.rows, heads.count * heads.value_size, q.dtype, choice)
+    log_sum_exp = tape.kept(q.rows, heads.count, "fp32", f"{choice} log-sum-exp")
     random_state = [tape.allocate(ONE * 16, choice), tape.allocate(ONE * 8, choice)]
     saved = (q, k, v, mask, out.alias(), log_sum_exp, random_state)
     inputs = [q, k, v]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ftplan.memory import ops
-from ftplan.memory.tape import Node, Tensor
+from ftplan.memory.tape import Node, Products, Tensor
 
 __all__ = ["checkpoint"]
 
@@ -28,11 +28,13 @@ def checkpoint(
     if not tape.grad_enabled or not (trains or any(t.requires_grad for t in inputs)):
         return function(x)
     held: list[Tensor] = []
+    products = Products() if tape.env.keeps_products else None
     inputs_edges = [ops.edge(t) for t in inputs]
     with tape.no_grad():
         tape.escaped = None if tape.env.reentrant else held
+        tape.products = products
         out = function(x)
-        tape.escaped = None
+        tape.escaped = tape.products = None
 
     stored: Callable[[], Tensor] = _host_copy(x) if offload else lambda: x
 
@@ -43,9 +45,10 @@ def checkpoint(
             start = stored()
             kept: list[Tensor | None] = [start]
             tape.recalled = held if held else None
+            tape.products = None if products is None else Products(products.held, again=True)
             again = function(_entry(start, kept))
             del start
-            tape.recalled = None
+            tape.recalled = tape.products = None
         tape.weight_cache, tape.cached = casts, cached
         if tape.env.reentrant:  # its backward holds the gradient and the output on the stack
             kept += [grad, again]

@@ -46,6 +46,9 @@ class Environment:
     """A chunked loss meets so many columns of the vocabulary at a time, in one buffer; 0: all."""
     offload_checkpoints: bool = False
     """A checkpointed block's input waits in host memory."""
+    keeps_products: bool = False
+    """Checkpointed blocks keep every second product of matrices and what fused attention returns
+    (torchtitan's selective checkpointing by operation)."""
     checkpoint_attention: bool = False
     """The core of attention alone is checkpointed (Megatron's selective recomputation)."""
     packed: bool = False

@@ -163,7 +163,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
     x, weight = autocast(x), autocast(weight)
     bias = None if bias is None else autocast(bias)
     out_features = weight.rows[0]
-    out = x.tape.tensor(x.rows, out_features, x.dtype, name)
+    make = x.tape.product if bias is None else x.tape.tensor
+    out = make(x.rows, out_features, x.dtype, name)
     saved_x = x if records(weight) and weight.requires_grad else None
     saved_weight = weight if x.requires_grad else None
     rows, width, dtype = x.rows, x.width, x.dtype

@@ -105,6 +105,16 @@ class Joins(Protocol):
 
 
 @dataclass(slots=True)
+class Products:
+    """Outputs that a checkpointed block holds in order, until it runs again."""
+
+    held: list[Tensor] = field(default_factory=list)
+    again: bool = False
+    count: int = 0
+    """Products of matrices so far."""
+
+
+@dataclass(slots=True)
 class Tape:
     """Events in order. An event is ``+k`` where storage k-1 is born and ``-k`` where it dies."""
 
@@ -132,6 +142,9 @@ class Tape:
     recalled: list[Tensor] | None = None
     """While a checkpoint runs again: what escaped the first time, in order."""
 
+    products: Products | None = None
+    """Inside a block that is checkpointed by operation."""
+
     def allocate(self, size: Size, name: str) -> Storage:
         """A storage of ``size`` bytes comes alive."""
         self.sizes.append(size)
@@ -156,6 +169,23 @@ class Tape:
         """A fresh tensor of ``rows`` x ``width`` elements."""
         storage = self.allocate(rows * (width * ITEM_BYTES[dtype]), name)
         return Tensor(self, storage, rows, width, dtype)
+
+    def product(self, rows: Size, width: int, dtype: str, name: str) -> Tensor:
+        """What a product of matrices writes; checkpointing by operation keeps every second one."""
+        if self.products is None:
+            return self.tensor(rows, width, dtype, name)
+        self.products.count += 1
+        return self.kept(rows, width, dtype, name, keep=self.products.count % 2 == 1)
+
+    def kept(self, rows: Size, width: int, dtype: str, name: str, *, keep: bool = True) -> Tensor:
+        """An output that checkpointing by operation keeps: fresh at first, the same one again."""
+        products = self.products if keep else None
+        if products is not None and products.again:
+            return products.held.pop(0)
+        out = self.tensor(rows, width, dtype, name)
+        if products is not None:
+            products.held.append(out.alias())
+        return out
 
     def leaf(self, parameter: Parameter) -> Tensor:
         """A weight as an operand: a view of static bytes."""
