@@ -236,3 +236,28 @@ def test_checkpointing_by_operation_keeps_every_second_product() -> None:
     kept = 2 * (hidden + narrow + inner + hidden + hidden) + 4 * heads
     extra = grown("selective") - grown("full")
     assert 0 <= extra - 1024 * kept < 10_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("c3a", {"block_size": "wide"}),
+        ("road", {"variant": "road_3"}),
+        ("miss", {"init_weights": "bet"}),
+        ("trainable_tokens", {"token_indices": 5}),
+        ("peanut", {"depth": True}),
+    ],
+)
+def test_a_setting_that_its_kind_cannot_have_is_refused(kind: str, options: dict[str, Any]) -> None:
+    """A value of the wrong type or name is a mistake that names the key."""
+    with pytest.raises(InputError, match=next(iter(options))):
+        sized(method={"kind": kind, "options": options})
+
+
+def test_a_setting_that_its_kind_does_not_have_is_named() -> None:
+    """It moves nothing, and the report says so."""
+    report = sized(method={"kind": "lora", "options": {"block_size": 4}})
+    assert (
+        report.allocated_bytes.expected == sized(method={"kind": "lora"}).allocated_bytes.expected
+    )
+    assert any("method.options.block_size" in f.message for f in report.findings)

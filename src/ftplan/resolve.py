@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftplan.adapting import OPTIONS, RANKS, check_options
 from ftplan.catalog.gpus import GpuRow, find_gpu
 from ftplan.catalog.models import resolve_model
 from ftplan.catalog.optimizers import find_optimizer
@@ -23,7 +24,7 @@ from ftplan.spec import Checkpointing, Loss, Method, OptimizerChoice, Plan, Roll
 if TYPE_CHECKING:
     pass
 
-__all__ = ["RANKS", "Resolved", "native_dtype", "resolve"]
+__all__ = ["Resolved", "native_dtype", "resolve"]
 
 CONTRACT = "ftplan's default"
 IMAGE_TOKENS = 1280
@@ -519,19 +520,6 @@ def _method(
     )
 
 
-RANKS = {
-    **dict.fromkeys(("lora", "qlora", "dora", "vera", "loha", "lokr"), 16), "adalora": 12,
-    "miss": 64, "hra": 8, "randlora": 32, "shira": 32, "vblora": 4, "delora": 8, "pvera": 256,
-    "hira": 32, "gralora": 32, "glora": 8, "peanut": 32, "psoft": 32,
-}  # fmt: skip
-"""Kinds that have a rank, and what it is when nothing is said: 16, or PEFT's own."""
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "ia3": ("feedforward_modules",), "lokr": ("decompose_factor",), "c3a": ("block_size",),
-    "miss": ("init_weights", "mini_r"), "fourierft": ("n_frequency",), "road": ("variant",),
-    "gralora": ("gralora_k",), "glora": ("config_A_B",), "peanut": ("depth", "act_fn"),
-    "vblora": ("num_vectors", "vector_length", "topk"), "trainable_tokens": ("token_indices",),
-}  # fmt: skip
-"""Settings of PEFT's kinds that move memory, by PEFT's names."""
 _TARGETED = (*RANKS, "oft", "boft", "c3a", "fourierft", "road", "beft")
 _LEARNED_TOKENS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 
@@ -539,6 +527,7 @@ _LEARNED_TOKENS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 def _adapted(method: Method, stack: Stack, quantised: bool, filler: _Filler, own: Any) -> Method:
     """The defaults of what the kind of adapter has: a rank, targets, learned tokens, a dtype."""
     kind = method.kind
+    check_options(method)
     rank, targets, dtype = method.rank, method.targets, method.adapter_dtype
     if kind in RANKS:
         rank = filler.fill("method.rank", rank, RANKS[kind])

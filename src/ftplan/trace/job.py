@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ftplan.adapting import RANKS
 from ftplan.errors import UnsupportedError
-from ftplan.resolve import RANKS
 from ftplan.spec import Plan
 
 __all__ = ["HF_STACKS", "Job", "plan_from", "resolve"]

@@ -108,6 +108,11 @@ class MissLinear(Beside):
         kind = spec.options.get("init_weights", True)
         width = int(spec.options.get("mini_r", 1)) if kind == "mini" else base.out_features
         self.mini = kind == "mini"
+        if base.out_features % width:
+            raise UnsupportedError(
+                f"miss with mini_r {width} on a layer of {base.out_features} outputs",
+                remedy="use options: {mini_r: N} with a divisor of it; PEFT refuses it too",
+            )
         self.miss_block = Named.of("miss_block", (rank, width), spec.dtype)
 
     def update(self, x: Tensor) -> Tensor:
@@ -115,7 +120,7 @@ class MissLinear(Beside):
         block = leaf(tape, self.miss_block)
         if self.mini:
             block = _repeated(block, self.out_features)
-        x = ops.to(x, block.dtype)
+        x = ops.to(_padded(x, self.rank), block.dtype)
         return _times(_group_sums(ops.dropout(x, self.dropout), self.rank), block)
 
 
@@ -125,6 +130,16 @@ def _repeated(block: Tensor, width: int) -> Tensor:
     shape = block.rows, block.width, block.dtype
     make = ops.like(*shape, block.requires_grad)
     ops.record([out], "repeat", [block], lambda grad: (make(grad),))
+    return out
+
+
+def _padded(x: Tensor, group: int) -> Tensor:
+    """Filled up with zeros to whole groups; the gradient is a part of what comes back."""
+    if x.width % group == 0:
+        return x
+    out = x.tape.tensor(x.rows, x.width + group - x.width % group, x.dtype, "pad")
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+    ops.record([out], "pad", [x], lambda grad: (make(grad),))
     return out
 
 

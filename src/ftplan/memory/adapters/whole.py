@@ -177,6 +177,11 @@ class MissBatLinear(Adapted):
 
     def __init__(self, base: Linear, spec: AdapterSpec, rank: int) -> None:
         super().__init__(base)
+        if base.in_features % rank or base.out_features % rank:
+            raise UnsupportedError(
+                f"miss (bat) of rank {rank} on a layer of {base.in_features} x {base.out_features}",
+                remedy="use a rank that divides both; PEFT refuses it too",
+            )
         shape = (base.out_features // rank, rank, rank)
         self.miss_block = Named.of("miss_block", shape, spec.dtype)
         self.rank = rank
