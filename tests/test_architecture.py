@@ -24,6 +24,7 @@ ROOMS = {
     "units": VALUES,
     "dtypes": VALUES,
     "spec": VALUES,
+    "adapting": VALUES,
     "report": VALUES,
     "failures": VALUES,
     "advice": VALUES,

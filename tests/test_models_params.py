@@ -47,7 +47,7 @@ def test_computed_counts_equal_the_published_ones() -> None:
 
 ENCODERS = {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "modernbert",
             "deberta-v2", "albert"}  # fmt: skip
-ELSEWHERE = {"exaone"}  # model types whose code comes with the checkpoint
+ELSEWHERE = {"exaone", "qwen"}  # model types whose code comes with the checkpoint
 
 
 @pytest.mark.trace

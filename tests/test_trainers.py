@@ -288,6 +288,7 @@ def test_stack_profiles_cite_every_value() -> None:
         "pytorch", "transformers", "trl", "axolotl", "llamafactory", "torchtune", "litgpt",
         "unsloth", "deepspeed", "ms-swift", "nemo", "megatron", "transformers-4.46",
         "trl-1.10", "trl-0.20", "ms-swift-2",
+        "transformers-4.45", "trl-0.13", "trl-0.11", "torchtitan",
     }  # fmt: skip
     for name in stack_names():
         stack, rows = stack_page(name)

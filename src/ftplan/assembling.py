@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from ftplan.catalog.gpus import GpuRow
 from ftplan.catalog.models import resolve_model
@@ -17,6 +17,7 @@ from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.memory.env import Environment
 from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
+from ftplan.memory.kernels import LIBRARIES, Kernels, Lora, kernels_of
 from ftplan.memory.lengths import Lengths
 from ftplan.memory.optimizer import OptimizerSpec, State
 from ftplan.memory.parallel import local_config, local_seq_len
@@ -56,10 +57,13 @@ def job_of(resolved: Resolved) -> Job:
     environment = Environment(
         autocast=autocast,
         attention=plan.attention or "sdpa",
+        repeats_heads=_repeats_heads(plan, stack, resolved.config),
+        fills_cache=resolved.config.get("model_type") in stack.caching_models,
         capability=_capability(gpu),
         padding_mask=batch.padding == "right",
-        kernels=plan.kernels or "none",
+        kernels=_kernels(resolved, storage),
         loss=plan.loss.kind,
+        loss_by=_fused_loss(plan),
         loss_shifts=stack.loss_shifts,
         loss_upcasts=stack.loss_upcasts
         and resolved.config.get("model_type") not in stack.uncast_losses,
@@ -69,7 +73,9 @@ def job_of(resolved: Resolved) -> Job:
         log_probs=stack.log_probs,
         offload_checkpoints=_offloads(checkpointing.kind, sharding),
         checkpoint_attention=_core_alone(checkpointing, stack),
+        keeps_products=checkpointing.kind == "selective" and stack.name == "torchtitan",
         packed=bool(batch.packing),
+        hooks_hold_inputs=_hooks_hold_inputs(plan),
         keep_outputs=stack.keeps_outputs,
         outputs_to_fp32=autocast is not None and stack.outputs_to_fp32,
         seq_len=local_seq_len(batch.seq_len, sharding),
@@ -97,7 +103,8 @@ def job_of(resolved: Resolved) -> Job:
         base_dtype=(engine or method.compute_dtype or native) if quantised else storage.name,
         compute_dtype=method.compute_dtype or "bf16",
         prepare_kbit=quantised and bool(method.prepare_kbit) and engine is None,
-        kbit_casts_back=plan.task in stack.kbit_casts_back,
+        kbit_casts_back=plan.task in stack.kbit_casts_back and mixed == "bf16",
+        separate_experts=stack.separate_experts,
         trainable_dtype=stack.trainable_dtype
         if method.kind in ("full", "partial") and engine is None
         else None,
@@ -111,6 +118,7 @@ def job_of(resolved: Resolved) -> Job:
         if checkpointing.kind == "none" or environment.checkpoint_attention or plan.task == "ppo"
         else checkpointing.every,
         loss_chunk=plan.loss.chunk or 0,
+        card_bytes=gpu.usable_bytes if gpu is not None else 0,
         images=batch.images or 0,
         image_tokens=image_tokens(batch, resolved.config),
         optimizer=_optimizer(plan.optimizer),
@@ -151,6 +159,53 @@ def lengths_of(resolved: Resolved) -> Lengths | None:
     )
 
 
+def _kernels(resolved: Resolved, storage: Format) -> Kernels:
+    """What is fused: a library's kernels for this architecture, and LoRA's functions."""
+    plan, config = resolved.plan, resolved.config or {}
+    library, method = plan.kernels or "none", plan.method
+    lora: Lora = "none"
+    if library == "unsloth":
+        lora = "unsloth"
+    elif library == "foak" and storage.layout != "plain":
+        lora = "foak"
+    elif method is not None and method.fused_lora:
+        lora = "axolotl"
+    text = config.get("text_config")
+    kind = config.get("model_type", "")
+    inner = text.get("model_type", kind) if isinstance(text, Mapping) else kind
+    known = LIBRARIES[library]
+    return kernels_of(library, str(kind if kind in known else inner), lora=lora)
+
+
+def _repeats_heads(plan: Plan, stack: Stack, config: Mapping[str, Any]) -> bool:
+    attention = plan.attention or "sdpa"
+    repeating = stack.repeating_attention
+    return attention in repeating or (
+        attention == "flash" and config.get("model_type") in repeating
+    )
+
+
+def _fused_loss(plan: Plan) -> Literal["liger", "unsloth", "cut", "foak"]:
+    """Whose function a fused loss is."""
+    assert plan.loss is not None
+    if plan.loss.by is not None:
+        return plan.loss.by
+    if plan.kernels in ("unsloth", "foak"):
+        return plan.kernels
+    return "cut" if plan.stack == "axolotl" and plan.kernels != "liger" else "liger"
+
+
+def _hooks_hold_inputs(plan: Plan) -> bool:
+    """FSDP1 around blocks that train nothing: adapters are units of their own (peft's policy)."""
+    assert plan.method is not None and plan.gradient_checkpointing is not None
+    sharding = plan.sharding
+    apart = sharding.kind == "fsdp" and sharding.version == 1 and sharding.wrap != "model"
+    adapts = plan.method.kind not in ("full", "partial", "bitfit")
+    return (
+        apart and adapts and plan.stack != "pytorch" and bool(plan.gradient_checkpointing.reentrant)
+    )
+
+
 def _offloads(kind: str, sharding: ShardingSpec) -> bool:
     """Whether checkpoints wait in host memory."""
     if sharding.offload != "activations":
@@ -164,9 +219,10 @@ def _offloads(kind: str, sharding: ShardingSpec) -> bool:
 
 
 def _core_alone(checkpointing: Checkpointing, stack: Stack) -> bool:
-    """``selective``: Megatron's, of attention's core; torchtune's is of every n-th block."""
+    """``selective``: Megatron's, of attention's core; torchtune's is of every n-th block, and
+    torchtitan's of every block, by operation."""
     selective = checkpointing.kind == "selective" and checkpointing.every == 1
-    return selective and stack.name != "torchtune"
+    return selective and stack.name not in ("torchtune", "torchtitan")
 
 
 def _labels(config: Mapping[str, Any]) -> int:
@@ -254,6 +310,7 @@ def _adapter(method: Method, task: str | None, engine: str | None) -> AdapterSpe
         target_parameters=tuple(method.target_parameters or ()),
         virtual_tokens=method.virtual_tokens or 20,
         bottleneck=method.bottleneck or 0,
+        options=method.options or {},
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftplan.adapting import OPTIONS, RANKS, check_options
 from ftplan.catalog.gpus import GpuRow, find_gpu
 from ftplan.catalog.models import resolve_model
 from ftplan.catalog.optimizers import find_optimizer
@@ -184,23 +185,15 @@ def _serving(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) -> P
     return replace(plan, precision=precision, batch=batch, attention=attention)
 
 
-LIGER = frozenset((
-    "deepseek_v2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gemma3", "glm4", "gpt_oss",
-    "internvl", "llama", "llama4_text", "llama4", "llava", "granite", "ministral", "mistral",
-    "mixtral", "nemotron", "olmo2", "olmo3", "qwen2", "qwen3", "qwen3_moe", "qwen2_vl",
-    "qwen2_5_vl", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
-    "qwen3_vl", "qwen3_vl_moe", "smollm3", "phi3", "paligemma", "falcon_h1", "smolvlm",
-    "hunyuan_v1_dense", "hunyuan_v1_moe", "exaone4",
-))  # fmt: skip
-"""liger_kernel/transformers/monkey_patch.py: MODEL_TYPE_TO_APPLY_LIGER_FN, 0.8.5."""
-
-
 def _check_kernels(plan: Plan, stack: Stack, config: Mapping[str, Any] | None) -> None:
     """Refuse kernels that would not run."""
+    from ftplan.memory.kernels import LIBRARIES
+
     model_type = (config or {}).get("model_type")
-    if plan.kernels == "liger" and config is not None and model_type not in LIGER:
+    known = LIBRARIES[plan.kernels or "none"]
+    if plan.kernels in ("liger", "foak") and config is not None and model_type not in known:
         raise UnsupportedError(
-            f"Liger kernels for model_type {model_type!r}", remedy="use kernels: none"
+            f"{plan.kernels} kernels for model_type {model_type!r}", remedy="use kernels: none"
         )
     if plan.kernels == "unsloth" and stack.name != "unsloth":
         raise InputError(
@@ -262,7 +255,8 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
     loss = plan.loss
     if loss is None:
         kind = stack.loss_kind(method=method.kind, task=plan.task or "sft")
-        if plan.kernels == "liger" and kind == "full":
+        model_type = (config or {}).get("model_type")
+        if plan.kernels == "liger" and kind == "full" and model_type != "granite":
             kind = "fused"  # apply_liger_kernel_to_*: fused_linear_cross_entropy=True
         if plan.task in FULL_LOSS or (kind == "fused" and plan.task not in ("sft", "pt")):
             kind = "full"
@@ -283,17 +277,25 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
             loss,
             chunk=filler.fill("loss.chunk", None, stack.chunk_tokens(tokens) or 256, own("loss")),
         )
+    method = _method(
+        method,
+        stack.of_task(task),
+        weights.layout != "plain",
+        mixed,
+        filler,
+        own,
+        shaped=config is not None,
+    )
+    if stack.fused_lora and method.kind in ("lora", "qlora") and task in ("sft", "pt"):
+        fuses = weights.name != "bnb-int8" and (plan.sharding.kind, plan.sharding.version) != (
+            "fsdp",
+            1,
+        )
+        fused = filler.fill("method.fused_lora", method.fused_lora, fuses, own("fused_lora"))
+        method = replace(method, fused_lora=fused)
     return replace(
         plan,
-        method=_method(
-            method,
-            stack.of_task(task),
-            weights.layout != "plain",
-            mixed,
-            filler,
-            own,
-            shaped=config is not None,
-        ),
+        method=method,
         precision=precision,
         batch=batch,
         optimizer=optimizer,
@@ -382,13 +384,18 @@ def _lengths(batch: Batch, stack: Stack, filler: _Filler, source: str) -> Length
 _REFERRED = ("dpo", "kto", "grpo", "ppo")
 _NEEDS = {
     "alpha": None, "use_rslora": None,  # move no memory in any method
-    "rank": ("lora", "qlora", "dora", "vera", "loha", "lokr", "oft", "boft"),
+    "rank": (
+        "lora", "qlora", "dora", "vera", "loha", "lokr", "oft", "boft", "adalora", "miss", "hra",
+        "randlora", "shira", "vblora", "delora", "pvera", "hira", "gralora", "glora", "peanut",
+        "psoft",
+    ),
     "last_layers": ("partial",),
     "trainable": ("partial",),
     "virtual_tokens": ("prompt_tuning", "prefix_tuning", "p_tuning"),
     "bottleneck": ("houlsby", "pfeiffer"),
     "rank_pattern": ("lora", "qlora", "dora", "loha", "lokr"),
     "use_dora": ("lora", "qlora", "dora"),
+    "fused_lora": ("lora", "qlora"),
     "target_parameters": ("lora", "qlora", "dora"),
 }  # fmt: skip
 """Keys of a method and the kinds that have a use for them."""
@@ -403,6 +410,8 @@ def idle_keys(plan: Plan) -> list[str]:
         for key, kinds in _NEEDS.items()
         if kinds is not None and getattr(method, key) is not None and method.kind not in kinds
     ]
+    known = OPTIONS.get(method.kind, ())
+    idle += [f"method.options.{name}" for name in method.options or () if name not in known]
     quantised = find_format(plan.precision.weights or "bf16").layout != "plain"
     if not quantised:
         keys = ("double_quant", "prepare_kbit", "compute_dtype")
@@ -620,17 +629,17 @@ def _method(
     )
 
 
-_RANKED = ("lora", "qlora", "dora", "vera", "loha", "lokr")
-_TARGETED = (*_RANKED, "oft", "boft")
+_TARGETED = (*RANKS, "oft", "boft", "c3a", "fourierft", "road", "beft")
 _LEARNED_TOKENS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 
 
 def _adapted(method: Method, stack: Stack, quantised: bool, filler: _Filler, own: Any) -> Method:
     """The defaults of what the kind of adapter has: a rank, targets, learned tokens, a dtype."""
     kind = method.kind
+    check_options(method)
     rank, targets, dtype = method.rank, method.targets, method.adapter_dtype
-    if kind in _RANKED:
-        rank = filler.fill("method.rank", rank, 16)
+    if kind in RANKS:
+        rank = filler.fill("method.rank", rank, RANKS[kind])
     if kind in _TARGETED:
         targets = filler.fill("method.targets", targets, "all-linear")
     tokens = method.virtual_tokens

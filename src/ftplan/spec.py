@@ -33,6 +33,8 @@ _CONFIG: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
 MethodKind = Literal[
     "full", "partial", "lora", "qlora", "dora", "ia3", "vera", "loha", "lokr", "oft", "boft",
     "ln_tuning", "prompt_tuning", "prefix_tuning", "p_tuning", "houlsby", "pfeiffer", "bitfit",
+    "adalora", "miss", "c3a", "fourierft", "hra", "randlora", "road", "shira", "vblora", "delora",
+    "pvera", "hira", "trainable_tokens", "beft", "gralora", "glora", "peanut", "psoft",
 ]  # fmt: skip
 Task = Literal[
     "serve", "sft", "pt", "rm", "dpo", "kto", "orpo", "ppo", "grpo", "distill", "classify", "embed"
@@ -83,6 +85,8 @@ class Method:
     """Expert parameters that are no modules, adapted by name (PEFT's `target_parameters`)."""
     use_dora: bool | None = None
     """Weight-decomposed adapters; kind `dora` is `lora` with this."""
+    fused_lora: bool | None = None
+    """LoRA's projections run as autograd functions (axolotl's `lora_qkv_kernel` ...)."""
     use_rslora: bool | None = None
     """Rank-stabilised scaling. Moves no memory."""
     double_quant: bool | None = None
@@ -97,6 +101,8 @@ class Method:
     """`partial` of a bare parameter count: how many parameters are trained."""
     virtual_tokens: int | None = None
     """Prompt and prefix tuning: how many tokens are learned."""
+    options: dict[str, int | str | bool | tuple[int | str, ...]] | None = None
+    """Settings of the adapter's kind by PEFT's own names, as `{block_size: 64}` of c3a."""
     bottleneck: int | None = None
     """Houlsby and Pfeiffer adapters: width of the bottleneck."""
 
@@ -205,6 +211,8 @@ class Loss:
     """`full`: all logits at once. `chunked`: some tokens at a time. `fused`: never whole."""
     chunk: int | None = None
     """Tokens per chunk."""
+    by: Literal["liger", "unsloth", "cut", "foak"] | None = None
+    """Whose function a `fused` loss is; `cut`: cut cross entropy (Apple's)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,8 +347,8 @@ class Plan:
     """Attention implementation."""
     loss: Loss | None = None
     """Loss implementation."""
-    kernels: Literal["none", "liger", "unsloth"] | None = None
-    """Fused kernels that replace the model's own."""
+    kernels: Literal["none", "liger", "unsloth", "foak"] | None = None
+    """Fused kernels that replace the model's own; `foak`: fms-acceleration's."""
     hardware: Hardware = field(default_factory=Hardware)
     """GPUs and host."""
     sharding: Sharding = field(default_factory=Sharding)

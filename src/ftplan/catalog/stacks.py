@@ -19,7 +19,7 @@ __all__ = ["Stack", "StackRow", "find_stack", "is_stack", "stack_names", "stack_
 UNMODELLED = {"mlx": "training with MLX on Apple silicon (unified memory, no CUDA allocator)"}
 """Stacks that are recognised and refused, and what is not modelled."""
 
-OWN_MODULES = frozenset({"torchtune", "litgpt", "nemo", "megatron", "unsloth"})
+OWN_MODULES = frozenset({"torchtune", "litgpt", "nemo", "megatron", "unsloth", "torchtitan"})
 """Stacks that run their own model code, which the walk was not held against."""
 
 ALIASES = {
@@ -90,6 +90,15 @@ class Stack:
     """What the loss moves by one token; moving the logits copies them."""
     logits_cast: Literal["loss", "model"] = "loss"
     """Who casts logits to fp32: a model that does so has let go of the first copy."""
+    caching_models: tuple[str, ...] = ()
+    """Model types that fill a key-value cache in training, even when they are checkpointed."""
+    repeating_attention: tuple[str, ...] = ()
+    """Attention implementations, or model types under flash, that copy keys and values to all
+    query heads."""
+    separate_experts: bool = False
+    """Whether experts are linear layers of their own, which quantisation takes."""
+    fused_lora: bool = False
+    """Whether LoRA's projections run as autograd functions when nothing is said."""
     uncast_losses: tuple[str, ...] = ()
     """Model types whose own loss does not cast logits to fp32."""
     log_probs: Literal["rows", "whole", "kernel"] = "rows"
@@ -105,7 +114,7 @@ class Stack:
     """Whether the model's outputs stay alive until backward has ended."""
     attention: Literal["eager", "sdpa", "flash"]
     """Attention when nothing is said."""
-    kernels: Literal["none", "liger", "unsloth"]
+    kernels: Literal["none", "liger", "unsloth", "foak"]
     """Fused kernels when nothing is said."""
     rank: int
     """Adapter rank of the trainer's own configuration."""
@@ -181,9 +190,8 @@ def _entries() -> Mapping[str, Mapping[str, Any]]:
 
 @cache
 def _stack(name: str) -> Stack:
-    entries, entry = _entries(), _entries()[name]
-    # a profile may be like another one but for a few fields: an earlier version of it
-    rows = {**(entries[entry["like"]]["fields"] if "like" in entry else {}), **entry["fields"]}
+    entry = _entries()[name]
+    rows = _rows(name)
     values = {key: _tuple(row["value"]) for key, row in rows.items()}
     return Stack(
         name=name,
@@ -193,6 +201,13 @@ def _stack(name: str) -> Stack:
         sources={key: row["source"] for key, row in rows.items()},
         **values,
     )
+
+
+def _rows(name: str) -> dict[str, Any]:
+    """A profile may be like another one but for a few fields: an earlier version of it."""
+    entry = _entries()[name]
+    others = _rows(entry["like"]) if "like" in entry else {}
+    return {**others, **entry["fields"]}
 
 
 def _tuple(value: Any) -> Any:

@@ -130,6 +130,9 @@ def attend(
     seen = (window, reach)
     if heads.causal:
         k, v, mask = with_prefix(k, v, mask)
+    if env.repeats_heads and not eager and env.attention != "eager":
+        full = heads.count * heads.size
+        k, v = (ops.expand_heads(t, full // t.width) for t in (k, v))
     if env.checkpoint_attention and q.tape.grad_enabled and bias is None:
 
         def core(q: Tensor) -> Tensor:
@@ -241,8 +244,8 @@ def _fused(
     every = q.rows * reach if reach else pairs(tape) if heads.causal else SCORES
     skipped = _hidden(tape, every, heads, window, masked=mask is not None)
     _count(tape, every, skipped, heads, choice, backward=False)
-    out = tape.tensor(q.rows, heads.count * heads.value_size, q.dtype, choice)
-    log_sum_exp = tape.tensor(q.rows, heads.count, "fp32", f"{choice} log-sum-exp")
+    out = tape.kept(q.rows, heads.count * heads.value_size, q.dtype, choice)
+    log_sum_exp = tape.kept(q.rows, heads.count, "fp32", f"{choice} log-sum-exp")
     random_state = [tape.allocate(ONE * 16, choice), tape.allocate(ONE * 8, choice)]
     saved = (q, k, v, mask, out.alias(), log_sum_exp, random_state)
     inputs = [q, k, v]

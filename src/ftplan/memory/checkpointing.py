@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ftplan.memory import ops
-from ftplan.memory.tape import Node, Tape, Tensor
+from ftplan.memory.tape import Node, Selected, Tape, Tensor
 
 __all__ = ["checkpoint"]
 
@@ -28,26 +28,30 @@ def checkpoint(
     if not tape.grad_enabled or not (trains or any(t.requires_grad for t in inputs)):
         return function(x)
     held: list[Tensor] = []
+    selected = Selected() if tape.env.keeps_products else None
     inputs_edges = [ops.edge(t) for t in inputs]
     with tape.no_grad():
         tape.escaped = None if tape.env.reentrant else held
+        tape.selected = selected
         out = function(x)
-        tape.escaped = None
+        tape.escaped = tape.selected = None
 
     stored: Callable[[], Tensor] = _host_copy(x) if offload else lambda: x
 
     def forward_again(grad: Tensor | None) -> Tensor:
-        cache, tape.weight_cache = tape.weight_cache, {}
+        casts, cached = tape.weight_cache, tape.cached
+        tape.weight_cache, tape.cached = {}, []
         before, tape.again = tape.again, True
         counted = len(tape.products)
         with tape.scoped("recomputed"):
             start = stored()
             kept: list[Tensor | None] = [start]
             tape.recalled = held if held else None
+            tape.selected = None if selected is None else Selected(selected.held, again=True)
             again = function(_entry(start, kept))
             del start
-            tape.recalled = None
-        tape.weight_cache = cache
+            tape.recalled = tape.selected = None
+        tape.weight_cache, tape.cached = casts, cached
         tape.again = before
         if tape.env.reentrant:  # its backward holds the gradient and the output on the stack
             kept += [grad, again]
@@ -122,6 +126,8 @@ def _entry(x: Tensor, kept: list[Tensor | None]) -> Tensor:
     seen = x.alias()
 
     def apply(grad: Tensor) -> tuple[Tensor | None, ...]:
+        if grad.tape.env.hooks_hold_inputs:
+            grad.tape.cached += [tensor.alias() for tensor in (kept[0], grad) if tensor]
         kept.clear()
         return (grad,)
 

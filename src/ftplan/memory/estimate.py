@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ftplan.errors import UnsupportedError
 from ftplan.memory.fsdp import BUFFERS, shard_shape
 from ftplan.memory.job import Job, ShardingSpec
+from ftplan.memory.loss import chunk_tokens, head_weight
 from ftplan.memory.nn import Network
 from ftplan.memory.optimizer import rounded, state_bytes, step_bytes
 from ftplan.memory.pipeline import candidates, cut, one_chunk, stages_of
@@ -231,7 +232,7 @@ class Structure:
                     name="weights/buffers",
                     bytes=network.buffer_bytes,
                     formula=f"{network.buffer_bytes:,}",
-                    source="masks and tables that the model keeps beside its weights",
+                    source="masks, tables and buffers that are kept beside the weights",
                 )
             )
         for model in objective.resident:
@@ -268,6 +269,7 @@ class Structure:
         self.learned = learned
         self.network = network
         self.counted = counted
+        self._fused = _fused_chunk(job, network, self.static_bytes)
         self.program = program_of(job, network, objective)
         self.eval_micro = job.eval_micro
         evaluated = job.eval_micro and job.stage is None
@@ -280,8 +282,15 @@ class Structure:
             parameter.numel * times for parameter, times, _ in counted if parameter.trainable
         )
 
+    def _chunk(self, micro: int, seq_len: int, given: int) -> int:
+        """Tokens of a chunk of the loss: ``given``, or by the rule of a fused one."""
+        if given or self._fused is None:
+            return given
+        return self._fused(micro * self.program.sequences * seq_len)
+
     def phases(self, micro: int, seq_len: int, chunk: int = 0) -> list[tuple[str, int]]:
         """The most that is alive in each phase, in bytes."""
+        chunk = self._chunk(micro, seq_len, chunk)
         played, rest = self.program.levels(micro, seq_len, chunk)
         phases = [(name, self.static_bytes + peak) for name, peak in played]
         phases.append(("step", self.static_bytes + self.step_bytes + rest))
@@ -308,6 +317,7 @@ class Structure:
 
     def peak(self, micro: int, seq_len: int, chunk: int = 0) -> int:
         """The worst moment in bytes: the integer of :meth:`at`, without what is alive at it."""
+        chunk = self._chunk(micro, seq_len, chunk)
         worst, rest = self.program.peak_and_rest(micro, seq_len, chunk)
         peak = self.static_bytes + max(worst, self.step_bytes + rest)
         peak = max(peak, self._evaluated(seq_len, chunk)) if self.evaluation else peak
@@ -316,6 +326,7 @@ class Structure:
 
     def at(self, micro: int, seq_len: int, chunk: int = 0) -> Estimate:
         """The worst moment for a micro batch, a sequence length and a chunk of the loss."""
+        chunk = self._chunk(micro, seq_len, chunk)
         phases = self.phases(micro, seq_len, chunk)
         phase, _ = max(phases, key=lambda item: item[1])
         is_step = phase == "step"
@@ -356,6 +367,16 @@ class Structure:
             total_params=self.total_params,
             trainable_params=self.trainable_params,
         )
+
+
+def _fused_chunk(job: Job, network: Network, static_bytes: int) -> Callable[[int], int] | None:
+    """Tokens of a chunk of a fused loss as a function of all tokens; None: the loss is another."""
+    if job.environment.loss != "fused":
+        return None
+    vocabulary, hidden = head_weight(network)[0].shape
+    free = max(1, job.card_bytes - static_bytes) if job.card_bytes else 0
+    by = job.environment.loss_by
+    return lambda tokens: chunk_tokens(by, tokens, vocabulary, hidden, free)
 
 
 def _without_gradients(static: Sequence[StaticTerm]) -> tuple[StaticTerm, ...]:

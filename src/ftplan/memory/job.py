@@ -38,6 +38,8 @@ class AdapterSpec:
     target_parameters: tuple[str, ...] = ()
     virtual_tokens: int = 0
     bottleneck: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the kind, by PEFT's names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +113,8 @@ class Job:
     prepare_kbit: bool = False
     kbit_casts_back: bool = False
     """After the preparation embeddings and head go back to the base's dtype; norms do not."""
+    separate_experts: bool = False
+    """Experts are linear layers, which quantisation takes (transformers until 4.57)."""
     trainable_dtype: str | None = None
     """What the trainer casts every trainable parameter to; None: nothing."""
     environment: Environment
@@ -131,7 +135,9 @@ class Job:
     checkpoint_every: int = 0
     """Recompute every n-th block; 0: none."""
     loss_chunk: int = 0
-    """Tokens per chunk of a chunked loss."""
+    """Tokens per chunk of a chunked loss; 0: by the loss's own rule."""
+    card_bytes: int = 0
+    """What the driver reports of the card; 0: no card is named."""
     optimizer: OptimizerSpec
     main_weights: bool = False
     """An fp32 copy of each 2-byte trainable parameter, and an fp32 gradient."""

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from ftplan.memory import ops
+from ftplan.memory import fused, ops
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.nn import Linear, Network
 from ftplan.memory.tape import BATCH, CHUNK, ONE, TOKENS, Grads, Parameter, Size, Tensor
 
-__all__ = ["chunk_tokens", "classify_loss", "compute_loss", "model_outputs", "tiled_divergence"]
+__all__ = [
+    "chunk_tokens",
+    "classify_loss",
+    "compute_loss",
+    "head_weight",
+    "model_outputs",
+    "tiled_divergence",
+]
 
-LIGER_CHUNK_FACTOR = 1
-"""Liger bounds a chunk's logits to this many times the hidden states."""
+UNSLOTH_BUDGET = 4 * 1024**3
+"""Bytes that a chunk's fp32 logits may take in Unsloth's fused loss, or half of what is free
+(unsloth_zoo/fused_losses/cross_entropy_loss.py 2026.8.13)."""
 
 
-def chunk_tokens(kind: str, tokens: int, given: int, vocab: int, hidden: int) -> int:
-    """Tokens whose logits exist at once.
+def chunk_tokens(by: str, tokens: int, vocabulary: int, hidden: int, free: int) -> int:
+    """Tokens whose logits exist at once in a fused loss.
 
-    Liger chooses the next power of two at which a chunk's logits are no larger than all hidden
-    states (liger_kernel/ops/fused_linear_cross_entropy.py).
+    Liger takes the next power of two at which a chunk's logits are no larger than all hidden
+    states (liger_kernel/ops/fused_linear_cross_entropy.py 0.8.5); Unsloth as many as fit its
+    budget, of which ``free`` bytes on the card (0: not known) are one bound.
     """
-    if kind != "fused":
-        return min(given, tokens)
-    parts = -(-vocab // (LIGER_CHUNK_FACTOR * hidden))
+    if by == "cut":
+        return 0
+    if by == "unsloth":
+        budget = min(UNSLOTH_BUDGET, free // 2) if free > 0 else UNSLOTH_BUDGET
+        return min(tokens, max(1, budget // (4 * vocabulary)))
+    parts = -(-vocabulary // hidden)
     return min(1 << (-(-tokens // parts) - 1).bit_length(), tokens)
 
 
@@ -78,15 +90,16 @@ def pooled(logits: Tensor) -> Tensor:
 
 def _full(network: Network, logits: Tensor) -> Tensor:
     """``ForCausalLMLoss``: all logits in fp32, labels shifted by one."""
-    if network.loss_in_fp32 and logits.tape.env.loss_upcasts:
-        logits = ops.to(logits, "fp32")
     env = logits.tape.env
+    if network.loss_in_fp32 and env.loss_upcasts:
+        logits = ops.to(logits, "fp32")
     labels = logits.tape.tensor(TOKENS, 1, "int64", "shifted labels")
+    by = fused.cross_entropy if env.kernels.loss else ops.cross_entropy
     if (network.loss_shifts or env.loss_shifts) == "logits" and not env.single:
         # transformers until 4.48: logits[..., :-1, :].contiguous(), beside the logits themselves;
         # of a single sequence that is a view
-        return ops.cross_entropy(ops.copy(logits, "shifted logits"), labels)
-    return ops.cross_entropy(logits, labels)
+        return by(ops.copy(logits, "shifted logits"), labels)
+    return by(logits, labels)
 
 
 def _chunked(network: Network, x: Tensor) -> Tensor:
@@ -120,7 +133,7 @@ def scalar(values: Tensor) -> Tensor:
     return loss
 
 
-def _head_weight(network: Network) -> tuple[Parameter, bool]:
+def head_weight(network: Network) -> tuple[Parameter, bool]:
     """The head's matrix (the copy that is trained, where there is one), and whether it is."""
     matrices = [p for p in network.head_parameters() if len(p.shape) > 1]
     trained = [p for p in matrices if p.trainable and not p.added]
@@ -145,7 +158,7 @@ def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
     ``ChunkedLogProbFunction``, and trl/trainer/utils.py, ``add_fused_lm_head``, 1.16).
     """
     tape = x.tape
-    parameter, trained = _head_weight(network)
+    parameter, trained = head_weight(network)
     weight = tape.leaf(parameter)
     vocabulary, width = parameter.shape
     columns = min(tape.env.loss_columns or vocabulary, vocabulary)
@@ -206,8 +219,8 @@ def tiled_divergence(
     (trl/kernels/chunked_divergence.py, ``ChunkedDivergenceFunction``, 1.16).
     """
     tape = mine.tape
-    parameter, trained = _head_weight(network)
-    teacher, _ = _head_weight(other)
+    parameter, trained = head_weight(network)
+    teacher, _ = head_weight(other)
     vocabulary, width = parameter.shape
     columns = min(tape.env.loss_columns or vocabulary, vocabulary)
     rows = BATCH * completion if completion else TOKENS + BATCH * -1
@@ -271,7 +284,7 @@ def _kept_chunks(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
     rest = TOKENS + CHUNK * -1
     upcasts = network.loss_in_fp32 and env.loss_upcasts
     weights = [tape.leaf(p) for p in network.head_parameters() if p.trainable]
-    vocabulary = _head_weight(network)[0].shape[0]
+    vocabulary = head_weight(network)[0].shape[0]
     computed = env.autocast or x.dtype
     dtype = "fp32" if upcasts or env.autocast else computed
     pieces = ops.rows_slice(x, rest), ops.rows_slice(x, CHUNK)
@@ -313,28 +326,70 @@ def _chunk_loss(network: Network, hidden: Tensor) -> Tensor:
 
 
 def _fused(network: Network, x: Tensor) -> Tensor:
-    """Liger's fused linear cross entropy: gradients are made in forward, chunk by chunk."""
-    tape = x.tape
+    """A fused linear cross entropy: gradients are made in forward, chunk by chunk.
+
+    Liger and Unsloth; cut cross entropy makes a log-sum-exp a token forward and the gradients
+    backward (cut_cross_entropy 25.1, ``LinearCrossEntropyFunction``).
+    """
+    tape, by = x.tape, x.tape.env.loss_by
     weights = [tape.leaf(p) for p in network.head_parameters() if p.trainable]
-    made = []
-    if x.requires_grad or weights:
-        made.append(tape.tensor(x.rows, x.width, x.dtype, "gradient of hidden states"))
-        made += [tape.tensor(w.rows, w.width, w.dtype, "gradient of the head") for w in weights]
-    losses = tape.tensor(TOKENS, 1, "fp32", "loss per token")
-    with tape.no_grad(), tape.counting({CHUNK: TOKENS}):
-        chunk = x.alias(rows=CHUNK)
-        logits = network.head(chunk)
-        tape.multiply(CHUNK, x.width, logits.width, times=len(made))
-        if weights:
-            update = tape.tensor(weights[0].rows, weights[0].width, logits.dtype, "head update")
-            del update
-        del logits, chunk
+    shapes = [(t.rows, t.width, t.dtype) for t in (x, *weights)]
+    wants = x.requires_grad or bool(weights)
+    if by == "foak":  # shifts the states, in a copy
+        x = ops.gather(x)
+    saved: list[Tensor] = []
+
+    def gradients() -> list[Tensor]:
+        return [tape.tensor(*shape, "gradient of the fused loss") for shape in shapes]
+
+    rows, (vocabulary, width) = x.rows, head_weight(network)[0].shape
+    tape.multiply(rows, width, vocabulary)
+    if by != "cut" and wants:
+        tape.multiply(rows, width, vocabulary, times=len(shapes))
+        saved += gradients()
+    losses = tape.tensor(x.rows, 1, "fp32", "loss per token")
+    if by == "cut":
+        saved += [x.alias(), tape.tensor(x.rows, 1, "fp32", "log-sum-exp")]
+    else:
+        _chunk_of_logits(network, x, backward=wants)
     loss = tape.tensor(ONE, 1, "fp32", "loss")
     del losses
 
     def apply(_grad: Tensor) -> Grads:
+        if by == "cut":
+            tape.multiply(rows, width, vocabulary, again=True)
+            tape.multiply(rows, width, vocabulary, times=len(shapes))
+        made = gradients() if by == "cut" else list(saved)
+        saved.clear()
         return tuple(made)
 
-    if made:
+    if wants:
         ops.record([loss], "fused loss", [x, *weights], apply)
     return loss
+
+
+def _chunk_of_logits(network: Network, x: Tensor, *, backward: bool) -> None:
+    """What a chunk of a fused loss takes for a moment: its logits, and copies of them.
+
+    Liger writes the gradient over the logits; its earlier version copied them up and down
+    (fms_acceleration_foak, liger_ce); Unsloth's chunk is a small graph, compiled: fp32 copies do
+    not leave its kernels.
+    """
+    tape, by = x.tape, x.tape.env.loss_by
+    parameter, trained = head_weight(network)
+    vocabulary, width = parameter.shape
+    dtype = tape.env.autocast or x.dtype
+    with tape.no_grad():
+        weight = ops.autocast(tape.leaf(parameter))
+        logits = tape.tensor(CHUNK, vocabulary, dtype, "chunk of logits")
+        if by == "foak" or (by == "unsloth" and backward):
+            copied = "fp32" if by == "foak" else dtype
+            copy = tape.tensor(CHUNK, vocabulary, copied, "chunk of logits")
+            del copy
+        if backward and dtype != x.dtype:
+            product = tape.tensor(CHUNK, width, dtype, "product")
+            del product
+        if backward and trained and by == "unsloth":
+            update = tape.tensor(ONE * vocabulary, width, dtype, "head update")
+            del update
+    del weight, logits

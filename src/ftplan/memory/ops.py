@@ -165,7 +165,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
     bias = None if bias is None else autocast(bias)
     out_features = weight.rows[0]
     counted = x.tape.multiply(x.rows, x.width, out_features)
-    out = x.tape.tensor(x.rows, out_features, x.dtype, name)
+    make = x.tape.product if bias is None else x.tape.tensor
+    out = make(x.rows, out_features, x.dtype, name)
     saved_x = x if records(weight) and weight.requires_grad else None
     saved_weight = weight if x.requires_grad else None
     rows, width, dtype = x.rows, x.width, x.dtype
@@ -386,49 +387,6 @@ def native_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> 
         return tuple(make(grad) for make in makers)
 
     record([out], "layer_norm", [x, *affine], apply)
-    return out
-
-
-def fused_rms_norm(x: Tensor, weight: Tensor | None) -> Tensor:
-    """A kernel's RMSNorm: keeps its input and an fp32 number a row; the gradient takes the place
-    of the one that comes in (liger_kernel/ops/rms_norm.py, ``LigerRMSNormFunction``, 0.8.5;
-    unsloth/kernels/rms_layernorm.py, ``Fast_RMS_Layernorm``)."""
-    tape = x.tape
-    out = tape.tensor(x.rows, x.width, x.dtype, "rms norm")
-    statistics = tape.tensor(x.rows, 1, "fp32", "rms norm statistics")
-    saved = (x, statistics)
-    inputs = [x] if weight is None else [x, weight]
-    make = None
-    if weight is not None and weight.requires_grad:
-        make = like(weight.rows, weight.width, weight.dtype, True)
-    wants = x.requires_grad
-
-    def apply(grad: Tensor) -> Grads:
-        _kept = saved
-        grads: list[Tensor | None] = [grad if wants else None]
-        if weight_given:
-            grads.append(make(grad) if make is not None else None)
-        return tuple(grads)
-
-    weight_given = weight is not None
-    record([out], "rms norm", inputs, apply)
-    return out
-
-
-def fused_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """A kernel's ``act(gate) * up``: keeps both, and writes their gradients over them.
-
-    Source: liger_kernel/ops/swiglu.py, ``LigerSiLUMulFunction``, and geglu.py, 0.8.5;
-    unsloth/kernels/swiglu.py.
-    """
-    out = gate.tape.tensor(gate.rows, gate.width, gate.dtype, "gated")
-    saved = (gate.alias(), up.alias())
-    wants = (gate.requires_grad, up.requires_grad)
-
-    def apply(_grad: Tensor) -> Grads:
-        return tuple(t if want else None for t, want in zip(saved, wants, strict=True))
-
-    record([out], "gated", [gate, up], apply)
     return out
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ftplan.dtypes import Format
 from ftplan.memory import ops
+from ftplan.memory.experts import Experts
 from ftplan.memory.nn import Linear, Module
 from ftplan.memory.tape import ONE, Grads, Parameter, Tensor
 
@@ -155,11 +156,23 @@ def dequantized(linear: Linear, like: Tensor) -> Tensor:
 
 
 def quantize(
-    block: Module, storage: Format, compute_dtype: str, *, whole: tuple[str, ...] = ()
+    block: Module,
+    storage: Format,
+    compute_dtype: str,
+    *,
+    whole: tuple[str, ...] = (),
+    experts: bool = False,
 ) -> None:
-    """Store every matrix of a block in ``storage``, but those named in ``whole``."""
+    """Store every matrix of a block in ``storage``, but those named in ``whole``.
+
+    ``experts``: they are linear layers of their own, as before transformers 5.
+    """
     for path, module in list(block.named_modules()):
         if any(part in whole for part in path.split(".")):  # and all that is in it
             continue
+        if experts and isinstance(module, Experts):
+            module.expands_to = compute_dtype
+            for name in module.names:
+                module.parameters[name].dtype = storage.name
         if isinstance(module, Linear) and not isinstance(module, QuantizedLinear):
             block.replace(path, QuantizedLinear(module, storage, compute_dtype))

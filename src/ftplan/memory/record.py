@@ -83,6 +83,9 @@ class Recording:
     """What the loop holds until the step has ended: the batch, and those fetched with it."""
     outputs: list[Tensor] = field(default_factory=list)
     """The model's outputs, where the caller keeps them until backward has ended."""
+    cache_exit: list[Segment] = field(default_factory=list)
+    """Per forward segment: what is held of it until backward has ended, by a caller that keeps the
+    model's cache, or by hooks."""
     after: Segment = Segment("", 0, 0)
     """What dies when backward has ended."""
     saved: set[int] = field(default_factory=set)
@@ -107,7 +110,8 @@ class Recording:
                 backward.append(self.backward[index])
                 if index in self.regained:
                     backward.append(self.regained[index])
-            phases.append(("backward", [*backward, self.after]))
+            dropped = [self.cache_exit[index] for index in order]
+            phases.append(("backward", [*backward, *dropped, self.after]))
         if under_way:
             phases.insert(0, ("warm-up", forward * under_way))
         if self.once:
@@ -133,8 +137,8 @@ class _Recorder:
         """Which of the recording's orders is being recorded."""
         self.regions: list[_Region] = []
         self.casts: list[dict[int, Tensor]] = []
-        self.returned: list[list[Tensor]] = []
-        """Per forward segment: what the model returns beside its logits."""
+        self.caches: list[list[Tensor]] = []
+        """Per forward segment: what is held beside the graph."""
         self.start = 0
         self.fsdp: Fsdp | None = None
         self.units: list[Unit] = []
@@ -210,13 +214,13 @@ class _Recorder:
         index = len(self.recording.forward) - 1
         self.regions.append(_Region(name, self.tape.sequence, index))
         self.casts.append(self.tape.weight_cache)
-        self.tape.weight_cache = {}
-        self.returned.append(self.tape.returned)
-        self.tape.returned = []
+        self.caches.append(self.tape.cached)
+        self.tape.weight_cache, self.tape.cached = {}, []
         return index
 
     def end_step(self, shared: Shared) -> None:
         """The caller lets go of what the model returned, and of what every block was handed."""
+        self.recording.cache_exit = [self._drop(cached) for cached in self.caches]
         start = len(self.tape.events)
         self.recording.outputs.clear()
         shared.let_go()
@@ -225,15 +229,19 @@ class _Recorder:
     def end_autocast(self) -> None:
         """Autocast drops its casts of weights, those of each block when the model is deep.
 
-        The caller drops what else the model returned, just after that.
+        Unless the caller keeps what the model returned, its cache goes too.
         """
-        recording, tape = self.recording, self.tape
-        for cached, returned in zip(self.casts, self.returned, strict=True):
-            start = len(tape.events)
-            cached.clear()
-            returned.clear()
-            recording.autocast_exit.append(Segment("autocast ends", start, len(tape.events)))
+        tape = self.tape
+        for casts, cached in zip(self.casts, self.caches, strict=True):
+            held = [] if tape.env.keep_outputs else cached
+            self.recording.autocast_exit.append(self._drop(casts, held))
         self.start = len(tape.events)
+
+    def _drop(self, *held: dict[int, Tensor] | list[Tensor]) -> Segment:
+        start = len(self.tape.events)
+        for tensors in held:
+            tensors.clear()
+        return Segment("dropped", start, len(self.tape.events))
 
 
 def record_step(
@@ -781,7 +789,8 @@ def _loss(recorder: _Recorder, states: list[Tensor], objective: Objective | None
             others = [  # every layer's, while what the model returned is still held
                 tape.tensor(cached.rows, cached.width, "fp32", "returned cache in fp32")
                 for index in recorder.order
-                for cached in recorder.returned[index]
+                for cached in recorder.caches[index]
+                if recorder.network.returns_tuples and cached.dtype != "fp32"
             ]
             del others, given
     if logits is not None and tape.env.keep_outputs:
@@ -865,12 +874,17 @@ def _run_backward(recorder: _Recorder, root: Tensor) -> None:
     cuts: dict[int, Segment] = {}
     start = len(tape.events)
 
+    def cut(region: _Region) -> None:
+        nonlocal start
+        stop = len(tape.events)
+        cuts[region.segment] = Segment(region.name, start, stop)
+        recorder.caches[region.segment] += tape.cached
+        start, tape.cached = stop, []
+
     def on_node(node: Node) -> None:
-        nonlocal current, start
+        nonlocal current
         while current > 0 and node.sequence <= regions[current - 1].last:
-            stop = len(tape.events)
-            cuts[regions[current].segment] = Segment(f"{regions[current].name}", start, stop)
-            start = stop
+            cut(regions[current])
             current -= 1
             for grad in node.buffers:  # whichever block made it, it has one name
                 if grad is not None and grad.storage is not None:
@@ -879,6 +893,6 @@ def _run_backward(recorder: _Recorder, root: Tensor) -> None:
     backward(root, tape.tensor(root.rows, root.width, root.dtype, "output gradient"), on_node)
     if recorder.fsdp is not None:
         recorder.fsdp.finish(recorder.units)
-    cuts[regions[current].segment] = Segment(regions[current].name, start, len(tape.events))
+    cut(regions[current])
     empty = Segment("", 0, 0)
     recording.backward = [cuts.get(i, empty) for i in range(len(recording.forward))]

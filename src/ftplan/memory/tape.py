@@ -135,6 +135,16 @@ class Joins(Protocol):
 
 
 @dataclass(slots=True)
+class Selected:
+    """Outputs that a checkpointed block holds in order, until it runs again."""
+
+    held: list[Tensor] = field(default_factory=list)
+    again: bool = False
+    count: int = 0
+    """Products of matrices so far."""
+
+
+@dataclass(slots=True)
 class Tape:
     """Events in order. An event is ``+k`` where storage k-1 is born and ``-k`` where it dies."""
 
@@ -148,8 +158,8 @@ class Tape:
     """The part of the block that is running; empty: events are named by operation."""
     weight_cache: dict[int, Tensor] = field(default_factory=dict)
     """Autocast's casts of weights, by the weight: alive until autocast ends."""
-    returned: list[Tensor] = field(default_factory=list)
-    """What the model returns beside its logits: keys and values of the block that runs."""
+    cached: list[Tensor] = field(default_factory=list)
+    """What is held beside the graph: keys and values in the model's cache, inputs in hooks."""
     sequence: int = 0
     prefix: Joins | None = None
     """Learned keys and values before those of every layer (prefix tuning)."""
@@ -172,6 +182,9 @@ class Tape:
     chunks_played: int = 1
     """How many chunks of the loss are on the tape for all there are; 0: the others are there too,
     as one."""
+
+    selected: Selected | None = None
+    """Inside a block that is checkpointed by operation."""
 
     def allocate(self, size: Size, name: str) -> Storage:
         """A storage of ``size`` bytes comes alive."""
@@ -225,6 +238,23 @@ class Tape:
             Product(len(self.events), self.sequence, rows, each, kind, again or self.again, name)
         )
         return rows
+
+    def product(self, rows: Size, width: int, dtype: str, name: str) -> Tensor:
+        """What a product of matrices writes; checkpointing by operation keeps every second one."""
+        if self.selected is None:
+            return self.tensor(rows, width, dtype, name)
+        self.selected.count += 1
+        return self.kept(rows, width, dtype, name, keep=self.selected.count % 2 == 1)
+
+    def kept(self, rows: Size, width: int, dtype: str, name: str, *, keep: bool = True) -> Tensor:
+        """An output that checkpointing by operation keeps: fresh at first, the same one again."""
+        selected = self.selected if keep else None
+        if selected is not None and selected.again:
+            return selected.held.pop(0)
+        out = self.tensor(rows, width, dtype, name)
+        if selected is not None:
+            selected.held.append(out.alias())
+        return out
 
     def leaf(self, parameter: Parameter) -> Tensor:
         """A weight as an operand: a view of static bytes."""

@@ -325,6 +325,7 @@ def write_bench(
     out: Path, only: list[str] | None = None, fresh: bool = False, seconds: float | None = None
 ) -> int:
     """Trace what is missing and write the files; returns how many jobs there are now."""
+    from ftplan.trace.bench_adapters import adapter_jobs_of
     from ftplan.trace.bench_sharded import sharded_jobs_of
     from ftplan.trace.core import versions
 
@@ -332,7 +333,7 @@ def write_bench(
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     total = 0
-    sets = {"": jobs_of, "-sharded": sharded_jobs_of}
+    sets = {"": jobs_of, "-sharded": sharded_jobs_of, "-adapters": adapter_jobs_of}
     for (name, split), (end, made) in product(ARCHITECTURES.items(), sets.items()):
         if only and name + end not in only and name not in only:
             continue

@@ -36,6 +36,29 @@ __all__ = [
 ]
 
 
+FURTHER = {
+    "adalora": ("AdaLoraConfig", "init_r"), "miss": ("MissConfig", "r"), "c3a": ("C3AConfig", ""),
+    "fourierft": ("FourierFTConfig", ""), "hra": ("HRAConfig", "r"),
+    "randlora": ("RandLoraConfig", "r"), "road": ("RoadConfig", ""), "shira": ("ShiraConfig", "r"),
+    "vblora": ("VBLoRAConfig", "r"), "delora": ("DeloraConfig", "r"), "pvera": ("PveraConfig", "r"),
+    "hira": ("HiraConfig", "r"), "beft": ("BeftConfig", ""), "gralora": ("GraloraConfig", "r"),
+    "glora": ("GloraConfig", "r"), "peanut": ("PeanutConfig", "r"), "psoft": ("PsoftConfig", "r"),
+    "trainable_tokens": ("TrainableTokensConfig", ""),
+}  # fmt: skip
+"""peft's configuration of a kind, and its name for the rank."""
+
+
+def further(kind: str, rank: int, targets: Any, saved: Any, settings: dict[str, Any]) -> Any:
+    """peft's configuration of one of :data:`FURTHER`."""
+    import peft
+
+    name, ranked = FURTHER[kind]
+    made = {**settings, **({ranked: rank} if ranked else {})}
+    if kind != "trainable_tokens":
+        made |= {"target_modules": targets, "modules_to_save": saved}
+    return getattr(peft, name)(**made)
+
+
 def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
     """The transformers config of a ``config.json`` mapping; ``layers`` cuts its depth."""
     from transformers import AutoConfig
@@ -103,7 +126,7 @@ def build_model(job: Job, config: Any) -> Any:
     with torch.device("meta"):
         model = kind.from_config(config, dtype=dtype, attn_implementation=attention)
         model.train()
-        model.config.use_cache = False
+        model.config.use_cache = job.method == "prefix_tuning"  # whose prefix is a cache
         _keep_in_fp32(model, dtype)
     return model
 
@@ -216,7 +239,7 @@ def peft_config(model: Any, job: Job) -> Any:
     task = {"causal": "CAUSAL_LM", "vision": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(family)
     if job.task in ("classify", "rm"):
         task = "SEQ_CLS"
-    common: dict[str, Any] = {"task_type": task}
+    common: dict[str, Any] = {"task_type": task, **job.options}
     save = list(job.modules_to_save) or None
     targets = _targets(model, job)
     if job.method in ("lora", "qlora", "dora"):
@@ -254,6 +277,8 @@ def peft_config(model: Any, job: Job) -> Any:
         configuration = peft.PrefixTuningConfig(**common, num_virtual_tokens=job.virtual_tokens)
     elif job.method == "p_tuning":
         configuration = peft.PromptEncoderConfig(**common, num_virtual_tokens=job.virtual_tokens)
+    elif job.method in FURTHER and job.method != "shira":  # no sparse gradient on fake tensors
+        configuration = further(job.method, job.rank, targets, save, common)
     else:
         raise UnsupportedError(
             f"tracing the method {job.method!r}", remedy="trace it with peft's own adapters"

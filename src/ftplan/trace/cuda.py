@@ -476,7 +476,7 @@ def _scalar(tensor: Any, phase: str) -> Any:
 
     It makes 'is nothing padded?' false, so that a mask is built whenever one is passed. In the
     optimizer's step it is one: the counter of steps. peft asks whether a random number is above
-    its module dropout, which is zero: true.
+    its module dropout, which is zero: true; its VB-LoRA, whether a logit is infinite: false.
     """
     if tensor.dtype == torch.bool:
         return _asked_by_peft()
@@ -489,6 +489,6 @@ def _asked_by_peft() -> bool:
     while frame is not None:
         name = frame.f_code.co_filename
         if "peft" in name or "transformers" in name:
-            return "transformers" not in name
+            return "transformers" not in name and "vblora" not in name
         frame = frame.f_back
     return False

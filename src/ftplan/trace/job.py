@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from ftplan.adapting import RANKS
 from ftplan.errors import UnsupportedError
 from ftplan.spec import Plan, Sharding
 
@@ -47,6 +48,7 @@ class Job:
     compute_dtype: str
     last_layers: int
     virtual_tokens: int
+    options: dict[str, Any]
     weights: str
     """Storage of the base weights: a float dtype of torch, or a quantised format's name."""
     mixed: str
@@ -162,6 +164,7 @@ def resolve(plan: Plan) -> Job:
     _refuse(plan)
     stack = plan.stack or "transformers"
     kind = method.kind
+    rank = method.rank or RANKS.get(kind, 16)
     precision, batch, sharding = plan.precision, plan.batch, plan.sharding
     choice = plan.optimizer
     name = choice.name if choice else "adamw_torch_fused"
@@ -181,8 +184,8 @@ def resolve(plan: Plan) -> Job:
         stack=stack,
         task=plan.task or "sft",
         method=kind,
-        rank=method.rank or 16,
-        alpha=method.alpha or 2 * (method.rank or 16),
+        rank=rank,
+        alpha=method.alpha or 2 * rank,
         targets=method.targets or "all-linear",
         dropout=method.dropout or 0.0,
         adapter_dtype=method.adapter_dtype or "fp32",
@@ -197,6 +200,10 @@ def resolve(plan: Plan) -> Job:
         compute_dtype=_FLOATS[method.compute_dtype or "bf16"],
         last_layers=method.last_layers or 1,
         virtual_tokens=method.virtual_tokens or 20,
+        options={
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in (method.options or {}).items()
+        },
         weights=_FLOATS.get(weights, weights),
         mixed=_FLOATS.get(mixed, "no"),
         micro=batch.micro or 1,

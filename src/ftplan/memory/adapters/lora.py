@@ -5,8 +5,11 @@ Source: peft 0.21.2, ``tuners/lora`` (layer.py, bnb.py, dora.py, variants.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
+from ftplan.memory.adapters.functions import lora_gated, lora_products
 from ftplan.memory.job import AdapterSpec
 from ftplan.memory.nn import Embedding, Linear, Module
 from ftplan.memory.quantized import QuantizedLinear, dequantized
@@ -86,9 +89,7 @@ class LoraLinear(Adapted):
         result = self.base_layer.forward(x)
         dtype = result.dtype
         # a module's call holds its arguments: ``x`` outlives the cast
-        shares = x.tape.env.kernels == "unsloth" and not self.dora and not self.dropout
-        # unsloth/kernels/fast_lora.py: the matrices are cast to the input, not the input to them
-        cast = x if shares else ops.to(x, self._down.weight.dtype)
+        cast = ops.to(x, self._down.weight.dtype)
         if self.dora:
             result = self._forward_dora(cast, result)
         else:
@@ -111,6 +112,37 @@ class LoraLinear(Adapted):
         if converts:
             output = ops.to(output, dtype)
         return ops.add(result, output)
+
+    @property
+    def thin(self) -> tuple[Parameter, Parameter]:
+        """The matrix down (rank x in) and the one up (out x rank)."""
+        down, up = self.lora_A.default, self.lora_B.default
+        return down.parameters["weight"], up.parameters["weight"]
+
+    def _fuses(self, style: str) -> bool:
+        """Whether a library's functions run this layer; they all leave DoRA to PEFT."""
+        base = self.base_layer
+        packed = isinstance(base, QuantizedLinear)
+        if style == "none" or self.dora or (isinstance(base, QuantizedLinear) and base.int8):
+            return False
+        if style == "foak":
+            return packed
+        return style == "axolotl" or (base.bias is None and not self.dropout)
+
+    def together(self, x: Tensor, layers: Sequence[Linear]) -> list[Tensor] | None:
+        style = x.tape.env.kernels.lora
+        adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
+        if len(adapted) < len(layers) or not all(layer._fuses(style) for layer in adapted):
+            return None
+        return lora_products(x, adapted)
+
+    def gated(self, x: Tensor, gate: Linear, up: Linear) -> Tensor | None:
+        style = x.tape.env.kernels.lora
+        layers = (gate, up, self)
+        if not all(isinstance(layer, LoraLinear) and layer._fuses(style) for layer in layers):
+            return None
+        assert isinstance(gate, LoraLinear) and isinstance(up, LoraLinear)
+        return lora_gated(x, (gate, up, self))
 
     @property
     def _down(self) -> Linear:

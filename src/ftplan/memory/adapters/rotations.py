@@ -12,7 +12,7 @@ from ftplan.memory.job import AdapterSpec
 from ftplan.memory.nn import Linear, Module
 from ftplan.memory.tape import ONE, Grads, Tape, Tensor
 
-__all__ = ["BoftLinear", "OftLinear", "nearest_divisor"]
+__all__ = ["BoftLinear", "OftLinear", "nearest_divisor", "skew_symmetric"]
 
 OFT_BLOCK = 32
 BOFT_BLOCK = 4
@@ -79,7 +79,7 @@ class OftLinear(Adapted):
         """A Neumann series of five terms: ``I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4``."""
         vector = tape.leaf(self.oft_R.default.parameters["weight"])
         rows, size = ONE * (self.blocks * self.size), self.size
-        skew = _skew(vector, rows, size)
+        skew = skew_symmetric(vector, rows, size)
         total = tape.tensor(rows, size, dtype, "rotation")
         square = ops.matmul(skew, skew, rows, size, "power", inner=size)
         cube = ops.matmul(square, skew, rows, size, "power", inner=size)
@@ -94,7 +94,7 @@ class OftLinear(Adapted):
         return ops.to(out, dtype)
 
 
-def _skew(vector: Tensor, rows: object, size: int) -> Tensor:
+def skew_symmetric(vector: Tensor, rows: object, size: int) -> Tensor:
     """The vector written above the diagonal of zeros, minus its mirror image."""
     tape = vector.tape
     assert isinstance(rows, tuple)

@@ -44,7 +44,7 @@ class Attention(Module):
         turn = _rotate_by_kernel if env.attention == "flash" else _rotate
         q, k = turn(q, cos, sin), turn(k, cos, sin)
         if x.tape.env.returns_cache:
-            x.tape.returned += [k, v]
+            x.tape.cached += [k.alias(), v.alias()]
         if env.attention == "flash":
             out = self._flash(q, k, v)
         else:
@@ -139,6 +139,7 @@ class Qwen(Decoder):
         )
         self.loss_in_fp32 = False
         self.loss_shifts = "logits"
+        self.returns_tuples = True
         self.buffer_bytes = config["num_hidden_layers"] * 2 * (LOGARITHMS + 1)
         self.tables: list[Tensor] = []
 
