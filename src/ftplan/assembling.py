@@ -61,6 +61,7 @@ def job_of(resolved: Resolved) -> Job:
         keep_outputs=stack.keeps_outputs,
         outputs_to_fp32=autocast is not None and stack.outputs_to_fp32,
         seq_len=local_seq_len(batch.seq_len, sharding),
+        one_sequence=batch.micro == 1,
         reentrant=bool(checkpointing.reentrant),
     )
     native = native_dtype(resolved.config) or "bf16"

@@ -76,13 +76,13 @@ def make_mask(
 
     ``dtype``: of the embeddings. A sliding ``window`` needs a mask from that length on. Eager
     attention has an additive one, (b, 1, s, s); SDPA a boolean one, shared by the sequences
-    unless they are padded. ``eager``: the model has no other implementation. ``always``: the
+    unless they are padded. ``eager``: the model has no SDPA, and is eager instead. ``always``: the
     model asks for a mask even where a flag would do (Falcon).
     """
     env = tape.env
-    eager = eager or env.attention == "eager"
+    eager = env.attention == "eager" or (eager and env.attention == "sdpa")
     cut = window is not None and env.seq_len is not None and env.seq_len >= window
-    if env.attention == "flash" and not eager:
+    if env.attention == "flash":
         return None
     if not (env.padding_mask or cut or always) and not (eager and causal):
         return None
@@ -109,7 +109,7 @@ def attend(
     ``by_head``: the queries lie in memory head by head (a ``cat`` made them so); flash lays out
     its output like its queries, and the output is copied to lie token by token.
     ``bias``: added to the scores of every sequence alike (T5's positions), heads x s x s; what
-    SDPA takes for a mask has it in already. ``eager``: the model has no other implementation.
+    SDPA takes for a mask has it in already. ``eager``: the model has no SDPA, and is eager instead.
     ``held`` receives the attention weights that eager attention returns beside its output, for
     blocks that hold them until they return.
     """
@@ -137,14 +137,14 @@ def _attend(
     held: list[Tensor] | None,
 ) -> Tensor:
     env = q.tape.env
-    if eager or env.attention == "eager":
-        return _eager(q, k, v, heads, mask, bias, held)
+    if env.attention == "eager" or (eager and env.attention == "sdpa"):
+        return _eager(q, k, v, heads, mask, bias, held, by_head=by_head)
     given = (k.dtype, v.dtype)
     q, k, v = (ops.autocast(t) for t in (q, k, v))
     masked = mask is not None or env.padding_mask
     choice = kernel(env, heads, q.dtype, masked=masked)
     if choice == "math":
-        return ops.copy(_math(q, k, v, heads))
+        return ops.copy(_math(q, k, v, heads, by_head=by_head))
     if masked and choice != "flash":
         # one head is repeated by a view, unless autocast then casts what was repeated
         if heads.kv_count > 1 or k.dtype != given[0]:
@@ -248,41 +248,63 @@ def attend_broadcast(q: Tensor, k: Tensor, v: Tensor, heads: Heads, mask: Tensor
     """SDPA over one key-value head that nobody expanded: no fused kernel takes it."""
     q, k, v = (ops.autocast(t) for t in (q, k, v))
     bias = additive(mask, q.tape, q.dtype)
-    out = ops.copy(_math(q, k, v, heads))
+    out = ops.copy(_math(q, k, v, heads, broadcast=True))
     del bias
     return out
 
 
-def _dense(x: Tensor) -> Tensor:
-    """A product of batches copies an operand that is a part of a wider matrix."""
-    return _part_copied(ops.autocast(x))
+def _operand(x: Tensor, *, by_head: bool) -> Tensor:
+    """An operand of a product of batches, which are the heads of all sequences.
+
+    It is copied where heads lie token by token in memory, but for those of a single sequence
+    (``at::matmul`` folds the batch dimensions by ``reshape``).
+    """
+    return x if by_head or x.tape.env.one_sequence else ops.copy(x)
 
 
-def _part_copied(x: Tensor) -> Tensor:
-    if x.storage is None:
-        return x
-    whole = x.tape.sizes[x.storage.index - 1]
-    return x if whole == x.numel * ops.item_bytes(x.dtype) else ops.copy(x)
-
-
-def _math(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
+def _math(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: Heads,
+    *,
+    by_head: bool = False,
+    broadcast: bool = False,
+) -> Tensor:
     """The quadratic fallback inside SDPA: scaled operands, scores, softmax, product, in fp32.
 
-    Source: aten/src/ATen/native/transformers/attention.cpp, ``_scaled_dot_product_attention_math``.
+    ``broadcast``: the products spread one key-value head over all queries', else it is repeated
+    before anything else. What is cast and scaled is held until the function returns. Source:
+    aten/src/ATen/native/transformers/attention.cpp, ``_scaled_dot_product_attention_math``.
     """
-    rows = SCORES * heads.count
+    rows, width = SCORES * heads.count, heads.count * heads.value_size
     tape, dtype = q.tape, q.dtype
-    q, k, v = (ops.to(t, "fp32") for t in (q, k, v))
-    k, v = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
-    q, k, v = ops.scale(q), ops.scale(k), _part_copied(v)
-    weights = _safe_softmax(ops.matmul(q, k, rows, 1, "scores", exact=True))
+    accurate = [ops.to(t, "fp32") for t in (q, k, v)]
+    scaled = ops.scale(accurate[0])
+    keys, values = accurate[1:]
+    if not broadcast:
+        keys, values = (ops.expand_heads(t, heads.groups) for t in (keys, values))
+    alone = by_head or heads.groups > 1
+    left = _operand(scaled, by_head=by_head)
+    right = ops.scale(keys)
+    right = _spread(right, heads) if broadcast else _operand(right, by_head=alone)
+    scores = ops.matmul(left, right, rows, 1, "scores", exact=True)
+    del left, right
+    weights = _safe_softmax(scores)
+    del scores
     weights = ops.dropout(weights, heads.dropout)
-    width = heads.count * heads.value_size
-    out = ops.to(ops.matmul(weights, v, q.rows, width, "attention", exact=True), dtype)
+    values = _spread(values, heads) if broadcast else _operand(values, by_head=heads.groups > 1)
+    out = ops.matmul(weights, values, q.rows, width, "attention", exact=True)
     if dtype != "fp32":  # the weights are cast too, for nobody
         unused = tape.tensor(rows, 1, dtype, "weights")
+        out = ops.to(out, dtype)
         del unused
     return out
+
+
+def _spread(x: Tensor, heads: Heads) -> Tensor:
+    """One head as an operand beside many: a copy, or a view where there is but one sequence."""
+    return ops.expand_heads(x, heads.groups, copied=not x.tape.env.one_sequence)
 
 
 def _safe_softmax(scores: Tensor) -> Tensor:
@@ -306,12 +328,18 @@ def _eager(
     mask: Tensor | None,
     bias: Tensor | None,
     held: list[Tensor] | None,
+    *,
+    by_head: bool,
 ) -> Tensor:
     """transformers' ``eager_attention_forward``."""
     rows = pairs(q.tape) * heads.count
     dtype = q.dtype
     keys, values = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
-    weights = ops.scale(ops.matmul(_dense(q), _dense(keys), rows, 1, "scores"))
+    alone = heads.groups > 1
+    left = _operand(ops.autocast(q), by_head=by_head)
+    right = _operand(ops.autocast(keys), by_head=by_head or alone)
+    weights = ops.scale(ops.matmul(left, right, rows, 1, "scores"))
+    del left, right
     if heads.softcap:
         weights = ops.scale(weights)
         weights = ops.unary(weights, "tanh", "output")
@@ -331,4 +359,5 @@ def _eager(
     if held is not None:
         held.append(weights)
     width = heads.count * heads.value_size
-    return ops.copy(ops.matmul(weights, _dense(values), q.rows, width, "attention"))
+    values = _operand(ops.autocast(values), by_head=alone)
+    return ops.copy(ops.matmul(weights, values, q.rows, width, "attention"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ftplan.memory import ops
-from ftplan.memory.tape import Node, Tensor
+from ftplan.memory.tape import Node, Rerun, Tensor
 
-__all__ = ["checkpoint"]
+__all__ = ["checkpoint", "checkpoint_all"]
 
 
 def checkpoint(
@@ -23,37 +23,56 @@ def checkpoint(
     ``others`` are further inputs that may ask for a gradient; ``trains`` says whether the function
     has weights that do. ``offload``: ``x`` waits in host memory.
     """
+    return checkpoint_all(lambda x: [function(x)], x, others, trains=trains, offload=offload)[0]
+
+
+def checkpoint_all(
+    function: Callable[[Tensor], list[Tensor]],
+    x: Tensor,
+    others: Sequence[Tensor] = (),
+    *,
+    trains: bool,
+    offload: bool = False,
+) -> list[Tensor]:
+    """:func:`checkpoint` of a function with several outputs that may have a gradient."""
     tape = x.tape
     inputs = [x, *others]
     if not tape.grad_enabled or not (trains or any(t.requires_grad for t in inputs)):
         return function(x)
+    if tape.rerun is not None:
+        tape.rerun.stop = len(tape.events)  # a checkpoint in a checkpoint saves its inputs
     held: list[Tensor] = []
     inputs_edges = [ops.edge(t) for t in inputs]
     with tape.no_grad():
         tape.escaped = None if tape.env.reentrant else held
-        out = function(x)
+        outputs = function(x)
         tape.escaped = None
 
     stored: Callable[[], Tensor] = _host_copy(x) if offload else lambda: x
 
-    def forward_again(grad: Tensor | None) -> Tensor:
+    def forward_again(grads: list[Tensor | None]) -> Rerun:
         cache, tape.weight_cache = tape.weight_cache, {}
+        before, tape.rerun = tape.rerun, Rerun(
+            start=len(tape.events), first=tape.sequence, deferred=not tape.env.reentrant
+        )
+        run = tape.rerun
         with tape.scoped("recomputed"):
             start = stored()
             kept: list[Tensor | None] = [start]
             tape.recalled = held if held else None
-            again = function(_entry(start, kept))
+            run.outputs = function(_entry(start, kept))
             del start
             tape.recalled = None
-        tape.weight_cache = cache
+        tape.weight_cache, tape.rerun = cache, before
         if tape.env.reentrant:  # its backward holds the gradient and the output on the stack
-            kept += [grad, again]
-        return again
+            kept += [*grads, *run.outputs]
+        return run
 
-    node = Node(tape, "checkpoint", inputs_edges, _never)
+    node = Node(tape, "checkpoint", inputs_edges, _never, len(outputs))
     node.recompute = forward_again
-    out.requires_grad, out.node = True, node
-    return out
+    for number, out in enumerate(outputs):
+        out.requires_grad, out.node, out.output_nr = True, node, number
+    return outputs
 
 
 def _host_copy(x: Tensor) -> Callable[[], Tensor]:

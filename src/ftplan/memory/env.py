@@ -46,6 +46,8 @@ class Environment:
     """Accelerate's mixed precision casts what the model returns to fp32."""
     seq_len: int | None = None
     """Sequence length in tokens, only for decisions (is it longer than the window), not sizes."""
+    one_sequence: bool = False
+    """The micro batch is a single sequence: views that mix its heads and tokens need no copy."""
     reentrant: bool = False
     """Which implementation of checkpointing recomputes a block."""
     training: bool = True

@@ -79,6 +79,8 @@ def record(
     if not tape.grad_enabled or not any(tensor.requires_grad for tensor in inputs):
         return
     node = Node(tape, name, [edge(tensor) for tensor in inputs], apply, len(outputs))
+    if tape.rerun is not None:
+        tape.rerun.note(apply, outputs[0])
     for number, output in enumerate(outputs):
         output.requires_grad = True
         output.node = node
@@ -90,9 +92,11 @@ def records(*inputs: Tensor) -> bool:
     return inputs[0].tape.grad_enabled and any(tensor.requires_grad for tensor in inputs)
 
 
-def like(rows: Size, width: int, dtype: str, needed: bool) -> Callable[[Tensor], Tensor | None]:
+def like(
+    rows: Size, width: int, dtype: str, needed: bool, name: str = "gradient"
+) -> Callable[[Tensor], Tensor | None]:
     """A maker of gradients for an input of this shape; it must not hold the input itself."""
-    return lambda grad: grad.tape.tensor(rows, width, dtype, "gradient") if needed else None
+    return lambda grad: grad.tape.tensor(rows, width, dtype, name) if needed else None
 
 
 def fit(grad: Tensor | None, rows: Size, width: int, dtype: str) -> Tensor | None:
@@ -166,23 +170,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
     out = x.tape.tensor(x.rows, out_features, x.dtype, name)
     saved_x = x if records(weight) and weight.requires_grad else None
     saved_weight = weight if x.requires_grad else None
-    rows, width, dtype = x.rows, x.width, x.dtype
-    weight_rows = weight.rows
-    wants = (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+    dtype = x.dtype
+    make_x = like(x.rows, x.width, dtype, x.requires_grad)
+    make_weight = like(weight.rows, x.width, dtype, weight.requires_grad, "weight gradient")
+    wants_bias = bias is not None and bias.requires_grad
 
     def apply(grad: Tensor) -> Grads:
-        tape = grad.tape
         _kept = saved_x, saved_weight
-        grad_x = tape.tensor(rows, width, dtype, "gradient") if wants[0] else None
-        grad_weight = (
-            tape.tensor(weight_rows, width, dtype, "weight gradient") if wants[1] else None
-        )
+        # autograd's order is that of the operands' names: mm(self, mat2), addmm(mat1, mat2, self)
+        grad_x = make_x(grad) if has_bias else None
+        grad_weight = make_weight(grad)
+        grad_x = grad_x if has_bias else make_x(grad)
         for product in (grad_x, grad_weight):
             if product is not None:
                 product.based = True  # seen through a view or a transpose
         if not has_bias:
             return grad_x, grad_weight
-        grad_bias = tape.tensor(ONE, bias_width, dtype, "bias gradient") if wants[2] else None
+        tape = grad.tape
+        grad_bias = tape.tensor(ONE, bias_width, dtype, "bias gradient") if wants_bias else None
         return grad_x, grad_weight, grad_bias
 
     has_bias, bias_width = bias is not None, 0 if bias is None else bias.width
@@ -208,7 +213,8 @@ def matmul(
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved_a, saved_b
-        return make_a(grad), make_b(grad)
+        grad_b = make_b(grad)  # mat2 before self
+        return make_a(grad), grad_b
 
     record([out], name, [a, b], apply)
     return out
@@ -253,8 +259,8 @@ def mul(a: Tensor, b: Tensor, name: str = "mul") -> Tensor:
     def apply(grad: Tensor) -> Grads:
         _kept = saved_a, saved_b
         tape = grad.tape
-        grad_a = tape.tensor(rows, width, dtype, "gradient") if wants_a else None
-        grad_b = tape.tensor(rows, width, dtype, "gradient") if wants_b else None
+        grad_b = tape.tensor(rows, width, dtype, "gradient") if wants_b else None  # other
+        grad_a = tape.tensor(rows, width, dtype, "gradient") if wants_a else None  # self
         return fit(grad_a, *shape_a), fit(grad_b, *shape_b)
 
     record([out], name, [a, b], apply)
@@ -477,11 +483,14 @@ def cat(parts: Sequence[Tensor], name: str = "cat") -> Tensor:
     return out
 
 
-def expand_heads(x: Tensor, repeats: int) -> Tensor:
-    """``repeat_kv``: keys or values copied to all query heads."""
+def expand_heads(x: Tensor, repeats: int, *, copied: bool = True) -> Tensor:
+    """``repeat_kv``: keys or values copied to all query heads; ``expand`` where not ``copied``."""
     if repeats == 1:
         return x
-    out = x.tape.tensor(x.rows, x.width * repeats, x.dtype, "expanded heads")
+    if copied:
+        out = x.tape.tensor(x.rows, x.width * repeats, x.dtype, "expanded heads")
+    else:
+        out = x.alias(width=x.width * repeats)
     make = like(x.rows, x.width, x.dtype, x.requires_grad)
     record([out], "expand", [x], lambda grad: (make(grad),))
     return out

@@ -14,7 +14,7 @@ from ftplan.memory.tape import ITEM_BYTES, Parameter
 
 __all__ = ["counted_parameters", "prepare"]
 
-HEADS = ("lm_head", "score", "classifier")
+HEADS = ("score", "classifier")
 """Linear layers outside the blocks that are never quantised."""
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "Label",
     "Node",
     "Parameter",
+    "Rerun",
     "Size",
     "Storage",
     "Tape",
@@ -129,6 +130,8 @@ class Tape:
     """Tensors that are leaves of the graph, held until their gradient arrives."""
     recalled: list[Tensor] | None = None
     """While a checkpoint runs again: what escaped the first time, in order."""
+    rerun: Rerun | None = None
+    """The checkpoint that runs again now, and stops where nothing more is saved."""
 
     def allocate(self, size: Size, name: str) -> Storage:
         """A storage of ``size`` bytes comes alive."""
@@ -138,7 +141,7 @@ class Tape:
         self.events.append(index)
         return Storage(self, index)
 
-    def hold(self, x: Tensor) -> Tensor | None:
+    def hold(self, x: Tensor) -> Held | None:
         """What a Python function keeps as an attribute instead of ``save_for_backward``.
 
         Checkpointing without reentry sees only the latter: the first forward's tensor stays.
@@ -146,9 +149,7 @@ class Tape:
         if self.escaped is not None:
             self.escaped.append(x.alias())
             return None
-        if self.recalled is not None:
-            return self.recalled.pop(0)
-        return x
+        return Held(x if self.recalled is None else self.recalled.pop(0))
 
     def tensor(self, rows: Size, width: int, dtype: str, name: str) -> Tensor:
         """A fresh tensor of ``rows`` x ``width`` elements."""
@@ -287,7 +288,27 @@ class Parameter:
         return count
 
 
+@dataclass(slots=True)
+class Held:
+    """A tensor that is kept out of autograd's sight."""
+
+    tensor: Tensor
+
+
 Grads = tuple["Tensor | None", ...]
+
+
+def saved(apply: Callable[..., Grads]) -> list[Tensor]:
+    """What a step of the way back saves: the tensors that its function closes over."""
+    found: list[Tensor] = []
+    pending = [cell.cell_contents for cell in apply.__closure__ or ()]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            pending += value
+    return found
 
 
 class Node:
@@ -310,15 +331,63 @@ class Node:
         self.apply: Callable[..., Grads] | None = apply
         self.buffers: list[Tensor | None] = [None] * outputs
         self.pending = 0
-        self.recompute: Callable[[Tensor | None], Tensor] | None = None
+        self.recompute: Callable[[list[Tensor | None]], Rerun] | None = None
         """A checkpoint: builds the graph that stands in for this node."""
 
+    @property
+    def saves(self) -> bool:
+        """Whether it asks for something that was saved."""
+        return self.apply is not None and bool(saved(self.apply))
 
-def _count_dependencies(root: Node, since: int = 0) -> None:
+
+@dataclass(slots=True)
+class Rerun:
+    """A checkpointed function that is run again: its outputs with a graph, and when it runs.
+
+    Without reentry it runs when a node of that graph first asks for what it saved, and it stops
+    as soon as the last of that is there (torch/utils/checkpoint.py, ``_checkpoint_hook`` and
+    ``_recomputation_hook``). The graph is recorded at once all the same: ``events`` of the run
+    are set aside until then.
+    """
+
+    start: int
+    """Where on the tape its events begin."""
+    first: int
+    """Its nodes have larger sequence numbers than this."""
+    deferred: bool
+    stop: int = 0
+    """Where on the tape the last tensor was saved."""
+    outputs: list[Tensor] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)
+
+    def note(self, apply: Callable[..., Grads], output: Tensor) -> None:
+        """An operation was recorded: inputs are saved before it runs, what it makes after."""
+        kept = [t.storage.index if t.storage else 0 for t in saved(apply)]
+        if not kept:
+            return
+        events = output.tape.events
+        self.stop = len(events)
+        if output.storage is None or max(kept) >= output.storage.index:
+            return
+        born = output.storage.index
+        if born in events[self.start :]:
+            self.stop = self.start + events[self.start :].index(born)
+
+    def end(self, tape: Tape) -> None:
+        """Take the run's events off the tape: those until the last tensor is saved, and deaths."""
+        tail = tape.events[self.stop :]
+        late = {event for event in tail if event > 0 and -event in tail}
+        self.events = tape.events[self.start : self.stop]
+        self.events += [event for event in tail if abs(event) not in late]
+        del tape.events[self.start :]
+
+
+def _count_dependencies(roots: Sequence[Node], since: int = 0) -> None:
     """How many gradients each node waits for, in the part of the graph made after ``since``."""
-    seen = {id(root)}
-    stack = [root]
-    root.pending = 0
+    seen = {id(root) for root in roots}
+    stack = list(roots)
+    for root in roots:
+        root.pending = 0
     while stack:
         node = stack.pop()
         for edge in node.edges:
@@ -333,20 +402,34 @@ def _count_dependencies(root: Node, since: int = 0) -> None:
                 child.pending += 1
 
 
-def _expand(node: Node, tape_sequence: int) -> Node:
-    """Recompute a checkpointed block: its graph takes the place of ``node``."""
+def _expand(node: Node, tape: Tape) -> tuple[list[Node], Rerun]:
+    """Run a checkpointed function again: the graph that it leaves takes the place of ``node``.
+
+    Returns the nodes of that graph whose gradients are all there.
+    """
     assert node.recompute is not None
-    output = node.recompute(node.buffers[0])
-    root = output.node
-    assert isinstance(root, Node), "a checkpointed block whose output asks for no gradient"
-    _count_dependencies(root, tape_sequence)
+    run = node.recompute(node.buffers)
+    roots: list[Node] = []
+    for output, grad in zip(run.outputs, node.buffers, strict=True):
+        if grad is None:
+            continue
+        root = output.node
+        assert isinstance(root, Node), "a checkpointed block whose output asks for no gradient"
+        root.buffers[output.output_nr] = grad
+        roots.append(root)
+    _count_dependencies(roots, run.first)
     for edge in node.edges:
-        if isinstance(edge, tuple):
+        if isinstance(edge, Parameter):
+            edge.pending -= 1
+        elif edge is not None:
             edge[0].pending -= 1
-    root.buffers[output.output_nr] = node.buffers[0]
     node.buffers = []
     node.recompute = None
-    return root
+    run.outputs = []
+    output = grad = None
+    if run.deferred:
+        run.end(tape)
+    return [root for root in roots if root.pending == 0], run
 
 
 def _arrive(parameter: Parameter, grad: Tensor | None) -> None:
@@ -394,15 +477,22 @@ def backward(
     """
     start, tape = root.node, root.tape
     assert isinstance(start, Node), "backward from something without a graph"
-    _count_dependencies(start)
+    _count_dependencies([start])
     start.buffers[root.output_nr] = grad
     del grad, root
     ready = [(-start.sequence, start)]
+    waiting: Rerun | None = None
     while ready:
         _, node = heapq.heappop(ready)
         on_node(node)
+        if waiting and (node.recompute or (node.sequence > waiting.first and node.saves)):
+            tape.events += waiting.events
+            waiting = None
         if node.recompute is not None:
-            node = _expand(node, tape.sequence)
+            roots, waiting = _expand(node, tape)
+            for root_node in roots:
+                heapq.heappush(ready, (-root_node.sequence, root_node))
+            continue
         grads = node.buffers
         node.buffers = []
         assert node.apply is not None, f"{node.name} ran backward twice"

@@ -186,29 +186,42 @@ def _math(
     other branches when a dispatch mode is on.
     """
     origin = query.dtype
+    mask = _additive(mask, origin)
+    accurate = (query, key, value)  # held until the function returns, as all that follows
     if origin in LOW_PRECISION:
-        query, key, value = (t.to(torch.float32) for t in (query, key, value))
+        accurate = tuple(t.to(torch.float32) for t in accurate)
+    query, key, value = accurate
     if causal:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.where(mask.logical_not(), float("-inf"), torch.zeros((), dtype=query.dtype))
+        mask = _additive(mask, query.dtype)
     root = (scale if scale is not None else query.shape[-1] ** -0.5) ** 0.5
-    query = query * root
+    scaled = query * root
     if grouped and key.shape[1] != query.shape[1]:
         repeats = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(repeats, 1)
         value = value.repeat_interleave(repeats, 1)
-    scores = torch.matmul(query, key.transpose(-2, -1) * root)
+    scores = torch.matmul(scaled, key.transpose(-2, -1) * root)
     if mask is not None:
         if mask.requires_grad:
             scores = scores + mask
         else:
-            scores.add_(mask.to(scores.dtype))
+            scores.add_(mask)
     weights = _SafeSoftmax.apply(scores, ledger)
     del scores
     if dropout > 0.0:
         weights = torch.native_dropout(weights, dropout, True)[0]
-    return torch.matmul(weights, value).to(origin)
+    out = torch.matmul(weights, value)
+    second = weights.to(origin)  # the function's other result, which nobody takes
+    result = out.to(origin)
+    del second
+    return result
+
+
+def _additive(mask: Any, dtype: Any) -> Any:
+    """``convert_boolean_attn_mask`` (ATen/native/transformers/attention.cpp)."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask.logical_not(), float("-inf"), torch.zeros((), dtype=dtype))
 
 
 def _sdpa(ledger: Ledger, capability: tuple[int, int]) -> Any:
@@ -237,12 +250,8 @@ def _sdpa(ledger: Ledger, capability: tuple[int, int]) -> Any:
                 query, key, value = (F.pad(t, (0, 8 - head % 8)) for t in (query, key, value))
             out = _Flash.apply(query, key, value, ledger)
             return out[..., :head] if head % 8 else out
-        bias = attn_mask
+        bias = _additive(attn_mask, query.dtype)
         if bias is not None:
-            if bias.dtype == torch.bool:
-                bias = torch.where(
-                    bias.logical_not(), float("-inf"), torch.zeros((), dtype=query.dtype)
-                )
             if bias.shape[-1] % 16:
                 last = bias.shape[-1]
                 bias = F.pad(bias, (0, 16 - last % 16))[..., :last]

@@ -71,8 +71,7 @@ class Attention(Module):
         self.query_key_value = FalconLinear(hidden, width, bias=bias)
         self.dense = FalconLinear(hidden, hidden, bias=bias)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        fused = self.query_key_value.forward(x)
+    def _split(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         narrow = self.kv_count * self.size
         q = ops.part(fused, self.heads.count * self.size)
         k, v = ops.part(fused, narrow), ops.part(fused, narrow)
@@ -86,7 +85,8 @@ class Attention(Module):
         return q, k, v
 
     def forward(self, x: Tensor, shared: Shared, held: list[Tensor]) -> Tensor:
-        q, k, v = self._project(x)
+        fused = self.query_key_value.forward(x)
+        q, k, v = self._split(fused)
         if not self.alibi:
             cos, sin = shared.rope[""]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)

@@ -60,6 +60,8 @@ class Traits:
     """The config's field for the dropout of what is added to the residual stream."""
     dropout_site: Literal["block", "module", "mlp"] = "block"
     embedding_dropout: str | None = None
+    no_sdpa: bool = False
+    """Eager attention takes the place of SDPA, which knows no soft cap (Gemma 2)."""
     scaled_embedding: bool = False
     """The embedding module multiplies its output (Gemma)."""
 
@@ -84,7 +86,11 @@ TRAITS: dict[str, Traits] = {
     "internlm3": Traits(out_bias="mlp_bias", mlp_bias="mlp_bias"),
     "gemma": Traits(norm="offset", scaled_embedding=True),
     "gemma2": Traits(
-        norm="offset", scaled_embedding=True, block="sandwich", norm_names=_GEMMA_NORMS
+        norm="offset",
+        scaled_embedding=True,
+        no_sdpa=True,
+        block="sandwich",
+        norm_names=_GEMMA_NORMS,
     ),
     "gemma3_text": Traits(
         norm="offset",
@@ -421,7 +427,7 @@ class Attention(Module):
             v,
             self.heads,
             mask,
-            eager=self.heads.softcap,
+            eager=self.traits.no_sdpa,
             by_head=self.traits.rejoins,
             held=held,
         )
@@ -649,7 +655,7 @@ class Llama(Network):
         for name in self.layer_types:
             window = config.get("sliding_window") if name == "sliding_attention" else None
             shared.masks[name] = make_mask(
-                tape, x.dtype, window=window, eager=heads_of(config).softcap
+                tape, x.dtype, window=window, eager=traits.no_sdpa
             )
         if traits.embedding_dropout:
             x = ops.dropout(x, config.get(traits.embedding_dropout) or 0.0)
