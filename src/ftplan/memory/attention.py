@@ -20,7 +20,9 @@ __all__ = [
     "attend_broadcast",
     "kernel",
     "make_mask",
+    "operand",
     "pairs",
+    "spread",
     "with_prefix",
 ]
 
@@ -253,7 +255,7 @@ def attend_broadcast(q: Tensor, k: Tensor, v: Tensor, heads: Heads, mask: Tensor
     return out
 
 
-def _operand(x: Tensor, *, by_head: bool) -> Tensor:
+def operand(x: Tensor, *, by_head: bool = False) -> Tensor:
     """An operand of a product of batches, which are the heads of all sequences.
 
     It is copied where heads lie token by token in memory, but for those of a single sequence
@@ -285,15 +287,15 @@ def _math(
     if not broadcast:
         keys, values = (ops.expand_heads(t, heads.groups) for t in (keys, values))
     alone = by_head or heads.groups > 1
-    left = _operand(scaled, by_head=by_head)
+    left = operand(scaled, by_head=by_head)
     right = ops.scale(keys)
-    right = _spread(right, heads) if broadcast else _operand(right, by_head=alone)
+    right = spread(right, heads) if broadcast else operand(right, by_head=alone)
     scores = ops.matmul(left, right, rows, 1, "scores", exact=True)
     del left, right
     weights = _safe_softmax(scores)
     del scores
     weights = ops.dropout(weights, heads.dropout)
-    values = _spread(values, heads) if broadcast else _operand(values, by_head=heads.groups > 1)
+    values = spread(values, heads) if broadcast else operand(values, by_head=heads.groups > 1)
     out = ops.matmul(weights, values, q.rows, width, "attention", exact=True)
     if dtype != "fp32":  # the weights are cast too, for nobody
         unused = tape.tensor(rows, 1, dtype, "weights")
@@ -302,7 +304,7 @@ def _math(
     return out
 
 
-def _spread(x: Tensor, heads: Heads) -> Tensor:
+def spread(x: Tensor, heads: Heads) -> Tensor:
     """One head as an operand beside many: a copy, or a view where there is but one sequence."""
     return ops.expand_heads(x, heads.groups, copied=not x.tape.env.one_sequence)
 
@@ -336,8 +338,8 @@ def _eager(
     dtype = q.dtype
     keys, values = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
     alone = heads.groups > 1
-    left = _operand(ops.autocast(q), by_head=by_head)
-    right = _operand(ops.autocast(keys), by_head=by_head or alone)
+    left = operand(ops.autocast(q), by_head=by_head)
+    right = operand(ops.autocast(keys), by_head=by_head or alone)
     weights = ops.scale(ops.matmul(left, right, rows, 1, "scores"))
     del left, right
     if heads.softcap:
@@ -359,5 +361,5 @@ def _eager(
     if held is not None:
         held.append(weights)
     width = heads.count * heads.value_size
-    values = _operand(ops.autocast(values), by_head=alone)
+    values = operand(ops.autocast(values), by_head=alone)
     return ops.copy(ops.matmul(weights, values, q.rows, width, "attention"))

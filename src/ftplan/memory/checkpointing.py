@@ -43,10 +43,10 @@ def checkpoint_all(
         tape.rerun.stop = len(tape.events)  # a checkpoint in a checkpoint saves its inputs
     held: list[Tensor] = []
     inputs_edges = [ops.edge(t) for t in inputs]
-    with tape.no_grad():
-        tape.escaped = None if tape.env.reentrant else held
+    tape.escaped = None if tape.env.reentrant else held
+    with tape.unsaved():
         outputs = function(x)
-        tape.escaped = None
+    tape.escaped = None
 
     stored: Callable[[], Tensor] = _host_copy(x) if offload else lambda: x
 
@@ -58,7 +58,7 @@ def checkpoint_all(
         run = tape.rerun
         with tape.scoped("recomputed"):
             start = stored()
-            kept: list[Tensor | None] = [start]
+            kept: list[Tensor | None] = [start, *others]
             tape.recalled = held if held else None
             run.outputs = function(_entry(start, kept))
             del start
@@ -71,7 +71,8 @@ def checkpoint_all(
     node = Node(tape, "checkpoint", inputs_edges, _never, len(outputs))
     node.recompute = forward_again
     for number, out in enumerate(outputs):
-        out.requires_grad, out.node, out.output_nr = True, node, number
+        if out.requires_grad and isinstance(out.node, Node):
+            out.node, out.output_nr = node, number
     return outputs
 
 

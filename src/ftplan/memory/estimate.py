@@ -396,9 +396,12 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
             parameter.stored = parameter.dtype
             if parameter.dtype in ITEM_BYTES:
                 parameter.dtype = sharding.param_dtype or parameter.dtype
+    environment = job.environment
+    if objective.sequences > 1 and environment.one_sequence:
+        environment = replace(environment, one_sequence=False)
     recording = record_step(
         network,
-        job.environment,
+        environment,
         checkpoint_every=job.checkpoint_every,
         input_grads=job.checkpoint_every > 0,
         accumulated=job.accumulation > 1,

@@ -199,9 +199,9 @@ def _gelu_new(x: Tensor) -> Tensor:
     Autocast runs the power in fp32, and everything after it follows.
     """
     half = ops.scale(x)
-    cube = ops.unary(ops.autocast_fp32(x), "pow", "input")
-    inner = ops.scale(ops.add(x, ops.scale(cube)))
-    return ops.mul(half, ops.shift(ops.unary(inner, "tanh", "output")))
+    inner = ops.scale(ops.add(x, ops.scale(ops.power(ops.autocast_fp32(x)))))
+    inner = ops.shift(ops.unary(inner, "tanh", "output"))
+    return ops.mul(half, inner)
 
 
 def _gelu_fast(x: Tensor) -> Tensor:
@@ -225,14 +225,23 @@ class Shared:
     """A position bias with a gradient (T5)."""
     cross_bias: Tensor | None = None
     """The same for cross attention: zeros."""
+    zeros: tuple[Tensor, Parameter] | None = None
+    """The first of these zeros, and what collects a gradient of them that nobody asks for: under
+    checkpointing."""
     memory: Tensor | None = None
     """The encoder's output, for cross attention."""
+    checkpointed: bool = False
+    """Gradient checkpointing is on, in every block or in some."""
+
+    def biases(self) -> tuple[Tensor | None, Tensor | None]:
+        """What the first block makes for the others."""
+        return self.bias, self.cross_bias
 
     def let_go(self) -> None:
         """The last block of the real model that holds these has gone."""
         self.rope.clear()
         self.masks.clear()
-        self.mask = self.bias = self.cross_bias = self.memory = None
+        self.mask = self.bias = self.cross_bias = self.zeros = self.memory = None
 
 
 class Stack:

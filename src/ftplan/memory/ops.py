@@ -27,6 +27,7 @@ from ftplan.memory.tape import (
     Size,
     Tape,
     Tensor,
+    fit,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "mean_square",
     "mul",
     "neg",
+    "power",
     "scale",
     "softmax",
     "split",
@@ -79,7 +81,11 @@ def record(
     if not tape.grad_enabled or not any(tensor.requires_grad for tensor in inputs):
         return
     node = Node(tape, name, [edge(tensor) for tensor in inputs], apply, len(outputs))
+    node.shapes = tuple((tensor.rows, tensor.width, tensor.dtype) for tensor in inputs)
+    if not tape.saves:
+        node.apply, node.edges = None, ()
     if tape.rerun is not None:
+        node.unpacks = tape.rerun.deferred
         tape.rerun.note(apply, outputs[0])
     for number, output in enumerate(outputs):
         output.requires_grad = True
@@ -97,17 +103,6 @@ def like(
 ) -> Callable[[Tensor], Tensor | None]:
     """A maker of gradients for an input of this shape; it must not hold the input itself."""
     return lambda grad: grad.tape.tensor(rows, width, dtype, name) if needed else None
-
-
-def fit(grad: Tensor | None, rows: Size, width: int, dtype: str) -> Tensor | None:
-    """A gradient brought to the shape and dtype of its input: summed where it was broadcast."""
-    if grad is None or (grad.rows == rows and grad.width == width and grad.dtype == dtype):
-        return grad
-    if grad.rows != rows or grad.width != width:
-        grad = grad.tape.tensor(rows, width, grad.dtype, "gradient sum")
-    if grad.dtype != dtype:
-        grad = grad.tape.tensor(rows, width, dtype, "gradient cast")
-    return grad
 
 
 def view(x: Tensor, rows: Size, width: int) -> Tensor:
@@ -164,8 +159,10 @@ def autocast_fp32(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "linear") -> Tensor:
     """``x`` (rows x in) times a weight (out x in), plus a bias (out)."""
-    x, weight = autocast(x), autocast(weight)
+    # operands are cast from the last to the first, as compilers evaluate autocast's arguments
     bias = None if bias is None else autocast(bias)
+    weight = autocast(weight)
+    x = autocast(x)
     out_features = weight.rows[0]
     out = x.tape.tensor(x.rows, out_features, x.dtype, name)
     saved_x = x if records(weight) and weight.requires_grad else None
@@ -204,7 +201,8 @@ def matmul(
     ``exact``: inside a kernel, where autocast does not reach.
     """
     if not exact:
-        a, b = autocast(a), autocast(b)
+        b = autocast(b)
+        a = autocast(a)
     out = a.tape.tensor(rows, width, a.dtype, name)
     saved_a = a if b.requires_grad else None
     saved_b = b if a.requires_grad else None
@@ -234,14 +232,7 @@ def add(a: Tensor, b: Tensor, name: str = "add") -> Tensor:
     dtype = promote(a.dtype, b.dtype)
     rows, width = _broadcast(a, b)
     out = a.tape.tensor(rows, width, dtype, name)
-    shape_a = (a.rows, a.width, a.dtype)
-    shape_b = (b.rows, b.width, b.dtype)
-    wants_a, wants_b = a.requires_grad, b.requires_grad
-
-    def apply(grad: Tensor) -> Grads:
-        return fit(grad, *shape_a) if wants_a else None, fit(grad, *shape_b) if wants_b else None
-
-    record([out], name, [a, b], apply)
+    record([out], name, [a, b], lambda grad: (grad, grad))
     return out
 
 
@@ -252,16 +243,12 @@ def mul(a: Tensor, b: Tensor, name: str = "mul") -> Tensor:
     out = a.tape.tensor(rows, width, dtype, name)
     saved_a = a if b.requires_grad else None
     saved_b = b if a.requires_grad else None
-    shape_a = (a.rows, a.width, a.dtype)
-    shape_b = (b.rows, b.width, b.dtype)
-    wants_a, wants_b = a.requires_grad, b.requires_grad
+    make_a, make_b = (like(rows, width, dtype, t.requires_grad) for t in (a, b))
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved_a, saved_b
-        tape = grad.tape
-        grad_b = tape.tensor(rows, width, dtype, "gradient") if wants_b else None  # other
-        grad_a = tape.tensor(rows, width, dtype, "gradient") if wants_a else None  # self
-        return fit(grad_a, *shape_a), fit(grad_b, *shape_b)
+        grad_b = make_b(grad)  # other before self
+        return make_a(grad), grad_b
 
     record([out], name, [a, b], apply)
     return out
@@ -299,22 +286,26 @@ def unary(x: Tensor, name: str, keeps: Literal["input", "output"]) -> Tensor:
     return out
 
 
+def power(x: Tensor) -> Tensor:
+    """``x.pow(n)``: keeps x."""
+    out = x.tape.tensor(x.rows, x.width, x.dtype, "pow")
+    saved = x
+    make = like(x.rows, x.width, x.dtype, x.requires_grad)
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved
+        # grad * (n * x.pow(n - 1)): each step a tensor, all of them alive until the last
+        steps = [make(grad) for _ in range(3)]
+        return (steps.pop(),)
+
+    record([out], "pow", [x], apply)
+    return out
+
+
 def mean_square(x: Tensor) -> Tensor:
     """``x.pow(2).mean(-1)``: keeps x, one number a row comes out."""
-    square = x.tape.tensor(x.rows, x.width, x.dtype, "pow")
+    square = power(x)
     rows, width, dtype = x.rows, x.width, x.dtype
-    saved = x
-
-    def apply_pow(grad: Tensor) -> Grads:
-        _kept = saved
-        # grad * (exponent * x.pow(1)): each step a tensor, all of them alive until the last
-        power = grad.tape.tensor(rows, width, dtype, "gradient")
-        scaled = grad.tape.tensor(rows, width, dtype, "gradient")
-        result = grad.tape.tensor(rows, width, dtype, "gradient")
-        del power, scaled
-        return (result,)
-
-    record([square], "pow", [x], apply_pow)
     out = x.tape.tensor(x.rows, 1, x.dtype, "mean")
 
     def apply_mean(grad: Tensor) -> Grads:

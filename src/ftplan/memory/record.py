@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftplan.memory import ops
-from ftplan.memory.checkpointing import checkpoint
+from ftplan.memory.checkpointing import checkpoint_all
 from ftplan.memory.env import Environment
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.job import ShardingSpec
@@ -109,6 +109,8 @@ class _Recorder:
         self.start = 0
         self.fsdp: Fsdp | None = None
         self.units: list[Unit] = []
+        self.blocks = 0
+        """Blocks of the stages before: every n-th of all blocks is checkpointed, not of a stage's."""
         self.copies: list[Module] = []
         """Blocks beside the network's own: the real model holds them, and with them their
         gradients, so no garbage collection may take them while the step is recorded."""
@@ -210,7 +212,7 @@ def record_step(
         _ask_for_input_grads(network)
     recorder.begin_root()
     recorder.order.append(recorder.cut("inputs"))
-    shared = Shared()
+    shared = Shared(checkpointed=checkpoint_every > 0)
     x: Tensor | None = None
     for number, stage in enumerate(network.stages):
         if x is not None:
@@ -220,12 +222,14 @@ def record_step(
     if objective is None or objective.inside:
         root = _loss(recorder, x, objective)
         del x
+        shared.memory = None
         root = recorder.end_root(root)
         recorder.order.append(recorder.cut("the model returns"))
         recorder.end_autocast()
     else:
         held = [_outputs(recorder, x, objective)]
         del x
+        shared.memory = None
         held.append(recorder.end_root(held.pop()))
         recorder.order.append(recorder.cut("the model returns"))
         recorder.end_autocast()
@@ -374,7 +378,8 @@ def _run_stage(
         return x
     seen: dict[tuple[Hashable, ...], int] = {}
     for layer, kind in enumerate(stage.stack.pattern):
-        checkpointed = checkpoint_every > 0 and layer % checkpoint_every == 0
+        number = recorder.blocks + layer
+        checkpointed = checkpoint_every > 0 and number % checkpoint_every == 0
         edge = layer if recorder.fsdp and layer in (0, stage.stack.count - 1) else None
         key = (kind, x.requires_grad, checkpointed, edge)
         last = len(recorder.network.stages) > 1 and _is_last(stage.stack, layer)
@@ -391,6 +396,7 @@ def _run_stage(
         _name_boundary(x)
         seen[key] = recorder.cut("block")
         order.append(seen[key])
+    recorder.blocks += stage.stack.count
     if not checkpoint_every:
         _forget(recorder.tape, shared)
     x = stage.leave(x, shared)
@@ -449,14 +455,22 @@ def _run(block: Module, x: Tensor, shared: Shared) -> Tensor:
 
 
 def _checkpoint(block: Module, x: Tensor, shared: Shared) -> Tensor:
-    others = [t for t in (shared.memory, shared.bias) if t is not None]
-    return checkpoint(
-        lambda x: _run(block, x, shared),
-        x,
-        others,
-        trains=_trains(block),
-        offload=x.tape.env.offload_checkpoints,
-    )
+    given, memory = shared.biases(), shared.memory
+    others = [t for t in (memory, *given) if t is not None]
+
+    def run(x: Tensor) -> list[Tensor]:
+        shared.bias, shared.cross_bias = given
+        shared.memory = memory
+        out = _run(block, x, shared)
+        made = zip(shared.biases(), given, strict=True)
+        outputs = [out, *(t for t, before in made if t is not None and t is not before)]
+        if x.tape.rerun is not None:  # nobody asks for these again
+            shared.bias = shared.cross_bias = shared.memory = None
+        return outputs
+
+    offload = x.tape.env.offload_checkpoints
+    out, *_ = checkpoint_all(run, x, others, trains=_trains(block), offload=offload)
+    return out
 
 
 def _trains(block: Module) -> bool:

@@ -40,6 +40,7 @@ __all__ = [
     "Tape",
     "Tensor",
     "backward",
+    "fit",
 ]
 
 BLOCK_BYTES = 512
@@ -67,6 +68,11 @@ class Size(tuple[int, ...]):
         return Size(a * factor for a in self)
 
     __rmul__ = __mul__
+
+    def alone(self) -> Size:
+        """The same for a batch of one sequence: b is 1."""
+        one, s, b, bs, bss, ss, c = self
+        return Size((one + b, s + bs, 0, 0, 0, bss + ss, c))
 
     def at(self, point: Sequence[int]) -> int:
         """The value where the basis has the values ``point`` (see :func:`basis`)."""
@@ -114,6 +120,8 @@ class Tape:
     sizes: list[Size] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     grad_enabled: bool = True
+    saves: bool = True
+    """Whether the graph keeps what it needs for the way back."""
     scope: str = "activations"
     module: str = ""
     """The part of the block that is running; empty: events are named by operation."""
@@ -175,6 +183,15 @@ class Tape:
             yield
         finally:
             self.grad_enabled = before
+
+    @contextmanager
+    def unsaved(self) -> Iterator[None]:
+        """Run with a graph that keeps nothing (inside a checkpoint)."""
+        before, self.saves = self.saves, False
+        try:
+            yield
+        finally:
+            self.saves = before
 
     @contextmanager
     def scoped(self, group: str) -> Iterator[None]:
@@ -296,6 +313,8 @@ class Held:
 
 
 Grads = tuple["Tensor | None", ...]
+Shape = tuple[Size, int, str]
+"""Rows, width and dtype of a tensor."""
 
 
 def saved(apply: Callable[..., Grads]) -> list[Tensor]:
@@ -314,7 +333,10 @@ def saved(apply: Callable[..., Grads]) -> list[Tensor]:
 class Node:
     """One step of the way back: what it keeps, and what it does with the gradient."""
 
-    __slots__ = ("apply", "buffers", "edges", "name", "pending", "recompute", "sequence")
+    __slots__ = (
+        "apply", "buffers", "edges", "name", "pending", "recompute", "sequence", "shapes",
+        "unpacks",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -331,6 +353,10 @@ class Node:
         self.apply: Callable[..., Grads] | None = apply
         self.buffers: list[Tensor | None] = [None] * outputs
         self.pending = 0
+        self.shapes: tuple[Shape, ...] = ()
+        """Of its inputs: what their gradients are brought to."""
+        self.unpacks = False
+        """What it saved is made again by a checkpoint, and dies as soon as it has been used."""
         self.recompute: Callable[[list[Tensor | None]], Rerun] | None = None
         """A checkpoint: builds the graph that stands in for this node."""
 
@@ -436,7 +462,7 @@ def _arrive(parameter: Parameter, grad: Tensor | None) -> None:
     """Gradients of one parameter are summed; the last one to come makes ``.grad``."""
     held = parameter.sum
     if grad is not None:
-        parameter.sum = grad if held is None else _sum(held, grad)
+        parameter.sum = _own(grad) if held is None else _sum(held, grad)
     held = grad = None
     parameter.pending -= 1
     if parameter.pending == 0 and parameter.sum is not None:
@@ -456,6 +482,38 @@ def _accumulate(parameter: Parameter, grad: Tensor) -> None:
         parameter.grad = grad
         if grad.storage is not None and parameter.name:
             grad.tape.labels[grad.storage.index - 1] = Label("gradients", parameter.name)
+
+
+def _validate(node: Node, results: list[Tensor | None]) -> None:
+    """Gradients are summed where an input was broadcast, then cast (``validate_outputs``)."""
+    for place, shape in enumerate(node.shapes):
+        if node.edges[place] is not None:
+            results[place] = fit(results[place], *shape)
+
+
+def fit(grad: Tensor | None, rows: Size, width: int, dtype: str) -> Tensor | None:
+    """A gradient brought to the shape and dtype of its input: summed where it was broadcast."""
+    if grad is None:
+        return None
+    if not _as_many(grad, rows * width):
+        grad = grad.tape.tensor(rows, width, grad.dtype, "gradient sum")
+    if grad.dtype != dtype:
+        grad = grad.tape.tensor(rows, width, dtype, "gradient cast")
+    return grad
+
+
+def _as_many(grad: Tensor, numel: Size) -> bool:
+    if grad.tape.env.one_sequence:
+        return grad.numel.alone() == numel.alone()
+    return grad.numel == numel
+
+
+def _own(grad: Tensor) -> Tensor:
+    """A gradient that somebody else holds too is copied (``AccumulateGrad::accumulateGrad``)."""
+    # references here: backward's results, its zip, its variable, two arguments, getrefcount's own
+    return grad if getrefcount(grad) <= 6 else grad.tape.tensor(
+        grad.rows, grad.width, grad.dtype, "gradient copy"
+    )
 
 
 def _sum(old: Tensor, new: Tensor) -> Tensor:
@@ -496,7 +554,10 @@ def backward(
         grads = node.buffers
         node.buffers = []
         assert node.apply is not None, f"{node.name} ran backward twice"
-        results = node.apply(*grads)
+        results = list(node.apply(*grads))
+        if node.unpacks:
+            node.apply = None
+        _validate(node, results)
         del grads
         node.apply = None  # what was saved for this node is released
         edges, node.edges = node.edges, ()
@@ -514,5 +575,5 @@ def backward(
             child.pending -= 1
             if child.pending == 0:
                 heapq.heappush(ready, (-child.sequence, child))
-        results = ()
+        results = []
         result = None

@@ -15,7 +15,7 @@ from ftplan.memory.nn import (
     Stage,
     activation,
 )
-from ftplan.memory.tape import SQUARE, TOKENS, Grads, Tape, Tensor
+from ftplan.memory.tape import SQUARE, TOKENS, Grads, Parameter, Tape, Tensor
 
 
 class Norm(Module):
@@ -69,6 +69,10 @@ class Attention(Module):
             bias = self._positions(tape)
         else:
             bias = tape.tensor(SQUARE, self.heads.count, dtype, "position bias")
+            if shared.checkpointed:
+                leaf = Parameter("", (self.heads.count,), dtype, True)
+                shared.zeros = shared.zeros or (bias.alias(), leaf)
+                bias.requires_grad, bias.node = True, shared.zeros[1]
         if self.cross:
             shared.cross_bias = bias
         else:
@@ -191,6 +195,7 @@ class Block(Module):
         x = self._attend("0", "SelfAttention", x, shared, held)
         if self.crossed:
             x = self._attend("1", "EncDecAttention", x, shared, held)
+            del held[:-1]  # one name for the weights of both
         part = self.layer.child(self.last)
         fed = part.child("layer_norm").forward(x)
         fed = part.child("DenseReluDense").forward(fed)
