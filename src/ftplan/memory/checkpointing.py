@@ -20,8 +20,8 @@ def checkpoint(
 ) -> Tensor:
     """``torch.utils.checkpoint``: ``function(x)``, of which autograd keeps ``x`` alone.
 
-    ``others`` are further inputs that may ask for a gradient; ``trains`` says whether the function
-    has weights that do. ``offload``: ``x`` waits in host memory.
+    ``others`` are further inputs that may ask for a gradient, which the function holds; ``trains``
+    says whether it has weights that do. ``offload``: ``x`` waits in host memory.
     """
     return checkpoint_all(lambda x: [function(x)], x, others, trains=trains, offload=offload)[0]
 
@@ -58,7 +58,7 @@ def checkpoint_all(
         run = tape.rerun
         with tape.scoped("recomputed"):
             start = stored()
-            kept: list[Tensor | None] = [start, *others]
+            kept: list[object] = [start, function]
             tape.recalled = held if held else None
             run.outputs = function(_entry(start, kept))
             del start
@@ -93,7 +93,7 @@ def _host_copy(x: Tensor) -> Callable[[], Tensor]:
     return back
 
 
-def _entry(x: Tensor, kept: list[Tensor | None]) -> Tensor:
+def _entry(x: Tensor, kept: list[object]) -> Tensor:
     """The input as the recomputed function sees it; what is ``kept`` lives until its gradient."""
     seen = x.alias()
 

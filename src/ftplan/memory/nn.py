@@ -225,11 +225,13 @@ class Shared:
     """A position bias with a gradient (T5)."""
     cross_bias: Tensor | None = None
     """The same for cross attention: zeros."""
-    zeros: tuple[Tensor, Parameter] | None = None
+    zeros: list[tuple[Tensor, Parameter]] = field(default_factory=list)
     """The first of these zeros, and what collects a gradient of them that nobody asks for: under
     checkpointing."""
     memory: Tensor | None = None
     """The encoder's output, for cross attention."""
+    embedded: list[Tensor] = field(default_factory=list)
+    """What came out of the embeddings: the model's forward has names for it until it returns."""
     checkpointed: bool = False
     """Gradient checkpointing is on, in every block or in some."""
 
@@ -237,11 +239,10 @@ class Shared:
         """What the first block makes for the others."""
         return self.bias, self.cross_bias
 
-    def let_go(self) -> None:
-        """The last block of the real model that holds these has gone."""
-        self.rope.clear()
-        self.masks.clear()
-        self.mask = self.bias = self.cross_bias = self.zeros = self.memory = None
+    def forget(self) -> None:
+        """What is local to the model's forward; only a checkpoint keeps it."""
+        self.mask = self.bias = self.cross_bias = None
+        self.rope, self.masks = {}, {}
 
 
 class Stack:

@@ -165,7 +165,7 @@ class _Recorder:
         """The caller lets go of what the model returned, and of what every block was handed."""
         start = len(self.tape.events)
         self.recording.outputs.clear()
-        shared.let_go()
+        shared.zeros.clear()
         self.recording.after = Segment("outputs dropped", start, len(self.tape.events))
 
     def end_autocast(self) -> None:
@@ -370,10 +370,12 @@ def _run_stage(
         if held and held[0].storage is x.storage:
             held.clear()
     _name_boundary(x)
+    shared.embedded.append(x.alias())
     order.append(recorder.cut("embedding"))
     if stage.stack.shared:
         x = _run_shared(recorder, stage.stack, x, shared)
         x = stage.leave(x, shared)
+        shared.embedded.clear()
         order.append(recorder.cut("final norm"))
         return x
     seen: dict[tuple[Hashable, ...], int] = {}
@@ -381,7 +383,10 @@ def _run_stage(
         number = recorder.blocks + layer
         checkpointed = checkpoint_every > 0 and number % checkpoint_every == 0
         edge = layer if recorder.fsdp and layer in (0, stage.stack.count - 1) else None
-        key = (kind, x.requires_grad, checkpointed, edge)
+        # the model's forward has a name for the first block's input, and the last block to use
+        # what the first one made for all is the second
+        place = min(layer, 1 if shared.bias is None else 2)
+        key = (kind, x.requires_grad, checkpointed, place, edge)
         last = len(recorder.network.stages) > 1 and _is_last(stage.stack, layer)
         if key in seen and not last:
             order.append(seen[key])
@@ -397,17 +402,13 @@ def _run_stage(
         seen[key] = recorder.cut("block")
         order.append(seen[key])
     recorder.blocks += stage.stack.count
+    shared.forget()
     if not checkpoint_every:
-        _forget(recorder.tape, shared)
+        recorder.tape.prefix = None
     x = stage.leave(x, shared)
+    shared.embedded.clear()
     order.append(recorder.cut("final norm"))
     return x
-
-
-def _forget(tape: Tape, shared: Shared) -> None:
-    """Masks and biases are local to the model's forward; only a checkpoint keeps them."""
-    shared.mask = shared.bias = shared.cross_bias = tape.prefix = None
-    shared.masks = dict.fromkeys(shared.masks)
 
 
 def _run_shared(recorder: _Recorder, stack: Stack, x: Tensor, shared: Shared) -> Tensor:
@@ -455,18 +456,14 @@ def _run(block: Module, x: Tensor, shared: Shared) -> Tensor:
 
 
 def _checkpoint(block: Module, x: Tensor, shared: Shared) -> Tensor:
-    given, memory = shared.biases(), shared.memory
-    others = [t for t in (memory, *given) if t is not None]
+    given = copy.copy(shared)
+    others = [t for t in (given.memory, *given.biases()) if t is not None]
 
     def run(x: Tensor) -> list[Tensor]:
-        shared.bias, shared.cross_bias = given
-        shared.memory = memory
-        out = _run(block, x, shared)
-        made = zip(shared.biases(), given, strict=True)
-        outputs = [out, *(t for t, before in made if t is not None and t is not before)]
-        if x.tape.rerun is not None:  # nobody asks for these again
-            shared.bias = shared.cross_bias = shared.memory = None
-        return outputs
+        handed = shared if x.tape.rerun is None else copy.copy(given)
+        out = _run(block, x, handed)
+        made = zip(handed.biases(), given.biases(), strict=True)
+        return [out, *(t for t, before in made if t is not None and t is not before)]
 
     offload = x.tape.env.offload_checkpoints
     out, *_ = checkpoint_all(run, x, others, trains=_trains(block), offload=offload)
