@@ -336,10 +336,10 @@ def _eager(
     """transformers' ``eager_attention_forward``."""
     rows = pairs(q.tape) * heads.count
     dtype = q.dtype
-    keys, values = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
-    alone = heads.groups > 1
+    alone = heads.groups > 1 and heads.kv_count > 1  # one head is repeated by a view
+    keys, values = (ops.expand_heads(t, heads.groups, copied=alone) for t in (k, v))
     left = operand(ops.autocast(q), by_head=by_head)
-    right = operand(ops.autocast(keys), by_head=by_head or alone)
+    right = operand(ops.autocast(keys), by_head=alone or (by_head and heads.groups == 1))
     weights = ops.scale(ops.matmul(left, right, rows, 1, "scores"))
     del left, right
     if heads.softcap:

@@ -112,6 +112,7 @@ def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]
     """Weights, adapters and optimizer states. ``whole``: before anything was sharded."""
     frozen = [entry for entry in counted if not entry[0].trainable]
     learned = [entry for entry in counted if entry[0].trainable]
+    stepped = [entry for entry in learned if entry[0].reached]
     own = "adapters/parameters" if job.method == "adapter" else "weights/trainable"
     terms = [
         _weights(frozen, "weights/frozen", "shapes from config.json"),
@@ -122,15 +123,15 @@ def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]
         terms = []  # they wait on the host, or on NVMe
     trained = sum(parameter.numel * times for parameter, times, _ in learned)
     states = " + ".join(f"{s.name} ({s.dtype}, {s.shape})" for s in job.optimizer.states)
-    updated, parts = learned, ""
+    updated, parts = stepped, ""
     if job.sharding.kind.startswith("zero"):
         ranks = job.sharding.world
         updated = [(partition(p, ranks), times, m) for p, times, m in whole if p.trainable]
         parts = f" in fp32 / {ranks} GPUs"
         terms += zero_terms(job, whole, updated)
     elif job.main_weights:
-        terms.append(main_weights([(partition(p, 1), n, m) for p, n, m in learned]))
-        updated = [(partition(p, 1), times, m) for p, times, m in learned]
+        updated = [(partition(p, 1), times, m) for p, times, m in stepped]
+        terms.append(main_weights(updated))
     terms.append(
         StaticTerm(
             name="optimizer/states",
@@ -180,7 +181,11 @@ class Structure:
         counted = counted_parameters(network)
         ranks = shard_ranks(job.sharding)
         local = [(_shard(p, ranks), times, matrix) for p, times, matrix in counted]
-        learned = [entry for entry in local if entry[0].trainable]
+        objective = objective_of(job)
+        self.program = program_of(job, network, objective)
+        for (part, *_), (whole, *_) in zip(local, counted, strict=True):
+            part.reached = whole.reached
+        learned = [entry for entry in local if entry[0].trainable and entry[0].reached]
         static = static_terms(job, local, counted)
         if network.buffer_bytes:
             static.append(
@@ -191,7 +196,6 @@ class Structure:
                     source="masks and tables that the model keeps beside its weights",
                 )
             )
-        objective = objective_of(job)
         for model in objective.resident:
             static.append(_weights(counted_parameters(model.network), model.name, model.why))
         if job.sampler_bytes:
@@ -210,7 +214,6 @@ class Structure:
         self.step_bytes = 0 if in_backward else step_bytes(job.optimizer, learned)
         self.network = network
         self.counted = counted
-        self.program = program_of(job, network, objective)
         self.eval_micro = job.eval_micro
         self.evaluation = _evaluation_of(job, network, objective) if job.eval_micro else None
         self.rollout = _rollout_of(job, network) if job.generates else None

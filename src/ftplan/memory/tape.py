@@ -268,6 +268,7 @@ class Parameter:
         "grad",
         "name",
         "pending",
+        "reached",
         "shape",
         "stored",
         "sum",
@@ -287,6 +288,8 @@ class Parameter:
         """Gradients that are still to come in this backward."""
         self.sum: Tensor | None = None
         """Gradients that have come and wait for the others."""
+        self.reached = False
+        """A gradient of it has come: an optimizer makes states for no other weight."""
         self.added = False
         """An adapter's: not counted as the model's own."""
         self.embedding = False
@@ -473,6 +476,7 @@ def _arrive(parameter: Parameter, grad: Tensor | None) -> None:
 def _accumulate(parameter: Parameter, grad: Tensor) -> None:
     """A parameter's gradient is the incoming buffer; an earlier one is added to in place."""
     tape = grad.tape
+    parameter.reached = True
     if tape.step_of is not None:  # a hook steps, and lets go of the gradient
         if parameter.name:
             needs = tape.allocate(Size((tape.step_of(parameter), *(0,) * 6)), "optimizer step")

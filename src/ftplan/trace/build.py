@@ -42,12 +42,7 @@ def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
         data.pop(key, None)
     model_type = data.pop("model_type")
     if layers is not None:
-        for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers"):
-            if key in data:
-                data[key] = layers
-        for key in ("layer_types", "mlp_layer_types", "no_rope_layers"):
-            if isinstance(data.get(key), list):
-                data[key] = data[key][:layers]
+        data = cut_depth(data, layers)
     made = AutoConfig.for_model(model_type, **data)
     if getattr(made, "is_encoder_decoder", False):
         if getattr(made, "decoder_start_token_id", None) is None:
@@ -55,6 +50,23 @@ def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
         if getattr(made, "pad_token_id", None) is None:
             made.pad_token_id = 0
     return made
+
+
+DEPTHS = (
+    "num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers",
+    "encoder_layers", "decoder_layers",
+)  # fmt: skip
+"""Names of a config for how many layers there are."""
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Names of lists with an entry for each layer."""
+
+
+def cut_depth(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The config with fewer layers, in its text model where it has one inside."""
+    if isinstance(config.get("text_config"), dict):
+        return {**config, "text_config": cut_depth(config["text_config"], layers)}
+    lists = {k: config[k][:layers] for k in PER_LAYER if isinstance(config.get(k), list)}
+    return {**config, **{key: layers for key in DEPTHS if key in config}, **lists}
 
 
 def family_of(config: Any) -> str:
@@ -69,7 +81,7 @@ def family_of(config: Any) -> str:
         "xlm-roberta", "modernbert", "camembert", "mpnet", "xlm-roberta-xl", "eurobert",
         "nomic_bert",
     }  # fmt: skip
-    if not named and config.model_type in encoders:
+    if config.model_type in encoders and "CausalLM" not in named:
         return "masked"
     return "causal"
 

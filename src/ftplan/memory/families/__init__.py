@@ -14,7 +14,7 @@ from ftplan.errors import UnsupportedError
 from ftplan.memory.families.defaults import ALIASES, DEFAULTS
 from ftplan.memory.nn import Network
 
-__all__ = ["build", "complete", "model_types"]
+__all__ = ["TEXT_ALONE", "build", "complete", "model_types", "text_alone"]
 
 _FILES: dict[str, tuple[str, ...]] = {
     "llama": (
@@ -54,6 +54,21 @@ _FILES: dict[str, tuple[str, ...]] = {
     "hybrid": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
     "latent": ("mistral4", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm4_moe", "dots1"),
 }  # fmt: skip
+
+
+TEXT_ALONE = {
+    "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text", "llama4": "llama4_text",
+    "mllama": "mllama_text_model",
+}  # fmt: skip
+"""Vision-language types of which ``AutoModelForCausalLM`` builds the language model alone, and its
+type (transformers 5.23, ``MODEL_FOR_CAUSAL_LM_MAPPING_NAMES``)."""
+
+
+def text_alone(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The config of what ``AutoModelForCausalLM`` builds, where that is a part of the model."""
+    kind = TEXT_ALONE.get(str(config.get("model_type")))
+    text = config.get("text_config")
+    return {**text, "model_type": kind} if kind and isinstance(text, Mapping) else None
 
 
 def model_types() -> tuple[str, ...]:

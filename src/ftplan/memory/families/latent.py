@@ -74,7 +74,7 @@ class LatentAttention(Module):
         if self.scaled:  # by position, beyond the trained length (Mistral 4)
             query = ops.mul(query, x.tape.tensor(SEQ, 1, query.dtype, "attention scales"))
         key, value = self.expand(kv, k_turned)
-        out = attend(query, key, value, self.heads, shared.masks[""], held=held)
+        out = attend(query, key, value, self.heads, shared.masks[""], by_head=True, held=held)
         return self.o_proj.forward(out)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
