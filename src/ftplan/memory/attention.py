@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from ftplan.memory import ops
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.env import Environment
-from ftplan.memory.tape import ONE, SCORES, SQUARE, TOKENS, Grads, Size, Tape, Tensor
+from ftplan.memory.tape import (
+    BATCH,
+    ONE,
+    SCORES,
+    SEQ,
+    SQUARE,
+    TOKENS,
+    Grads,
+    Size,
+    Tape,
+    Tensor,
+)
 
 __all__ = [
     "Heads",
@@ -22,6 +33,7 @@ __all__ = [
     "make_mask",
     "operand",
     "pairs",
+    "sequence_rows",
     "spread",
     "with_prefix",
 ]
@@ -153,7 +165,7 @@ def _attend(
             k = ops.expand_heads(k, heads.groups)
         if heads.kv_count > 1 or v.dtype != given[1]:
             v = ops.expand_heads(v, heads.groups)
-        mask = ops.autocast(additive(mask, q.tape, q.dtype))
+        mask = _padded(ops.autocast(additive(mask, q.tape, q.dtype)), q.tape)
     out = _fused(q, k, v, heads, mask, choice)
     return ops.copy(out) if by_head and choice == "flash" else out
 
@@ -181,10 +193,25 @@ def additive(mask: Tensor | None, tape: Tape, dtype: str) -> Tensor:
     inverse = tape.tensor(pairs(tape), 1, "bool", "inverted mask")
     bias = tape.tensor(pairs(tape), 1, dtype, "additive mask")
     del inverse
-    if tape.prefix is not None and tape.prefix.tokens % 16:  # rows are padded to 16 numbers
-        width = -(-tape.prefix.tokens // 16) * 16
-        bias = tape.tensor(SCORES + TOKENS * width, 1, dtype, "additive mask")
     return bias
+
+
+def _padded(mask: Tensor, tape: Tape) -> Tensor:
+    """Rows of a mask are padded to 16 numbers for the kernel (``pad_bias``)."""
+    keys = (tape.env.seq_len or 0) + (tape.prefix.tokens if tape.prefix else 0)
+    if keys % 16 == 0:
+        return mask
+    return ops.pad(mask, mask.rows + _lines(mask) * (-keys % 16))
+
+
+def _lines(mask: Tensor) -> Size:
+    """Queries of a mask: of every sequence, or of all alike."""
+    return TOKENS if mask.rows[SCORES.index(1)] else SEQ
+
+
+def sequence_rows(tape: Tape, multiple: int) -> Size:
+    """Tokens, where each sequence is rounded up to a multiple."""
+    return TOKENS + BATCH * (-(tape.env.seq_len or 0) % multiple)
 
 
 def _fused(
@@ -197,7 +224,8 @@ def _fused(
     """
     tape = q.tape
     out = tape.tensor(q.rows, heads.count * heads.value_size, q.dtype, choice)
-    log_sum_exp = tape.tensor(q.rows, heads.count, "fp32", f"{choice} log-sum-exp")
+    rows = sequence_rows(tape, 32) if choice == "efficient" else q.rows
+    log_sum_exp = tape.tensor(rows, heads.count, "fp32", f"{choice} log-sum-exp")
     random_state = [tape.allocate(ONE * 16, choice), tape.allocate(ONE * 8, choice)]
     saved = (q, k, v, mask, out.alias(), log_sum_exp, random_state)
     inputs = [q, k, v]
@@ -214,14 +242,14 @@ def _fused(
         inputs.append(mask)
         makers.append(ops.like(SCORES * heads.count, 1, mask.dtype, True))
         wants.append(True)
-    rows, dtype = q.rows, q.dtype
+    dtype = q.dtype
     shape = None if mask is None else (mask.rows, mask.width, mask.dtype)
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved
         tape = grad.tape
         grads: list[Tensor | None] = [make(grad) for make in makers]
-        _workspace(tape, rows, dtype, heads, choice)
+        _workspace(tape, dtype, heads, choice)
         for number in (1, 2):  # one gradient for the head that all share
             if repeats[number] > 1:
                 grads[number] = ops.fit(grads[number], *shapes[number])
@@ -233,17 +261,19 @@ def _fused(
     return out
 
 
-def _workspace(tape: Tape, rows: Size, dtype: str, heads: Heads, choice: str) -> None:
+def _workspace(tape: Tape, dtype: str, heads: Heads, choice: str) -> None:
     """What the kernel's backward needs for a moment: row sums and an fp32 query gradient."""
-    count = heads.count
+    count, flash = heads.count, choice == "flash"
+    rows = sequence_rows(tape, 128 if flash else 32)
     held = [tape.tensor(rows, count, "fp32", f"{choice} row sums")]
+    rows = rows if flash else sequence_rows(tape, 64)
     if choice == "flash" or dtype != "fp32":
         size = -(-heads.size // 32) * 32
         size = 256 if choice == "flash" and size > 192 else size
         held.append(tape.tensor(rows, count * size, "fp32", f"{choice} accumulator"))
     if choice == "flash" and heads.groups > 1:
         for name in ("key", "value"):
-            held.append(tape.tensor(rows, count * heads.size, dtype, f"flash {name} gradient"))
+            held.append(tape.tensor(TOKENS, count * heads.size, dtype, f"flash {name} gradient"))
 
 
 def attend_broadcast(q: Tensor, k: Tensor, v: Tensor, heads: Heads, mask: Tensor) -> Tensor:

@@ -402,6 +402,8 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
     environment = job.environment
     if objective.sequences > 1 and environment.one_sequence:
         environment = replace(environment, one_sequence=False)
+    if network.virtual_tokens and environment.seq_len:
+        environment = replace(environment, seq_len=environment.seq_len + network.virtual_tokens)
     recording = record_step(
         network,
         environment,

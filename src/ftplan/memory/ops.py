@@ -529,6 +529,14 @@ def gather(x: Tensor, rows: Size | None = None) -> Tensor:
     return out
 
 
+def pad(x: Tensor, rows: Size) -> Tensor:
+    """``constant_pad_nd``: a longer copy; the way back is a slice of the gradient."""
+    out = x.tape.tensor(rows, x.width, x.dtype, "pad")
+    before = x.rows
+    record([out], "pad", [x], lambda grad: (grad.alias(rows=before),))
+    return out
+
+
 def rows_slice(x: Tensor, rows: Size) -> Tensor:
     """The first ``rows`` of a tensor, a view; backward pads with zeros to the whole."""
     out = x.alias(rows=rows)

@@ -65,6 +65,9 @@ def cut_depth(config: dict[str, Any], layers: int) -> dict[str, Any]:
     """The config with fewer layers, in its text model where it has one inside."""
     if isinstance(config.get("text_config"), dict):
         return {**config, "text_config": cut_depth(config["text_config"], layers)}
+    if isinstance(config.get("attention_types"), list):  # GPT-Neo: [[["global", "local"], n]]
+        config = {**config, "attention_types": [[["global", "local"], -(-layers // 2)]]}
+        layers = 2 * -(-layers // 2)
     lists = {k: config[k][:layers] for k in PER_LAYER if isinstance(config.get(k), list)}
     return {**config, **{key: layers for key in DEPTHS if key in config}, **lists}
 
@@ -86,22 +89,25 @@ def family_of(config: Any) -> str:
     return "causal"
 
 
-def auto_class(family: str, task: str) -> Any:
+def auto_class(config: Any, task: str) -> Any:
+    """The auto class that a script would load the model with."""
     import transformers
 
     if task in ("classify", "rm"):
         return transformers.AutoModelForSequenceClassification
-    return {
+    found = {
         "causal": transformers.AutoModelForCausalLM,
         "masked": transformers.AutoModelForMaskedLM,
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
-    }[family]
+    }[family_of(config)]
+    known = type(config) in found._model_mapping
+    return found if known else transformers.AutoModelForImageTextToText
 
 
 def build_model(job: Job, config: Any) -> Any:
     """The model on the meta device, as it is loaded; nothing is allocated."""
     dtype = getattr(torch, job.compute_dtype if job.quantized else job.weights)
-    kind = auto_class(family_of(config), job.task)
+    kind = auto_class(config, job.task)
     attention = attention_of(job, config)
     if job.task in ("classify", "rm"):
         config.num_labels = 1 if job.task == "rm" else config.num_labels
@@ -136,7 +142,7 @@ def attention_of(job: Job, config: Any) -> str:
 
     from ftplan.trace import cuda
 
-    kind = auto_class(family_of(config), job.task)
+    kind = auto_class(config, job.task)
     classes = kind._model_mapping[type(config)]
     model_class = classes[0] if isinstance(classes, (list, tuple)) else classes
     if job.attention == "flash":

@@ -1,6 +1,6 @@
 """Families whose weights are counted and whose forward is not modelled: training is refused.
 
-Source: transformers 5.23.0, models/mllama, glm4v, glm46v, deberta_v2, glm_moe_dsa, kimi_linear.
+Source: transformers 5.23.0, models/mllama, glm4v, glm46v, glm_moe_dsa, kimi_linear.
 """
 
 from __future__ import annotations
@@ -320,58 +320,7 @@ def _glm_tower(network: Network, config: Config) -> None:
     plant(network, f"{path}.downsample", Conv(wide, out, merge, merge, bias=True))
 
 
-def deberta(raw: Config) -> Network:
-    """``DebertaV2ForMaskedLM`` with shared keys of positions (version 3)."""
-    config = filled(raw)
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    if not config.get("share_att_key") or config.get("conv_kernel_size"):
-        raise UnsupportedError(
-            "model_type 'deberta-v2' without share_att_key or with a convolution",
-            remedy="use DeBERTa v3's config.json, or give --params for the textbook's sums",
-        )
-
-    def block(_layer: int) -> Module:
-        root = Module()
-        names = dict.fromkeys(("query_proj", "key_proj", "value_proj"), (hidden, hidden))
-        _linears(root, "attention.self", names, bias=True)
-        _linears(root, "attention.output", {"dense": (hidden, hidden)}, bias=True)
-        plant(root, "attention.output.LayerNorm", LayerNorm(hidden))
-        _linears(root, "intermediate", {"dense": (hidden, inner)}, bias=True)
-        _linears(root, "output", {"dense": (inner, hidden)}, bias=True)
-        plant(root, "output.LayerNorm", LayerNorm(hidden))
-        return root
-
-    layers = "deberta.encoder.layer"
-    network = Counted("deberta-v2", layers, config["num_hidden_layers"], block)
-    vocabulary, table = config["vocab_size"], "deberta.embeddings.word_embeddings"
-    plant(network, table, Embedding(vocabulary, hidden))
-    if config.get("position_biased_input", True):
-        rows = config["max_position_embeddings"]
-        plant(network, "deberta.embeddings.position_embeddings", Embedding(rows, hidden))
-    if config.get("type_vocab_size"):
-        types = Embedding(config["type_vocab_size"], hidden)
-        plant(network, "deberta.embeddings.token_type_embeddings", types)
-    plant(network, "deberta.embeddings.LayerNorm", LayerNorm(hidden))
-    if config.get("relative_attention"):
-        most = config.get("max_relative_positions") or -1
-        span = config.get("position_buckets") or 0
-        if span <= 0:
-            span = most if most > 0 else config["max_position_embeddings"]
-        plant(network, "deberta.encoder.rel_embeddings", Embedding(2 * span, hidden))
-    if "layer_norm" in str(config.get("norm_rel_ebd") or ""):
-        plant(network, "deberta.encoder.LayerNorm", LayerNorm(hidden))
-    network.embedding_names = (table,)
-    network.head_name = "cls.predictions.decoder"
-    plant(network, "cls.predictions.transform.dense", Linear(hidden, hidden, bias=True))
-    plant(network, "cls.predictions.transform.LayerNorm", LayerNorm(hidden))
-    plant(network, network.head_name, Linear(hidden, vocabulary, bias=True))
-    weight(network, "cls.predictions.bias", vocabulary)
-    network.tie("cls.predictions.decoder.weight", f"{table}.weight")
-    network.tie("cls.predictions.decoder.bias", "cls.predictions.bias")
-    return network
-
-
 MODEL_TYPES = {
     "glm_moe_dsa": glm_dsa, "kimi_linear": kimi_linear, "mllama": mllama, "glm4v": glm4v,
-    "glm46v": glm4v, "deberta-v2": deberta,
+    "glm46v": glm4v,
 }  # fmt: skip
