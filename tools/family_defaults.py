@@ -21,7 +21,7 @@ TARGET = Path(__file__).parents[1] / "src/ftplan/memory/families/defaults.py"
 TYPES = """
 llama mistral ministral ministral3 qwen2 qwen3 smollm3 gemma gemma2 gemma3_text phi phi3 olmo olmo2
 olmo3 granite stablelm starcoder2 internlm3 glm glm4 cohere cohere2 exaone4 nemotron arcee seed_oss
-helium persimmon ernie4_5 hunyuan_v1_dense apertus falcon gpt2 gptj gpt_neo gpt_neox gpt_bigcode
+helium persimmon ernie4_5 hunyuan_v1_dense cwm iquestcoder jais2 vaultgemma youtu minicpm3 apertus falcon gpt2 gptj gpt_neo gpt_neox gpt_bigcode
 opt bloom mpt codegen xglm biogpt bert roberta xlm-roberta camembert distilbert electra albert
 deberta-v2 modernbert mpnet t5 mt5 umt5 bart mbart pegasus
 mixtral qwen2_moe qwen3_moe olmoe flex_olmo deepseek_v2 deepseek_v3 gpt_oss llama4_text granitemoe

@@ -21,7 +21,8 @@ _FILES: dict[str, tuple[str, ...]] = {
         "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3", "granite",
         "internlm3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo", "olmo2", "olmo3",
         "starcoder2", "glm", "glm4", "cohere", "cohere2", "exaone4", "nemotron", "arcee", "apertus",
-        "seed_oss", "helium", "ernie4_5", "hunyuan_v1_dense",
+        "seed_oss", "helium", "ernie4_5", "hunyuan_v1_dense", "cwm", "iquestcoder", "jais2",
+        "vaultgemma",
     ),
     "gpt2": ("gpt2", "gpt_bigcode"),
     "neox": ("gpt_neox", "phi", "stablelm", "persimmon"),
@@ -53,7 +54,10 @@ _FILES: dict[str, tuple[str, ...]] = {
     "deberta": ("deberta-v2",),
     "states": ("falcon_h1", "jamba", "bamba", "nemotron_h"),
     "hybrid": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
-    "latent": ("mistral4", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm4_moe", "dots1"),
+    "latent": (
+        "mistral4", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm4_moe", "dots1", "youtu",
+        "minicpm3",
+    ),
 }  # fmt: skip
 
 

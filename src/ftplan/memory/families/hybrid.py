@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 from ftplan.memory import ops
-from ftplan.memory.attention import attend
+from ftplan.memory.attention import attend, sequence_rows
 from ftplan.memory.families.decoder import (
     MLP,
     Attention,
@@ -134,8 +134,9 @@ def delta_rule(
     q, k, v, beta, decay = (_contiguous_fp32(t) for t in (q, k, v, beta, decay))
     q, k = _l2norm(q, heads), _l2norm(k, heads)
     q = ops.scale(q)
-    q, k, v = (ops.copy(t, "pad") for t in (q, k, v))
-    beta, decay = (ops.copy(t, "pad") for t in (beta, decay))
+    padded = sequence_rows(q.tape, CHUNK_TOKENS)  # even what is long enough is copied
+    q, k, v = (ops.pad(t, padded) for t in (q, k, v))
+    beta, decay = (ops.pad(t, padded) for t in (beta, decay))
     v_beta, k_beta = ops.mul(v, beta), ops.mul(k, beta)
     cumulated = _cumulated(decay)
     pairs = heads * CHUNK_TOKENS
@@ -147,11 +148,11 @@ def delta_rule(
     decayed = ops.mul(k_beta, ops.unary(cumulated, "exp", "output"))
     values = _solved(system, v_beta)
     k_cumulated = _solved(system, decayed)
-    out = v.tape.tensor(TOKENS, v.width, "fp32", "delta rule output")
+    out = v.tape.tensor(padded, v.width, "fp32", "delta rule output")
     q = ops.mul(q, ops.unary(cumulated, "exp", "output"))
     k = ops.mul(k, ops.unary(ops.scale(cumulated), "exp", "output"))
     out = _scan(out, values, k_cumulated, q, intra, k, heads)
-    return _to_copy(out, dtype)
+    return _to_copy(out if padded == TOKENS else _cut(out, TOKENS), dtype)
 
 
 def _contiguous_fp32(x: Tensor) -> Tensor:
@@ -167,19 +168,19 @@ def _cumulated(x: Tensor) -> Tensor:
 
 
 def _pairwise(x: Tensor, width: int) -> Tensor:
-    out = x.tape.tensor(TOKENS, width, x.dtype, "pairwise decay")
+    out = x.tape.tensor(x.rows, width, x.dtype, "pairwise decay")
     make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
     ops.record([out], "sub", [x], lambda grad: (make(grad),))
     return out
 
 
 def _product(a: Tensor, b: Tensor, width: int) -> Tensor:
-    return ops.matmul(a, b, TOKENS, width, "chunk scores")
+    return ops.matmul(a, b, a.rows, width, "chunk scores")
 
 
 def _solved(system: Tensor, right: Tensor) -> Tensor:
     """``solve_triangular``: keeps the system and the solution."""
-    out = right.tape.tensor(TOKENS, right.width, right.dtype, "solve_triangular")
+    out = right.tape.tensor(right.rows, right.width, right.dtype, "solve_triangular")
     saved = (system, out.alias())
     make_system = ops.like(system.rows, system.width, system.dtype, system.requires_grad)
     make_right = ops.like(right.rows, right.width, right.dtype, right.requires_grad)
@@ -201,18 +202,22 @@ def _scan(
     tape = values.tape
     state = q.width // heads * values.width  # numbers of one state: heads x key size x value size
     per_token = max(1, state // CHUNK_TOKENS)
+    rows = values.rows
     inputs = [values, k_cumulated, q, intra, k]
     kept: list[Tensor] = []
     if ops.records(*inputs):
-        kept = [tape.tensor(TOKENS, per_token, "fp32", "chunk states")]
         low = tape.env.autocast
         if low is None:
+            kept = [tape.tensor(rows, per_token, "fp32", "chunk states")]
             kept += [k_cumulated, q, intra, k]
-            kept.append(tape.tensor(TOKENS, values.width, "fp32", "corrected values"))
-        else:  # each operand of a product is cast on its own
-            widths = [t.width for t in (k_cumulated, q, intra, k)]
-            widths += [values.width] * 2 + [per_token] * 2
-            kept += [tape.tensor(TOKENS, width, low, "scan operands") for width in widths]
+            kept.append(tape.tensor(rows, values.width, "fp32", "corrected values"))
+        else:  # each operand of a product is cast on its own; nothing comes of the last state
+            before = rows + BATCH * -CHUNK_TOKENS
+            kept = [tape.tensor(before, per_token, "fp32", "chunk states")]
+            widths = [t.width for t in (k_cumulated, q, intra, values)] + [per_token] * 2
+            kept += [tape.tensor(rows, width, low, "scan operands") for width in widths]
+            widths = [k.width, values.width]
+            kept += [tape.tensor(before, width, low, "scan operands") for width in widths]
     saved = tuple(kept)
     del kept
     makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in inputs]
@@ -223,8 +228,8 @@ def _scan(
         tape = grad.tape
         grads = tuple(make(grad) for make in makers)
         # each chunk's slice is put into zeros of the whole and added
-        zeros = tape.tensor(TOKENS, width, "fp32", "gradient")
-        added = tape.tensor(TOKENS, width, "fp32", "gradient")
+        zeros = tape.tensor(rows, width, "fp32", "gradient")
+        added = tape.tensor(rows, width, "fp32", "gradient")
         del zeros, added
         return grads
 

@@ -20,9 +20,9 @@ from ftplan.memory.families.decoder import (
     head_size,
     rotate_complex,
 )
-from ftplan.memory.families.llama import rotate
+from ftplan.memory.families.llama import ScaledEmbedding, rotate
 from ftplan.memory.families.mixture import Mixture, act
-from ftplan.memory.nn import Linear, Module, Network, RMSNorm, Shared
+from ftplan.memory.nn import Embedding, Linear, Module, Network, RMSNorm, Shared
 from ftplan.memory.tape import SEQ, TOKENS, Grads, Tensor
 
 
@@ -195,6 +195,29 @@ def deepseek(raw: Config) -> Network:
     )  # fmt: skip
 
 
+def dense(raw: Config) -> Network:
+    """``YoutuForCausalLM`` and ``MiniCPM3ForCausalLM``: latent attention, an MLP in every layer."""
+    config = filled(raw)
+    mini = config["model_type"] == "minicpm3"
+    if mini:
+        config["v_head_dim"] = config.get("v_head_dim") or (
+            config["hidden_size"] // config["num_attention_heads"]
+        )
+    rotation = "pairs" if not mini and config.get("rope_interleave", True) else "half"
+
+    def block(config: Config, _layer: int) -> Module:
+        mlp = MLP(
+            config["hidden_size"], config["intermediate_size"], act(config),
+            bias=bool(config.get("mlp_bias")),
+        )  # fmt: skip
+        return Block(config, LatentAttention(config, rotation), mlp, scaled=mini)
+
+    return Decoder(
+        config, block, ropes={"": Rope(width=config["qk_rope_head_dim"])},
+        table=ScaledEmbedding if mini else Embedding, states_scaled=mini,
+    )  # fmt: skip
+
+
 def grouped(raw: Config) -> Network:
     """``Glm4MoeForCausalLM``, ``Dots1ForCausalLM``: the same router, ordinary attention."""
     config = filled(raw)
@@ -230,6 +253,8 @@ MODEL_TYPES = {
     "deepseek_v2": deepseek,
     "deepseek_v3": deepseek,
     "mistral4": deepseek,
+    "youtu": dense,
+    "minicpm3": dense,
     "glm4_moe_lite": deepseek,
     "glm4_moe": grouped,
     "dots1": grouped,

@@ -177,10 +177,21 @@ TRAITS: dict[str, Traits] = {
         qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", rotation="pairs_fp32"
     ),
     "hunyuan_v1_dense": Traits(qk_norm="rotated"),
+    "cwm": Traits(qkv_bias=False, out_bias=False),
+    "iquestcoder": Traits(mlp_bias="mlp_bias"),
+    "jais2": Traits(norm="layer", mlp="plain", mlp_bias="mlp_bias"),
+    "vaultgemma": Traits(
+        norm="offset",
+        scaled_embedding=True,
+        no_sdpa=True,
+        norm_names=("input_layernorm", "pre_feedforward_layernorm"),
+    ),
 }
+SOFTCAPPED = ("gemma2", "gemma3_text", "vaultgemma")
+"""Types whose logits, and in part scores, go through a tanh."""
 
 _ALL_SLIDING = ("mistral", "ministral", "ministral3", "phi3", "starcoder2")
-_PERIOD = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "olmo3": 4, "exaone4": 4}
+_PERIOD = {"gemma2": 2, "vaultgemma": 2, "gemma3_text": 6, "cohere2": 4, "olmo3": 4, "exaone4": 4}
 
 
 def traits_of(config: Config) -> Traits:
@@ -199,6 +210,8 @@ def layer_type(config: Config, layer: int) -> str:
     elif name in _PERIOD:
         period = config.get("sliding_window_pattern") or _PERIOD[name]
         sliding = (layer + 1) % int(period) != 0 and window is not None
+    elif name == "cwm":
+        sliding = layer % 4 != 0 and window is not None
     elif name in ("qwen2", "qwen3"):
         used = bool(config.get("use_sliding_window")) and window is not None
         sliding = used and layer >= int(config.get("max_window_layers", 28))
@@ -232,7 +245,7 @@ def heads_of(config: Config) -> Heads:
         size=size,
         value_size=size,
         dropout=config.get("attention_dropout") or 0.0,
-        softcap=bool(config.get("attn_logit_softcapping")) and config["model_type"] == "gemma2",
+        softcap=bool(config.get("attn_logit_softcapping")) and traits_of(config).no_sdpa,
     )
 
 
@@ -673,7 +686,7 @@ class Llama(Network):
         name = self.config.get("model_type")
         if name in ("granite", "cohere", "cohere2"):
             logits = ops.scale(logits)
-        if self.config.get("final_logit_softcapping") and name in ("gemma2", "gemma3_text"):
+        if self.config.get("final_logit_softcapping") and name in SOFTCAPPED:
             logits = ops.scale(logits)
             logits = ops.unary(logits, "tanh", "output")
             logits = ops.scale(logits)
