@@ -187,12 +187,13 @@ class Structure:
             part.reached = whole.reached
         learned = [entry for entry in local if entry[0].trainable and entry[0].reached]
         static = static_terms(job, local, counted)
-        if network.buffer_bytes:
+        buffers = network.buffer_bytes + network.buffer_elements * ITEM_BYTES[network.loaded_dtype]
+        if buffers:
             static.append(
                 StaticTerm(
                     name="weights/buffers",
-                    bytes=network.buffer_bytes,
-                    formula=f"{network.buffer_bytes:,}",
+                    bytes=buffers,
+                    formula=f"{buffers:,}",
                     source="masks and tables that the model keeps beside its weights",
                 )
             )

@@ -330,6 +330,10 @@ class Network(Module):
         """Names of weights that are another weight: no bytes of their own."""
         self.buffer_bytes = 0
         """Large buffers that are no weights (causal masks of older models), static."""
+        self.loaded_dtype = "fp32"
+        """The dtype that the model is loaded in: its buffers keep it, whatever weights become."""
+        self.buffer_elements = 0
+        """The same for buffers of that dtype, in elements."""
         self.loss_in_fp32 = True
         """The loss casts logits to fp32 first (``ForCausalLMLoss``); else it takes them as is."""
         self.embedding_names: tuple[str, ...] = ("model.embed_tokens",)

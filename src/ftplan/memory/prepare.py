@@ -38,6 +38,7 @@ def prepare(job: Job) -> Network:
     quantized = job.weights.name not in ITEM_BYTES
     casts = job.prepare_kbit and not job.weights.name.startswith(KEPT_BY_PREPARATION)
     plain = ("fp32" if casts else job.base_dtype) if quantized else job.weights.name
+    network.loaded_dtype = job.base_dtype
     for parameter in _everything(network):
         parameter.dtype = plain
         parameter.trainable = job.method == "full" and not parameter.fixed

@@ -162,7 +162,8 @@ def trace_job(
             if reference is not None:
                 build.materialize(reference)
             total = _count(model)
-            with cuda.as_on_cuda(ledger, job.capability), emulated(job, ledger):
+            padded = job.padding != "none"
+            with cuda.as_on_cuda(ledger, job.capability, padded=padded), emulated(job, ledger):
                 with (
                     cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors),
                     cuda.patched(torch.Tensor, "__deepcopy__", build.copy_tensor),

@@ -15,6 +15,7 @@ Kernel workspaces of cuBLAS are left out: ``max_memory_allocated`` shows them as
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from types import FrameType
@@ -428,15 +429,20 @@ def _flash_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def as_on_cuda(ledger: Ledger, capability: tuple[int, int] = (8, 0)) -> Iterator[None]:
-    """Run the block as if the fake CPU tensors were on a CUDA device of that capability."""
+def as_on_cuda(
+    ledger: Ledger, capability: tuple[int, int] = (8, 0), *, padded: bool = True
+) -> Iterator[None]:
+    """Run the block as if the fake CPU tensors were on a CUDA device of that capability.
+
+    ``padded``: a mask that is passed hides something; masks that models make themselves do not.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
     from transformers.utils import import_utils
 
     AttentionInterface.register(FLASH, flash_attention(ledger))
     AttentionMaskInterface.register(FLASH, _flash_mask)
 
-    ledger.scalar_answer = _scalar
+    ledger.scalar_answer = functools.partial(_scalar, padded=padded)
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(patched(F, "scaled_dot_product_attention", _sdpa(ledger, capability)))
@@ -461,24 +467,28 @@ def _autocast_enabled(device_type: str = "cuda") -> bool:
     return bool(_is_autocast_enabled("cpu" if device_type == "cuda" else device_type))
 
 
-def _scalar(tensor: Any, phase: str) -> Any:
+def _scalar(tensor: Any, phase: str, *, padded: bool) -> Any:
     """What ``tensor.item()`` says: no value is known, and zero (false) is the useful answer.
 
-    It makes 'is nothing padded?' false, so that a mask is built whenever one is passed. In the
-    optimizer's step it is one: the counter of steps. peft asks whether a random number is above
-    its module dropout, which is zero: true.
+    Whether a mask hides nothing is known of the job. In the optimizer's step the answer is one:
+    the counter of steps. peft asks whether a random number is above its module dropout, which is
+    zero: true.
     """
     if tensor.dtype == torch.bool:
-        return _asked_by_peft()
+        asker = _asker()
+        return asker == "peft" or (asker == "mask" and not padded)
     value = 1 if phase == "step" else 0
     return float(value) if tensor.dtype.is_floating_point else value
 
 
-def _asked_by_peft() -> bool:
+def _asker() -> str:
+    """Who asks for a truth value: ``peft``, ``mask`` (transformers' masks) or somebody else."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
+        if "masking_utils" in name:
+            return "mask"
         if "peft" in name or "transformers" in name:
-            return "transformers" not in name
+            return "peft" if "transformers" not in name else ""
         frame = frame.f_back
-    return False
+    return ""

@@ -35,7 +35,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "modernbert": ("modernbert",),
     "mpt": ("mpt",),
     "t5": ("t5", "mt5", "umt5"),
-    "bart": ("bart", "mbart", "pegasus"),
+    "bart": ("bart", "plbart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot"),
     "mixture": (
         "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared",
     ),
@@ -52,6 +52,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "published": ("qwen", "internlm2", "exaone", "bitnet"),
     "counted": ("glm_moe_dsa", "kimi_linear", "mllama", "glm4v", "glm46v"),
     "deberta": ("deberta-v2",),
+    "mpnet": ("mpnet",),
     "states": ("falcon_h1", "jamba", "bamba", "nemotron_h"),
     "hybrid": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
     "latent": (

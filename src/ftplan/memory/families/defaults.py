@@ -454,6 +454,39 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "attention_dropout": 0.0, "activation_dropout": 0.0, "scale_embedding": False,
         "tie_word_embeddings": True,
     },
+    "marian": {
+        "vocab_size": 58101, "decoder_vocab_size": None, "max_position_embeddings": 1024,
+        "encoder_layers": 12, "encoder_ffn_dim": 4096, "encoder_attention_heads": 16,
+        "decoder_layers": 12, "decoder_ffn_dim": 4096, "decoder_attention_heads": 16,
+        "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "activation_function": "gelu",
+        "d_model": 1024, "dropout": 0.1, "attention_dropout": 0.0, "activation_dropout": 0.0,
+        "scale_embedding": False, "share_encoder_decoder_embeddings": True,
+        "tie_word_embeddings": True,
+    },
+    "m2m_100": {
+        "vocab_size": 128112, "max_position_embeddings": 1024, "encoder_layers": 12,
+        "encoder_ffn_dim": 4096, "encoder_attention_heads": 16, "decoder_layers": 12,
+        "decoder_ffn_dim": 4096, "decoder_attention_heads": 16, "encoder_layerdrop": 0.05,
+        "decoder_layerdrop": 0.05, "activation_function": "relu", "d_model": 1024, "dropout": 0.1,
+        "attention_dropout": 0.1, "activation_dropout": 0.0, "scale_embedding": True,
+        "tie_word_embeddings": True,
+    },
+    "blenderbot": {
+        "vocab_size": 8008, "max_position_embeddings": 128, "encoder_layers": 2,
+        "encoder_ffn_dim": 10240, "encoder_attention_heads": 32, "decoder_layers": 24,
+        "decoder_ffn_dim": 10240, "decoder_attention_heads": 32, "encoder_layerdrop": 0.0,
+        "decoder_layerdrop": 0.0, "activation_function": "gelu", "d_model": 2560, "dropout": 0.1,
+        "attention_dropout": 0.0, "activation_dropout": 0.0, "scale_embedding": False,
+        "encoder_no_repeat_ngram_size": 3, "tie_word_embeddings": True,
+    },
+    "plbart": {
+        "vocab_size": 50005, "max_position_embeddings": 1024, "encoder_layers": 6,
+        "encoder_ffn_dim": 3072, "encoder_attention_heads": 12, "decoder_layers": 6,
+        "decoder_ffn_dim": 3072, "decoder_attention_heads": 12, "encoder_layerdrop": 0.0,
+        "decoder_layerdrop": 0.0, "activation_function": "gelu", "d_model": 768, "dropout": 0.1,
+        "attention_dropout": 0.1, "activation_dropout": 0.0, "scale_embedding": True,
+        "tie_word_embeddings": True,
+    },
     "mixtral": {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -1123,6 +1156,27 @@ ALIASES: dict[str, dict[str, str]] = {
     "pegasus": {
         "num_attention_heads": "encoder_attention_heads",
         "hidden_size": "d_model",
+        "num_hidden_layers": "encoder_layers",
+    },
+    "marian": {
+        "num_attention_heads": "encoder_attention_heads",
+        "hidden_size": "d_model",
+        "num_hidden_layers": "encoder_layers",
+    },
+    "m2m_100": {
+        "num_attention_heads": "encoder_attention_heads",
+        "hidden_size": "d_model",
+        "num_hidden_layers": "encoder_layers",
+    },
+    "blenderbot": {
+        "num_attention_heads": "encoder_attention_heads",
+        "hidden_size": "d_model",
+        "num_hidden_layers": "encoder_layers",
+    },
+    "plbart": {
+        "num_attention_heads": "encoder_attention_heads",
+        "hidden_size": "d_model",
+        "initializer_range": "init_std",
         "num_hidden_layers": "encoder_layers",
     },
     "mixtral": {
