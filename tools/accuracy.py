@@ -121,6 +121,8 @@ def _cut(config: Mapping[str, Any], layers: int | None) -> dict[str, Any]:
         cut.update(
             {key: cut[key][:layers] for key in LAYER_LISTS if isinstance(cut.get(key), list)}
         )
+        if cut.get("num_kv_shared_layers"):
+            cut["num_kv_shared_layers"] = min(cut["num_kv_shared_layers"], layers // 2)
     return cut
 
 

@@ -74,7 +74,8 @@ def kernel(env: Environment, heads: Heads, dtype: str, *, masked: bool) -> str:
     modern = env.capability is None or env.capability >= (8, 0)
     if half and modern and not masked and heads.size == heads.value_size and heads.size <= 256:
         return "flash"
-    return "math" if heads.groups > 1 and not masked else "efficient"
+    shared = heads.groups > 1 and not masked and heads.size == heads.value_size <= 256
+    return "math" if shared else "efficient"
 
 
 def make_mask(
@@ -153,18 +154,14 @@ def _attend(
     env = q.tape.env
     if env.attention == "eager" or (eager and env.attention == "sdpa"):
         return _eager(q, k, v, heads, mask, bias, held, by_head=by_head)
-    given = (k.dtype, v.dtype)
-    q, k, v = (ops.autocast(t) for t in (q, k, v))
     masked = mask is not None or env.padding_mask
-    choice = kernel(env, heads, q.dtype, masked=masked)
+    choice = kernel(env, heads, env.autocast or q.dtype, masked=masked)
+    if choice == "efficient":  # transformers repeats the heads; one head by a view
+        k, v = (ops.expand_heads(t, heads.groups, copied=heads.kv_count > 1) for t in (k, v))
+    q, k, v = (ops.autocast(t) for t in (q, k, v))
     if choice == "math":
         return ops.copy(_math(q, k, v, heads, by_head=by_head))
-    if masked and choice != "flash":
-        # one head is repeated by a view, unless autocast then casts what was repeated
-        if heads.kv_count > 1 or k.dtype != given[0]:
-            k = ops.expand_heads(k, heads.groups)
-        if heads.kv_count > 1 or v.dtype != given[1]:
-            v = ops.expand_heads(v, heads.groups)
+    if masked and choice == "efficient":
         mask = _padded(ops.autocast(additive(mask, q.tape, q.dtype)), q.tape)
     out = _fused(q, k, v, heads, mask, choice)
     return ops.copy(out) if by_head and choice == "flash" else out
@@ -227,16 +224,12 @@ def _fused(
     rows = sequence_rows(tape, 32) if choice == "efficient" else q.rows
     log_sum_exp = tape.tensor(rows, heads.count, "fp32", f"{choice} log-sum-exp")
     random_state = [tape.allocate(ONE * 16, choice), tape.allocate(ONE * 8, choice)]
+    if choice == "efficient" and heads.value_size > 128 and q.dtype != "fp32":
+        accumulator = tape.tensor(q.rows, heads.count * heads.value_size, "fp32", "accumulator")
+        del accumulator
     saved = (q, k, v, mask, out.alias(), log_sum_exp, random_state)
     inputs = [q, k, v]
-    shapes = [(t.rows, t.width, t.dtype) for t in inputs]
-    single = choice == "efficient" and heads.kv_count == 1
-    full = heads.count * heads.size
-    repeats = [1] + [heads.groups if single and t.width < full else 1 for t in (k, v)]
-    makers = [
-        ops.like(t.rows, t.width * times, t.dtype, True)
-        for t, times in zip(inputs, repeats, strict=True)
-    ]
+    makers = [ops.like(t.rows, t.width, t.dtype, True) for t in inputs]
     wants = [t.requires_grad for t in inputs]
     if mask is not None and mask.requires_grad:
         inputs.append(mask)
@@ -250,9 +243,6 @@ def _fused(
         tape = grad.tape
         grads: list[Tensor | None] = [make(grad) for make in makers]
         _workspace(tape, dtype, heads, choice)
-        for number in (1, 2):  # one gradient for the head that all share
-            if repeats[number] > 1:
-                grads[number] = ops.fit(grads[number], *shapes[number])
         if len(grads) > 3 and shape is not None:  # one gradient for all sequences
             grads[3] = ops.fit(grads[3], *shape)
         return tuple(g if wanted else None for g, wanted in zip(grads, wants, strict=True))

@@ -230,19 +230,30 @@ class Shared:
     checkpointing."""
     memory: Tensor | None = None
     """The encoder's output, for cross attention."""
+    kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Keys and values that later layers use too, by layer type: one place for all layers, also
+    when they run again (Gemma 4)."""
+    layer_inputs: list[Tensor] = field(default_factory=list)
+    """A tensor of which each layer is given a part (Gemma 4)."""
     embedded: list[Tensor] = field(default_factory=list)
     """What came out of the embeddings: the model's forward has names for it until it returns."""
     checkpointed: bool = False
     """Gradient checkpointing is on, in every block or in some."""
 
-    def biases(self) -> tuple[Tensor | None, Tensor | None]:
-        """What the first block makes for the others."""
-        return self.bias, self.cross_bias
+    def made(self) -> list[Tensor]:
+        """What blocks make for others."""
+        kept = [tensor for pair in self.kept.values() for tensor in pair]
+        return [t for t in (self.bias, self.cross_bias, *kept) if t is not None]
+
+    def given(self) -> list[Tensor]:
+        """What blocks are handed that may ask for a gradient, beside their input."""
+        whole = [] if self.memory is None else [self.memory]
+        return [*whole, *self.made(), *self.layer_inputs]
 
     def forget(self) -> None:
         """What is local to the model's forward; only a checkpoint keeps it."""
         self.mask = self.bias = self.cross_bias = None
-        self.rope, self.masks = {}, {}
+        self.rope, self.masks, self.kept, self.layer_inputs = {}, {}, {}, []
 
 
 class Stack:
@@ -262,6 +273,8 @@ class Stack:
     ) -> None:
         self.name = name
         self.shared = shared
+        self.hands_on = False
+        """Blocks make things that later ones use: the last of a kind is first to give back."""
         self.count = count
         self._build = build
         self._kind = kind

@@ -262,6 +262,20 @@ def scale(x: Tensor, name: str = "scale") -> Tensor:
     return out
 
 
+def mul_(x: Tensor, constant: Tensor) -> Tensor:
+    """A product in place, with what asks for no gradient and is kept."""
+    out = x.alias()
+    saved = constant
+    make = like(x.rows, x.width, x.dtype, x.requires_grad)
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved
+        return (make(grad),)
+
+    record([out], "mul", [x], apply)
+    return out
+
+
 def shift(x: Tensor, name: str = "shift") -> Tensor:
     """Plus a number: a new tensor forward, the same gradient backward."""
     out = x.tape.tensor(x.rows, x.width, x.dtype, name)
@@ -530,10 +544,10 @@ def gather(x: Tensor, rows: Size | None = None) -> Tensor:
 
 
 def pad(x: Tensor, rows: Size) -> Tensor:
-    """``constant_pad_nd``: a longer copy; the way back is a slice of the gradient."""
+    """``constant_pad_nd``: a longer copy; the way back copies a slice of the gradient."""
     out = x.tape.tensor(rows, x.width, x.dtype, "pad")
-    before = x.rows
-    record([out], "pad", [x], lambda grad: (grad.alias(rows=before),))
+    make = like(x.rows, x.width, x.dtype, x.requires_grad)
+    record([out], "pad", [x], lambda grad: (make(grad),))
     return out
 
 

@@ -387,7 +387,8 @@ def _run_stage(
         # what the first one made for all is the second
         place = min(layer, 1 if shared.bias is None else 2)
         key = (kind, x.requires_grad, checkpointed, place, edge)
-        last = len(recorder.network.stages) > 1 and _is_last(stage.stack, layer)
+        handed_on = stage.stack.hands_on or len(recorder.network.stages) > 1
+        last = handed_on and _is_last(stage.stack, layer)
         if key in seen and not last:
             order.append(seen[key])
             continue
@@ -457,16 +458,15 @@ def _run(block: Module, x: Tensor, shared: Shared) -> Tensor:
 
 def _checkpoint(block: Module, x: Tensor, shared: Shared) -> Tensor:
     given = copy.copy(shared)
-    others = [t for t in (given.memory, *given.biases()) if t is not None]
 
     def run(x: Tensor) -> list[Tensor]:
         handed = shared if x.tape.rerun is None else copy.copy(given)
+        before = {id(tensor) for tensor in handed.made()}
         out = _run(block, x, handed)
-        made = zip(handed.biases(), given.biases(), strict=True)
-        return [out, *(t for t, before in made if t is not None and t is not before)]
+        return [out, *(tensor for tensor in handed.made() if id(tensor) not in before)]
 
     offload = x.tape.env.offload_checkpoints
-    out, *_ = checkpoint_all(run, x, others, trains=_trains(block), offload=offload)
+    out, *_ = checkpoint_all(run, x, given.given(), trains=_trains(block), offload=offload)
     return out
 
 

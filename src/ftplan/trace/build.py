@@ -69,7 +69,10 @@ def cut_depth(config: dict[str, Any], layers: int) -> dict[str, Any]:
         config = {**config, "attention_types": [[["global", "local"], -(-layers // 2)]]}
         layers = 2 * -(-layers // 2)
     lists = {k: config[k][:layers] for k in PER_LAYER if isinstance(config.get(k), list)}
-    return {**config, **{key: layers for key in DEPTHS if key in config}, **lists}
+    cut = {**config, **{key: layers for key in DEPTHS if key in config}, **lists}
+    if cut.get("num_kv_shared_layers"):  # Gemma 4: of its last layers
+        cut["num_kv_shared_layers"] = min(cut["num_kv_shared_layers"], layers // 2)
+    return cut
 
 
 def family_of(config: Any) -> str:
@@ -108,7 +111,8 @@ def build_model(job: Job, config: Any) -> Any:
     """The model on the meta device, as it is loaded; nothing is allocated."""
     dtype = getattr(torch, job.compute_dtype if job.quantized else job.weights)
     kind = auto_class(config, job.task)
-    attention = attention_of(job, config)
+    attention: str | None = attention_of(job, config)
+    attention = None if attention == "sdpa" else attention  # by default, and where a part has it
     if job.task in ("classify", "rm"):
         config.num_labels = 1 if job.task == "rm" else config.num_labels
         config.pad_token_id = config.pad_token_id if config.pad_token_id is not None else 0

@@ -52,6 +52,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "published": ("qwen", "internlm2", "exaone", "bitnet"),
     "counted": ("glm_moe_dsa", "kimi_linear", "mllama", "glm4v", "glm46v"),
     "deberta": ("deberta-v2",),
+    "gemma4": ("gemma4_text", "gemma4"),
     "mpnet": ("mpnet",),
     "states": ("falcon_h1", "jamba", "bamba", "nemotron_h"),
     "hybrid": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),

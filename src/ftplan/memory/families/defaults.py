@@ -834,6 +834,25 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "use_double_wide_mlp": False, "num_experts": None, "top_k_experts": None,
         "moe_intermediate_size": None,
     },
+    "gemma4": {
+        "text_config": None, "vision_config": None, "audio_config": None,
+        "eoa_token_index": 258883, "tie_word_embeddings": True,
+    },
+    "gemma4_vision": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16,
+        "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64,
+        "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131072,
+        "attention_bias": False, "attention_dropout": 0.0, "pooling_kernel_size": 3,
+        "patch_size": 16, "position_embedding_size": 10240, "use_clipped_linears": False,
+        "standardize": False,
+    },
+    "gemma4_audio": {
+        "hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 8,
+        "hidden_act": "silu", "conv_kernel_size": 5, "residual_weight": 0.5,
+        "attention_chunk_size": 12, "attention_context_left": 13, "attention_context_right": 0,
+        "attention_logit_cap": 50.0, "attention_invalid_logits_value": -1000000000.0,
+        "use_clipped_linears": True, "gradient_clipping": 10000000000.0, "output_proj_dims": 1536,
+    },
     "dots1": {
         "vocab_size": 152064, "hidden_size": 4608, "intermediate_size": 10944,
         "moe_intermediate_size": 1408, "num_hidden_layers": 62, "num_attention_heads": 32,

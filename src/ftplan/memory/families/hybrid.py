@@ -98,15 +98,13 @@ class Conv1d(Module):
             return tuple(make(grad) for make in makers)
 
         ops.record([out], "conv1d", inputs, apply)
-        out = _cut(out, x.rows)
+        out = ops.rows_slice(out, x.rows)
         return ops.to(ops.unary(out, "silu", "input"), dtype) if self.act else out
 
 
-def _cut(x: Tensor, rows: Size) -> Tensor:
-    out = x.alias(rows)
-    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
-    ops.record([out], "slice", [x], lambda grad: (make(grad),))
-    return out
+def without_padding(x: Tensor) -> Tensor:
+    """``apply_mask_to_padding_states``: times zero where a batch is padded."""
+    return ops.scale(x, "without padding") if x.tape.env.padding_mask else x
 
 
 def _l2norm(x: Tensor, heads: int) -> Tensor:
@@ -152,7 +150,7 @@ def delta_rule(
     q = ops.mul(q, ops.unary(cumulated, "exp", "output"))
     k = ops.mul(k, ops.unary(ops.scale(cumulated), "exp", "output"))
     out = _scan(out, values, k_cumulated, q, intra, k, heads)
-    return _to_copy(out if padded == TOKENS else _cut(out, TOKENS), dtype)
+    return _to_copy(out if padded == TOKENS else ops.rows_slice(out, TOKENS), dtype)
 
 
 def _contiguous_fp32(x: Tensor) -> Tensor:
@@ -281,6 +279,7 @@ class DeltaNet(Module):
 
     def forward(self, x: Tensor, _shared: Shared, _held: list[Tensor] | None = None) -> Tensor:
         tape = x.tape
+        x = without_padding(x)
         mixed, z, b, a = self.project(x)
         mixed = self.conv1d.forward(mixed)
         q, k, v = ops.split(mixed, [self.key, self.key, self.value])

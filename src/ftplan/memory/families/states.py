@@ -12,6 +12,7 @@ from functools import partial
 from ftplan.memory import ops
 from ftplan.memory.experts import Experts, Router
 from ftplan.memory.families.chunked import Mamba2Mixer
+from ftplan.memory.families.hybrid import without_padding
 from ftplan.memory.families.decoder import (
     MLP,
     Attention,
@@ -84,18 +85,17 @@ class ScaledMixer(Mamba2Mixer):
         self, x: Tensor, _shared: Shared | None = None, _held: list[Tensor] | None = None
     ) -> Tensor:
         dtype, tape = x.dtype, x.tape
-        x = ops.scale(x)
+        x = ops.scale(without_padding(x))
         projected = self.in_proj.forward(x)
         # the multipliers are a buffer of the weights' dtype
         factors = Tensor(tape, None, ONE, projected.width, self.A_log.dtype)
         projected = ops.mul(projected, factors)
         rate = ops.neg(ops.unary(ops.to(tape.leaf(self.A_log), "fp32"), "exp", "output"))
         gate, mixed, step = ops.split(projected, [self.inner, self.channels, self.heads])
-        mixed = self.conv1d.forward(mixed)
+        mixed = without_padding(self.conv1d.forward(mixed))
         narrow = self.groups * self.states
-        inner, b, c = ops.split(mixed, [self.inner, narrow, narrow])
-        del mixed
-        out = self.scan(inner, step, rate, b, c)
+        x, b, c = ops.split(mixed, [self.inner, narrow, narrow])
+        out = self.scan(x, step, rate, b, c)
         out = self.gated.forward(out, gate)
         return self.out_proj.forward(ops.to(out, dtype))
 
