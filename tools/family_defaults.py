@@ -28,7 +28,7 @@ mixtral qwen2_moe qwen3_moe olmoe flex_olmo deepseek_v2 deepseek_v3 gpt_oss llam
 granitemoehybrid granitemoeshared qwen3_next qwen3_5_text qwen3_5_moe_text dbrx phimoe glm4_moe
 glm4_moe_lite minimax minimax_m2 jamba mamba mamba2 falcon_mamba falcon_h1 bamba nemotron_h
 ernie4_5_moe hunyuan_v1_moe lfm2 lfm2_moe recurrent_gemma bitnet gemma3n_text gemma4_text gemma4 gemma4_vision gemma4_audio
-dots1
+deepseek_v32 glm_moe_dsa dots1
 clip_vision_model siglip_vision_model pixtral qwen2_vl qwen2_vl_text qwen2_vl_vision qwen2_5_vl
 qwen2_5_vl_text qwen2_5_vl_vision qwen3_vl qwen3_vl_text qwen3_vl_vision qwen3_vl_moe
 qwen3_vl_moe_text qwen3_vl_moe_vision qwen3_5 qwen3_5_moe qwen3_5_vision qwen3_5_moe_vision llama4

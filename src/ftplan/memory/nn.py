@@ -34,6 +34,8 @@ class Module:
     """A named tree of parameters. Subclasses define ``forward``."""
 
     forward: Callable[..., Any]
+    skipped = False
+    """The model's forward passes this block over."""
 
     def __init__(self) -> None:
         self.children: dict[str, Module] = {}
@@ -233,6 +235,8 @@ class Shared:
     kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Keys and values that later layers use too, by layer type: one place for all layers, also
     when they run again (Gemma 4)."""
+    picked: Tensor | None = None
+    """Which tokens the layer before looked at (GLM-5)."""
     layer_inputs: list[Tensor] = field(default_factory=list)
     """A tensor of which each layer is given a part (Gemma 4)."""
     embedded: list[Tensor] = field(default_factory=list)
@@ -252,7 +256,7 @@ class Shared:
 
     def forget(self) -> None:
         """What is local to the model's forward; only a checkpoint keeps it."""
-        self.mask = self.bias = self.cross_bias = None
+        self.mask = self.bias = self.cross_bias = self.picked = None
         self.rope, self.masks, self.kept, self.layer_inputs = {}, {}, {}, []
 
 
@@ -432,9 +436,11 @@ def _as_it_is(x: Tensor) -> Tensor:
     return x
 
 
-def rope_table(tape: Tape, width: int, dtype: str) -> tuple[Tensor, Tensor]:
+def rope_table(
+    tape: Tape, width: int, dtype: str, rows: Size = SEQ
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of ``width`` for each position, computed in fp32 and cast."""
-    angles = tape.tensor(SEQ, width, "fp32", "rope")
+    angles = tape.tensor(rows, width, "fp32", "rope")
     cos, sin = (
         ops.to(ops.scale(angles, "rope"), dtype),
         ops.to(ops.scale(angles, "rope"), dtype),

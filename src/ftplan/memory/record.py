@@ -380,6 +380,8 @@ def _run_stage(
         return x
     seen: dict[tuple[Hashable, ...], int] = {}
     for layer, kind in enumerate(stage.stack.pattern):
+        if stage.stack.kinds[kind].skipped:
+            continue
         number = recorder.blocks + layer
         checkpointed = checkpoint_every > 0 and number % checkpoint_every == 0
         edge = layer if recorder.fsdp and layer in (0, stage.stack.count - 1) else None

@@ -853,6 +853,30 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "attention_logit_cap": 50.0, "attention_invalid_logits_value": -1000000000.0,
         "use_clipped_linears": True, "gradient_clipping": 10000000000.0, "output_proj_dims": 1536,
     },
+    "deepseek_v32": {
+        "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
+        "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128,
+        "num_key_value_heads": 128, "n_shared_experts": 1, "n_routed_experts": 256,
+        "output_router_logits": False, "routed_scaling_factor": 2.5, "kv_lora_rank": 512,
+        "q_lora_rank": 1536, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128,
+        "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "hidden_act": "silu", "max_position_embeddings": 163840, "tie_word_embeddings": False,
+        "mlp_layer_types": None, "attention_bias": False, "attention_dropout": 0.0,
+        "index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64, "mlp_bias": False,
+        "head_dim": 64, "first_k_dense_replace": 3, "layer_types": None,
+    },
+    "glm_moe_dsa": {
+        "vocab_size": 154880, "hidden_size": 6144, "intermediate_size": 12288,
+        "moe_intermediate_size": 2048, "num_hidden_layers": 78, "num_attention_heads": 64,
+        "num_key_value_heads": 64, "n_shared_experts": 1, "n_routed_experts": 256,
+        "output_router_logits": False, "routed_scaling_factor": 2.5, "kv_lora_rank": 512,
+        "q_lora_rank": 2048, "qk_rope_head_dim": 64, "v_head_dim": 256, "qk_nope_head_dim": 192,
+        "n_group": 1, "topk_group": 1, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "hidden_act": "silu", "max_position_embeddings": 202752, "tie_word_embeddings": False,
+        "mlp_layer_types": None, "attention_bias": False, "attention_dropout": 0.0,
+        "index_topk": 2048, "index_head_dim": 128, "index_n_heads": 32, "mlp_bias": False,
+        "head_dim": 64, "first_k_dense_replace": 3, "layer_types": None, "indexer_types": None,
+    },
     "dots1": {
         "vocab_size": 152064, "hidden_size": 4608, "intermediate_size": 10944,
         "moe_intermediate_size": 1408, "num_hidden_layers": 62, "num_attention_heads": 32,
@@ -1267,6 +1291,12 @@ ALIASES: dict[str, dict[str, str]] = {
     "recurrent_gemma": {
         "sliding_window": "attention_window_size",
         "layer_types": "layers_block_type",
+    },
+    "deepseek_v32": {
+        "num_local_experts": "n_routed_experts",
+    },
+    "glm_moe_dsa": {
+        "num_local_experts": "n_routed_experts",
     },
     "dots1": {
         "num_local_experts": "n_routed_experts",

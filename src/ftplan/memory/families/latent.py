@@ -222,7 +222,8 @@ def grouped(raw: Config) -> Network:
     """``Glm4MoeForCausalLM``, ``Dots1ForCausalLM``: the same router, ordinary attention."""
     config = filled(raw)
     sparse = sparse_layers(config)
-    glm = config["model_type"] == "glm4_moe"
+    vision = config["model_type"] == "glm4v_moe_text"
+    glm = vision or config["model_type"] == "glm4_moe"
     types = [""] * config["num_hidden_layers"]
     windows: dict[str, int | None] = {"": None}
     if not glm and "sliding_attention" in (config.get("layer_types") or ()):
@@ -232,7 +233,7 @@ def grouped(raw: Config) -> Network:
     turned = int(size * (config.get("partial_rotary_factor") or 1.0))
 
     def block(config: Config, layer: int) -> Module:
-        normed = not glm or config.get("use_qk_norm")
+        normed = not glm or (config.get("use_qk_norm") and not vision)
         attention = Attention(
             config, qk_norm="head" if normed else None, out_bias=False if glm else None,
             turned=turned, mask=types[layer],
@@ -245,7 +246,7 @@ def grouped(raw: Config) -> Network:
 
     return Decoder(
         config, block, kind=lambda layer: (sparse[layer], types[layer]),
-        ropes={"": Rope(width=turned)}, windows=windows,
+        ropes={"": Rope(width=turned, per_sequence=vision)}, windows=windows,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from ftplan.memory.nn import (
     activation,
     rope_table,
 )
-from ftplan.memory.tape import SEQ, Tape, Tensor
+from ftplan.memory.tape import SEQ, TOKENS, Tape, Tensor
 
 Config = Mapping[str, Any]
 
@@ -60,6 +60,8 @@ class Traits:
     """The config's field for the dropout of what is added to the residual stream."""
     dropout_site: Literal["block", "module", "mlp"] = "block"
     embedding_dropout: str | None = None
+    rope_per_sequence: bool = False
+    """Positions differ between the sequences of a batch."""
     no_sdpa: bool = False
     """Eager attention takes the place of SDPA, which knows no soft cap (Gemma 2)."""
     scaled_embedding: bool = False
@@ -71,6 +73,12 @@ _GEMMA_NORMS = (
     "post_attention_layernorm",
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
+)
+_GLM_NORMS = (
+    "input_layernorm",
+    "post_self_attn_layernorm",
+    "post_attention_layernorm",
+    "post_mlp_layernorm",
 )
 _POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
@@ -141,12 +149,16 @@ TRAITS: dict[str, Traits] = {
         rotation="pairs",
         rejoins=True,
         block="sandwich",
-        norm_names=(
-            "input_layernorm",
-            "post_self_attn_layernorm",
-            "post_attention_layernorm",
-            "post_mlp_layernorm",
-        ),
+        norm_names=_GLM_NORMS,
+    ),
+    "glm4v_text": Traits(
+        qkv_bias=True,
+        out_bias=False,
+        mlp="fused",
+        rejoins=True,
+        rope_per_sequence=True,
+        block="sandwich",
+        norm_names=_GLM_NORMS,
     ),
     "cohere": Traits(
         norm="cohere",
@@ -674,7 +686,8 @@ class Llama(Network):
             x = ops.dropout(x, config.get(traits.embedding_dropout) or 0.0)
         dtype = "fp32" if traits.rotation in ("table_fp32", "pairs_fp32") else x.dtype
         for name in self.layer_types if traits.ropes_by_type else ("",):
-            shared.rope[name] = rope_table(tape, self.rope_width, dtype)
+            rows = TOKENS if traits.rope_per_sequence else SEQ
+            shared.rope[name] = rope_table(tape, self.rope_width, dtype, rows)
         return x
 
     def _leave(self, x: Tensor, shared: Shared) -> Tensor:
