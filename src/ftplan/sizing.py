@@ -214,7 +214,7 @@ class _Fit:
 
     def _row(self, way: Way, resolved: Resolved, sizer: Sizer) -> FitRow:
         device = sizer.counters(self.micro, self.seq_len).device
-        structure = sizer.structure(self.seq_len)
+        structure = sizer.structure(self.seq_len, self.micro)
         micro = longest = 0
         if self.gpu is not None:
             micro = sizer.largest_micro(self.seq_len)

@@ -71,26 +71,27 @@ class Sizer:
         self.room = room
         self._chunk = chunk
         self._job_at = job_at
-        self._structures: dict[int, Structure] = {}
+        self._structures: dict[tuple[int, bool], Structure] = {}
         self._single: dict[tuple[int, int], Structure] = {}
         self._compute: Compute | None = None
         self._edges = _windows(job.config)
         self.evaluated = 0
         """How many sizes were asked of a record."""
 
-    def structure(self, seq_len: int) -> Structure:
-        """The record that holds for a sequence length."""
+    def structure(self, seq_len: int, micro: int | None = None) -> Structure:
+        """The record that holds for a sequence length, and for one sequence or for several."""
         side = sum(edge <= seq_len for edge in self._edges)
-        if side not in self._structures:
-            environment = replace(self.job.environment, seq_len=seq_len)
+        alone = (self.job.micro if micro is None else micro) == 1
+        if (side, alone) not in self._structures:
+            environment = replace(self.job.environment, seq_len=seq_len, one_sequence=alone)
             job = replace(self.job, environment=environment)
-            self._structures[side] = Structure(job)
-        return self._structures[side]
+            self._structures[side, alone] = Structure(job)
+        return self._structures[side, alone]
 
     def record(self, micro: int, seq_len: int) -> Structure:
         """The record that holds for a batch."""
         if self._job_at is None:
-            return self.structure(seq_len)
+            return self.structure(seq_len, micro)
         key = (micro, seq_len)
         if key not in self._single:
             self._single[key] = Structure(self._job_at(micro, seq_len))

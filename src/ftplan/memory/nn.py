@@ -343,6 +343,8 @@ class Network(Module):
     def __init__(self) -> None:
         super().__init__()
         self.stages: list[Stage] = []
+        self.checkpoints = True
+        """Its class has gradient checkpointing (``supports_gradient_checkpointing``)."""
         self.tied: dict[str, str] = {}
         """Names of weights that are another weight: no bytes of their own."""
         self.buffer_bytes = 0

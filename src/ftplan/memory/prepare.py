@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ftplan.errors import InputError
+from ftplan.errors import InputError, UnsupportedError
 from ftplan.memory.adapters import adapt, distinguish
 from ftplan.memory.families import build
 from ftplan.memory.job import Job
@@ -22,6 +22,11 @@ def prepare(job: Job) -> Network:
     """Build the model of the job and bring every weight to the state it is trained in."""
     labels = {"rm": 1, "classify": job.labels}.get(job.task)
     network = build(job.config, labels=labels)
+    if job.checkpoint_every and not network.checkpoints:
+        raise UnsupportedError(
+            f"gradient checkpointing of model_type {job.config.get('model_type')!r}",
+            remedy="set gradient_checkpointing: false; transformers has none for its class",
+        )
     if job.images:
         network.show(job.images, job.image_tokens, checkpointed=job.checkpoint_every > 0)
     if job.task == "embed":
