@@ -8,6 +8,7 @@ there: a tensor that a forward still names is a tensor that still occupies memor
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,16 @@ class Module:
     def __init__(self) -> None:
         self.children: dict[str, Module] = {}
         self.parameters: dict[str, Parameter] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Module:
+        """A module like this one, with weights of its own; what is neither is shared."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            vars(twin)[name] = _twin(value, memo)
+        twin.children = _twin_values(self.children, memo)
+        twin.parameters = _twin_values(self.parameters, memo)
+        return twin
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Module):
@@ -77,6 +88,22 @@ class Module:
         """Put ``module`` where another one is."""
         parent, _, name = path.rpartition(".")
         setattr(self.child(parent) if parent else self, name, module)
+
+
+def _twin(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, (Module, Parameter)):
+        return copy.deepcopy(value, memo)
+    if isinstance(value, list):
+        return [_twin(item, memo) for item in value]
+    if isinstance(value, tuple):
+        return tuple(_twin(item, memo) for item in value)
+    if isinstance(value, dict) and isinstance(next(iter(value.values()), None), Module):
+        return _twin_values(value, memo)
+    return value
+
+
+def _twin_values(values: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
+    return {name: copy.deepcopy(value, memo) for name, value in values.items()}
 
 
 class Linear(Module):

@@ -61,11 +61,11 @@ class Size(tuple[int, ...]):
 
     def __add__(self, other: object) -> Size:
         assert isinstance(other, Size)
-        return Size(a + b for a, b in zip(self, other, strict=True))
+        return Size([a + b for a, b in zip(self, other, strict=True)])
 
     def __mul__(self, factor: object) -> Size:
         assert isinstance(factor, int)
-        return Size(a * factor for a in self)
+        return Size([a * factor for a in self])
 
     __rmul__ = __mul__
 
@@ -299,6 +299,13 @@ class Parameter:
         self.whole = shape
         """The shape before it was sharded."""
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Parameter:
+        twin = object.__new__(Parameter)
+        memo[id(self)] = twin
+        for name in self.__slots__:
+            setattr(twin, name, getattr(self, name))
+        return twin
+
     @property
     def numel(self) -> int:
         """Number of elements."""
@@ -499,17 +506,19 @@ def fit(grad: Tensor | None, rows: Size, width: int, dtype: str) -> Tensor | Non
     """A gradient brought to the shape and dtype of its input: summed where it was broadcast."""
     if grad is None:
         return None
-    if not _as_many(grad, rows * width):
+    if not _as_many(grad, rows, width):
         grad = grad.tape.tensor(rows, width, grad.dtype, "gradient sum")
     if grad.dtype != dtype:
         grad = grad.tape.tensor(rows, width, dtype, "gradient cast")
     return grad
 
 
-def _as_many(grad: Tensor, numel: Size) -> bool:
+def _as_many(grad: Tensor, rows: Size, width: int) -> bool:
+    if grad.width == width and grad.rows == rows:
+        return True
     if grad.tape.env.one_sequence:
-        return grad.numel.alone() == numel.alone()
-    return grad.numel == numel
+        return grad.numel.alone() == (rows * width).alone()
+    return grad.numel == rows * width
 
 
 def _own(grad: Tensor) -> Tensor:
