@@ -161,10 +161,33 @@ def _attend(
     q, k, v = (ops.autocast(t) for t in (q, k, v))
     if choice == "math":
         return ops.copy(_math(q, k, v, heads, by_head=by_head))
+    if choice == "flash" and masked:
+        return _without_padding(q, k, v, heads, by_head=by_head)
     if masked and choice == "efficient":
         mask = _padded(ops.autocast(additive(mask, q.tape, q.dtype)), q.tape)
     out = _fused(q, k, v, heads, mask, choice)
     return ops.copy(out) if by_head and choice == "flash" else out
+
+
+def _without_padding(q: Tensor, k: Tensor, v: Tensor, heads: Heads, *, by_head: bool) -> Tensor:
+    """FlashAttention 2 of the tokens that no mask hides: gathered, attended to and put back.
+
+    All tokens are taken for such. Source: transformers, ``modeling_flash_attention_utils.py``.
+    """
+    index = q.tape.tensor(TOKENS, 1, "int64", "token index")
+    if by_head:
+        q, k = ops.copy(q), ops.copy(k)
+    q, k, v = (ops.gather(t, index=index) for t in (q, k, v))
+    out = _fused(q, k, v, heads, None, "flash")
+    back = q.tape.tensor(out.rows, out.width, out.dtype, "padded")
+    make = ops.like(out.rows, out.width, out.dtype, out.requires_grad)
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = index
+        return (make(grad),)
+
+    ops.record([back], "index_put", [out], apply)
+    return back
 
 
 def with_prefix(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

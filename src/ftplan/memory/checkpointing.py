@@ -60,7 +60,10 @@ def checkpoint_all(
             start = stored()
             kept: list[object] = [start, function]
             tape.recalled = held if held else None
+            # with reentry the graph made now is gone back through, else it is dropped at once
+            graph, tape.attributes = tape.attributes, kept if tape.env.reentrant else []
             run.outputs = function(_entry(start, kept))
+            tape.attributes = graph
             del start
             tape.recalled = None
         tape.weight_cache, tape.rerun = cache, before

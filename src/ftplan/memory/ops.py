@@ -528,11 +528,12 @@ def nll_loss(log_probs: Tensor, *kept: Tensor) -> Tensor:
     return loss
 
 
-def gather(x: Tensor, rows: Size | None = None) -> Tensor:
+def gather(x: Tensor, rows: Size | None = None, index: Tensor | None = None) -> Tensor:
     """Rows picked by an index, which is kept; backward makes a whole tensor of zeros."""
     rows = x.rows if rows is None else rows
     out = x.tape.tensor(rows, x.width, x.dtype, "gather")
-    index = x.tape.tensor(rows, 1, "int64", "row index")
+    if index is None:
+        index = x.tape.tensor(rows, 1, "int64", "row index")
     make = like(x.rows, x.width, x.dtype, x.requires_grad)
 
     def apply(grad: Tensor) -> Grads:

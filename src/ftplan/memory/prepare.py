@@ -33,6 +33,11 @@ def prepare(job: Job) -> Network:
         network.drop_head()
     if job.method == "partial":
         last = network.stages[-1].stack
+        if last.shared:
+            raise UnsupportedError(
+                "partial finetuning of layers that share their weights",
+                remedy="use the method full or lora",
+            )
         if job.last_layers > last.count:
             raise InputError(
                 f"last_layers is {job.last_layers}, the model has {last.count}",

@@ -105,7 +105,7 @@ def _matmul_int8(x: Tensor, in_features: int, out_features: int, *, adds: bool) 
         if adds:
             result = tape.tensor(rows, out_features, "fp32" if dtype == "fp32" else dtype, "bias")
         result = ops.to(result, dtype)
-    saved = tape.hold(x)
+    saved = tape.hold(x) if ops.records(x) else None
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved

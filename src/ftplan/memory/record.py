@@ -68,8 +68,10 @@ class Recording:
     """The same for what a task does with the model's outputs after autocast has ended."""
     outputs: list[Tensor] = field(default_factory=list)
     """The model's outputs, where the caller keeps them until backward has ended."""
+    graph_dropped: list[Segment] = field(default_factory=list)
+    """Per forward segment: what dies with the graph, when backward has ended."""
     after: Segment = Segment("", 0, 0)
-    """What dies when backward has ended."""
+    """What else dies then."""
     saved: set[int] = field(default_factory=set)
     """Storages that are alive between forward and backward."""
 
@@ -83,8 +85,10 @@ class Recording:
         if self.before_order:
             phases.insert(0, ("scoring", [self.forward[index] for index in self.before_order]))
         if self.backward:
-            backward = [self.backward[index] for index in reversed(order + self.tail_order)]
-            phases.append(("backward", [*backward, self.after]))
+            order = list(reversed(order + self.tail_order))
+            backward = [self.backward[index] for index in order]
+            dropped = [self.graph_dropped[index] for index in order]
+            phases.append(("backward", [*backward, *dropped, self.after]))
         return phases
 
 
@@ -106,6 +110,7 @@ class _Recorder:
         """Which of the recording's orders is being recorded."""
         self.regions: list[_Region] = []
         self.casts: list[dict[int, Tensor]] = []
+        self.attributes: list[list[object]] = []
         self.start = 0
         self.fsdp: Fsdp | None = None
         self.units: list[Unit] = []
@@ -159,10 +164,17 @@ class _Recorder:
         self.regions.append(_Region(name, self.tape.sequence, index))
         self.casts.append(self.tape.weight_cache)
         self.tape.weight_cache = {}
+        self.attributes.append(self.tape.attributes)
+        self.tape.attributes = []
         return index
 
     def end_step(self, shared: Shared) -> None:
         """The caller lets go of what the model returned, and of what every block was handed."""
+        for held in self.attributes:
+            start = len(self.tape.events)
+            held.clear()
+            segment = Segment("graph dropped", start, len(self.tape.events))
+            self.recording.graph_dropped.append(segment)
         start = len(self.tape.events)
         self.recording.outputs.clear()
         shared.zeros.clear()

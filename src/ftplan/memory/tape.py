@@ -132,6 +132,8 @@ class Tape:
     """Learned keys and values before those of every layer (prefix tuning)."""
     escaped: list[Tensor] | None = None
     """Inside a checkpoint: what its functions hold by themselves, out of the checkpoint's sight."""
+    attributes: list[object] = field(default_factory=list)
+    """What functions keep as attributes: alive as long as the graph."""
     step_of: Callable[[Parameter], int] | None = None
     """An optimizer in backward: bytes that the step of one parameter needs for a moment."""
     collecting: list[list[Tensor]] = field(default_factory=list)
@@ -152,12 +154,16 @@ class Tape:
     def hold(self, x: Tensor) -> Held | None:
         """What a Python function keeps as an attribute instead of ``save_for_backward``.
 
-        Checkpointing without reentry sees only the latter: the first forward's tensor stays.
+        Checkpointing without reentry sees only the latter: the first forward's tensor stays. The
+        function is a node of the graph, and keeps its attributes until the graph is gone.
         """
+        self.attributes.append(x.alias())
+        if self.recalled is not None:
+            return Held(self.recalled.pop(0))
         if self.escaped is not None:
             self.escaped.append(x.alias())
             return None
-        return Held(x if self.recalled is None else self.recalled.pop(0))
+        return Held(x)
 
     def tensor(self, rows: Size, width: int, dtype: str, name: str) -> Tensor:
         """A fresh tensor of ``rows`` x ``width`` elements."""

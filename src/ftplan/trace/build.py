@@ -265,6 +265,10 @@ def adapt(model: Any, job: Job, *, quantized_already: bool = False) -> Any:
     adapted = peft.get_peft_model(
         model, configuration, autocast_adapter_dtype=job.adapter_dtype == "fp32"
     )
+    if job.adapter_dtype == "bf16":  # over any base, as TRL casts them
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
     adapted.train()
     return adapted
 

@@ -347,8 +347,8 @@ def flash_attention(ledger: Ledger) -> Any:
         out = _Flash.apply(query, key, value, ledger)[..., :head].transpose(1, 2)
         if attention_mask is not None:
             flat = torch.zeros(batch * length, heads, head, dtype=out.dtype)
-            out = flat.index_put((index,), out.reshape(batch * length, heads, head))
-            out = out.view(batch, length, heads, head)
+            flat[index] = out.reshape(batch * length, heads, head)
+            out = flat.view(batch, length, heads, head)
         return out, None
 
     return forward

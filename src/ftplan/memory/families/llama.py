@@ -555,10 +555,15 @@ class XIELU(Module):
         negative = ops.shift(ops.unary(alphas[1], "softplus", "input"))
         above = tape.tensor(x.rows, x.width, "bool", "sign")
         high = ops.add(ops.mul(ops.mul(positive, x), x), ops.scale(x))
-        low = ops.autocast_fp32(ops.unary(x, "minimum", "input"))
-        low = ops.add(ops.unary(low, "expm1", "output"), x)
-        low = ops.add(ops.mul(low, negative), ops.scale(x))
+        low = _expm1(ops.unary(x, "minimum", "input"))
+        low = ops.add(low, x)
+        low = ops.mul(low, negative)
+        low = ops.add(low, ops.scale(x))
         return ops.where(above, high, low)
+
+
+def _expm1(x: Tensor) -> Tensor:
+    return ops.unary(ops.autocast_fp32(x), "expm1", "output")
 
 
 def mlp_of(config: Config) -> Module:
