@@ -260,7 +260,7 @@ def _without_images(x: Tensor) -> Tensor:
 def gemma4(raw: Config) -> Network:
     """``Gemma4ForConditionalGeneration``: beside the text, towers that nothing is shown to."""
     config = filled(raw)
-    text = filled(raw["text_config"], "gemma4_text")
+    text = filled(raw.get("text_config") or {}, "gemma4_text")
     language = Gemma4({**text, "tie_word_embeddings": False})
     language.wrapped = True
     network = VisionLanguage(
@@ -270,11 +270,11 @@ def gemma4(raw: Config) -> Network:
     network.shows = False
     network.buffer_elements = language.buffer_elements
     wide = text["hidden_size"]
-    vision = filled(raw["vision_config"], "gemma4_vision")
+    vision = filled(raw.get("vision_config") or {}, "gemma4_vision")
     image_tower(network.tower, vision)
     plant(network.model, "embed_vision.embedding_projection", Linear(vision["hidden_size"], wide))
     if raw.get("audio_config"):
-        sound = filled(raw["audio_config"], "gemma4_audio")
+        sound = filled(raw.get("audio_config") or {}, "gemma4_audio")
         plant(network.model, "audio_tower", sound_tower(sound))
         inner = sound["output_proj_dims"]
         plant(network.model, "embed_audio.embedding_projection", Linear(inner, wide))
@@ -308,13 +308,14 @@ def image_tower(tower: Tower, config: Config) -> None:
 def sound_tower(config: Config) -> Module:
     """``Gemma4AudioModel``: names and shapes."""
     tower, hidden = Module(), config["hidden_size"]
+    counts = config.get("subsampling_conv_channels") or (128, 32)
     channels = 1
-    for number, count in enumerate(config["subsampling_conv_channels"]):
+    for number, count in enumerate(counts):
         path = f"subsample_conv_projection.layer{number}"
         plant(tower, f"{path}.conv", Conv(channels, count, 3, 3, bias=False))
         plant(tower, f"{path}.norm", LayerNorm(count, bias=False))
         channels = count
-    left = config["subsampling_conv_channels"][0] // 4 * channels
+    left = counts[0] // 4 * channels
     plant(tower, "subsample_conv_projection.input_proj_linear", Linear(left, hidden))
     for layer in range(config["num_hidden_layers"]):
         root = plant(tower, f"layers.{layer}", Module())

@@ -18,8 +18,8 @@ def glm4v(raw: Config) -> Network:
     ``Glm4vMoeForConditionalGeneration``."""
     mixed = raw["model_type"] == "glm4v_moe"
     kind = "glm4v_moe" if mixed else "glm4v"
-    text = {**filled(raw["text_config"], f"{kind}_text"), "tie_word_embeddings": False}
-    vision = filled(raw["vision_config"], f"{kind}_vision")
+    text = {**filled(raw.get("text_config") or {}, f"{kind}_text"), "tie_word_embeddings": False}
+    vision = filled(raw.get("vision_config") or {}, f"{kind}_vision")
     network = VisionLanguage(
         grouped(text) if mixed else Llama(text), tower(vision),
         tied=bool(filled(raw).get("tie_word_embeddings")), tower_name="visual",

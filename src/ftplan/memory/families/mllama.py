@@ -62,8 +62,8 @@ class MllamaText(Llama):
 
 def mllama(raw: Config) -> Network:
     """``MllamaForConditionalGeneration``."""
-    text = filled(raw["text_config"], "mllama_text_model")
-    vision = filled(raw["vision_config"], "mllama_vision_model")
+    text = filled(raw.get("text_config") or {}, "mllama_text_model")
+    vision = filled(raw.get("vision_config") or {}, "mllama_vision_model")
     language = MllamaText({**text, "tie_word_embeddings": False})
     language.alone = False
     network = VisionLanguage(
