@@ -273,15 +273,17 @@ class Program:
         return self._alive_at(where, table)
 
     def _alive_at(self, where: tuple[int, int, int, int], table: list[int]) -> dict[Label, Alive]:
-        alive: dict[Label, list[Any]] = {}
+        copies = [0] * len(self._storage_size)
         for events, times in self._until(where):
             for event in events:
-                storage = abs(event) - 1
+                copies[abs(event) - 1] += times if event > 0 else -times
+        alive: dict[Label, list[Any]] = {}
+        for storage, times in enumerate(copies):
+            if times:
                 index = self._storage_size[storage]
-                sign = times if event > 0 else -times
                 entry = alive.setdefault(self._labels[storage], [0, NOTHING])
-                entry[0] += table[index] * sign
-                entry[1] = entry[1] + self._sizes[index] * sign
+                entry[0] += table[index] * times
+                entry[1] = entry[1] + self._sizes[index] * times
         return {
             label: Alive(entry[0], per_sample(entry[1], self.sequences))
             for label, entry in alive.items()
