@@ -97,7 +97,9 @@ BASES: dict[str, Plan] = {
         hardware=FOUR,
         sharding=Sharding(kind="fsdp", version=1),
         method=LORA,
+        batch=Batch(micro=8, seq_len=2048),
         gradient_checkpointing=Checkpointing(kind="full"),
+        loss=Loss(kind="chunked"),
     ),
     "zero1": training(hardware=FOUR, sharding=Sharding(kind="zero1")),
     "zero2-lora": training(hardware=FOUR, sharding=Sharding(kind="zero2"), method=LORA),
@@ -406,7 +408,8 @@ def test_a_training_task_without_a_method_is_refused(task: Any, base: Path) -> N
 @pytest.mark.parametrize("degree", ["pp", "cp", "ep"])
 def test_a_served_model_is_split_by_tp_alone(degree: str, base: Path) -> None:
     """What would split a served model and is not sized is refused: the answer would mislead."""
-    plan = replace(BASES["serving-on-two"], sharding=replace(Sharding(), **{degree: 2}))
+    degrees: dict[str, Any] = {degree: 2}
+    plan = replace(BASES["serving-on-two"], sharding=Sharding(**degrees))
     with pytest.raises(UnsupportedError, match=degree):
         api.estimate(plan, base=base)
 

@@ -113,8 +113,10 @@ def resolve(
 
 
 def _stated(key: str, stated: Collection[str] | None) -> bool:
-    """Whether somebody wrote the key, or a key within it."""
-    return stated is None or any(one == key or one.startswith(f"{key}.") for one in stated)
+    """Whether somebody wrote the key, one within it, or the section it is in."""
+    return stated is None or any(
+        f"{one}.".startswith(f"{key}.") or key.startswith(f"{one}.") for one in stated
+    )
 
 
 def _idle_finding(idle: Mapping[str, str]) -> Finding:

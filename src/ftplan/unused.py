@@ -109,7 +109,7 @@ _RULES: tuple[Rule, ...] = (
     (("batch.images", "batch.image_size"), "a served model is sized for text",
      lambda job: not job.trains),
     # --- what is trained ------------------------------------------------------------------------
-    (("precision.kv_cache", "batch.prompt_len"), "training fills no key-value cache",
+    (("precision.kv_cache", "batch.prompt_len"), "only a served model is asked for it",
      lambda job: job.trains),
     (
         _of_method("rank", "alpha", "targets", "dropout", "adapter_dtype", "modules_to_save",
