@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftplan.adapting import RANKS, check_options
 from ftplan.catalog.gpus import GpuRow, find_gpu
@@ -29,9 +29,6 @@ from ftplan.spec import (
     Rollout,
 )
 from ftplan.unused import idle_keys, sentence, shapeless_keys, without
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Resolved", "native_dtype", "resolve"]
 
