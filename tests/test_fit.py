@@ -114,7 +114,7 @@ def test_ways_keep_what_the_plan_says() -> None:
     for way in ways_to_train(plan):
         assert way.plan.gradient_checkpointing == plan.gradient_checkpointing
         assert way.plan.loss == plan.loss
-        assert way.plan.precision.weights in ("fp32", "int8", "nf4")
+        assert way.plan.precision.weights in ("fp32", "bnb-int8", "nf4")
     opened = {way.name: way for way in ways_to_train(Plan(model=Model(name="gpt2")))}
     assert {"full", "lora", "dora", "qlora", "last 2 blocks"} <= set(opened)
     assert opened["lora"].sets["gradient_checkpointing"] is True

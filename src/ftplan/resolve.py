@@ -273,6 +273,10 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
     else:
         default, source = stack.weights_dtype, own("weights_dtype")
     weights = find_format(filler.fill("precision.weights", plan.precision.weights, default, source))
+    if weights.name in _RUN_AS and config is not None and method.kind not in ("full", "partial"):
+        weights = find_format(
+            filler.fill("precision.weights", None, _RUN_AS[weights.name], "bitsandbytes' format")
+        )
     mixed = filler.fill("precision.mixed", plan.precision.mixed, "no")
     if config is not None:
         _check_trainable(method, weights)
@@ -533,6 +537,10 @@ def _with_rollout(plan: Plan, filler: _Filler) -> Plan:
             prompt_tokens=seq_len - completion, generations=generations,
         ),
     )  # fmt: skip
+
+
+_RUN_AS = {"int8": "bnb-int8", "int4": "nf4"}
+"""What trainers load a base in that is asked for by its bits alone."""
 
 
 def _check_trainable(method: Method, weights: Format) -> None:

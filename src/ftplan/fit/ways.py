@@ -30,7 +30,7 @@ _METHODS: tuple[tuple[str, Change], ...] = (
     ("full, 8-bit Adam", {"method": {"kind": "full"}, "optimizer": "adamw_bnb_8bit"}),
     ("lora", {"method": {"kind": "lora"}}),
     ("dora", {"method": {"kind": "dora"}}),
-    ("lora, int8 base", {"method": {"kind": "lora"}, "precision": {"weights": "int8"}}),
+    ("lora, int8 base", {"method": {"kind": "lora"}, "precision": {"weights": "bnb-int8"}}),
     ("qlora", {"method": {"kind": "qlora", "double_quant": True}, "precision": {"weights": "nf4"}}),
     ("last 2 blocks", {"method": {"kind": "partial", "last_layers": 2}}),
 )
