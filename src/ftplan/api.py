@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftplan import __version__
-from ftplan.assembling import job_of, serving_job_of
+from ftplan.assembling import job_of, modules_of, serving_job_of
 from ftplan.errors import FtplanError, UnsupportedError
 from ftplan.memory import textbook
 from ftplan.memory.counters import counters, unexplained, workspace_bytes
@@ -269,7 +269,10 @@ def _report(resolved: Resolved, result: Estimate) -> Report:
 
 def is_traced(resolved: Resolved) -> bool:
     """Whether the stack's modules are those that the walk was held against."""
-    return not (resolved.stack.own_modules and resolved.plan.method is not None)
+    if not resolved.stack.own_modules or resolved.plan.method is None:
+        return True
+    sharded = resolved.plan.sharding.kind not in (None, "none", "ddp")
+    return bool(modules_of(resolved)) and not sharded
 
 
 def capability_of(resolved: Resolved) -> tuple[int, int] | None:

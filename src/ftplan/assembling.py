@@ -25,7 +25,7 @@ from ftplan.memory.tasks import HEADS
 from ftplan.resolve import IMAGE_TOKENS, Resolved, native_dtype
 from ftplan.spec import Checkpointing, Method, OptimizerChoice, Plan
 
-__all__ = ["job_of", "serving_job_of"]
+__all__ = ["job_of", "modules_of", "serving_job_of"]
 
 
 def job_of(resolved: Resolved) -> Job:
@@ -64,8 +64,10 @@ def job_of(resolved: Resolved) -> Job:
         reentrant=bool(checkpointing.reentrant),
     )
     native = native_dtype(resolved.config) or "bf16"
+    adapter = _adapter(method, plan.task) if method.kind not in ("full", "partial") else None
     return Job(
         config=local_config(resolved.config, sharding),
+        modules=modules_of(resolved),
         task=plan.task or "sft",
         method="full"
         if method.kind == "full"
@@ -73,7 +75,7 @@ def job_of(resolved: Resolved) -> Job:
         if method.kind == "partial"
         else "adapter",
         last_layers=method.last_layers or 0,
-        adapter=_adapter(method, plan.task) if method.kind not in ("full", "partial") else None,
+        adapter=adapter,
         weights=storage,
         base_dtype=(method.compute_dtype or native) if quantised else storage.name,
         compute_dtype=method.compute_dtype or "bf16",
@@ -100,6 +102,26 @@ def job_of(resolved: Resolved) -> Job:
         generates=plan.rollout is not None and plan.rollout.sampler == "trainer",
         sampler_bytes=_sampler_bytes(plan, gpu),
     )
+
+
+def modules_of(resolved: Resolved) -> str:
+    """The stack's own model code, where this job of it is walked; empty: transformers' is."""
+    plan, modules = resolved.plan, resolved.stack.modules
+    if modules is None or plan.method is None or resolved.config is None:
+        return ""
+    from ftplan.memory.families.native import runs
+
+    method, weights = plan.method, _stored(plan.precision.weights or "bf16", double_quant=False)
+    others = (
+        method.modules_to_save, method.rank_pattern, method.layers_to_transform,
+        method.target_parameters, plan.batch.images,
+        (plan.sharding.tp or 1) > 1,
+    )  # fmt: skip
+    if any(others) or plan.attention == "eager" or plan.batch.padding == "right":
+        return ""
+    return modules if runs(
+        modules, resolved.config, task=plan.task or "sft", method=method.kind, weights=weights.name
+    ) else ""  # fmt: skip
 
 
 def _offloads(kind: str, sharding: ShardingSpec) -> bool:

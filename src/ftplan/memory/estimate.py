@@ -9,6 +9,7 @@ from ftplan.dtypes import find_format
 from ftplan.errors import UnsupportedError
 from ftplan.memory.cache import CacheLayer, cache_bytes, cache_layers
 from ftplan.memory.families import complete
+from ftplan.memory.families.native import Native
 from ftplan.memory.fsdp import BUFFERS, shard_shape
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.nn import Network
@@ -134,7 +135,7 @@ def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]
     terms.append(
         StaticTerm(
             name="optimizer/states",
-            bytes=state_bytes(job.optimizer, updated),
+            bytes=state_bytes(job.optimizer, [entry for entry in updated if not entry[0].idle]),
             formula=f"{job.optimizer.name}: {states} for {trained:,} parameters{parts}",
             source=job.optimizer.source,
         )
@@ -191,6 +192,9 @@ class Structure:
                     source="masks and tables that the model keeps beside its weights",
                 )
             )
+        idle = [entry for entry in learned if entry[0].idle]
+        if idle and job.accumulation == 1:
+            static.append(_weights(idle, "gradients/idle", "gradients that nothing clears"))
         objective = objective_of(job)
         for model in objective.resident:
             static.append(_weights(counted_parameters(model.network), model.name, model.why))
@@ -207,7 +211,8 @@ class Structure:
         self.static = tuple(static)
         self.static_bytes = sum(term.bytes for term in static)
         in_backward = job.optimizer.in_backward
-        self.step_bytes = 0 if in_backward else step_bytes(job.optimizer, learned)
+        stepped = [entry for entry in learned if not entry[0].idle]
+        self.step_bytes = 0 if in_backward else step_bytes(job.optimizer, stepped)
         self.network = network
         self.counted = counted
         self.program = program_of(job, network, objective)
@@ -218,7 +223,9 @@ class Structure:
             parameter.numel * times for parameter, times, _ in counted if _is_base(parameter)
         )
         self.trainable_params = sum(
-            parameter.numel * times for parameter, times, _ in counted if parameter.trainable
+            parameter.numel * times
+            for parameter, times, _ in counted
+            if parameter.trainable and not parameter.idle
         )
 
     def phases(self, micro: int, seq_len: int, chunk: int = 0) -> list[tuple[str, int]]:
@@ -372,6 +379,7 @@ def _shard(parameter: Parameter, ranks: int) -> Parameter:
     shape = shard_shape(parameter.shape, ranks)
     part = Parameter(parameter.name, shape, parameter.dtype, parameter.trainable)
     part.added, part.embedding = parameter.added, parameter.embedding
+    part.idle = parameter.idle
     part.whole = parameter.shape
     return part
 
@@ -400,7 +408,7 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
         network,
         job.environment,
         checkpoint_every=job.checkpoint_every,
-        input_grads=job.checkpoint_every > 0,
+        input_grads=job.checkpoint_every > 0 and not job.modules,
         accumulated=job.accumulation > 1,
         sharding=sharding,
         objective=objective,
@@ -409,6 +417,7 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
     program = Program(recording, recording.phases())
     program.virtual_tokens = network.virtual_tokens
     program.sequences = objective.sequences
+    program.chunked_by_sequence = isinstance(network, Native) and network.chunked_by_sequence
     return program
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ftplan.errors import InputError
 from ftplan.memory.adapters import adapt, distinguish
 from ftplan.memory.families import build
+from ftplan.memory.families.native import native
 from ftplan.memory.job import Job
 from ftplan.memory.nn import Network
 from ftplan.memory.quantized import KEPT_BY_PREPARATION, quantize
@@ -20,6 +21,8 @@ HEADS = ("lm_head", "score", "classifier")
 
 def prepare(job: Job) -> Network:
     """Build the model of the job and bring every weight to the state it is trained in."""
+    if job.modules:
+        return native(job)
     labels = {"rm": 1, "classify": job.labels}.get(job.task)
     network = build(job.config, labels=labels)
     if job.images:

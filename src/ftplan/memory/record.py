@@ -15,6 +15,7 @@ from typing import Any
 from ftplan.memory import ops
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.env import Environment
+from ftplan.memory.families.native import Native
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.loss import classify_loss, compute_loss, model_outputs
@@ -27,6 +28,7 @@ from ftplan.memory.tape import (
     Node,
     Parameter,
     Size,
+    Storage,
     Tape,
     Tensor,
     backward,
@@ -39,6 +41,7 @@ __all__ = ["Recording", "Segment", "record_evaluation", "record_serving", "recor
 
 BOUNDARY = Label("activations", "block inputs")
 BORDER = Label("temporary", "gradient between blocks")
+PREVIOUS = Label("logits", "the batch before")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +75,19 @@ class Recording:
     """What dies when backward has ended."""
     saved: set[int] = field(default_factory=set)
     """Storages that are alive between forward and backward."""
+    carried: list[Segment] = field(default_factory=list)
+    """Per forward segment: what of it the loop still holds when the next batch enters."""
+    dropped: list[Segment] = field(default_factory=list)
+    """The same, where the next batch's outputs take its place."""
 
     def phases(self) -> list[tuple[str, list[Segment]]]:
         """Forward and backward of the model at full depth, as segments in order."""
         order = self.forward_order
-        forward = [self.forward[index] for index in order]
+        everything = [*order, *self.tail_order] if self.carried else []
+        forward = [self.carried[index] for index in everything]
+        forward += [self.forward[index] for index in order]
         forward += [self.autocast_exit[index] for index in order]
+        forward += [self.dropped[index] for index in everything]
         forward += [self.forward[index] for index in self.tail_order]
         phases = [("forward", forward)]
         if self.before_order:
@@ -106,6 +116,8 @@ class _Recorder:
         """Which of the recording's orders is being recorded."""
         self.regions: list[_Region] = []
         self.casts: list[dict[int, Tensor]] = []
+        self.graphs: list[list[Tensor]] = []
+        """Per forward segment: what the graph holds until it goes."""
         self.start = 0
         self.fsdp: Fsdp | None = None
         self.units: list[Unit] = []
@@ -157,14 +169,38 @@ class _Recorder:
         self.regions.append(_Region(name, self.tape.sequence, index))
         self.casts.append(self.tape.weight_cache)
         self.tape.weight_cache = {}
+        self.graphs.append(self.tape.graph)
+        self.tape.graph = []
         return index
 
     def end_step(self, shared: Shared) -> None:
         """The caller lets go of what the model returned, and of what every block was handed."""
         start = len(self.tape.events)
-        self.recording.outputs.clear()
+        outlive = isinstance(self.network, Native) and self.network.outputs_outlive_step
+        if not outlive:
+            self.recording.outputs.clear()
         shared.let_go()
         self.recording.after = Segment("outputs dropped", start, len(self.tape.events))
+        if outlive:
+            self._carry()
+
+    def _carry(self) -> None:
+        """What the loop holds of this batch is there when the next one enters."""
+        recording, tape = self.recording, self.tape
+        self.graphs[-1] += recording.outputs
+        copies: list[list[Storage]] = []
+        for held in self.graphs:
+            start = len(tape.events)
+            storages = {t.storage.index: t.storage for t in held if t.storage is not None}
+            copies.append([])
+            for index in storages:
+                copies[-1].append(tape.allocate(tape.sizes[index - 1], "previous batch"))
+                tape.labels[-1] = PREVIOUS
+            recording.carried.append(Segment("previous batch", start, len(tape.events)))
+        for storages_of in copies:
+            start = len(tape.events)
+            storages_of.clear()
+            recording.dropped.append(Segment("previous batch goes", start, len(tape.events)))
 
     def end_autocast(self) -> None:
         """Autocast drops its casts of weights, those of each block when the model is deep."""
@@ -201,8 +237,8 @@ def record_step(
     if sharding is not None:
         kind = Fsdp if sharding.kind == "fsdp" else Zero
         recorder.shard(kind(tape, sharding, accumulated=accumulated))
-    elif accumulated:
-        _hold_gradients(network, tape)
+    elif isinstance(network, Native) or accumulated:
+        _hold_gradients(network, tape, idle=not accumulated)
     if objective is not None and objective.before:
         _score_before(recorder, objective)
     inputs = [*_inputs(tape), *network.inputs(tape)]
@@ -224,8 +260,9 @@ def record_step(
         recorder.order.append(recorder.cut("the model returns"))
         recorder.end_autocast()
     else:
-        held = [_outputs(recorder, x, objective)]
+        held = [x]
         del x
+        held = _outputs(recorder, held, objective)
         held.append(recorder.end_root(held.pop()))
         recorder.order.append(recorder.cut("the model returns"))
         recorder.end_autocast()
@@ -333,10 +370,13 @@ def _ask_for_gradient(x: Tensor) -> None:
     x.requires_grad, x.node = True, Node(x.tape, "input gradient", [], apply)
 
 
-def _hold_gradients(network: Network, tape: Tape) -> None:
-    """Gradients of earlier micro batches: static bytes, added to in place."""
+def _hold_gradients(network: Network, tape: Tape, *, idle: bool = False) -> None:
+    """Gradients of earlier micro batches: static bytes, added to in place.
+
+    ``idle``: only those that nothing clears.
+    """
     for _, parameter in network.all_parameters():
-        if parameter.trainable:
+        if parameter.trainable and (parameter.idle or not idle):
             parameter.grad = tape.leaf(parameter)
 
 
@@ -481,10 +521,17 @@ def _loss(recorder: _Recorder, x: Tensor, objective: Objective | None) -> Tensor
     return loss
 
 
-def _outputs(recorder: _Recorder, x: Tensor, objective: Objective) -> Tensor:
-    """What the model returns where the loss is computed outside it."""
+def _outputs(recorder: _Recorder, states: list[Tensor], objective: Objective) -> list[Tensor]:
+    """What the model returns where the loss is computed outside it; it empties ``states``."""
+    network = recorder.network
     with recorder.tape.scoped("logits"):
-        outputs = model_outputs(recorder.network, x, objective.completion, states=objective.states)
+        if isinstance(network, Native):
+            outputs = network.outputs(states.pop())
+            outputs = network.returned(outputs)
+        else:
+            x = states.pop()
+            outputs = [model_outputs(network, x, objective.completion, states=objective.states)]
+            del x
     recorder.order.append(recorder.cut("logits"))
     return outputs
 

@@ -86,6 +86,8 @@ class Program:
         """Learned tokens before each sequence."""
         self.sequences = 1
         """Sequences that go through the model for each of the micro batch."""
+        self.chunked_by_sequence = False
+        """A chunk of the loss is so many tokens of each sequence."""
         count = len(self._sizes)
         segments: dict[tuple[int, int], int] = {}
         self.phases: list[Phase] = []
@@ -108,8 +110,12 @@ class Program:
                     runs.append(Run(segments[key], 1))
             self.phases.append(Phase(name, tuple(runs)))
 
+    def _point(self, micro: int, seq_len: int, chunk: int) -> tuple[int, ...]:
+        chunk *= micro if self.chunked_by_sequence else 1
+        return basis(micro * self.sequences, seq_len + self.virtual_tokens, chunk)
+
     def _bytes(self, micro: int, seq_len: int, chunk: int) -> list[int]:
-        point = basis(micro * self.sequences, seq_len + self.virtual_tokens, chunk)
+        point = self._point(micro, seq_len, chunk)
         sizes = [rounded(size.at(point)) for size in self._sizes]
         return sizes + [-size for size in sizes]
 
@@ -151,7 +157,7 @@ class Program:
         if self._worst is None:
             runs = [(run.segment, run.times) for phase in self.phases for run in phase.runs]
             self._worst = WorstMoments(self._sizes, self._steps, runs)
-        point = basis(micro * self.sequences, seq_len + self.virtual_tokens, chunk)
+        point = self._point(micro, seq_len, chunk)
         return self._worst.at(point)
 
     def moment(self, micro: int, seq_len: int, chunk: int = 0) -> Moment:

@@ -129,6 +129,8 @@ class Tape:
     """Tensors that are leaves of the graph, held until their gradient arrives."""
     recalled: list[Tensor] | None = None
     """While a checkpoint runs again: what escaped the first time, in order."""
+    graph: list[Tensor] = field(default_factory=list)
+    """What nodes hold by themselves: it goes when the graph goes, not when its node has run."""
 
     def allocate(self, size: Size, name: str) -> Storage:
         """A storage of ``size`` bytes comes alive."""
@@ -248,6 +250,7 @@ class Parameter:
         "embedding",
         "fixed",
         "grad",
+        "idle",
         "name",
         "pending",
         "shape",
@@ -277,6 +280,8 @@ class Parameter:
         """Never trained, whatever the method: the real class asks for no gradient of it."""
         self.whole = shape
         """The shape before it was sharded."""
+        self.idle = False
+        """It takes gradients that no optimizer uses and nothing clears."""
 
     @property
     def numel(self) -> int:

@@ -28,6 +28,7 @@ from typing import Literal
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
+from ftplan.memory.families.native import Native
 from ftplan.memory.job import Job
 from ftplan.memory.loss import tiled_divergence
 from ftplan.memory.nn import Network
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 Kind = Literal["tokens", "labels", "rewards", "pairs", "unpaired", "odds", "policy", "teacher",
-               "contrast"]  # fmt: skip
+               "contrast", "native"]  # fmt: skip
 
 _KINDS: dict[str, Kind] = {
     "sft": "tokens", "pt": "tokens", "classify": "labels", "rm": "rewards", "dpo": "pairs",
@@ -101,6 +102,8 @@ class Objective:
 
         ``held`` is what the caller keeps: the policy's logits (or states, or log-probabilities).
         """
+        if isinstance(network, Native):
+            return network.loss(held)
         outputs = held[0]
         if self.kind == "rewards":
             return _scalar([outputs])
@@ -144,6 +147,8 @@ def objective_of(job: Job) -> Objective:
             f"the task {job.task!r}",
             remedy=f"size one of {', '.join(MODELLED)}; its policy's step is that of grpo",
         )
+    if job.modules:
+        return Objective(kind="native")
     other: Network | None = None
     resident: tuple[Resident, ...] = ()
     if job.task in ("dpo", "kto", "grpo") and job.reference in ("model", "adapter"):

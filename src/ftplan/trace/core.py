@@ -26,7 +26,7 @@ import contextlib
 import gc
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ from ftplan.trace import build, cuda
 from ftplan.trace.job import Job, resolve
 from ftplan.trace.ledger import Entry, Ledger
 from ftplan.trace.losses import loss_of
-from ftplan.trace.optimizers import host_scalars
+from ftplan.trace.native import OWN, Loop, loop_of
+from ftplan.trace.optimizers import host_scalars, make_optimizer
 from ftplan.trace.quantized import emulated
 from ftplan.trace.shard import distributed, local, shard
 
@@ -154,29 +155,41 @@ def trace_job(
         ledger.sharded = job.sharding == "fsdp"
         mesh = stack.enter_context(distributed(job, ledger))
         say("building the model")
-        model_config = build.model_config(config, layers)
-        model = build.build_model(job, model_config)
-        reference = _reference(job, config, layers)
+        loop = loop_of(job, config, layers)
+        if loop is not None:
+            model, reference = loop.model, None
+        else:
+            model = build.build_model(job, build.model_config(config, layers))
+            reference = _reference(job, config, layers)
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
             build.materialize(model)
             if reference is not None:
                 build.materialize(reference)
             total = _count(model)
-            with cuda.as_on_cuda(ledger, job.capability), emulated(job, ledger):
+            holds = loop is not None and loop.holds_inputs
+            with (
+                cuda.as_on_cuda(ledger, job.capability),
+                emulated(job, ledger, holds_inputs=holds),
+            ):
                 with (
                     cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors),
                     cuda.patched(torch.Tensor, "__deepcopy__", build.copy_tensor),
                 ):
-                    model = build.adapt(model, job)
-                    build.train_in_fp32(job, model)
-                build.checkpoint(job, model)
+                    if loop is not None:
+                        loop.prepare(ledger)
+                    else:
+                        model = build.adapt(model, job)
+                        build.train_in_fp32(job, model)
+                if loop is None:
+                    build.checkpoint(job, model)
                 trainable = _count(model, trained=True)
                 model = shard(model, job, mesh)
                 gc.collect()
                 _mark_model(ledger, model)
                 with around(model) if around else contextlib.nullcontext():
-                    forward_end = _run(job, model, reference, ledger, say, full)
-    return _result(model, ledger, forward_end, total, trainable)
+                    forward_end = _run(job, model, reference, loop, ledger, say, full)
+    result = _result(model, ledger, forward_end, total, trainable)
+    return replace(result, versions=loop.versions()) if loop is not None else result
 
 
 def _reference(job: Job, config: dict[str, Any], layers: int | None) -> Any:
@@ -233,19 +246,27 @@ def _run(
     job: Job,
     model: Any,
     reference: Any,
+    loop: Loop | None,
     ledger: Ledger,
     say: Callable[[str], None],
     full: bool,
 ) -> int:
     """Two steps; returns the clock at the end of the second step's (last) forward."""
-    optimizer = build.build_optimizer(job, model)
+    if loop is not None:
+        optimizer = make_optimizer(job, loop.optimised(), model)
+    else:
+        optimizer = build.build_optimizer(job, model)
     for parameter in model.parameters():
         if parameter.requires_grad and local(parameter) is parameter:
             parameter.register_post_accumulate_grad_hook(
                 lambda p: ledger.mark([p.grad], "gradients")
             )
     ledger.watch_modules(model)
-    forward = loss_of(job, model, _forward_of(job, model), reference)
+    forward: Callable[..., Any]
+    if loop is not None:
+        forward, full = loop.forward, True
+    else:
+        forward = loss_of(job, model, _forward_of(job, model), reference)
     gc.freeze()
     if full or job.sharding == "fsdp":
         _one_step(job, model, optimizer, forward, ledger, say, 1)
@@ -318,7 +339,7 @@ def _backward(loss: Any) -> None:
 
 def _update(job: Job, model: Any, optimizer: Any, ledger: Ledger) -> None:
     ledger.mark((local(p.grad) for p in model.parameters() if p.grad is not None), "gradients")
-    if job.stack != "pytorch":
+    if job.stack != "pytorch" and job.stack not in OWN:
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
     ledger.mark((local(t) for t in _state_tensors(optimizer)), "optimizer")

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ftplan.catalog.stacks import find_stack
 from ftplan.errors import UnsupportedError
 from ftplan.spec import Plan
 
@@ -101,7 +102,7 @@ def _refuse(plan: Plan) -> None:
     """Name what the plan asks for and a trace cannot run."""
     sharding, choice = plan.sharding, plan.optimizer
     stack = plan.stack or "transformers"
-    if stack not in HF_STACKS:
+    if stack not in HF_STACKS and not find_stack(stack).modules:
         raise UnsupportedError(
             f"tracing the stack {stack!r}, whose model code is its own,",
             remedy=f"trace one of {', '.join(HF_STACKS)}",
