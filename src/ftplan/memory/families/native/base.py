@@ -104,12 +104,18 @@ def settle(network: Network, job: Job, added: str) -> None:
                 parameter.trainable = job.method == "full" and not parameter.fixed
 
 
-def cast_streamed(x: Tensor, dtype: str) -> Tensor:
+def cast_streamed(x: Tensor, dtype: str, *, alone: bool = False) -> Tensor:
     """Chunks cast one after the other: the copy takes the place of ``x`` in the graph, whose
-    gradient :func:`streamed_loss` casts back as it makes it."""
+    gradient :func:`streamed_loss` casts back as it makes it.
+
+    ``alone``: each copy goes before the next is made, and none has bytes here.
+    """
     if x.dtype == dtype:
         return x
-    out = x.tape.tensor(x.rows, x.width, dtype, "cast")
+    if alone:
+        out = Tensor(x.tape, None, x.rows, x.width, dtype)
+    else:
+        out = x.tape.tensor(x.rows, x.width, dtype, "cast")
     out.requires_grad, out.node, out.output_nr = x.requires_grad, x.node, x.output_nr
     return out
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend
@@ -49,6 +49,8 @@ class Era:
     """Queries, keys and values of a group lie together: they are copied apart."""
     pads_by_copy: bool = False
     """``zero_pad`` fills another tensor, out of place."""
+    index: Literal["made", "kept", "cloned"] = "cloned"
+    """Where ``zero_pad`` has its indices from: made anew, kept, or a copy of what is kept."""
     weight_after_cast: bool = False
     """RMSNorm casts back before it multiplies by its weight."""
     windows: bool = True
@@ -65,13 +67,15 @@ class Era:
 
 ERAS = {
     "litgpt": Era(),
-    "litgpt-0.4": Era(interleaved=True, holds_inputs=True, stable_embedding=False),
+    "litgpt-0.4": Era(
+        interleaved=True, index="kept", holds_inputs=True, stable_embedding=False
+    ),
     "litgpt-0.3": Era(
-        interleaved=True, pads_by_copy=True, weight_after_cast=True, windows=False,
+        interleaved=True, pads_by_copy=True, index="made", weight_after_cast=True, windows=False,
         holds_inputs=True, stable_embedding=False,
     ),
     "litgpt-2023": Era(
-        interleaved=True, pads_by_copy=True, windows=False, holds_inputs=True,
+        interleaved=True, pads_by_copy=True, index="made", windows=False, holds_inputs=True,
         stable_embedding=False, outlives=False,
     ),
 }  # fmt: skip
@@ -196,6 +200,7 @@ def shape_of(raw: Config) -> Shape:
     share = rope.get("partial_rotary_factor")
     share = config.get("rotary_pct", config.get("partial_rotary_factor")) if not share else share
     layers = config["num_hidden_layers"]
+    windows = _windows(config, kind, layers)
     return Shape(
         n_layer=layers,
         n_embd=hidden,
@@ -207,8 +212,8 @@ def shape_of(raw: Config) -> Shape:
         or 4 * hidden,
         padded_vocab_size=config["vocab_size"],
         rotary_percentage=1.0 if share is None else float(share),
-        sliding_window_size=config.get("sliding_window"),
-        sliding_window_indices=_windows(config, kind, layers),
+        sliding_window_size=config["sliding_window"] if windows else None,
+        sliding_window_indices=windows,
         **_fields(config, kind),
     )
 

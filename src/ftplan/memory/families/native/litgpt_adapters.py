@@ -21,6 +21,7 @@ from ftplan.memory.families.native.litgpt import (
 )
 from ftplan.memory.job import AdapterSpec, Job
 from ftplan.memory.nn import Embedding, LayerNorm, Linear, Module
+from ftplan.memory.optimizer import rounded
 from ftplan.memory.quantized import QuantizedLinear
 from ftplan.memory.tape import ONE, SEQ, TOKENS, Grads, Parameter, Size, Tape, Tensor
 
@@ -96,6 +97,8 @@ class LoRAQKVLinear(Module):
         self.lora_A = learned("lora_A", (spec.rank * len(widths), linear.in_features), spec.dtype)
         self.lora_B = learned("lora_B", (sum(widths), spec.rank), spec.dtype)
         self.out_features = linear.out_features
+        pads = sum(widths) < linear.out_features and era.index != "made"
+        self.index_bytes = rounded(8 * sum(widths)) if pads else 0
 
     def forward(self, x: Tensor) -> Tensor:
         pretrained = self.linear.forward(x)
@@ -127,8 +130,10 @@ class LoRAQKVLinear(Module):
         out = zeros
         if self.era.pads_by_copy:
             out = tape.tensor(x.rows, self.out_features, x.dtype, "padded")
-        index = tape.tensor(ONE, sum(self.widths), "int64", "indices")
-        rows, width, dtype, saved = x.rows, x.width, x.dtype, (x, index)
+        saved = [x]
+        if self.era.index != "kept":
+            saved.append(tape.tensor(ONE, sum(self.widths), "int64", "indices"))
+        rows, width, dtype = x.rows, x.width, x.dtype
 
         def apply(grad: Tensor) -> Grads:
             _kept = saved
@@ -318,6 +323,11 @@ def build(job: Job) -> Native:
             for path, parameter in root.named_parameters():
                 if any(part in NORMS for part in path.split(".")):
                     parameter.trainable = True
+    network.buffer_bytes = sum(
+        shape.n_layer * module.index_bytes
+        for _, module in network.stages[0].stack.kinds[-1].named_modules()
+        if isinstance(module, LoRAQKVLinear)
+    )
     if quantised and era.stable_embedding:
         table = network.transformer.wte
         assert isinstance(table, Embedding)
