@@ -22,6 +22,10 @@ OWN: Mapping[str, str] = {
     "litgpt-0.4": "ftplan.trace.litgpt",
     "litgpt-0.3": "ftplan.trace.litgpt",
     "litgpt-2023": "ftplan.trace.litgpt",
+    "torchtune": "ftplan.trace.torchtune",
+    "torchtune-0.6": "ftplan.trace.torchtune",
+    "torchtune-0.4": "ftplan.trace.torchtune",
+    "torchtune-0.1": "ftplan.trace.torchtune",
 }
 """Stacks that are traced through their own modules, and by which file."""
 

@@ -62,13 +62,13 @@ class Era:
     expands_first: bool = False
     """Keys are repeated before they are rotated."""
     tables: bool = False
-    """Layers were copies of one: each has a table of sines of its own."""
+    """Layers are copies of one: each has a table of sines of its own."""
 
 
 ERAS = {
     "torchtune": Era(),
     "torchtune-0.6": Era(loss="listed", weight_in_fp32=True),
-    "torchtune-0.4": Era(loss="listed"),
+    "torchtune-0.4": Era(loss="listed", tables=True),
     "torchtune-0.1": Era(loss="shifted", expands_first=True, tables=True),
 }
 """0.7.0; 0.5.0 to 0.6.1; 0.3.0 to 0.4.0; 0.1.0 to 0.1.1."""
@@ -105,6 +105,11 @@ class Shape:
     def quantises_all(self) -> bool:
         """QLoRA quantises every matrix of a layer; in Qwen only those that are adapted."""
         return self.kind not in ("qwen2", "qwen3")
+
+    @property
+    def shares_table(self) -> bool:
+        """Whether every builder makes one table for all layers: those of Llama 3.1 and 3.2."""
+        return self.kind == "llama" and self.vocab_size == 128_256 and self.max_seq_len > 8192
 
     @property
     def table_bytes(self) -> int:
@@ -206,7 +211,7 @@ class MultiHeadAttention(Module):
         turn = self.pos_embeddings.forward
         if self.era.expands_first:
             q, k, v = (part.forward(x) for part in (self.q_proj, self.k_proj, self.v_proj))
-            k, v = ops.expand_heads(k, repeats), ops.expand_heads(v, repeats)
+            k, v = repeated(k, repeats, self.heads), repeated(v, repeats, self.heads)
             q, k = turn(q, shared), turn(k, shared)
         else:
             q = self.q_proj.forward(x)
@@ -217,10 +222,20 @@ class MultiHeadAttention(Module):
             if self.normed:
                 k = self._by_head(self.k_norm, k)
             k = turn(k, shared)
-            k, v = ops.expand_heads(k, repeats), ops.expand_heads(v, repeats)
+            k, v = repeated(k, repeats, self.heads), repeated(v, repeats, self.heads)
         output = attend(q, k, v, self.heads, eager=self.heads.softcap)
         out: Tensor = self.output_proj.forward(output)
         return out
+
+
+def repeated(x: Tensor, repeats: int, heads: Heads) -> Tensor:
+    """Keys or values for every query head: a copy, unless there is one head, which is a view."""
+    if x.width > heads.size or repeats == 1:
+        return ops.expand_heads(x, repeats)
+    out = x.alias(width=x.width * repeats)
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+    ops.record([out], "expand", [x], lambda grad: (make(grad),))
+    return out
 
 
 class FeedForward(Module):
@@ -289,12 +304,12 @@ class TransformerDecoder(Native):
 
     def _leave(self, x: Tensor, shared: Shared) -> Tensor:
         out: Tensor = self.norm.forward(x)
+        if self.shape.final_capping is not None:  # of the states, not of the logits
+            out = ops.scale(ops.unary(ops.scale(out), "tanh", "output"))
         return out
 
     def head(self, x: Tensor) -> Tensor:
         logits: Tensor = self.output.forward(x)
-        if self.shape.final_capping is not None:
-            logits = ops.scale(ops.unary(ops.scale(logits), "tanh", "output"))
         return logits
 
     def outputs(self, x: Tensor) -> list[Tensor]:
@@ -303,19 +318,19 @@ class TransformerDecoder(Native):
             return [ops.to(self.head(x), "fp32")]
         if self.era.loss == "linear":
             return [x]
-        rest, last = _apart(x, CHUNK)
-        return [self.head(rest), self.head(last)]
+        return [self.head(piece) for piece in _chunks(x)]
 
     def loss(self, held: list[Tensor]) -> Tensor:
         """The recipe's ``_loss_step``: what the model returned is let go of before backward."""
         if not self.chunked:
             return self._whole(held)
         if self.era.loss == "linear":
-            return self._linear(held.pop())
-        rest, last = held
-        earlier = streamed_loss(_cast_each(rest), rest.dtype)
-        loss = ops.add(earlier, _entropy(last))
+            return self._linear(held[0])
+        rest, second, last = held
         held.clear()
+        loss = streamed_loss(cast_streamed(rest, "fp32", alone=True), rest.dtype)
+        for piece in (second, last):
+            loss = ops.add(loss, _entropy(piece))
         return loss
 
     def _whole(self, held: list[Tensor]) -> Tensor:
@@ -334,29 +349,15 @@ class TransformerDecoder(Native):
         """``LinearCrossEntropyLoss``: the valid tokens are picked, then head and entropy chunk by
         chunk. Two chunks are played; the others leave what they keep."""
         hidden = ops.gather(x)
-        del x
-        rest, second, last = _three(hidden)
-        loss = _head_and_entropy(self, rest)
-        for piece in (second, last):
-            loss = ops.add(loss, _entropy(self.head(piece)))
+        loss = _head_and_entropy(self, ops.rows_slice(hidden, TOKENS + CHUNK * -2))
+        for _ in range(2):
+            logits = self.head(ops.rows_slice(hidden, CHUNK))
+            loss = ops.add(loss, _entropy(logits))
         return loss
 
 
-def _apart(x: Tensor, rows: Any) -> tuple[Tensor, Tensor]:
-    """All rows but some, and those, as views; the way back joins their gradients."""
-    pieces = x.alias(rows=x.rows + rows * -1), x.alias(rows=rows)
-    shape = (x.rows, x.width, x.dtype)
-
-    def apply(*grads: Tensor | None) -> Grads:
-        tape = next(grad.tape for grad in grads if grad is not None)
-        return (tape.tensor(*shape, "gradient"),)
-
-    ops.record(list(pieces), "split", [x], apply)
-    return pieces
-
-
-def _three(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All chunks but two, and those."""
+def _chunks(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All chunks but two, and those, as views; the way back joins their gradients."""
     pieces = x.alias(rows=TOKENS + CHUNK * -2), x.alias(rows=CHUNK), x.alias(rows=CHUNK)
     shape = (x.rows, x.width, x.dtype)
 
@@ -370,13 +371,6 @@ def _three(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _entropy(logits: Tensor) -> Tensor:
     return ops.cross_entropy(ops.to(logits, "fp32"), targets(logits))
-
-
-def _cast_each(logits: Tensor) -> Tensor:
-    """Each chunk in fp32 for its own loss: none but one of the copies is there at a time."""
-    if logits.dtype == "fp32":
-        return logits
-    return cast_streamed(logits, "fp32", alone=True)
 
 
 def _head_and_entropy(network: TransformerDecoder, x: Tensor) -> Tensor:
@@ -475,13 +469,6 @@ def build(job: Job) -> Native:
             changed: Module = LoRALinear(linear, spec) if wrapped and spec is not None else linear
             if changed is not module:
                 root.replace(path, changed)
-    own_tables = era.tables or (spec is not None and not _shares_table(job.config))
+    own_tables = (era.tables or spec is not None) and not shape.shares_table
     network.buffer_bytes = shape.table_bytes * (shape.num_layers if own_tables else 1)
     return network
-
-
-def _shares_table(config: Config) -> bool:
-    """Whether the builder with LoRA makes one table for all layers: Llama 3.1 and 3.2 alone."""
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = scaling.get("rope_type") if isinstance(scaling, Mapping) else None
-    return config.get("model_type") == "llama" and kind == "llama3"
