@@ -64,10 +64,11 @@ def job_of(resolved: Resolved) -> Job:
         reentrant=bool(checkpointing.reentrant),
     )
     native = native_dtype(resolved.config) or "bf16"
+    modules = modules_of(resolved)
     adapter = _adapter(method, plan.task) if method.kind not in ("full", "partial") else None
     return Job(
         config=local_config(resolved.config, sharding),
-        modules=modules_of(resolved),
+        modules=modules,
         task=plan.task or "sft",
         method="full"
         if method.kind == "full"
@@ -89,7 +90,7 @@ def job_of(resolved: Resolved) -> Job:
         checkpoint_every=0
         if checkpointing.kind == "none" or environment.checkpoint_attention
         else checkpointing.every,
-        loss_chunk=plan.loss.chunk or 0,
+        loss_chunk=plan.loss.chunk or (stack.loss_chunk if modules else None) or 0,
         images=batch.images or 0,
         image_tokens=min(IMAGE_TOKENS, batch.seq_len // (batch.images or 1)),
         optimizer=_optimizer(plan.optimizer),
@@ -119,9 +120,12 @@ def modules_of(resolved: Resolved) -> str:
     )  # fmt: skip
     if any(others) or plan.attention == "eager" or plan.batch.padding == "right":
         return ""
-    return modules if runs(
-        modules, resolved.config, task=plan.task or "sft", method=method.kind, weights=weights.name
-    ) else ""  # fmt: skip
+    loss = plan.loss.kind if plan.loss is not None else "full"
+    known = runs(
+        modules, resolved.config, task=plan.task or "sft", method=method.kind,
+        weights=weights.name, loss=loss,
+    )  # fmt: skip
+    return modules if known else ""
 
 
 def _offloads(kind: str, sharding: ShardingSpec) -> bool:

@@ -176,12 +176,12 @@ class _Recorder:
     def end_step(self, shared: Shared) -> None:
         """The caller lets go of what the model returned, and of what every block was handed."""
         start = len(self.tape.events)
-        outlive = isinstance(self.network, Native) and self.network.outputs_outlive_step
-        if not outlive:
+        own = self.network if isinstance(self.network, Native) else None
+        if own is None or not own.outputs_outlive_step:
             self.recording.outputs.clear()
         shared.let_go()
         self.recording.after = Segment("outputs dropped", start, len(self.tape.events))
-        if outlive:
+        if own is not None and own.meets_previous:
             self._carry()
 
     def _carry(self) -> None:

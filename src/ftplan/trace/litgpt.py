@@ -153,7 +153,7 @@ class LitGPT(Loop):
     def forward(self, input_ids: Any, labels: Any) -> dict[str, Any]:
         """The loop's names are kept until the next batch has been through the model."""
         entropy = self.utils.chunked_cross_entropy
-        if not self.era.outlives:
+        if self.era.longest_first:
             self.logits = self.loss = None
         if self.job.method == "full":
             self.logits = self._returned(input_ids)

@@ -24,13 +24,16 @@ def _file(modules: str) -> Any:
     return import_module(f"ftplan.memory.families.native.{modules.partition('-')[0]}")
 
 
-def runs(modules: str, config: Mapping[str, Any], *, task: str, method: str, weights: str) -> bool:
-    """Whether the trainer's code is walked for this model, task, method and storage of weights."""
+def runs(
+    modules: str, config: Mapping[str, Any], *, task: str, method: str, weights: str, loss: str
+) -> bool:
+    """Whether the trainer's code is walked for this model, task, method, storage and loss."""
     if task not in TASKS:
         return False
     file = _file(modules)
     known: bool = config.get("model_type") in file.MODEL_TYPES
-    return known and method in file.METHODS and weights in file.WEIGHTS
+    known = known and method in file.METHODS and weights in file.WEIGHTS
+    return known and loss in file.losses(modules, method)
 
 
 def native(job: Job) -> Native:

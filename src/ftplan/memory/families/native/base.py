@@ -11,7 +11,8 @@ from ftplan.memory.nn import Module, Network
 from ftplan.memory.tape import ITEM_BYTES, ONE, Grads, Parameter, Tensor
 
 __all__ = [
-    "PARTS", "Native", "cast_streamed", "learned", "parts_of", "settle", "streamed_loss", "targets",
+    "PARTS", "Native", "cast_streamed", "learned", "parts_of", "repeated", "settle",
+    "streamed_loss", "targets",
 ]  # fmt: skip
 
 PARTS: dict[str, tuple[str, ...]] = {
@@ -36,6 +37,8 @@ class Native(Network):
     outputs_outlive_step = False
     """The loop's names for the outputs, and the graph with them, last until the next batch's
     outputs take their place."""
+    meets_previous = False
+    """The batch before was as long as this one: what the loop still names of it is there too."""
     chunked_by_sequence = False
     """A chunk of the loss is so many tokens of each sequence, not of the batch."""
 
@@ -78,6 +81,16 @@ def parts_of(spec: AdapterSpec) -> frozenset[str]:
             remedy="name q_proj, k_proj, v_proj, o_proj, all matrices of the MLP, or lm_head",
         )
     return frozenset(parts)
+
+
+def repeated(x: Tensor, repeats: int, head_size: int) -> Tensor:
+    """Keys or values expanded to every query head: a copy, unless there is one head to expand."""
+    if repeats == 1 or x.width > head_size:
+        return ops.expand_heads(x, repeats)
+    out = x.alias(width=x.width * repeats)
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+    ops.record([out], "expand", [x], lambda grad: (make(grad),))
+    return out
 
 
 def learned(name: str, shape: tuple[int, ...], dtype: str, *, trainable: bool = True) -> Parameter:

@@ -19,7 +19,13 @@ from typing import Any, Literal
 from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend
 from ftplan.memory.families import complete
-from ftplan.memory.families.native.base import Native, cast_streamed, streamed_loss, targets
+from ftplan.memory.families.native.base import (
+    Native,
+    cast_streamed,
+    repeated,
+    streamed_loss,
+    targets,
+)
 from ftplan.memory.job import Job
 from ftplan.memory.nn import (
     Embedding,
@@ -41,12 +47,19 @@ METHODS = ("full", "lora", "qlora", "llama_adapter", "llama_adapter_v2")
 WEIGHTS = ("bf16", "fp16", "fp32", "nf4", "nf4-dq", "fp4", "fp4-dq")
 
 
+def losses(_modules: str, method: str) -> tuple[str, ...]:
+    """How the loop meets the logits: no key of LitGPT changes it."""
+    return ("full",) if method == "full" else ("chunked",)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Era:
     """What LitGPT did at a time, and the libraries it was pinned to."""
 
     interleaved: bool = False
     """Queries, keys and values of a group lie together: they are copied apart."""
+    caps_chunks: bool = True
+    """Logits in chunks are capped as well (Gemma 2)."""
     pads_by_copy: bool = False
     """``zero_pad`` fills another tensor, out of place."""
     index: Literal["made", "kept", "cloned"] = "cloned"
@@ -60,23 +73,23 @@ class Era:
     (autograd/_functions.py, ``MatMul4Bit``: an attribute, not a saved tensor)."""
     stable_embedding: bool = True
     """A quantised model gets a second embedding, which takes gradients that nothing clears."""
-    outlives: bool = True
-    """Batches of full length come one after another; the earliest loop ran the longest sample
-    first and alone."""
+    longest_first: bool = False
+    """The batch of the longest sample is the first: none of full length comes before it."""
 
 
 ERAS = {
     "litgpt": Era(),
     "litgpt-0.4": Era(
-        interleaved=True, index="kept", holds_inputs=True, stable_embedding=False
+        interleaved=True, caps_chunks=False, index="kept", holds_inputs=True,
+        stable_embedding=False,
     ),
     "litgpt-0.3": Era(
-        interleaved=True, pads_by_copy=True, index="made", weight_after_cast=True, windows=False,
+        interleaved=True, caps_chunks=False, pads_by_copy=True, index="made", weight_after_cast=True, windows=False,
         holds_inputs=True, stable_embedding=False,
     ),
     "litgpt-2023": Era(
-        interleaved=True, pads_by_copy=True, index="made", windows=False, holds_inputs=True,
-        stable_embedding=False, outlives=False,
+        interleaved=True, caps_chunks=False, pads_by_copy=True, index="made", windows=False, holds_inputs=True,
+        stable_embedding=False, longest_first=True,
     ),
 }  # fmt: skip
 """0.5.13; 0.4.0 to 0.5.0; March to May 2024 (commit 5895df10); lit-gpt of October 2023
@@ -299,7 +312,9 @@ class CausalSelfAttention(Module):
         repeats = self.shape.n_head // self.shape.n_query_groups
         if repeats == 1:
             return q, k, v
-        return ops.copy(q), ops.expand_heads(k, repeats), ops.expand_heads(v, repeats)
+        size = self.shape.head_size
+        q = ops.copy(q) if self.shape.n_query_groups > 1 else q
+        return q, repeated(k, repeats, size), repeated(v, repeats, size)
 
     def _by_head(self, norm: Module, x: Tensor) -> Tensor:
         rows = x.rows * (x.width // self.shape.head_size)
@@ -418,13 +433,13 @@ class Transformer(Module):
 class GPT(Native):
     """The model, and the loop's cross entropy."""
 
-    chunked_by_sequence = True
+    outputs_outlive_step = True
 
     def __init__(self, shape: Shape, era: Era, *, chunks_head: bool) -> None:
         super().__init__()
         self.shape, self.era = shape, era
-        self.outputs_outlive_step = era.outlives
-        self.chunks_head = chunks_head
+        self.meets_previous = not era.longest_first
+        self.chunks_head = self.chunked_by_sequence = chunks_head
         self.lm_head: Module = Linear(
             shape.n_embd, shape.padded_vocab_size, bias=shape.lm_head_bias
         )
@@ -459,7 +474,8 @@ class GPT(Native):
 
     def _head(self, x: Tensor) -> Tensor:
         logits: Tensor = self.lm_head.forward(x)
-        if self.shape.final_logit_softcapping is not None:
+        caps = self.era.caps_chunks or not self.chunks_head
+        if self.shape.final_logit_softcapping is not None and caps:
             logits = ops.scale(ops.unary(ops.scale(logits), "tanh", "output"))
         return logits
 

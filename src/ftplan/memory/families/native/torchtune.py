@@ -21,6 +21,7 @@ from ftplan.memory.families.native.base import (
     cast_streamed,
     learned,
     parts_of,
+    repeated,
     settle,
     streamed_loss,
     targets,
@@ -72,6 +73,11 @@ ERAS = {
     "torchtune-0.1": Era(loss="shifted", expands_first=True, tables=True),
 }
 """0.7.0; 0.5.0 to 0.6.1; 0.3.0 to 0.4.0; 0.1.0 to 0.1.1."""
+
+
+def losses(modules: str, _method: str) -> tuple[str, ...]:
+    """How the loss meets the logits: the recipe's ``loss``."""
+    return ("full",) if ERAS[modules].loss == "shifted" else ("full", "chunked")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,11 +213,11 @@ class MultiHeadAttention(Module):
         return ops.view(out, x.rows, x.width)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
-        repeats = self.shape.num_heads // self.shape.num_kv_heads
+        repeats, size = self.shape.num_heads // self.shape.num_kv_heads, self.shape.head_dim
         turn = self.pos_embeddings.forward
         if self.era.expands_first:
             q, k, v = (part.forward(x) for part in (self.q_proj, self.k_proj, self.v_proj))
-            k, v = repeated(k, repeats, self.heads), repeated(v, repeats, self.heads)
+            k, v = repeated(k, repeats, size), repeated(v, repeats, size)
             q, k = turn(q, shared), turn(k, shared)
         else:
             q = self.q_proj.forward(x)
@@ -222,20 +228,10 @@ class MultiHeadAttention(Module):
             if self.normed:
                 k = self._by_head(self.k_norm, k)
             k = turn(k, shared)
-            k, v = repeated(k, repeats, self.heads), repeated(v, repeats, self.heads)
+            k, v = repeated(k, repeats, size), repeated(v, repeats, size)
         output = attend(q, k, v, self.heads, eager=self.heads.softcap)
         out: Tensor = self.output_proj.forward(output)
         return out
-
-
-def repeated(x: Tensor, repeats: int, heads: Heads) -> Tensor:
-    """Keys or values for every query head: a copy, unless there is one head, which is a view."""
-    if x.width > heads.size or repeats == 1:
-        return ops.expand_heads(x, repeats)
-    out = x.alias(width=x.width * repeats)
-    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
-    ops.record([out], "expand", [x], lambda grad: (make(grad),))
-    return out
 
 
 class FeedForward(Module):
@@ -281,7 +277,7 @@ class TransformerDecoder(Native):
     def __init__(self, shape: Shape, era: Era, *, chunked: bool) -> None:
         super().__init__()
         self.shape, self.era, self.chunked = shape, era, chunked
-        self.outputs_outlive_step = era.loss == "shifted"
+        self.outputs_outlive_step = self.meets_previous = era.loss == "shifted"
         self.tok_embeddings = Embedding(shape.vocab_size, shape.embed_dim)
         self.norm = _norm(shape, era, shape.embed_dim)
         self.head_name = "output"
