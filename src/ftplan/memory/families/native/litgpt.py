@@ -37,12 +37,14 @@ from ftplan.memory.nn import (
     Stage,
     activation,
 )
-from ftplan.memory.tape import CHUNK, SEQ, SQUARE, TOKENS, Tape, Tensor
+from ftplan.memory.tape import CHUNK, ONE, SEQ, SQUARE, TOKENS, Grads, Tape, Tensor
 
 __all__ = ["ERAS", "METHODS", "MODEL_TYPES", "WEIGHTS", "Era", "Shape", "build", "shape_of"]
 
 Config = Mapping[str, Any]
 
+HEAD_CHUNK = 128
+"""``lm_head_chunk_size``: so many tokens of each sequence meet the output matrix together."""
 METHODS = ("full", "lora", "qlora", "llama_adapter", "llama_adapter_v2")
 WEIGHTS = ("bf16", "fp16", "fp32", "nf4", "nf4-dq", "fp4", "fp4-dq")
 
@@ -84,12 +86,12 @@ ERAS = {
         stable_embedding=False,
     ),
     "litgpt-0.3": Era(
-        interleaved=True, caps_chunks=False, pads_by_copy=True, index="made", weight_after_cast=True, windows=False,
-        holds_inputs=True, stable_embedding=False,
+        interleaved=True, caps_chunks=False, pads_by_copy=True, index="made",
+        weight_after_cast=True, windows=False, holds_inputs=True, stable_embedding=False,
     ),
     "litgpt-2023": Era(
-        interleaved=True, caps_chunks=False, pads_by_copy=True, index="made", windows=False, holds_inputs=True,
-        stable_embedding=False, longest_first=True,
+        interleaved=True, caps_chunks=False, pads_by_copy=True, index="made",
+        windows=False, holds_inputs=True, stable_embedding=False, longest_first=True,
     ),
 }  # fmt: skip
 """0.5.13; 0.4.0 to 0.5.0; March to May 2024 (commit 5895df10); lit-gpt of October 2023
@@ -211,7 +213,7 @@ def shape_of(raw: Config) -> Shape:
         groups = (config.get("num_kv_heads") or heads) if many else 1
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     share = rope.get("partial_rotary_factor")
-    share = config.get("rotary_pct", config.get("partial_rotary_factor")) if not share else share
+    share = share or config.get("rotary_pct", config.get("partial_rotary_factor"))
     layers = config["num_hidden_layers"]
     windows = _windows(config, kind, layers)
     return Shape(
@@ -481,8 +483,30 @@ class GPT(Native):
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Logits: all chunks but one together, then that one; or all at once."""
-        pieces = rows_apart(x) if self.chunks_head else (x,)
-        return [self._head(piece) for piece in pieces]
+        if not self.chunks_head:
+            return [self._head(x)]
+        earlier, last = (self._head(piece) for piece in rows_apart(x))
+        return [self._casts_kept(earlier), last]
+
+    def _casts_kept(self, earlier: Tensor) -> Tensor:
+        """Autocast keeps no cast of a frozen weight for the next to use: every chunk has its own,
+        and two have been made."""
+        tape, shape = earlier.tape, self.shape
+        dtype = tape.env.autocast
+        stored = next(p.dtype for _, p in self.lm_head.named_parameters() if not p.added)
+        if dtype is None or stored == dtype:
+            return earlier
+        weight = shape.padded_vocab_size * shape.n_embd
+        others = SEQ * (weight // HEAD_CHUNK) + ONE * (-2 * weight)
+        casts = tape.tensor(others, 1, dtype, "cast")
+        out = earlier.alias()
+
+        def apply(grad: Tensor) -> Grads:
+            _kept = casts
+            return (grad,)
+
+        ops.record([out], "casts", [earlier], apply)
+        return out
 
     def returned(self, outputs: list[Tensor]) -> list[Tensor]:
         """In fp32, while the others are still there."""

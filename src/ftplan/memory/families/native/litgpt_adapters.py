@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ftplan.memory import ops
-from ftplan.memory.attention import Heads, attend
 from ftplan.memory.families.native.base import Native, learned, parts_of, settle
 from ftplan.memory.families.native.litgpt import (
     ERAS,

@@ -175,12 +175,8 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Neighbours as two halves of an fp32 copy, put together again and cast back."""
     hidden = ops.to(x, "fp32")
     half = x.width // 2
-    first = ops.add(
-        ops.mul(ops.part(hidden, half), cos), ops.mul(ops.part(hidden, half), sin)
-    )
-    second = ops.add(
-        ops.mul(ops.part(hidden, half), cos), ops.mul(ops.part(hidden, half), sin)
-    )
+    first = ops.add(ops.mul(ops.part(hidden, half), cos), ops.mul(ops.part(hidden, half), sin))
+    second = ops.add(ops.mul(ops.part(hidden, half), cos), ops.mul(ops.part(hidden, half), sin))
     return ops.to(ops.cat((first, second), "stack"), x.dtype)
 
 
@@ -247,8 +243,8 @@ class FeedForward(Module):
     def forward(self, x: Tensor) -> Tensor:
         h = activation(self.w1.forward(x), self.act)
         h = ops.mul(h, self.w3.forward(x))
-        h = self.w2.forward(h)
-        return h
+        out: Tensor = self.w2.forward(h)
+        return out
 
 
 class TransformerSelfAttentionLayer(Module):
