@@ -93,7 +93,7 @@ def job_of(resolved: Resolved) -> Job:
         loss_chunk=plan.loss.chunk or (stack.loss_chunk if modules else None) or 0,
         images=batch.images or 0,
         image_tokens=min(IMAGE_TOKENS, batch.seq_len // (batch.images or 1)),
-        optimizer=_optimizer(plan.optimizer),
+        optimizer=_optimizer(plan.optimizer, stack),
         main_weights=stack.main_weights and storage.name in ("bf16", "fp16"),
         sharding=sharding,
         labels=_labels(resolved.config),
@@ -233,7 +233,9 @@ def _adapter(method: Method, task: str | None) -> AdapterSpec:
     )
 
 
-def _optimizer(choice: OptimizerChoice) -> OptimizerSpec:
+def _optimizer(choice: OptimizerChoice, stack: Stack) -> OptimizerSpec:
+    # the Trainer of transformers registers fp32 states for embeddings; other loops do not
+    trainer = stack.modules is None and stack.name != "pytorch"
     row = find_optimizer(choice.name)
     implementation = choice.implementation or row.implementation
     if implementation not in row.steps:
@@ -254,9 +256,9 @@ def _optimizer(choice: OptimizerChoice) -> OptimizerSpec:
         step=row.steps[implementation],
         step_counter_on_gpu=implementation in row.step_counter_on_gpu,
         paged=row.paged,
-        keeps_embeddings_fp32="embeddings" in row.keeps_fp32,
+        keeps_embeddings_fp32=trainer and "embeddings" in row.keeps_fp32,
         in_backward=row.in_backward if choice.in_backward is None else choice.in_backward,
-        others=_optimizer(OptimizerChoice(name=others)) if others else None,
+        others=_optimizer(OptimizerChoice(name=others), stack) if others else None,
         rank=choice.rank or row.rank or 0,
         source=row.source,
     )

@@ -107,23 +107,28 @@ def _elements(state: State, shape: tuple[int, ...], rank: int) -> list[int]:
     }[state.shape]
 
 
-def _storage(state: State, count: int, item: int, *, whole: bool = False) -> int:
+def _storage(
+    state: State, count: int, item: int, *, whole: bool = False, paged: bool = False
+) -> int:
     """Bytes of ``count`` elements of a state of a parameter of ``item`` bytes a value.
 
-    ``whole``: a state that would be quantised stays in fp32.
+    ``whole``: a state that would be quantised stays in fp32. ``paged``: the values are elsewhere,
+    what scales them is not (bitsandbytes/optim/optimizer.py, ``init_state``: ``absmax``).
     """
-    if state.dtype == "param":
-        return rounded(count * item)
-    if state.dtype in ITEM_BYTES:
-        return rounded(count * ITEM_BYTES[state.dtype])
-    if whole:
-        return rounded(count * 4)
+    if state.dtype in ("param", *ITEM_BYTES) or whole:
+        return 0 if paged else rounded(count * _item(state, item, whole))
     bits, *scale, block = state.dtype.split("-")
     if count < state.min_elements or (state.block_multiple and count % state.block_multiple):
         return rounded(count * (item if state.block_multiple else 4))
     values = rounded(-(-count * int(bits.removesuffix("bit")) // 8))
     scales = rounded(-(-count // int(block)) * (2 if scale else 4))
-    return values + scales + rounded(state.table_bytes)
+    return (0 if paged else values) + scales + rounded(state.table_bytes)
+
+
+def _item(state: State, item: int, whole: bool) -> int:
+    if whole and state.dtype not in ITEM_BYTES:
+        return 4
+    return ITEM_BYTES.get(state.dtype, item)
 
 
 def tensor_state_bytes(optimizer: OptimizerSpec, parameter: Parameter, on: str = "gpu") -> int:
@@ -133,11 +138,10 @@ def tensor_state_bytes(optimizer: OptimizerSpec, parameter: Parameter, on: str =
     for state in optimizer.states:
         if state.on != on or (state.when == "half" and item != 2):
             continue
-        if optimizer.paged and parameter.numel >= PAGED_ELEMENTS:
-            continue
+        paged = optimizer.paged and parameter.numel >= PAGED_ELEMENTS
         whole = optimizer.keeps_embeddings_fp32 and parameter.embedding
         total += sum(
-            _storage(state, count, item, whole=whole)
+            _storage(state, count, item, whole=whole, paged=paged)
             for count in _elements(state, parameter.shape, optimizer.rank)
         )
     return total
