@@ -269,10 +269,17 @@ def _report(resolved: Resolved, result: Estimate) -> Report:
 
 def is_traced(resolved: Resolved) -> bool:
     """Whether the stack's modules are those that the walk was held against."""
-    if not resolved.stack.own_modules or resolved.plan.method is None:
+    plan = resolved.plan
+    if not resolved.stack.own_modules or plan.method is None:
         return True
-    sharded = resolved.plan.sharding.kind not in (None, "none", "ddp")
-    return bool(modules_of(resolved)) and not sharded
+    modules, checkpointing = modules_of(resolved), plan.gradient_checkpointing
+    if not modules or plan.sharding.kind not in (None, "none") or plan.batch.packing:
+        return False
+    from ftplan.memory.families.native import checkpoints
+
+    if checkpointing is None or checkpointing.kind == "none":
+        return True
+    return checkpointing.kind in checkpoints(modules) and checkpointing.every == 1
 
 
 def capability_of(resolved: Resolved) -> tuple[int, int] | None:

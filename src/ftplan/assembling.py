@@ -115,10 +115,12 @@ def modules_of(resolved: Resolved) -> str:
     method, weights = plan.method, _stored(plan.precision.weights or "bf16", double_quant=False)
     others = (
         method.modules_to_save, method.rank_pattern, method.layers_to_transform,
-        method.target_parameters, plan.batch.images,
-        (plan.sharding.tp or 1) > 1,
+        method.target_parameters, method.use_dora, plan.batch.images,
+        (plan.sharding.tp or 1) > 1, plan.batch.padding == "right",
+        plan.attention not in (None, "sdpa"), plan.kernels not in (None, "none"),
+        weights.layout != "plain" and plan.precision.mixed != "no",
     )  # fmt: skip
-    if any(others) or plan.attention == "eager" or plan.batch.padding == "right":
+    if any(others):
         return ""
     loss = plan.loss.kind if plan.loss is not None else "full"
     known = runs(
@@ -143,7 +145,7 @@ def _offloads(kind: str, sharding: ShardingSpec) -> bool:
 def _core_alone(checkpointing: Checkpointing, stack: Stack) -> bool:
     """``selective``: Megatron's, of attention's core; torchtune's is of every n-th block."""
     selective = checkpointing.kind == "selective" and checkpointing.every == 1
-    return selective and stack.name != "torchtune"
+    return selective and not (stack.modules or "").startswith("torchtune")
 
 
 def _labels(config: Mapping[str, Any]) -> int:

@@ -81,15 +81,23 @@ class _Taken:
 def _fused_loss(plan: Plan, card: Card) -> Iterator[Change]:
     if plan.loss is None or plan.loss.kind == "fused" or (card.capability or (8, 0)) < (7, 0):
         return
-    # torchtune has a chunked loss of its own and no fused one
-    if plan.stack != "torchtune":
+    # torchtune has a chunked loss of its own and no fused one, LitGPT none to choose
+    if _trainer(plan) == "torchtune":
+        if plan.loss.kind == "full":
+            yield {"loss": "chunked"}
+    elif _trainer(plan) != "litgpt":
         yield {"loss": "fused"}
-    elif plan.loss.kind == "full":
-        yield {"loss": "chunked"}
+
+
+def _trainer(plan: Plan) -> str:
+    """The stack, whatever its version."""
+    return (plan.stack or "").partition("-")[0]
 
 
 def _checkpointing(plan: Plan, card: Card) -> Iterator[Change]:
     checkpointing = plan.gradient_checkpointing
+    if _trainer(plan) == "litgpt" and plan.sharding.kind in (None, "none"):
+        return  # it checkpoints under FSDP alone
     if checkpointing is None or checkpointing.kind in ("none", "selective"):
         yield {"gradient_checkpointing": True}
     elif checkpointing.every > 1:

@@ -183,6 +183,8 @@ def trace_job(
                 if loop is None:
                     build.checkpoint(job, model)
                 trainable = _count(model, trained=True)
+                if loop is not None:
+                    trainable = sum(p.numel() for p in loop.optimised())
                 model = shard(model, job, mesh)
                 gc.collect()
                 _mark_model(ledger, model)

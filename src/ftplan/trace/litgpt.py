@@ -48,6 +48,7 @@ class LitGPT(Loop):
         job = self.job
         self.era = ERAS[job.stack]
         self.holds_inputs = self.era.holds_inputs
+        self.runs_on = ("torch", "lightning", "bitsandbytes")
         self.package = "lit-gpt" if job.stack == "litgpt-2023" else "litgpt"
         require_version(self.package, job.stack, VERSIONS[job.stack])
         if job.method not in FILES:
@@ -84,7 +85,7 @@ class LitGPT(Loop):
         """Sines for the longest sample, quantised matrices, the embedding that bitsandbytes wants,
         and the validation that comes before training."""
         model, job = self.model, self.job
-        table = (job.seq_len, model.config.rope_n_elem)
+        table: tuple[int, ...] = (job.seq_len, model.config.rope_n_elem)
         if getattr(model.config, "rope_local_base_freq", None):
             table += (2,)
         model._max_seq_length = job.seq_len
@@ -108,7 +109,8 @@ class LitGPT(Loop):
         for path, module in list(self.model.named_modules()):
             if type(module) is not nn.Linear:
                 continue
-            new = four_bit(bitsandbytes, stored, *module.weight.shape, module.bias, shared)
+            rows, columns = module.weight.shape
+            new = four_bit(bitsandbytes, stored, rows, columns, module.bias, shared)
             new.compute_dtype = self.dtype
             setattr(self.model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], new)
 

@@ -35,6 +35,8 @@ class Loop:
 
     package = ""
     """Name of the distribution."""
+    runs_on: tuple[str, ...] = ("torch",)
+    """Distributions beside it whose code is run."""
     holds_inputs = False
     """Its bitsandbytes keeps the input of a 4-bit matmul as an attribute (before 0.43.2)."""
 
@@ -59,8 +61,8 @@ class Loop:
         raise NotImplementedError
 
     def versions(self) -> dict[str, str]:
-        """Version of the package."""
-        return {self.package: metadata.version(self.package)}
+        """Versions of what was run."""
+        return {name: metadata.version(name) for name in (self.package, *self.runs_on)}
 
 
 def loop_of(job: Job, config: Mapping[str, Any], layers: int | None) -> Loop | None:

@@ -44,6 +44,7 @@ class Torchtune(Loop):
     """``full_finetune_single_device`` and ``lora_finetune_single_device``."""
 
     package = "torchtune"
+    runs_on = ("torch", "torchao")
 
     def build(self, config: Mapping[str, Any], layers: int | None) -> Any:
         """The builder's ``TransformerDecoder`` of that shape."""

@@ -14,7 +14,7 @@ from typing import Any
 from ftplan.memory.families.native.base import Native
 from ftplan.memory.job import Job
 
-__all__ = ["Native", "native", "runs"]
+__all__ = ["Native", "checkpoints", "native", "runs"]
 
 TASKS = ("sft", "pt")
 """Tasks whose loop and loss are walked."""
@@ -34,6 +34,12 @@ def runs(
     known: bool = config.get("model_type") in file.MODEL_TYPES
     known = known and method in file.METHODS and weights in file.WEIGHTS
     return known and loss in file.losses(modules, method)
+
+
+def checkpoints(modules: str) -> tuple[str, ...]:
+    """Kinds of gradient checkpointing that the trainer has on one GPU, and that were traced."""
+    kinds: tuple[str, ...] = _file(modules).CHECKPOINTS
+    return kinds
 
 
 def native(job: Job) -> Native:

@@ -39,7 +39,17 @@ from ftplan.memory.nn import (
 )
 from ftplan.memory.tape import CHUNK, ONE, SEQ, SQUARE, TOKENS, Grads, Tape, Tensor
 
-__all__ = ["ERAS", "METHODS", "MODEL_TYPES", "WEIGHTS", "Era", "Shape", "build", "shape_of"]
+__all__ = [
+    "CHECKPOINTS",
+    "ERAS",
+    "METHODS",
+    "MODEL_TYPES",
+    "WEIGHTS",
+    "Era",
+    "Shape",
+    "build",
+    "shape_of",
+]
 
 Config = Mapping[str, Any]
 
@@ -47,6 +57,7 @@ HEAD_CHUNK = 128
 """``lm_head_chunk_size``: so many tokens of each sequence meet the output matrix together."""
 METHODS = ("full", "lora", "qlora", "llama_adapter", "llama_adapter_v2")
 WEIGHTS = ("bf16", "fp16", "fp32", "nf4", "nf4-dq", "fp4", "fp4-dq")
+CHECKPOINTS: tuple[str, ...] = ()
 
 
 def losses(_modules: str, method: str) -> tuple[str, ...]:

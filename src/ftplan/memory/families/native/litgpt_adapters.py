@@ -22,7 +22,7 @@ from ftplan.memory.job import AdapterSpec, Job
 from ftplan.memory.nn import Embedding, LayerNorm, Linear, Module
 from ftplan.memory.optimizer import rounded
 from ftplan.memory.quantized import QuantizedLinear
-from ftplan.memory.tape import ONE, SEQ, TOKENS, Grads, Parameter, Size, Tape, Tensor
+from ftplan.memory.tape import ITEM_BYTES, ONE, SEQ, TOKENS, Grads, Size, Tape, Tensor
 
 PROMPT_LENGTH = 10
 """``adapter_prompt_length``."""
@@ -231,7 +231,6 @@ class StableEmbedding(Embedding):
         self.norm = LayerNorm(width)
         for _, parameter in self.named_parameters():
             parameter.idle = True
-        self.replaced = Parameter("replaced", (count, width), "fp32", False)
 
     def forward(self, tape: Tape, rows: Size = TOKENS) -> Tensor:
         return self.norm.forward(super().forward(tape, rows))
@@ -332,7 +331,8 @@ def build(job: Job) -> Native:
         assert isinstance(table, Embedding)
         stable = StableEmbedding(table)
         for _, parameter in stable.named_parameters():
-            parameter.dtype = job.base_dtype
-            parameter.trainable = parameter is not stable.replaced
+            parameter.dtype, parameter.trainable = job.base_dtype, True
+        # the script goes on naming the table that this one replaces (``old_embedding``)
+        network.buffer_bytes += rounded(table.weight.numel * ITEM_BYTES[job.base_dtype])
         network.transformer.replace("wte", stable)
     return network

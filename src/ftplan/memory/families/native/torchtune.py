@@ -42,12 +42,23 @@ from ftplan.memory.optimizer import rounded
 from ftplan.memory.quantized import QuantizedLinear
 from ftplan.memory.tape import CHUNK, ONE, SEQ, TOKENS, Grads, Tape, Tensor
 
-__all__ = ["ERAS", "METHODS", "MODEL_TYPES", "WEIGHTS", "Era", "Shape", "build", "shape_of"]
+__all__ = [
+    "CHECKPOINTS",
+    "ERAS",
+    "METHODS",
+    "MODEL_TYPES",
+    "WEIGHTS",
+    "Era",
+    "Shape",
+    "build",
+    "shape_of",
+]
 
 Config = Mapping[str, Any]
 
 METHODS = ("full", "lora", "qlora")
 WEIGHTS = ("bf16", "fp32", "nf4", "nf4-dq")
+CHECKPOINTS = ("full",)
 MODEL_TYPES = ("llama", "mistral", "gemma", "gemma2", "phi3", "qwen2", "qwen3")
 
 
