@@ -103,23 +103,31 @@ def test_known_residuals_are_few_and_still_there(rows: list[Any]) -> None:
 def test_every_published_reading_is_compared_or_left_out_with_a_reason() -> None:
     """Readings of others are held against reports of the same jobs; none is dropped silently.
 
-    Where the software ran transformers' modules, with every setting known, nine in ten are within
-    8 % and inside the interval. The page of errors shows the other stacks.
+    Where the software ran modules that are walked, with every setting known, on one GPU: of what
+    is allocated nine in ten are within 8 %, of what is reserved within 20 % (lengths of samples
+    are known by their mean and deviation alone), and nineteen in twenty lie in the interval.
+    The page of errors shows the other stacks. PEFT's comparison of methods is one length, found
+    from one row of it: three in four of the others are within 2 %, nine in ten within 6 %.
     """
     compared, left_out = accuracy.published()
-    assert len(compared) >= 50 and len(compared) + len(left_out) >= 160
+    assert len(compared) >= 200 and len(compared) + len(left_out) >= 500
     assert all(len(reason) > 10 for _, reason in left_out)
-    walked = [r for r in compared if r.quality == "A" and r.gpus == 1 and r.walked]
-    assert accuracy.summary(reading.error for reading in walked).median <= 0.03
-    near = [reading for reading in walked if abs(reading.error) <= 0.08]
-    assert len(near) >= 0.9 * len(walked)
-    assert sum(reading.inside for reading in walked) >= 0.9 * len(walked)
-    widths = sorted(reading.width for reading in compared)
+    known = [r for r in compared if r.quality == "A" and r.gpus == 1]
+    for counter, median, most in (("allocated", 0.03, 0.08), ("reserved", 0.08, 0.20)):
+        mine = [reading for reading in known if reading.counter == counter and reading.walked]
+        assert accuracy.summary(reading.error for reading in mine).median <= median
+        assert sum(abs(r.error) <= most for r in mine) >= 0.9 * len(mine)
+        assert sum(reading.inside for reading in mine) >= 0.95 * len(mine)
+    adapters = [reading for reading in compared if reading.source == "peft"]
+    assert len(adapters) >= 40
+    for most, share in ((0.02, 0.75), (0.06, 0.9)):
+        assert sum(abs(r.error) <= most for r in adapters) >= share * len(adapters)
+    widths = sorted(reading.width for reading in known)
     assert widths[len(widths) // 2] < 0.15
 
 
 def test_no_job_that_ran_out_of_memory_is_called_fits() -> None:
     """Jobs that ran out, for a stated cause, are over or tight."""
     judged, left_out = accuracy.out_of_memory()
-    assert len(judged) >= 6 and len(judged) + len(left_out) >= 40
+    assert len(judged) >= 39 and len(judged) + len(left_out) >= 40
     assert not [identity for identity, verdict, _ in judged if verdict == "fits"]

@@ -20,7 +20,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 def test_rows_are_complete() -> None:
     """Every row has a canonical name, hub ids, an explicit tie, a published count, source, date."""
-    assert len(MODELS.rows) >= 320
+    assert len(MODELS.rows) >= 470
     for row in MODELS:
         assert re.fullmatch(r"[a-z0-9]+(?:[.-][a-z0-9]+)*", row.name), row.name
         assert row.hub_ids, row.name
@@ -61,6 +61,10 @@ granite-3.1-2b granite-4.0-micro yi-6b internlm3-8b glm-4-9b glm-4.5-air deepsee
 deepseek-v3 deepseek-r1 deepseek-r1-distill-qwen-7b cohere-command-r dbrx-132b gpt-oss-20b t5-base
 flan-t5-xl bert-base roberta-base modernbert-base mamba-2.8b jamba-1.5-mini lfm2-1.2b qwen2.5-vl-7b
 qwen3-vl-8b llava-1.5-7b llama-3.2-11b-vision mistral-small-3.1-24b pixtral-12b
+nemotron-3-nano-30b-a3b nemotron-nano-9b-v2 minimax-m2 granite-4.0-h-tiny lfm2-8b-a1b
+hunyuan-7b orpheus-3b seed-coder-8b opencoder-8b internvl3.5-8b smolvlm2-500m llava-1.6-7b
+cerebras-gpt-1.3b codet5-base byt5-base exaone-3.5-7.8b chatglm3-6b baichuan-7b starchat2-15b
+codeqwen1.5-7b hermes-2-pro-mistral-7b tulu-3-8b reka-flash-3 gte-qwen2-7b stories15m
 """
 
 
@@ -100,6 +104,12 @@ def test_the_given_shapes_are_reproduced() -> None:
         ("Qwen/Qwen2.5-7B-Instruct-AWQ", "qwen2.5-7b", "normalised"),
         ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", "qwen2.5-7b", "normalised"),
         ("TheBloke/Mistral-7B-v0.1-GPTQ", "mistral-7b-v0.1", "normalised"),
+        ("baichuan-inc/Baichuan2-7B-Chat-4bits", "baichuan2-7b", "normalised"),
+        ("RedHatAI/Qwen2.5-7B-Instruct-quantized.w8a8", "qwen2.5-7b", "normalised"),
+        ("/hub/models--Qwen--Qwen3-8B/snapshots/0123abcd", "qwen3-8b", "hub-id"),
+        ("models--gpt2", "gpt2", "name"),
+        ("HuggingFaceH4/starchat2-15b-sft-v0.1", "starchat2-15b", "hub-id"),
+        ("agentica-org/DeepCoder-14B-Preview", "deepseek-r1-distill-qwen-14b", "hub-id"),
         ("RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8", "llama-3.1-8b", "normalised"),
         ("C:\\models\\gemma-2-9b-it", "gemma-2-9b", "file-name"),
         ("output/Qwen3-8B/v0-20260101-120000/checkpoint-500", "qwen3-8b", "file-name"),
@@ -116,13 +126,35 @@ def test_names_as_configs_write_them(spelling: str, name: str, how: str) -> None
 @pytest.mark.parametrize(
     "name",
     ["", "/", "foo/bar", "llama", "llama-3.1", "llama-3.1-9b", "qwen3-5b-instruct", "7b", "gpt-5",
-     "mistral-7b-v0.9", "qwen2.5-7b-2507", "instruct", "bnb-4bit", "lora/sft", "checkpoint-500"],
+     "mistral-7b-v0.9", "qwen2.5-7b-2507", "instruct", "bnb-4bit", "lora/sft", "checkpoint-500",
+     "DeepSeek-V3.1-source", "models/llama3-8b-pro", "models--", "models--Qwen--Qwen9-8B"],
 )  # fmt: skip
 def test_a_size_a_version_or_a_date_is_never_guessed(name: str) -> None:
     """What is not known is refused, with suggestions where there are near names."""
     with pytest.raises(UnknownNameError) as caught:
         find_model(name)
     assert "ftplan models" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("tune", "base", "tokens"),
+    [
+        ("teknium/OpenHermes-2.5-Mistral-7B", "mistral-7b-v0.1", 2),
+        ("NousResearch/Hermes-2-Pro-Mistral-7B", "mistral-7b-v0.1", 32),
+        ("openchat/openchat-3.5-0106", "mistral-7b-v0.1", 2),
+        ("allenai/Llama-3.1-Tulu-3-8B", "llama-3.1-8b", 8),
+        ("HuggingFaceH4/starchat2-15b-v0.1", "starcoder2-15b", 2),
+        ("hfl/chinese-llama-2-7b", "llama-2-7b", 23296),
+    ],
+)
+def test_a_tune_with_more_tokens_has_a_row_of_its_own(tune: str, base: str, tokens: int) -> None:
+    """Embeddings and head are larger there, and nothing else of the shape differs."""
+    grown, original = dict(find_model(tune).config), dict(find_model(base).config)
+    assert grown.pop("vocab_size") - original.pop("vocab_size") == tokens
+    for shape in (grown, original):  # context and storage are no part of it
+        for key in ("max_position_embeddings", "torch_dtype", "rope_scaling"):
+            shape.pop(key, None)
+    assert grown == original
 
 
 def test_an_unknown_model_gets_suggestions() -> None:

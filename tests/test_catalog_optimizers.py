@@ -32,10 +32,29 @@ MEASURED: list[dict[str, Any]] = json.loads(
 )
 
 
+# CustomSupportedOptimizers of axolotl 0.19.0
+AXOLOTL = [
+    "optimi_adamw", "ao_adamw_4bit", "ao_adamw_8bit", "ao_adamw_fp8", "adopt_adamw", "adamc",
+    "came_pytorch", "muon", "dion", "sinkgd", "polora", "flash_adamw", "flash_adam", "flash_sgd",
+    "flash_sgdw", "flash_lion", "q_galore_adamw8bit",
+]  # fmt: skip
+# FinetuningArguments of LLaMA-Factory 0.9.5, and optimizers_map of ms-swift 4.6.0
+FLAGS = ["use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon"]
+SWIFT = ["galore", "lorap", "muon", "muonclip", "multimodal"]
+
+
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_every_optim_name_of_transformers_is_a_row(name: str) -> None:
     """`--optim NAME` of the Trainer is the canonical name of a row."""
     assert find_optimizer(name).name == name
+
+
+@pytest.mark.parametrize("name", [*AXOLOTL, *FLAGS, *SWIFT])
+def test_every_name_of_other_trainers_is_found(name: str) -> None:
+    """axolotl's `optimizer`, LLaMA-Factory's switches and ms-swift's `--optimizer`: none is
+    refused, and what could not be run says so."""
+    row = find_optimizer(name)
+    assert row.measured or row.notes
 
 
 @pytest.mark.trace
@@ -61,6 +80,10 @@ def test_the_list_of_optim_names_is_current() -> None:
         ("use_galore", "galore_adamw"), ("use_apollo", "apollo_adamw"),
         ("use_adam_mini", "adam_mini"), ("use_muon", "muon"), ("lion", "lion"),
         ("sophia", "sophia"), ("adam-mini", "adam_mini"), ("FusedAdam", "apex_fused_adam"),
+        ("transformer_engine.pytorch.optimizers.fused_adam.FusedAdam", "apex_fused_adam"),
+        ("flashoptim.FlashAdamW", "flash_adamw"), ("dion.Muon", "muon"),
+        ("bitsandbytes.optim.PagedAdam8bit", "paged_adamw_8bit"),
+        ("q_galore", "q_galore_adamw8bit"),
     ],
 )  # fmt: skip
 def test_trainers_spellings(spelling: str, name: str) -> None:
@@ -85,7 +108,7 @@ def test_rows_are_complete() -> None:
 
 def test_measured_states_are_predicted_to_the_byte() -> None:
     """States counted while each optimizer ran are what the rows say, in blocks of 512 bytes."""
-    assert len(MEASURED) == 183
+    assert len(MEASURED) == 207
     for case in MEASURED:
         row = find_optimizer(case["optimizer"])
         spec = OptimizerSpec(
@@ -108,6 +131,13 @@ def test_adamw_fused_needs_nothing_at_the_step_and_foreach_one_copy() -> None:
     temporaries = {name: [*step.all, *step.current] for name, step in row.steps.items()}
     assert temporaries == {"fused": [0, 0, 0, 0], "foreach": [4, 2, 0, 0], "loop": [0, 0, 8, 4]}
     assert find_optimizer("adamw_torch").implementation == "foreach"
+
+
+def test_muonclip_leaves_the_rest_to_momentum() -> None:
+    """ms-swift's MuonClip keeps one state for every tensor: no AdamW for embeddings and head."""
+    row = find_optimizer("muonclip")
+    assert row.applies_to == "matrices" and row.others == "sgd_momentum"
+    assert [state.name for state in find_optimizer(row.others).states] == ["momentum_buffer"]
 
 
 def test_paged_and_in_backward_flags() -> None:

@@ -150,6 +150,59 @@ def test_textbook_training(ftplan_: Terminal) -> None:
     assert extra(part) == 6_000_000_000
 
 
+@pytest.mark.parametrize(
+    ("flags", "gigabytes"),
+    [
+        (("--optimizer", "sgd"), 52),
+        (("--optimizer", "sgd_momentum"), 78),
+        (("--optimizer", "adamw_bnb_8bit"), 78),
+        (("--gpus", "8", "--sharding", "zero1"), 58.5),
+        (("--gpus", "8", "--sharding", "zero2"), 35.75),
+        (("--gpus", "8", "--sharding", "fsdp"), 13),
+        (("--tp", "2"), 52),
+        (("--offload", "optimizer"), 52),
+    ],
+)
+def test_flags_that_act_on_a_sum(
+    ftplan_: Terminal, flags: tuple[str, ...], gigabytes: float
+) -> None:
+    """What an optimizer keeps, and how ZeRO divides a sum, is in it: 13e9 at 2 bytes, trained."""
+    data = ftplan_(
+        "memory", "--params", "13e9", "--dtype", "fp16", "--method", "full", *flags, "-f", "json"
+    ).data
+    assert data["allocated_bytes"]["expected"] == gigabytes * 10**9
+    assert data["findings"][0]["severity"] == "info"
+
+
+@pytest.mark.parametrize(
+    ("flags", "key"),
+    [
+        (("--micro-batch", "4"), "batch.micro"),
+        (("--seq-len", "4096"), "batch.seq_len"),
+        (("--gradient-checkpointing",), "gradient_checkpointing"),
+        (("--attention", "flash"), "attention"),
+        (("--loss", "fused"), "loss"),
+        (("--mixed-precision", "bf16"), "precision.mixed"),
+        (("--cp", "2"), "sharding.cp"),
+    ],
+)
+def test_flags_that_a_sum_has_no_use_for(
+    ftplan_: Terminal, flags: tuple[str, ...], key: str
+) -> None:
+    """A flag that needs a shape is named where there is none, never dropped in silence."""
+    data = ftplan_("memory", "--params", "1e9", "--method", "full", *flags, "-f", "json").data
+    [finding] = [f for f in data["findings"] if f["code"] == "MEM001"]
+    assert finding["severity"] == "warning"
+    assert key in finding["message"]
+
+
+def test_states_by_rows_and_columns_need_a_shape(ftplan_: Terminal) -> None:
+    """Adafactor's states cannot be told from a count, and the refusal says what would help."""
+    said = ftplan_("memory", "--params", "1e9", "--method", "full", "--optimizer", "adafactor")
+    assert said.code == 2
+    assert "adafactor" in said.err and "--model" in said.err
+
+
 def test_the_report_s_fields(ftplan_: Terminal, plan: Path) -> None:
     """The JSON has the contract's fields, integers for bytes, and terms that add up."""
     data = ftplan_("memory", plan, "--format", "json").data

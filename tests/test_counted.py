@@ -10,10 +10,11 @@ import pytest
 
 from ftplan import api
 from ftplan.catalog.models import MODELS
-from ftplan.errors import UnsupportedError
+from ftplan.errors import FtplanError, UnsupportedError
 from ftplan.memory.env import Environment
 from ftplan.memory.families import build
 from ftplan.memory.nn import Shared
+from ftplan.memory.prepare import counted_parameters
 from ftplan.memory.tape import Tape
 from ftplan.spec import Batch, Method, Model, Plan, Precision
 
@@ -32,6 +33,18 @@ def test_counted_families_refuse_to_train_by_name() -> None:
                 network.stages[0].enter(Tape(Environment()), Shared())
             checked += 1
     assert checked >= 9
+
+
+def test_a_layer_that_shares_an_indexer_has_none() -> None:
+    """GLM-5.2 is GLM-5 without the indexers of the layers that take an earlier one's keys: per
+    indexer wq_b (2048 x 4096), wk (6144 x 128), weights_proj (6144 x 32) and a LayerNorm."""
+    counts = {}
+    for name in ("glm-5", "glm-5.2"):
+        parameters = counted_parameters(build(MODELS.find(name).config))
+        counts[name] = sum(parameter.numel * times for parameter, times, _ in parameters)
+    shared = MODELS.find("glm-5.2").config["indexer_types"].count("shared")
+    indexer = 2048 * 4096 + 6144 * 128 + 6144 * 32 + 2 * 128
+    assert shared == 57 and counts["glm-5"] - counts["glm-5.2"] == shared * indexer
 
 
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "qwen2.5-vl-3b", "gemma-3-4b", "paligemma-3b"])
@@ -66,3 +79,26 @@ def test_weights_that_are_never_trained_are_marked() -> None:
         case: dict[str, Any] = json.loads((cases / folder / f"{name}.json").read_text())
         fixed = [n for n, p in build(case["config"]).all_parameters() if p.fixed]
         assert fixed, name
+
+
+def test_an_image_takes_the_tokens_of_its_size() -> None:
+    """Any resolution: by its size in pixels; what does not fit, or has one size, is said."""
+
+    def peak(name: str, seq_len: int = 2048, **batch: object) -> int:
+        plan = Plan(
+            model=Model(name=name),
+            method=Method(kind="lora"),
+            batch=Batch(micro=1, seq_len=seq_len, images=1, **batch),  # type: ignore[arg-type]
+        )
+        report = api.estimate(plan)
+        assert report.allocated_bytes is not None
+        return report.allocated_bytes.expected
+
+    small, large = (peak("qwen2.5-vl-3b", image_size=(side, side)) for side in (224, 1120))
+    assert small < large
+    with pytest.raises(FtplanError, match="one size"):
+        peak("llava-1.5-7b", image_size=(224, 224))
+    with pytest.raises(FtplanError, match="part of the sequence"):
+        peak("qwen2.5-vl-3b", seq_len=512, image_size=(1120, 1120))
+    with pytest.raises(FtplanError, match="height and width"):
+        peak("qwen2.5-vl-3b", image_size=(224,))

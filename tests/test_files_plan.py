@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ftplan.errors import InputError, UnknownNameError, UnsupportedError
 from ftplan.files.document import parse_document
 from ftplan.files.plan import dump_plan, looks_like_plan, parse_plan, place_error, plan_to_mapping
 from ftplan.files.starter import STARTERS
+from ftplan.files.typed import adapter, build
 from ftplan.report import Assumption
 from ftplan.spec import Batch, Checkpointing, Hardware, Method, Model, OptimizerChoice, Plan
 
@@ -240,6 +242,21 @@ def test_round_trip(original: Plan) -> None:
     text = dump_plan(original)
     assert plan(text) == original
     assert parse_document(text, file="f").data == plan_to_mapping(original)
+
+
+@settings(deadline=None, max_examples=150)
+@given(_instances(spec.Plan))
+def test_pydantic_reads_the_same(original: Plan) -> None:
+    """The classes mean to pydantic, who writes the JSON Schema, what they mean to our reader."""
+    data = json.loads(json.dumps(dataclasses.asdict(original)))
+    document = parse_document("x: 1\n", file="f.yaml")
+    ours = build(Plan, data, document, bounds=dict.fromkeys(_numbers(), (0, 10**13)))
+    assert ours == adapter(Plan).validate_python(data) == original
+
+
+def _numbers() -> set[str]:
+    sections = [value for value in vars(spec).values() if dataclasses.is_dataclass(value)]
+    return {field.name for cls in sections for field in dataclasses.fields(cls)}
 
 
 @settings(deadline=None, max_examples=100)

@@ -42,10 +42,12 @@ def test_computed_counts_equal_the_published_ones() -> None:
         count = sum(parameter.numel * times for parameter, times, _ in parameters)
         assert agrees(row, count), (row.name, count)
         checked += 1
-    assert checked >= 226
+    assert checked >= 460
 
 
-ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert", "modernbert", "deberta-v2", "albert"}
+ENCODERS = {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "modernbert",
+            "deberta-v2", "albert"}  # fmt: skip
+ELSEWHERE = {"exaone", "qwen"}  # model types whose code comes with the checkpoint
 
 
 @pytest.mark.trace
@@ -56,7 +58,7 @@ def test_transformers_builds_every_family_with_the_published_count() -> None:
     transformers = pytest.importorskip("transformers")
     smallest: dict[str, ModelRow] = {}
     for row in sorted(MODELS, key=published):
-        if published(row) <= 10e9:
+        if published(row) <= 10e9 and row.config["model_type"] not in ELSEWHERE:
             smallest.setdefault(row.config["model_type"], row)
     for row in smallest.values():
         config: dict[str, Any] = json.loads(json.dumps(dict(row.config)))
@@ -71,4 +73,4 @@ def test_transformers_builds_every_family_with_the_published_count() -> None:
             else:
                 model = transformers.AutoModelForCausalLM.from_config(built)
         assert agrees(row, sum(p.numel() for p in model.parameters())), row.name
-    assert len(smallest) >= 50
+    assert len(smallest) >= 75

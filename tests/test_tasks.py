@@ -160,11 +160,72 @@ def test_a_longer_completion_takes_more_of_the_same_sequence() -> None:
     assert peak(task="grpo", rollout=short) < peak(task="grpo", rollout=long)
 
 
-@pytest.mark.parametrize("task", ["ppo"])
-def test_tasks_that_are_not_sized_are_refused_by_name(task: str) -> None:
+PPO: dict[str, Any] = {
+    "task": "ppo", "stack": "trl", "without": ("loss",),
+    "rollout": {"prompt_tokens": 128, "completion_tokens": 384},
+}  # fmt: skip
+
+
+def test_ppo_trains_a_critic_and_holds_two_frozen_models() -> None:
+    """The critic's weights and states come beside the policy's; two models are frozen."""
+    whole = sized(**PPO)
+    statics = {term.name: term.bytes for term in whole.static}
+    alone = {term.name: term.bytes for term in sized().static}
+    assert statics["weights/trainable"] > 1.7 * alone["weights/trainable"]
+    assert {"weights/reference", "weights/reward"} <= set(statics)
+    adapted = {term.name for term in sized(**PPO, method=LORA).static}
+    assert "weights/reference" not in adapted and "weights/reward" in adapted
+
+
+def test_ppo_keeps_the_scores_of_its_rollout() -> None:
+    """A longer completion is scored in fp32 over the vocabulary, and kept while PPO trains."""
+    long = {**PPO, "rollout": {"prompt_tokens": 128, "completion_tokens": 896}}
+    short, longer = dict(sized(**PPO).phases), dict(sized(**long).phases)
+    assert {"rollout", "scoring"} <= set(short)
+    assert all(longer[name] > short[name] for name in short)
+
+
+@pytest.mark.parametrize("kind", ["zero3", "fsdp"])
+def test_ppo_sharded_is_refused_by_name(kind: str) -> None:
     """What is not modelled is said, never sized as something else."""
-    with pytest.raises(UnsupportedError, match=task):
-        sized(task=task)
+    with pytest.raises(UnsupportedError, match="ppo"):
+        sized(**PPO, sharding={"kind": kind}, hardware={"gpu": "h100", "count": 2})
+
+
+@pytest.mark.parametrize("kind", ["zero3", "fsdp"])
+@pytest.mark.parametrize("task", ["dpo", "kto", "orpo", "grpo", "distill"])
+def test_preference_and_rl_tasks_are_sharded(task: str, kind: str) -> None:
+    """More GPUs take less of each, and a second model is split with the first."""
+    extra: dict[str, Any] = {"teacher": MODEL} if task == "distill" else {}
+    two, eight = (
+        sized(task=task, sharding={"kind": kind}, hardware={"gpu": "h100", "count": n}, **extra)
+        for n in (2, 8)
+    )
+    assert eight.peak_bytes < two.peak_bytes
+    names = ("weights/reference", "weights/teacher")
+    others = [[t.bytes for t in e.static if t.name in names] for e in (two, eight)]
+    assert len(others[0]) == (task in ("dpo", "kto", "distill"))
+    assert all(3.5 * b < a < 4.5 * b for a, b in zip(*others, strict=True))
+
+
+def test_dropout_that_trl_turns_off_takes_nothing() -> None:
+    """DPO's trainer sets dropout to zero; SFT's leaves it on."""
+    for task, same in (("dpo", True), ("sft", False)):
+        with_it, without = (
+            peak(task=task, stack="trl", without=("loss",), method={**LORA, "dropout": rate})
+            for rate in (0.1, 0.0)
+        )
+        assert (with_it == without) is same, task
+
+
+def test_batches_of_a_step_are_fetched_ahead() -> None:
+    """The Trainer has every micro batch on the GPU before the first forward; a plain loop one."""
+    few = {"micro": 2, "seq_len": 512, "accumulation": 2}
+    many = {**few, "accumulation": 66}
+    each = 2 * 512 * 8 * 2
+    assert peak(batch=many) - peak(batch=few) == 64 * each
+    plain = {"stack": "pytorch"}
+    assert peak(batch=many, **plain) == peak(batch=few, **plain)
 
 
 @pytest.mark.parametrize(
@@ -273,9 +334,9 @@ def test_an_optimizer_in_backward_keeps_no_gradients() -> None:
 
 def test_tiles_of_logits_are_bounded() -> None:
     """TRL's fused head holds one tile however many tokens there are."""
-    few = sized(stack="trl", loss="chunked", batch={"micro": 8, "seq_len": 512})
-    many = sized(stack="trl", loss="chunked", batch={"micro": 16, "seq_len": 512})
-    full = sized(batch={"micro": 16, "seq_len": 512})
+    few = sized(stack="trl", loss="chunked", batch={"micro": 16, "seq_len": 512})
+    many = sized(stack="trl", loss="chunked", batch={"micro": 32, "seq_len": 512})
+    full = sized(batch={"micro": 32, "seq_len": 512})
     tiles = [
         sum(a.bytes for label, a in e.alive.items() if "tile" in label.name) for e in (few, many)
     ]

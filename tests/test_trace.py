@@ -228,9 +228,10 @@ REFUSED: list[dict[str, Any]] = [
     {"stack": "torchtune"},
     {"kernels": "liger"},
     {"sharding": {"kind": "fsdp", "tp": 2}},
-    {"sharding": {"kind": "fsdp", "offload": "params"}},
+    {"sharding": {"kind": "none", "pp": 2}},
+    {"sharding": {"kind": "fsdp", "version": 1, "offload": "params"}},
+    {"sharding": {"kind": "zero2", "offload": "optimizer"}},
     {"optimizer": {"name": "adamw", "in_backward": True}},
-    {"batch": {"images": 1}},
 ]
 
 

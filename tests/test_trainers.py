@@ -20,7 +20,7 @@ from ftplan.trainers import (
     import_file,
     import_text,
 )
-from ftplan.trainers.draft import SEVERITY
+from ftplan.trainers.severity import SEVERITY
 
 CASES = sorted((Path(__file__).parent / "cases" / "trainers").glob("*.*"))
 _LINE = re.compile(r"#\s*(trainer:|expect|finding|assumed)\s+(.*)")
@@ -265,6 +265,21 @@ def test_every_code_has_a_page_with_all_headings() -> None:
         finding_page("IMP999")
 
 
+def test_a_sharding_file_that_is_not_there_says_its_kind_by_its_name(tmp_path: Path) -> None:
+    """A script without the accelerate or DeepSpeed file beside it is not taken for plain DDP."""
+    command = "accelerate launch --config_file a/{name} swift/cli/sft.py --model Qwen/Qwen2.5-7B"
+    for name, kind, version, offload in (
+        ("fsdp2.json", "fsdp", 2, None), ("fsdp_offload.json", "fsdp", 1, "params"),
+        ("ds_zero3_offload.yaml", "zero3", None, "params"), ("zero2.json", "zero2", None, None),
+    ):  # fmt: skip
+        script = tmp_path / "train.sh"
+        script.write_text(command.format(name=name) + " --max_length 512\n", encoding="utf-8")
+        read = import_file(script)
+        sharding = read.plan.sharding
+        assert (sharding.kind, sharding.version, sharding.offload) == (kind, version, offload), name
+        assert {"IMP004", "IMP010"} <= {finding.code for finding in read.findings}
+
+
 def test_stack_profiles_cite_every_value() -> None:
     """Each value of each stack profile stands with the place where it was read."""
     from ftplan.catalog.stacks import find_stack, stack_names, stack_page
@@ -272,6 +287,8 @@ def test_stack_profiles_cite_every_value() -> None:
     assert set(stack_names()) == {
         "pytorch", "transformers", "trl", "axolotl", "llamafactory", "torchtune", "litgpt",
         "unsloth", "deepspeed", "ms-swift", "nemo", "megatron", "transformers-4.46",
+        "trl-1.10", "trl-0.20", "ms-swift-2",
+        "transformers-4.45", "trl-0.13", "trl-0.11", "torchtitan",
     }  # fmt: skip
     for name in stack_names():
         stack, rows = stack_page(name)

@@ -242,3 +242,41 @@ def test_accelerate_and_deepspeed_files_say_the_sharding(
 def test_every_export_is_named() -> None:
     """`--to` takes exactly the six formats of the contract."""
     assert EXPORTS == ("axolotl", "llamafactory", "trl", "torchtune", "accelerate", "deepspeed")
+
+
+FUSED = Plan(
+    model=Model(name=MODELS[0]),
+    method=Method(kind="lora", rank=8, targets="all-linear", fused_lora=True),
+    precision=Precision(weights="bf16", mixed="bf16"),
+    batch=Batch(micro=1, seq_len=512),
+    kernels="liger",
+)
+
+
+@pytest.mark.parametrize("by", [None, "liger", "cut"])
+@pytest.mark.parametrize("kernels", ["none", "liger"])
+def test_axolotl_says_whose_functions_are_fused(by: Any, kernels: Any) -> None:
+    """LoRA's functions and the loss without logits come back: Liger's beside its kernels and cut
+    cross entropy without them, unless the plan says otherwise."""
+    plan = dataclasses.replace(FUSED, kernels=kernels, loss=Loss(kind="fused", by=by))
+    text = export_plan(plan, to="axolotl").text
+    back = import_document(parse_document(text, file="p.yaml"), trainer="axolotl").plan
+    assert back.method is not None and back.method.fused_lora is True
+    usual = "liger" if kernels == "liger" else "cut"
+    assert back.loss is not None and (back.loss.by or usual) == (by or usual)
+    assert ("CutCrossEntropyPlugin" in text) == ((by or usual) == "cut")
+
+
+@pytest.mark.parametrize("trainer", ("llamafactory", "trl", "torchtune"))
+def test_functions_without_a_key_are_refused(trainer: str) -> None:
+    """No file but axolotl's can ask for fused LoRA or cut cross entropy, and none for foak."""
+    unfused = Method(kind="lora", rank=8, targets="all-linear")
+    plain = dataclasses.replace(FUSED, method=unfused)
+    for plan, to in (
+        (FUSED, trainer),
+        (dataclasses.replace(plain, loss=Loss(kind="fused", by="cut")), trainer),
+        (dataclasses.replace(plain, kernels="foak"), trainer),
+        (dataclasses.replace(plain, kernels="foak"), "axolotl"),
+    ):
+        with pytest.raises(UnsupportedError, match=r"fused_lora|loss\.by: cut|kernels: foak"):
+            export_plan(plan, to=to)

@@ -27,6 +27,8 @@ from ftplan.spec import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "validation" / "bench"
+TRAINERS = ROOT / "validation" / "trainers"
+IMAGES = ROOT / "validation" / "images.json"
 PUBLISHED = ROOT / "validation" / "published.json"
 OUT_OF_MEMORY = ROOT / "validation" / "oom.json"
 KNOWN = ROOT / "validation" / "known_residuals.json"
@@ -48,6 +50,8 @@ class Case:
     """Layers it was traced with; None: all."""
     plan: Mapping[str, Any]
     true_bytes: int
+    config: Mapping[str, Any] | None = None
+    """The model it was traced with, where that is no cut of the catalogue's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +94,41 @@ def _cases_of(path: Path) -> Iterator[Case]:
         )
 
 
+def trainer_cases() -> list[Case]:
+    """Jobs that real trainers ran by themselves; the regime begins with the task."""
+    return [
+        Case(
+            architecture=job["plan"]["model"],
+            split="trainers",
+            regime=job["name"],
+            number=number,
+            layers=job["layers"],
+            plan=job["plan"],
+            true_bytes=job["allocated_bytes"],
+        )
+        for path in sorted(TRAINERS.glob("*.json"))
+        for number, job in enumerate(json.loads(path.read_text(encoding="utf-8"))["jobs"])
+    ]
+
+
+def image_cases() -> list[Case]:
+    """Vision-language jobs, traced on real tensors."""
+    jobs = json.loads(IMAGES.read_text(encoding="utf-8"))["jobs"] if IMAGES.exists() else []
+    return [
+        Case(
+            architecture=job["plan"]["model"],
+            split="images",
+            regime=job["name"].partition(" ")[2],
+            number=number,
+            layers=None,
+            plan=job["plan"],
+            true_bytes=job["allocated_bytes"],
+            config=job["config"],
+        )
+        for number, job in enumerate(jobs)
+    ]
+
+
 def plan_of(mapping: Mapping[str, Any]) -> Plan:
     """A plan, read as a plan file is read."""
     return parse_plan(parse_document(json.dumps(mapping), file="plan"))
@@ -99,8 +138,11 @@ def predict(case: Case) -> Row:
     """The calculator's peak for one case."""
     try:
         resolved = resolve(plan_of(case.plan))
-        config = _cut(resolved.config or {}, case.layers)
-        peak = walk(job_of(replace(resolved, config=config))).peak_bytes
+        config = _cut(case.config or resolved.config or {}, case.layers)
+        job = job_of(replace(resolved, config=config))
+        if job.teacher is not None:
+            job = replace(job, teacher=_cut(job.teacher, case.layers))
+        peak = walk(job).peak_bytes
     except FtplanError as error:
         return Row(case=case, predicted_bytes=None, refusal=str(error).splitlines()[0])
     except Exception as error:

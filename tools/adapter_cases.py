@@ -32,7 +32,9 @@ def configuration(method: dict[str, Any], task: str | None) -> Any:
     kind = given.pop("kind")
     targets, rank = given.pop("targets", None), given.pop("rank", 16)
     tokens = given.pop("virtual_tokens", 20)
-    common: dict[str, Any] = {"task_type": task}
+    common: dict[str, Any] = {"task_type": task, **given.pop("options", {})}
+    if kind in build.FURTHER:
+        return build.further(kind, rank, targets or "all-linear", None, common)
     if kind in ("prompt_tuning", "prefix_tuning", "p_tuning"):
         made = {
             "prompt_tuning": peft.PromptTuningConfig,

@@ -13,6 +13,7 @@ GENERATORS = (
     "gen_schemas.py",
     "generate_rule_docs.py",
     "gen_accuracy.py",
+    "gen_utilisation.py",
 )
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftplan import __version__
-from ftplan.assembling import job_of, modules_of, serving_job_of
-from ftplan.errors import FtplanError, UnsupportedError
-from ftplan.memory import textbook
-from ftplan.memory.counters import counters, unexplained, workspace_bytes
-from ftplan.memory.ways import ways
+from ftplan.errors import FtplanError
 from ftplan.report import (
     Finding,
     GpuSummary,
@@ -28,11 +24,17 @@ from ftplan.spec import Plan
 from ftplan.units import format_bytes
 
 if TYPE_CHECKING:  # the walk is loaded only for a model whose shape is known
+    from ftplan.fit.remedies import Judged
     from ftplan.fit.sizer import Sizer
-    from ftplan.memory.estimate import Estimate
+    from ftplan.memory.counters import Counters
+    from ftplan.memory.estimate import Estimate, Structure
     from ftplan.memory.host import Wire
+    from ftplan.memory.job import Job
 
-__all__ = ["estimate"]
+__all__ = ["estimate", "needed"]
+
+NETWORK_BYTES_PER_S = 50 * 10**9
+"""One direction of a 400 Gb/s port for each GPU, which large clusters have: a lower bound."""
 
 
 def estimate(plan: Plan, *, base: Path | None = None, with_remedies: bool = True) -> Report:
@@ -50,11 +52,20 @@ def estimate(plan: Plan, *, base: Path | None = None, with_remedies: bool = True
     return report
 
 
+def needed(plan: Plan, *, base: Path | None = None) -> Interval:
+    """What a job needs of the card, beside which its allocator may hold more where there is room.
+
+    It goes by the kind of card alone, and decides whether the job fits.
+    """
+    return _needed(resolve(plan, base=base))[0].device
+
+
 def estimate_summary(resolved: Resolved, sizer: Sizer | None) -> ModelSummary | None:
     """The model of a resolved job, all of its parameters."""
     if sizer is not None:
         total = sizer.structure(sizer.job.seq_len).total_params
     else:
+        from ftplan.assembling import serving_job_of
         from ftplan.memory.serving import serve
 
         total = serve(serving_job_of(resolved)).total_params
@@ -63,8 +74,11 @@ def estimate_summary(resolved: Resolved, sizer: Sizer | None) -> ModelSummary | 
 
 def _sized(resolved: Resolved) -> Report:
     if resolved.config is None:
-        return _textbook(resolved)
+        from ftplan.sums import sum_of
+
+        return sum_of(resolved)
     if resolved.plan.task == "serve" or resolved.plan.method is None:
+        from ftplan.assembling import serving_job_of
         from ftplan.memory.serving import serve
 
         return _report(resolved, serve(serving_job_of(resolved)))
@@ -73,19 +87,27 @@ def _sized(resolved: Resolved) -> Report:
 
 def _training(resolved: Resolved) -> Report:
     """The walk, and what lies beside the GPU: host memory, disk, the wire."""
-    from ftplan.memory.estimate import Structure
+    from ftplan.assembling import job_of
+    from ftplan.memory.estimate import structure_of
     from ftplan.memory.host import disk_bytes, host_interval, wire_of
 
     job = job_of(resolved)
-    structure = Structure(job)
-    report = _report(resolved, structure.at(job.micro, job.seq_len, job.loss_chunk))
+    structure = structure_of(job)
+    report = _report(
+        resolved,
+        structure.at(job.micro, job.seq_len, job.loss_chunk),
+        _held(resolved, structure, job),
+    )
     plan, counted = resolved.plan, structure.counted
     host = host_interval(job, counted, gpus_per_node=plan.hardware.count or 1)
     written = disk_bytes(job, counted)
     details: dict[str, Any] = {"disk_bytes": written}
-    wire = wire_of(job, counted)
+    wire = wire_of(job, counted, gpus_per_node=plan.hardware.count or 1)
+    more: tuple[Finding, ...] = _stage_findings(structure)
     if wire is not None:
-        details["communication"] = _communication(resolved, wire)
+        details["communication"] = told = _communication(resolved, wire)
+        more += _slow_wire(resolved, told, structure, job)
+    more += _flat_findings(resolved)
     return replace(
         report,
         host_bytes=host,
@@ -93,6 +115,7 @@ def _training(resolved: Resolved) -> Report:
         findings=(
             *report.findings,
             *_host_findings(resolved, host, written),
+            *more,
             *(_not_evaluated() if job.eval_micro and structure.evaluation is None else ()),
         ),
     )
@@ -108,7 +131,79 @@ def _communication(resolved: Resolved, wire: Wire) -> dict[str, Any]:
         rate = resolved.gpu.interconnect.bytes_per_s // 2  # one direction
         told["interconnect"] = resolved.gpu.interconnect.kind
         told["least_seconds_per_step"] = round(wire.bytes_per_step / rate, 4)
+    if wire.slow_bytes:
+        told["bytes_per_step_between_nodes"] = wire.slow_bytes
+        told["network"] = "400 Gb/s for each GPU (assumed)"
+        seconds = round(wire.slow_bytes / NETWORK_BYTES_PER_S, 4)
+        told["least_seconds_per_step_between_nodes"] = seconds
     return told
+
+
+def _stage_findings(structure: Structure) -> tuple[Finding, ...]:
+    """Which rank of a pipeline the answer is about."""
+    if structure.stage is None:
+        return ()
+    return (
+        Finding(
+            code="PAR001",
+            severity="info",
+            message=f"the worst rank is {structure.stage.name}",
+            help="more micro batches in a step (batch.accumulation) shorten the bubble, not this",
+        ),
+    )
+
+
+def _slow_wire(
+    resolved: Resolved, told: Mapping[str, Any], structure: Structure, job: Job
+) -> tuple[Finding, ...]:
+    """A finding where what is sent takes longer than what is computed, both at full rate."""
+    if resolved.gpu is None or job.task == "embed":  # a head that is not there computes nothing
+        return ()
+    from ftplan.catalog.throughput import speed_of
+    from ftplan.fit.flops import Compute
+
+    dtype = job.environment.autocast or job.compute_dtype
+    speed = speed_of(resolved.gpu, mixed_or_weights=dtype)
+    ways = {
+        str(told.get("interconnect", "")): told.get("least_seconds_per_step", 0),
+        "the network between nodes": told.get("least_seconds_per_step_between_nodes", 0),
+    }
+    link, sent = max(ways.items(), key=lambda item: item[1])
+    if not speed.flops or not sent:
+        return ()
+    work = Compute(structure.program).at(job.micro, job.seq_len, job.loss_chunk)
+    computed = work.total * job.accumulation / speed.flops
+    if sent <= computed:
+        return ()
+    return (
+        Finding(
+            code="PAR002",
+            severity="warning",
+            message=f"it may fit and crawl: a step sends what takes {sent:.2f} s over {link}, and "
+            f"computes for {computed:.2f} s, both at full rate",
+            help="use more tokens in a micro batch, reshard_after_forward: false, zero2, or "
+            "replicas of a smaller sharded group (dp_replicate)",
+        ),
+    )
+
+
+def _flat_findings(resolved: Resolved) -> tuple[Finding, ...]:
+    """FSDP1 with frozen and trained weights in one flat parameter."""
+    plan = resolved.plan
+    flat = plan.sharding.kind == "fsdp" and plan.sharding.version == 1
+    adapted = plan.method is not None and plan.method.kind not in ("full", "partial")
+    if not (flat and adapted and resolved.stack.name == "pytorch"):
+        return ()
+    return (
+        Finding(
+            code="FIT004",
+            severity="warning",
+            message="FSDP1 takes gradients of the frozen weights too: adapters and the weights "
+            "beside them are one flat parameter",
+            help="wrap what is trained by itself (peft.utils.other.fsdp_auto_wrap_policy), or use "
+            "version: 2",
+        ),
+    )
 
 
 def _not_evaluated() -> tuple[Finding, ...]:
@@ -151,17 +246,6 @@ def _host_findings(
                 help="save the weights or the adapter alone (save_only_model), or add disk",
             )
         )
-    sharding = resolved.plan.sharding
-    if sharding.kind == "fsdp" and sharding.version == 1:
-        findings.append(
-            Finding(
-                code="FIT004",
-                severity="warning",
-                message="FSDP1 is sized as FSDP2: its flat parameters also take gradients of "
-                "frozen weights in a unit that trains anything",
-                help="use fsdp_version: 2, or leave headroom",
-            )
-        )
     return tuple(findings)
 
 
@@ -169,30 +253,60 @@ def _remedies(
     plan: Plan, resolved: Resolved, report: Report, base: Path | None
 ) -> tuple[Remedy, ...]:
     """What would help, tried one by one with this same calculator."""
-    from ftplan.fit.remedies import Card, Judged, remedies
-
-    def judged(resolved: Resolved, report: Report) -> Judged:
-        assert report.verdict and report.allocated_bytes and report.device_bytes
-        return Judged(
-            plan=resolved.plan,
-            allocated_bytes=report.allocated_bytes.expected,
-            device_bytes=report.device_bytes.high,
-            verdict=report.verdict,
-        )
+    from ftplan.fit.remedies import Card, remedies
 
     def judge(changed: Plan) -> Judged | None:
         try:
-            after = resolve(changed, base=base)
-            return judged(after, _sized(after))
+            return _judged(resolve(changed, base=base))
         except FtplanError:  # a change that is not modelled is no remedy
             return None
         except Exception:  # nor is one we fail at, and it must not hide the answer
             return None
 
+    assert report.verdict and report.allocated_bytes and report.device_bytes
     card = Card(
         capability=capability_of(resolved) if resolved.gpu else (8, 0), larger=_larger(resolved)
     )
-    return remedies(plan, judged(resolved, report), judge, card)
+    return remedies(plan, _judged(resolved), judge, card)
+
+
+def _judged(resolved: Resolved) -> Judged:
+    """The verdict of a report, without its terms: what a search asks for many times."""
+    from ftplan.fit.remedies import Judged
+
+    need, shown = _needed(resolved)
+    gpu = gpu_of(resolved)
+    verdict = verdict_of(need.device, gpu)
+    if verdict != "fits":  # whether it fits is told by the need; the rest has to be played
+        verdict = verdict_of(shown().device, gpu)
+    return Judged(
+        plan=resolved.plan,
+        allocated_bytes=need.allocated.expected,
+        device_bytes=need.device.high,
+        verdict=verdict or "unknown",
+    )
+
+
+def _needed(resolved: Resolved) -> tuple[Counters, Callable[[], Counters]]:
+    """What a job needs, and a way to what the report shows: with all that its allocator holds."""
+    if resolved.plan.task == "serve" or resolved.plan.method is None:
+        from ftplan.assembling import serving_job_of
+        from ftplan.memory.serving import serve
+
+        served = serve(serving_job_of(resolved))
+        cache = _cache_bytes(served)
+        need = _counters(resolved, served.peak_bytes, served.static_bytes, cache_bytes=cache)
+        return need, lambda: need
+    from ftplan.assembling import job_of
+    from ftplan.memory.estimate import structure_of
+
+    job = job_of(resolved)
+    structure = structure_of(job)
+    phases = structure.phases(job.micro, job.seq_len, job.loss_chunk)
+    peak = max(level for _, level in phases)
+    return _counters(resolved, peak, structure.static_bytes), lambda: _counters(
+        resolved, peak, structure.static_bytes, held=_held(resolved, structure, job)
+    )
 
 
 def _larger(resolved: Resolved) -> tuple[str, ...]:
@@ -220,7 +334,9 @@ def _summary(resolved: Resolved, result: Estimate) -> ModelSummary:
     """The whole model, also where tensor or expert parallelism gives each GPU a part of it."""
     total, trainable = result.total_params, result.trainable_params
     sharding, method = resolved.plan.sharding, resolved.plan.method
-    if (sharding.tp or 1) * (sharding.ep or 1) > 1 and resolved.config is not None:
+    if (sharding.tp or 1) * (sharding.ep or 1) * (
+        sharding.pp or 1
+    ) > 1 and resolved.config is not None:
         from ftplan.memory.families import build
 
         total = sum(parameter.numel for _, parameter in build(resolved.config).all_parameters())
@@ -229,28 +345,61 @@ def _summary(resolved: Resolved, result: Estimate) -> ModelSummary:
     return ModelSummary(name=resolved.name, total_params=total, trainable_params=trainable)
 
 
-def _report(resolved: Resolved, result: Estimate) -> Report:
+def _held(resolved: Resolved, structure: Structure, job: Job) -> Interval:
+    """What the caching allocator reserves for the job, played."""
+    from ftplan.assembling import lengths_of
+    from ftplan.memory.counters import workspace_bytes
+    from ftplan.memory.reserved import reserved
+
+    gpu = gpu_of(resolved)
+    return reserved(
+        structure, job.micro, job.seq_len, job.loss_chunk,
+        workspace=workspace_bytes(capability_of(resolved)) if gpu else 0,
+        capacity=gpu.usable_bytes if gpu else None,
+        lengths=lengths_of(resolved),
+    )  # fmt: skip
+
+
+def _counters(
+    resolved: Resolved,
+    peak: int,
+    static: int,
+    *,
+    cache_bytes: int | None = None,
+    held: Interval | None = None,
+) -> Counters:
+    from ftplan.memory.counters import counters
+
+    hardware, gpu = resolved.plan.hardware, gpu_of(resolved)
+    return counters(
+        peak,
+        static,
+        capability=capability_of(resolved),
+        named=gpu is not None,
+        gpus=(hardware.count or 1) * (hardware.nodes or 1),
+        traced=is_traced(resolved),
+        cache_bytes=cache_bytes,
+        prompt_told=resolved.plan.batch.prompt_len is not None,
+        held=held,
+        usable_bytes=gpu.usable_bytes if gpu is not None else 0,
+    )
+
+
+def _report(resolved: Resolved, result: Estimate, held: Interval | None = None) -> Report:
+    from ftplan.memory.counters import unexplained, workspace_bytes
     from ftplan.memory.terms import all_terms
 
-    capability = capability_of(resolved)
-    named = resolved.gpu is not None
-    workspace = workspace_bytes(capability) if named else 0
-    traced = is_traced(resolved)
-    shown = counters(
-        result.peak_bytes,
-        result.static_bytes,
-        capability=capability,
-        named=named,
-        gpus=(resolved.plan.hardware.count or 1) * (resolved.plan.hardware.nodes or 1),
-        traced=traced,
-        cache_bytes=None if resolved.plan.method else _cache_bytes(result),
+    cache = None if resolved.plan.method else _cache_bytes(result)
+    shown = _counters(
+        resolved, result.peak_bytes, result.static_bytes, cache_bytes=cache, held=held
     )
-    terms = all_terms(result, workspace)
-    if not traced:
-        terms.append(unexplained(shown.allocated, stack=resolved.stack.title))
     gpu = gpu_of(resolved)
+    workspace = workspace_bytes(capability_of(resolved)) if gpu is not None else 0
+    terms = all_terms(result, workspace)
+    if not is_traced(resolved):
+        terms.append(unexplained(shown.allocated, stack=resolved.stack.title))
     return Report(
-        verdict=_verdict(shown.device, gpu),
+        verdict=verdict_of(shown.device, gpu),
         model=_summary(resolved, result),
         job=job_mapping(resolved.plan),
         allocated_bytes=shown.allocated,
@@ -272,6 +421,8 @@ def is_traced(resolved: Resolved) -> bool:
     plan = resolved.plan
     if not resolved.stack.own_modules or plan.method is None:
         return True
+    from ftplan.assembling import modules_of
+
     modules, checkpointing = modules_of(resolved), plan.gradient_checkpointing
     if not modules or plan.sharding.kind not in (None, "none") or plan.batch.packing:
         return False
@@ -304,7 +455,8 @@ def gpu_of(resolved: Resolved) -> GpuSummary | None:
     return GpuSummary(name=resolved.gpu.name, usable_bytes=max(0, usable), count=count)
 
 
-def _verdict(device: Interval, gpu: GpuSummary | None) -> Verdict | None:
+def verdict_of(device: Interval, gpu: GpuSummary | None) -> Verdict | None:
+    """The contract's: what the card shows against what a program may use of it."""
     if gpu is None:
         return None
     if device.high <= gpu.usable_bytes:
@@ -327,62 +479,3 @@ def job_mapping(plan: Plan) -> Mapping[str, Any]:
     if name is not None:
         result["model"] = name
     return result
-
-
-def _textbook(resolved: Resolved) -> Report:
-    from ftplan.dtypes import find_format
-
-    plan = resolved.plan
-    params = plan.model.params
-    assert params is not None
-    storage = find_format(plan.precision.weights or "bf16")
-    findings: tuple[Finding, ...] = resolved.findings
-    if plan.method is None:
-        result = textbook.inference(params, storage)
-        phase = "serve"
-    else:
-        trained = storage if storage.trainable else find_format("bf16")
-        result = textbook.training(params, _trainable(plan, params), storage, trained)
-        findings += (
-            Finding(
-                code="MEM001",
-                severity="info",
-                message="activations are not in this sum: they need the model's shape",
-                help="pass --model NAME or --config config.json for the exact sum",
-            ),
-        )
-        phase = "step"
-    total = result.total
-    interval = Interval(low=total, expected=total, high=total)
-    gpu = gpu_of(resolved)
-    return Report(
-        verdict=_verdict(interval, gpu),
-        model=ModelSummary(
-            name=resolved.name, total_params=params, trainable_params=result.trainable_params
-        ),
-        job=job_mapping(plan),
-        allocated_bytes=interval,
-        reserved_bytes=None,
-        device_bytes=None,
-        host_bytes=None,
-        gpu=gpu,
-        peak_phase=phase,
-        terms=result.terms,
-        findings=findings,
-        assumptions=resolved.assumptions,
-        details={"basis": "textbook", "ways": ways(params, storage)},
-        tool_version=__version__,
-    )
-
-
-def _trainable(plan: Plan, params: int) -> int:
-    method = plan.method
-    assert method is not None
-    if method.kind == "full":
-        return params
-    if method.trainable is not None:
-        return method.trainable
-    raise UnsupportedError(
-        f"the trainable count of method {method.kind!r} on a bare parameter count",
-        remedy="add --trainable 1e9 or --trainable 10%, or name the model with --model",
-    )

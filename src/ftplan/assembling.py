@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from ftplan.catalog.gpus import GpuRow
 from ftplan.catalog.models import resolve_model
@@ -17,15 +17,17 @@ from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.memory.env import Environment
 from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
+from ftplan.memory.kernels import LIBRARIES, Kernels, Lora, kernels_of
+from ftplan.memory.lengths import Lengths
 from ftplan.memory.optimizer import OptimizerSpec, State
 from ftplan.memory.parallel import local_config, local_seq_len
 from ftplan.memory.serving import ServingJob
 from ftplan.memory.tape import ITEM_BYTES
 from ftplan.memory.tasks import HEADS
-from ftplan.resolve import IMAGE_TOKENS, Resolved, native_dtype
+from ftplan.resolve import Resolved, image_tokens, native_dtype
 from ftplan.spec import Checkpointing, Method, OptimizerChoice, Plan
 
-__all__ = ["job_of", "modules_of", "serving_job_of"]
+__all__ = ["job_of", "lengths_of", "modules_of", "serving_job_of"]
 
 
 def job_of(resolved: Resolved) -> Job:
@@ -37,35 +39,55 @@ def job_of(resolved: Resolved) -> Job:
     assert batch.micro and batch.seq_len and batch.accumulation
     storage = _stored(plan.precision.weights or "bf16", double_quant=bool(method.double_quant))
     mixed = None if plan.precision.mixed in (None, "no") else plan.precision.mixed
+    engine = _engine_dtype(plan, storage, mixed)
+    if engine is not None and storage.name in ITEM_BYTES:
+        storage = find_format(engine)
     checkpointing = plan.gradient_checkpointing
     quantised = storage.name not in ITEM_BYTES
-    # accelerate hands FSDP2 a mixed-precision policy and does not autocast
+    # accelerate hands FSDP2 a mixed-precision policy, and DeepSpeed's engine casts the model:
+    # neither autocasts
     policy = plan.sharding.kind == "fsdp" and plan.sharding.version != 1
-    autocast = None if policy else mixed
-    sharding = _sharding(plan, resolved.config)
+    around = plan.loss.kind == "chunked" and plan.task in stack.without_autocast
+    autocast = None if policy or around or engine is not None else mixed
+    sharding = replace(
+        _sharding(plan, resolved.config),
+        adapters_apart=stack.name != "pytorch",
+        megatron=stack.name == "megatron",
+    )
     environment = Environment(
         autocast=autocast,
         attention=plan.attention or "sdpa",
+        repeats_heads=_repeats_heads(plan, stack, resolved.config),
+        fills_cache=resolved.config.get("model_type") in stack.caching_models,
         capability=_capability(gpu),
         padding_mask=batch.padding == "right",
-        kernels=plan.kernels or "none",
+        kernels=_kernels(resolved, storage),
         loss=plan.loss.kind,
+        loss_by=_fused_loss(plan),
         loss_shifts=stack.loss_shifts,
         loss_upcasts=stack.loss_upcasts
         and resolved.config.get("model_type") not in stack.uncast_losses,
+        logits_cast=stack.logits_cast,
         loss_keeps_chunks=stack.loss_keeps_chunks,
         loss_columns=stack.loss_columns or 0,
+        log_probs=stack.log_probs,
         offload_checkpoints=_offloads(checkpointing.kind, sharding),
         checkpoint_attention=_core_alone(checkpointing, stack),
+        keeps_products=checkpointing.kind == "selective" and stack.name == "torchtitan",
         packed=bool(batch.packing),
+        hooks_hold_inputs=_hooks_hold_inputs(plan),
         keep_outputs=stack.keeps_outputs,
         outputs_to_fp32=autocast is not None and stack.outputs_to_fp32,
         seq_len=local_seq_len(batch.seq_len, sharding),
+        single=batch.micro == 1,
+        returns_cache=checkpointing.kind == "none",
+        holds_4bit_inputs=stack.holds_4bit_inputs,
+        unpacks_gptq=stack.unpacks_gptq,
         reentrant=bool(checkpointing.reentrant),
+        dropout=plan.task not in stack.dropout_off,
     )
     native = native_dtype(resolved.config) or "bf16"
     modules = modules_of(resolved)
-    adapter = _adapter(method, plan.task) if method.kind not in ("full", "partial") else None
     return Job(
         config=local_config(resolved.config, sharding),
         modules=modules,
@@ -76,23 +98,31 @@ def job_of(resolved: Resolved) -> Job:
         if method.kind == "partial"
         else "adapter",
         last_layers=method.last_layers or 0,
-        adapter=adapter,
+        adapter=_adapter(method, plan.task, engine)
+        if method.kind not in ("full", "partial")
+        else None,
         weights=storage,
-        base_dtype=(method.compute_dtype or native) if quantised else storage.name,
+        base_dtype=(engine or method.compute_dtype or native) if quantised else storage.name,
         compute_dtype=method.compute_dtype or "bf16",
-        prepare_kbit=quantised and bool(method.prepare_kbit),
-        trainable_dtype=stack.trainable_dtype if method.kind in ("full", "partial") else None,
+        prepare_kbit=quantised and bool(method.prepare_kbit) and engine is None,
+        kbit_casts_back=plan.task in stack.kbit_casts_back and mixed == "bf16",
+        separate_experts=stack.separate_experts,
+        trainable_dtype=stack.trainable_dtype
+        if method.kind in ("full", "partial") and engine is None
+        else None,
         environment=environment,
         micro=batch.micro,
         seq_len=local_seq_len(batch.seq_len, sharding),
         accumulation=batch.accumulation,
+        fetches_ahead=stack.fetches_ahead,
         eval_micro=batch.eval_micro or 0,
         checkpoint_every=0
-        if checkpointing.kind == "none" or environment.checkpoint_attention
+        if checkpointing.kind == "none" or environment.checkpoint_attention or plan.task == "ppo"
         else checkpointing.every,
         loss_chunk=plan.loss.chunk or (stack.loss_chunk if modules else None) or 0,
+        card_bytes=gpu.usable_bytes if gpu is not None else 0,
         images=batch.images or 0,
-        image_tokens=min(IMAGE_TOKENS, batch.seq_len // (batch.images or 1)),
+        image_tokens=image_tokens(batch, resolved.config),
         optimizer=_optimizer(plan.optimizer, stack),
         main_weights=stack.main_weights and storage.name in ("bf16", "fp16"),
         sharding=sharding,
@@ -112,11 +142,13 @@ def modules_of(resolved: Resolved) -> str:
         return ""
     from ftplan.memory.families.native import runs
 
-    method, weights = plan.method, _stored(plan.precision.weights or "bf16", double_quant=False)
+    method = plan.method
+    weights = _stored(plan.precision.weights or "bf16", double_quant=bool(method.double_quant))
+    parallel = max(getattr(plan.sharding, name) or 1 for name in ("tp", "pp", "cp", "ep"))
     others = (
         method.modules_to_save, method.rank_pattern, method.layers_to_transform,
-        method.target_parameters, method.use_dora, plan.batch.images,
-        (plan.sharding.tp or 1) > 1, plan.batch.padding == "right",
+        method.target_parameters, method.use_dora, method.fused_lora, method.options,
+        plan.batch.images, parallel > 1, plan.batch.padding == "right",
         plan.attention not in (None, "sdpa"), plan.kernels not in (None, "none"),
         weights.layout != "plain" and plan.precision.mixed != "no",
     )  # fmt: skip
@@ -128,6 +160,79 @@ def modules_of(resolved: Resolved) -> str:
         weights=weights.name, loss=loss,
     )  # fmt: skip
     return modules if known else ""
+
+
+def _engine_dtype(plan: Plan, storage: Format, mixed: str | None) -> str | None:
+    """What DeepSpeed's engine casts the whole model to, adapters and norms too; None: nothing.
+
+    ``bf16: {enabled: true}`` or ``fp16``: deepspeed/runtime/engine.py 0.19.8,
+    ``_configure_distributed_model``. Two-byte weights without either are refused there.
+    """
+    if not str(plan.sharding.kind).startswith("zero") or plan.stack == "megatron":
+        return None
+    if mixed is not None:
+        return mixed
+    return storage.name if ITEM_BYTES.get(storage.name) == 2 else None
+
+
+def lengths_of(resolved: Resolved) -> Lengths | None:
+    """Lengths of samples, where batches differ in them."""
+    given = resolved.plan.batch.lengths
+    if given is None or given.kind == "fixed":
+        return None
+    return Lengths(
+        mean=given.mean,
+        deviation=given.deviation or 0.0,
+        shortest=given.shortest or 1,
+        cut=given.longer == "cut",
+    )
+
+
+def _kernels(resolved: Resolved, storage: Format) -> Kernels:
+    """What is fused: a library's kernels for this architecture, and LoRA's functions."""
+    plan, config = resolved.plan, resolved.config or {}
+    library, method = plan.kernels or "none", plan.method
+    lora: Lora = "none"
+    if library == "unsloth":
+        lora = "unsloth"
+    elif library == "foak" and storage.layout != "plain":
+        lora = "foak"
+    elif method is not None and method.fused_lora:
+        lora = "axolotl"
+    text = config.get("text_config")
+    kind = config.get("model_type", "")
+    inner = text.get("model_type", kind) if isinstance(text, Mapping) else kind
+    known = LIBRARIES[library]
+    return kernels_of(library, str(kind if kind in known else inner), lora=lora)
+
+
+def _repeats_heads(plan: Plan, stack: Stack, config: Mapping[str, Any]) -> bool:
+    attention = plan.attention or "sdpa"
+    repeating = stack.repeating_attention
+    return attention in repeating or (
+        attention == "flash" and config.get("model_type") in repeating
+    )
+
+
+def _fused_loss(plan: Plan) -> Literal["liger", "unsloth", "cut", "foak"]:
+    """Whose function a fused loss is."""
+    assert plan.loss is not None
+    if plan.loss.by is not None:
+        return plan.loss.by
+    if plan.kernels in ("unsloth", "foak"):
+        return plan.kernels
+    return "cut" if plan.stack == "axolotl" and plan.kernels != "liger" else "liger"
+
+
+def _hooks_hold_inputs(plan: Plan) -> bool:
+    """FSDP1 around blocks that train nothing: adapters are units of their own (peft's policy)."""
+    assert plan.method is not None and plan.gradient_checkpointing is not None
+    sharding = plan.sharding
+    apart = sharding.kind == "fsdp" and sharding.version == 1 and sharding.wrap != "model"
+    adapts = plan.method.kind not in ("full", "partial", "bitfit")
+    return (
+        apart and adapts and plan.stack != "pytorch" and bool(plan.gradient_checkpointing.reentrant)
+    )
 
 
 def _offloads(kind: str, sharding: ShardingSpec) -> bool:
@@ -143,9 +248,11 @@ def _offloads(kind: str, sharding: ShardingSpec) -> bool:
 
 
 def _core_alone(checkpointing: Checkpointing, stack: Stack) -> bool:
-    """``selective``: Megatron's, of attention's core; torchtune's is of every n-th block."""
+    """``selective``: Megatron's, of attention's core; torchtune's is of every n-th block, and
+    torchtitan's of every block, by operation."""
     selective = checkpointing.kind == "selective" and checkpointing.every == 1
-    return selective and not (stack.modules or "").startswith("torchtune")
+    own = (stack.modules or stack.name).partition("-")[0]
+    return selective and own not in ("torchtune", "torchtitan")
 
 
 def _labels(config: Mapping[str, Any]) -> int:
@@ -194,6 +301,7 @@ def serving_job_of(resolved: Resolved) -> ServingJob:
         weights=storage,
         base_dtype=base,
         compute_dtype=base,
+        prompt=plan.batch.prompt_len or 0,
         cache_format=find_format(plan.precision.kv_cache or base),
         environment=Environment(
             attention=plan.attention or "sdpa",
@@ -217,13 +325,13 @@ def _capability(gpu: GpuRow | None) -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-def _adapter(method: Method, task: str | None) -> AdapterSpec:
+def _adapter(method: Method, task: str | None, engine: str | None) -> AdapterSpec:
     heads = HEADS if task in ("rm", "classify") else ()
     return AdapterSpec(
         kind=method.kind,
         rank=method.rank or 0,
         targets=method.targets,
-        dtype=find_format(method.adapter_dtype or "fp32").name,
+        dtype=engine or find_format(method.adapter_dtype or "fp32").name,
         dropout=method.dropout or 0.0,
         use_dora=bool(method.use_dora) or method.kind == "dora",
         modules_to_save=(*(method.modules_to_save or ()), *heads),
@@ -232,6 +340,7 @@ def _adapter(method: Method, task: str | None) -> AdapterSpec:
         target_parameters=tuple(method.target_parameters or ()),
         virtual_tokens=method.virtual_tokens or 20,
         bottleneck=method.bottleneck or 0,
+        options=method.options or {},
     )
 
 

@@ -1,22 +1,25 @@
-"""The verb ``compare`` of the library: one job, as each stack would run it.
+"""One job as each stack would run it, and two jobs one change after another.
 
 Part of the library's front: names from the catalogues in, answers out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ftplan import __version__, api
 from ftplan.catalog.stacks import find_stack, stack_names
+from ftplan.difference import KeyChange, Step
 from ftplan.errors import FtplanError, InputError
 from ftplan.report import Report
+from ftplan.resolve import resolve
 from ftplan.spec import Plan
 from ftplan.stacks import StackComparison, StackRow
 
-__all__ = ["compare_stacks"]
+__all__ = ["compare_stacks", "steps_between"]
 
 
 def compare_stacks(
@@ -82,3 +85,91 @@ def _row(name: str, report: Report | None, note: str, moving: Sequence[str]) -> 
         verdict=report.verdict,
         defaults={key: assumed[key] for key in moving if key in assumed},
     )
+
+
+def steps_between(
+    before: Plan, after: Plan, *, bases: tuple[Path | None, Path | None] = (None, None)
+) -> tuple[Step, ...]:
+    """What each difference of two plans does to the peak, one change after another.
+
+    Keys that make no job by themselves (the method of a quantised model, and its format) change
+    together. Empty where a plan has no peak, or nothing but one key differs.
+    """
+    plans = [
+        resolve(plan, base=base).plan for plan, base in zip((before, after), bases, strict=True)
+    ]
+    current, goal = plans[0], plans[1]
+    at = _peak(_spelled(current), bases[0])
+    paths = list(_differing_paths(current, goal))
+    if at is None or len(paths) < 2:
+        return ()
+    steps: list[Step] = []
+    waiting: list[KeyChange] = []
+    for path in paths:
+        change = KeyChange(key=path, before=_at(current, path), after=_at(goal, path))
+        waiting.append(change)
+        tried = current
+        for one in waiting:
+            tried = _with(tried, one.key, one.after)
+        peak = _peak(_spelled(tried), bases[1])
+        if peak is None:
+            continue
+        steps.append(Step(keys=tuple(waiting), delta=peak - at))
+        current, at, waiting = tried, peak, []
+    return tuple(steps) if not waiting else ()
+
+
+_LATER = ("method.prepare_kbit", "method.double_quant", "method.adapter_dtype", "loss.chunk")
+"""What a format or a loss brings along, told apart from it."""
+
+
+def _spelled(plan: Plan) -> Plan:
+    """The plan with what a quantised model is not asked for yet switched off."""
+    method = plan.method
+    if method is None or method.kind in ("full", "partial"):
+        return plan
+    return replace(
+        plan,
+        method=replace(
+            method,
+            prepare_kbit=method.prepare_kbit or False,
+            double_quant=method.double_quant or False,
+        ),
+    )
+
+
+def _peak(plan: Plan, base: Path | None) -> int | None:
+    try:
+        report = api.estimate(plan, base=base, with_remedies=False)
+    except FtplanError:
+        return None
+    return report.allocated_bytes.expected if report.allocated_bytes else None
+
+
+def _differing_paths(a: Any, b: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose values differ, what others bring along last."""
+    found = list(_paths(a, b, prefix))
+    yield from (path for path in found if path not in _LATER)
+    yield from (path for path in found if path in _LATER)
+
+
+def _paths(a: Any, b: Any, prefix: str) -> Iterator[str]:
+    for one in fields(a):
+        left, right = getattr(a, one.name), getattr(b, one.name)
+        if left == right:
+            continue
+        if is_dataclass(left) and is_dataclass(right):
+            yield from _paths(left, right, f"{prefix}{one.name}.")
+        else:
+            yield f"{prefix}{one.name}"
+
+
+def _at(plan: Any, path: str) -> Any:
+    for name in path.split("."):
+        plan = getattr(plan, name)
+    return plan
+
+
+def _with(plan: Any, path: str, value: Any) -> Any:
+    name, _, rest = path.partition(".")
+    return replace(plan, **{name: _with(getattr(plan, name), rest, value) if rest else value})

@@ -8,7 +8,7 @@ from typing import Any
 
 from ftplan.report import Interval, Report, Verdict
 
-__all__ = ["BytesChange", "Difference", "KeyChange", "difference"]
+__all__ = ["BytesChange", "Difference", "KeyChange", "Step", "difference"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +32,16 @@ class BytesChange:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One change on the way from the first plan to the second, and what it does by itself."""
+
+    keys: tuple[KeyChange, ...]
+    """Keys that change together: none of them makes a job without the others."""
+    delta: int
+    """Bytes that the expected allocated peak goes up by, after all earlier steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
     """The answer of ``ftplan diff``."""
 
@@ -46,6 +56,9 @@ class Difference:
     """Expected bytes of each counter that both answers have."""
     terms: tuple[BytesChange, ...]
     """Terms alive at either peak whose bytes differ, the largest change first."""
+    steps: tuple[Step, ...] = ()
+    """From the first plan to the second, one change after another; they add up to the change of
+    the allocated peak. None where only one key differs."""
     schema_version: int = 1
 
 

@@ -6,6 +6,11 @@ Part of the library's front: it joins the pages that the rooms keep.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ftplan.catalog.stacks import StackRow
+
 __all__ = ["FENCE", "contents", "explain"]
 
 FENCE = "```"
@@ -82,14 +87,32 @@ def _stack(name: str) -> list[tuple[str, str]] | None:
         stack, rows = stack_page(name)
     except FtplanError:
         return None
-    values = "\n".join(f"{row.key} = {row.value}  ({row.source})" for row in rows)
-    return [
+    usual = {row.key: row.value for row in stack_page("transformers")[1]}
+    own = [row for row in rows if usual.get(row.key) != row.value or stack.name == "transformers"]
+    shared = [row for row in rows if row not in own]
+    sections = [
         ("Name", stack.name),
-        ("Title", f"{stack.title} {stack.versions}"),
-        ("Formula", values),
-        ("Why", "These defaults hold wherever a plan of this stack says nothing else."),
-        ("Source", "beside each value"),
+        ("Title", f"{stack.title} ({stack.versions})"),
+        ("Why", "What a plan of this stack means where it says nothing else."),
+        ("Formula", "\n".join(_read(row) for row in own)),
     ]
+    if shared:
+        sections.append(("As transformers' Trainer", "\n".join(_read(row) for row in shared)))
+    if stack.notes:
+        sections.append(("Notes", "\n".join(f"- {note}" for note in stack.notes)))
+    return [*sections, ("Source", "beside each value")]
+
+
+def _read(row: StackRow) -> str:
+    """A value in words, and where it was read."""
+    value = row.value
+    if value is None:
+        value = "-"
+    elif isinstance(value, bool):
+        value = "yes" if value else "no"
+    elif isinstance(value, tuple):
+        value = ", ".join(value)
+    return f"- {row.key}: {value}  [{row.source}]"
 
 
 def _optimizer(name: str) -> list[tuple[str, str]] | None:

@@ -11,6 +11,7 @@ from ftplan.report import Assumption, Finding, GpuSummary, ModelSummary, Remedy,
 __all__ = [
     "DataFormat",
     "DataSummary",
+    "FastestPlan",
     "FitReport",
     "FitRow",
     "GpuOffer",
@@ -46,18 +47,25 @@ class TimeEstimate:
     flops_per_micro_batch: int
     """What one card computes, recomputation included."""
     model_flops_per_micro_batch: int
-    """Without recomputation: what MFU counts."""
+    """Without what is computed twice: what utilisation is counted by."""
+    flops: Mapping[str, int]
+    """The same in parts: `forward`, `backward`, `recompute`; `attention` is in these three."""
+    model_flops_utilisation: float
+    """Model operations a second over the rate in the data sheet, expected."""
     seconds_per_micro_batch: Spread
     tokens_per_second: Spread
     bound: str
-    """`compute`, `memory bandwidth`, `kernel launches` or `interconnect`."""
+    """What takes most of it: `compute`, `memory bandwidth`, `interconnect`, `host link` or
+    `kernel launches`."""
     tokens: int | None = None
-    """Tokens to process; None: not given."""
+    """Tokens to process, without padding and what is cut off; None: not given."""
     steps: int | None = None
     """Optimizer steps for them."""
     hours: Spread | None = None
+    """For the data as they are: with padding where samples are padded."""
     cost: Spread | None = None
     """In the currency of the price that was given."""
+    cost_per_million_tokens: Spread | None = None
     energy_kwh: Spread | None = None
 
 
@@ -87,6 +95,23 @@ class GpuOffer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FastestPlan:
+    """The fastest plan of a way that fits."""
+
+    change: Mapping[str, Any]
+    """Laid over the plan it makes this one: the way, settings that lose nothing, the batch."""
+    micro: int
+    """The smallest micro batch that is as fast as the largest."""
+    largest_micro: int
+    """Most sequences at once that still fit with these settings."""
+    accumulation: int
+    peak_bytes: int
+    """Expected bytes on the device."""
+    headroom_bytes: int
+    """Usable bytes less the upper end of the peak."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FitRow:
     """One way of running the job on the card."""
 
@@ -105,8 +130,10 @@ class FitRow:
     """Most sequences at once that still fit at the plan's sequence length; None: none does."""
     longest_seq_len: int | None
     """Longest sequence that still fits at the plan's micro batch; None: none does."""
+    fastest: FastestPlan | None = None
+    """None: no card is named or nothing fits."""
     time: TimeEstimate | None = None
-    """How fast it runs; None: no card is named or it does not fit."""
+    """How fast :attr:`fastest` runs."""
     note: str = ""
     """Why a row has no numbers."""
 
@@ -123,6 +150,10 @@ class GpuOption:
     usable_bytes: int
     price_per_hour: float | None = None
     """For all cards together."""
+    fastest: FastestPlan | None = None
+    """The fastest plan on them, where there is a price."""
+    time: TimeEstimate | None = None
+    """How fast that plan runs, and what it costs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +181,9 @@ class FitReport:
     solution: Solution | None = None
     """What ``--for`` asked for."""
     candidates: int = 0
-    """Plans that the answer chose from."""
+    """Plans that the answer was chosen from: ways x settings x cards x micro batches."""
+    evaluated: int = 0
+    """Of these, how many sizes were asked of a record; the others need not be."""
     findings: tuple[Finding, ...] = ()
     assumptions: tuple[Assumption, ...] = ()
     schema_version: int = 1
@@ -158,8 +191,9 @@ class FitReport:
 
 
 DataFormat = Literal[
-    "chat", "prompt and completion", "preference pairs", "unpaired preference", "text", "unknown"
-]
+    "chat", "prompt and completion", "preference pairs", "unpaired preference", "text",
+    "prompts alone", "token ids", "unknown",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,6 +231,10 @@ class DataSummary:
     """Share of all tokens that is cut off."""
     padded_efficiency: float
     """Share of real tokens when every example is padded to ``seq_len``."""
+    batch: int
+    """Samples that are padded to the longest of them."""
+    batch_efficiency: float
+    """Share of real tokens then."""
     packing_efficiency: float
     """Share of real tokens when examples are packed (best fit decreasing)."""
     packed_sequences: int
@@ -210,6 +248,8 @@ class DataSummary:
     unreadable: int
     """Lines that are no JSON object."""
     first_unreadable_line: int | None
+    with_media: int
+    """Examples with images, video or sound, whose tokens are not counted."""
     mixed_formats: tuple[str, ...]
     """Other formats that some examples have."""
     findings: tuple[Finding, ...] = ()

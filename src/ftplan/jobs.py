@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftplan import __version__, api, trainers
-from ftplan.difference import Difference, difference
 from ftplan.errors import FtplanError, InputError, Location
 from ftplan.report import Assumption, Finding, Report
 from ftplan.spec import Model, Plan
 
 if TYPE_CHECKING:  # yaml is loaded only when there is a file
+    from ftplan.difference import Difference
     from ftplan.files.document import Document
 
 __all__ = ["Change", "JobInput", "diff", "estimate_job", "explicit", "load_plan", "read_job"]
@@ -204,8 +204,13 @@ def explicit(plan: Plan) -> Plan:
 
 
 def diff(before: Plan, after: Plan, *, base: Path | None = None) -> Difference:
-    """What changed between two plans: their keys after defaults, and the answers' terms."""
-    return difference(*(api.estimate(plan, base=base) for plan in (before, after)))
+    """What changed between two plans: their keys after defaults, the answers' terms, and what
+    each change does."""
+    from ftplan.comparing import steps_between
+    from ftplan.difference import difference
+
+    change = difference(*(api.estimate(plan, base=base) for plan in (before, after)))
+    return replace(change, steps=steps_between(before, after, bases=(base, base)))
 
 
 def placed(error: FtplanError, job: JobInput) -> FtplanError:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftplan.adapting import OPTIONS, RANKS, check_options
 from ftplan.catalog.gpus import GpuRow, find_gpu
 from ftplan.catalog.models import resolve_model
 from ftplan.catalog.optimizers import find_optimizer
@@ -18,7 +19,16 @@ from ftplan.catalog.stacks import Stack, find_stack
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.report import Assumption, Finding
-from ftplan.spec import Checkpointing, Loss, Method, OptimizerChoice, Plan, Rollout
+from ftplan.spec import (
+    Batch,
+    Checkpointing,
+    Lengths,
+    Loss,
+    Method,
+    OptimizerChoice,
+    Plan,
+    Rollout,
+)
 
 if TYPE_CHECKING:
     pass
@@ -113,6 +123,14 @@ def native_dtype(config: Mapping[str, Any] | None) -> str | None:
     return None
 
 
+def _micro_batches(plan: Plan, filler: _Filler) -> int:
+    """Micro batches of a step: a pipeline has as many as stages, or it would stand still."""
+    stages = plan.sharding.pp or 1
+    source = CONTRACT if stages == 1 else "as many as a 1F1B schedule takes at least"
+    count: int = filler.fill("batch.accumulation", plan.batch.accumulation, stages, source)
+    return count
+
+
 def _placement(plan: Plan, filler: _Filler) -> Plan:
     hardware, sharding = plan.hardware, plan.sharding
     nodes = hardware.nodes or 1
@@ -122,12 +140,20 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
     source = CONTRACT if least == 1 else "as many as the parallel degrees need"
     count = filler.fill("hardware.count", hardware.count, least, source)
     replicas = count * nodes // split
+    if (kind := sharding.kind) == "fsdp" and plan.method and (plan.batch.accumulation or 1) > 1:
+        stack = find_stack(plan.stack or "transformers")
+        no_sync = filler.fill(
+            "sharding.no_sync",
+            sharding.no_sync,
+            stack.no_sync,
+            stack.sources.get("no_sync", CONTRACT),
+        )
+        sharding = replace(sharding, no_sync=no_sync)
     if count * nodes % split:
         raise InputError(
             f"{count * nodes} GPUs are no multiple of tp x pp x cp = {split}",
             remedy="make the number of GPUs a multiple of the product of the degrees",
         )
-    kind = sharding.kind
     if kind is None:
         kind = "ddp" if replicas > 1 and plan.method is not None else "none"
         if count * nodes > 1:
@@ -159,23 +185,15 @@ def _serving(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) -> P
     return replace(plan, precision=precision, batch=batch, attention=attention)
 
 
-LIGER = frozenset((
-    "deepseek_v2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gemma3", "glm4", "gpt_oss",
-    "internvl", "llama", "llama4_text", "llama4", "llava", "granite", "ministral", "mistral",
-    "mixtral", "nemotron", "olmo2", "olmo3", "qwen2", "qwen3", "qwen3_moe", "qwen2_vl",
-    "qwen2_5_vl", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
-    "qwen3_vl", "qwen3_vl_moe", "smollm3", "phi3", "paligemma", "falcon_h1", "smolvlm",
-    "hunyuan_v1_dense", "hunyuan_v1_moe", "exaone4",
-))  # fmt: skip
-"""liger_kernel/transformers/monkey_patch.py: MODEL_TYPE_TO_APPLY_LIGER_FN, 0.8.5."""
-
-
 def _check_kernels(plan: Plan, stack: Stack, config: Mapping[str, Any] | None) -> None:
     """Refuse kernels that would not run."""
+    from ftplan.memory.kernels import LIBRARIES
+
     model_type = (config or {}).get("model_type")
-    if plan.kernels == "liger" and config is not None and model_type not in LIGER:
+    known = LIBRARIES[plan.kernels or "none"]
+    if plan.kernels in ("liger", "foak") and config is not None and model_type not in known:
         raise UnsupportedError(
-            f"Liger kernels for model_type {model_type!r}", remedy="use kernels: none"
+            f"{plan.kernels} kernels for model_type {model_type!r}", remedy="use kernels: none"
         )
     if plan.kernels == "unsloth" and stack.name != "unsloth":
         raise InputError(
@@ -209,24 +227,18 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         plan.batch,
         micro=filler.fill("batch.micro", plan.batch.micro, 1),
         seq_len=filler.fill("batch.seq_len", plan.batch.seq_len, 2048),
-        accumulation=filler.fill("batch.accumulation", plan.batch.accumulation, 1),
+        accumulation=_micro_batches(plan, filler),
         padding=filler.fill("batch.padding", plan.batch.padding, stack.padding, own("padding")),
         packing=filler.fill("batch.packing", plan.batch.packing, stack.packing, own("packing")),
     )
+    batch = replace(batch, lengths=_lengths(batch, stack, filler, own("lengths")))
     if batch.packing and batch.padding == "right":
         raise InputError(
             "packed sequences are full: nothing is padded",
             remedy="use padding: none, or packing: false",
         )
-    if batch.images and config is not None and str(config.get("model_type")).startswith("qwen"):
-        tokens = min(IMAGE_TOKENS, (batch.seq_len or 1) // batch.images)
-        filler.assumptions.append(
-            Assumption(
-                key="batch.images",
-                value=f"{tokens} tokens each",
-                source=f"any resolution: at most {IMAGE_TOKENS} tokens, inside batch.seq_len",
-            )
-        )
+    if batch.images and config is not None:
+        _image_size(batch, config, filler)
     optimizer = plan.optimizer or OptimizerChoice(
         name=filler.fill("optimizer", None, stack.optimizer, own("optimizer"))
     )
@@ -243,7 +255,8 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
     loss = plan.loss
     if loss is None:
         kind = stack.loss_kind(method=method.kind, task=plan.task or "sft")
-        if plan.kernels == "liger" and kind == "full":
+        model_type = (config or {}).get("model_type")
+        if plan.kernels == "liger" and kind == "full" and model_type != "granite":
             kind = "fused"  # apply_liger_kernel_to_*: fused_linear_cross_entropy=True
         if plan.task in FULL_LOSS or (kind == "fused" and plan.task not in ("sft", "pt")):
             kind = "full"
@@ -264,11 +277,25 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
             loss,
             chunk=filler.fill("loss.chunk", None, stack.chunk_tokens(tokens) or 256, own("loss")),
         )
+    method = _method(
+        method,
+        stack.of_task(task),
+        weights.layout != "plain",
+        mixed,
+        filler,
+        own,
+        shaped=config is not None,
+    )
+    if stack.fused_lora and method.kind in ("lora", "qlora") and task in ("sft", "pt"):
+        fuses = weights.name != "bnb-int8" and (plan.sharding.kind, plan.sharding.version) != (
+            "fsdp",
+            1,
+        )
+        fused = filler.fill("method.fused_lora", method.fused_lora, fuses, own("fused_lora"))
+        method = replace(method, fused_lora=fused)
     return replace(
         plan,
-        method=_method(
-            method, stack, weights.layout != "plain", mixed, filler, own, shaped=config is not None
-        ),
+        method=method,
         precision=precision,
         batch=batch,
         optimizer=optimizer,
@@ -279,16 +306,96 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
     )
 
 
-_REFERRED = ("dpo", "kto", "grpo")
+def image_unit(config: Mapping[str, Any]) -> int:
+    """Pixels along one side of an image token, where any resolution is taken; 0: one size only."""
+    vision = config.get("vision_config")
+    if not isinstance(vision, Mapping):
+        return 0
+    kind = str(config.get("model_type"))
+    if kind.startswith("qwen"):
+        return int(vision.get("patch_size") or 14) * int(vision.get("spatial_merge_size") or 2)
+    if vision.get("model_type") == "pixtral":
+        return int(vision.get("patch_size") or 16) * int(config.get("spatial_merge_size") or 1)
+    return 0
+
+
+def image_tokens(batch: Batch, config: Mapping[str, Any]) -> int:
+    """Tokens of one image: by its size, or as many as are usual."""
+    unit = image_unit(config)
+    if unit and batch.image_size is not None:
+        high, wide = (max(1, round(extent / unit)) for extent in batch.image_size)
+        return int(high * wide)
+    return min(IMAGE_TOKENS, (batch.seq_len or 1) // (batch.images or 1))
+
+
+def _image_size(batch: Batch, config: Mapping[str, Any], filler: _Filler) -> None:
+    """How many tokens an image takes; a size is refused where the model has one of its own."""
+    unit = image_unit(config)
+    if batch.image_size is not None and (len(batch.image_size) != 2 or min(batch.image_size) < 1):
+        raise InputError(
+            f"batch.image_size has {len(batch.image_size)} numbers, or none above zero",
+            remedy="write height and width in pixels: image_size: [448, 672]",
+        )
+    if batch.image_size is not None and not unit:
+        raise InputError(
+            "this model's images have one size, or are cut into crops of one",
+            remedy="leave image_size out; count the crops of an image as batch.images",
+        )
+    if not unit:
+        return
+    tokens = image_tokens(batch, config)
+    if tokens * (batch.images or 1) > (batch.seq_len or 1):
+        raise InputError(
+            f"{batch.images} images of {tokens:,} tokens in a sequence of {batch.seq_len:,}",
+            remedy="image tokens are part of the sequence: raise batch.seq_len",
+        )
+    if batch.image_size is None:
+        source = f"any resolution: at most {IMAGE_TOKENS} tokens; batch.image_size says it"
+        filler.assumptions.append(
+            Assumption(key="batch.images", value=f"{tokens} tokens each", source=source)
+        )
+
+
+def _lengths(batch: Batch, stack: Stack, filler: _Filler, source: str) -> Lengths | None:
+    """Lengths of samples; None where every batch is full."""
+    given = batch.lengths
+    if given is None:
+        if batch.packing or stack.lengths == "fixed":
+            return None
+        filler.fill("batch.lengths", None, stack.lengths, source)
+        return Lengths()
+    if given.kind == "fixed":
+        return None
+    if batch.packing:
+        raise InputError(
+            "packed sequences are full: they do not differ in length",
+            remedy="leave batch.lengths out, or use packing: false",
+        )
+    if (given.mean is None) != (given.deviation is None):
+        raise InputError(
+            "lengths have a mean and a deviation, and one of them is missing",
+            remedy="write batch.lengths: {mean: 800, deviation: 600}, or varied",
+        )
+    if min(given.mean or 1, given.deviation or 1, given.shortest or 1) <= 0:
+        raise InputError("lengths are above zero", remedy="write the tokens of the samples")
+    return given
+
+
+_REFERRED = ("dpo", "kto", "grpo", "ppo")
 _NEEDS = {
     "alpha": None, "use_rslora": None,  # move no memory in any method
-    "rank": ("lora", "qlora", "dora", "vera", "loha", "lokr", "oft", "boft"),
+    "rank": (
+        "lora", "qlora", "dora", "vera", "loha", "lokr", "oft", "boft", "adalora", "miss", "hra",
+        "randlora", "shira", "vblora", "delora", "pvera", "hira", "gralora", "glora", "peanut",
+        "psoft",
+    ),
     "last_layers": ("partial",),
     "trainable": ("partial",),
     "virtual_tokens": ("prompt_tuning", "prefix_tuning", "p_tuning"),
     "bottleneck": ("houlsby", "pfeiffer"),
     "rank_pattern": ("lora", "qlora", "dora", "loha", "lokr"),
     "use_dora": ("lora", "qlora", "dora"),
+    "fused_lora": ("lora", "qlora"),
     "target_parameters": ("lora", "qlora", "dora"),
 }  # fmt: skip
 """Keys of a method and the kinds that have a use for them."""
@@ -303,6 +410,8 @@ def idle_keys(plan: Plan) -> list[str]:
         for key, kinds in _NEEDS.items()
         if kinds is not None and getattr(method, key) is not None and method.kind not in kinds
     ]
+    known = OPTIONS.get(method.kind, ())
+    idle += [f"method.options.{name}" for name in method.options or () if name not in known]
     quantised = find_format(plan.precision.weights or "bf16").layout != "plain"
     if not quantised:
         keys = ("double_quant", "prepare_kbit", "compute_dtype")
@@ -311,6 +420,8 @@ def idle_keys(plan: Plan) -> list[str]:
         idle.append("method.dropout")
     if plan.precision.kv_cache is not None:
         idle.append("precision.kv_cache")
+    if plan.batch.prompt_len is not None:
+        idle.append("batch.prompt_len")
     loss = plan.loss
     if loss is not None and loss.kind == "full" and loss.chunk is not None:
         idle.append("loss.chunk")
@@ -323,6 +434,9 @@ def idle_keys(plan: Plan) -> list[str]:
             idle.append("optimizer.momentum")
         if optimizer.rank is not None and row.rank is None:
             idle.append("optimizer.rank")
+    if (plan.sharding.pp or 1) == 1:
+        stages = ("schedule", "virtual_stages")
+        idle += [f"sharding.{key}" for key in stages if getattr(plan.sharding, key) is not None]
     idle += [
         f"sharding.{key}"
         for key, kinds in _SHARDED.items()
@@ -338,14 +452,17 @@ _SHARDED: dict[str, tuple[str, ...]] = {
     "param_dtype": ("fsdp",),
     "reduce_dtype": ("fsdp",),
     "reshard_after_forward": ("fsdp",),
+    "no_sync": ("fsdp",),
+    "use_orig_params": ("fsdp",),
     "bucket_elements": _ZERO,
     "auto_buckets": _ZERO,
+    "overlap_comm": _ZERO,
+    "sub_group_elements": ("zero3",),
     "prefetch_elements": ("zero3",),
     "max_live_elements": ("zero3",),
     "persistence_elements": ("zero3",),
-    # DDP's buckets hold every gradient once, however large each is; FSDP1 is sized as FSDP2
+    # DDP's buckets hold every gradient once, however large each is
     "bucket_bytes": (),
-    "use_orig_params": (),
 }
 """Keys of sharding and the kinds that have a use for them."""
 
@@ -384,13 +501,13 @@ def _with_task(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) ->
                 remedy="use reference: model, adapter or precomputed; orpo has none",
             )
         plan = replace(plan, reference=reference)
-    if task == "grpo":
+    if task in ("grpo", "ppo") or (task == "distill" and plan.rollout is not None):
         plan = _with_rollout(plan, filler)
     return plan
 
 
 def _refuse_unused(plan: Plan, task: str) -> None:
-    if plan.reference not in (None, "none") and task not in (*_REFERRED, "ppo"):
+    if plan.reference not in (None, "none") and task not in _REFERRED:
         raise InputError(
             f"the task {task!r} has no reference model",
             remedy=f"leave reference out; {', '.join(_REFERRED)} have one",
@@ -433,7 +550,8 @@ def _with_rollout(plan: Plan, filler: _Filler) -> Plan:
             f"a completion of {completion:,} tokens in a sequence of {seq_len:,}",
             remedy="give prompt_tokens and completion_tokens; their sum is the sequence",
         )
-    generations = filler.fill("rollout.generations", given.generations, 8)
+    group = 8 if plan.task == "grpo" else 1
+    generations = filler.fill("rollout.generations", given.generations, group)
     world = (plan.hardware.count or 1) * (plan.hardware.nodes or 1)
     at_once = (plan.batch.micro or 1) * (plan.batch.accumulation or 1) * world
     if at_once % generations:
@@ -511,17 +629,17 @@ def _method(
     )
 
 
-_RANKED = ("lora", "qlora", "dora", "vera", "loha", "lokr")
-_TARGETED = (*_RANKED, "oft", "boft")
+_TARGETED = (*RANKS, "oft", "boft", "c3a", "fourierft", "road", "beft")
 _LEARNED_TOKENS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 
 
 def _adapted(method: Method, stack: Stack, quantised: bool, filler: _Filler, own: Any) -> Method:
     """The defaults of what the kind of adapter has: a rank, targets, learned tokens, a dtype."""
     kind = method.kind
+    check_options(method)
     rank, targets, dtype = method.rank, method.targets, method.adapter_dtype
-    if kind in _RANKED:
-        rank = filler.fill("method.rank", rank, 16)
+    if kind in RANKS:
+        rank = filler.fill("method.rank", rank, RANKS[kind])
     if kind in _TARGETED:
         targets = filler.fill("method.targets", targets, "all-linear")
     tokens = method.virtual_tokens

@@ -33,6 +33,8 @@ _CONFIG: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
 MethodKind = Literal[
     "full", "partial", "lora", "qlora", "dora", "ia3", "vera", "loha", "lokr", "oft", "boft",
     "ln_tuning", "prompt_tuning", "prefix_tuning", "p_tuning", "houlsby", "pfeiffer", "bitfit",
+    "adalora", "miss", "c3a", "fourierft", "hra", "randlora", "road", "shira", "vblora", "delora",
+    "pvera", "hira", "trainable_tokens", "beft", "gralora", "glora", "peanut", "psoft",
     "llama_adapter", "llama_adapter_v2",
 ]  # fmt: skip
 Task = Literal[
@@ -84,6 +86,8 @@ class Method:
     """Expert parameters that are no modules, adapted by name (PEFT's `target_parameters`)."""
     use_dora: bool | None = None
     """Weight-decomposed adapters; kind `dora` is `lora` with this."""
+    fused_lora: bool | None = None
+    """LoRA's projections run as autograd functions (axolotl's `lora_qkv_kernel` ...)."""
     use_rslora: bool | None = None
     """Rank-stabilised scaling. Moves no memory."""
     double_quant: bool | None = None
@@ -98,6 +102,8 @@ class Method:
     """`partial` of a bare parameter count: how many parameters are trained."""
     virtual_tokens: int | None = None
     """Prompt and prefix tuning: how many tokens are learned."""
+    options: dict[str, int | str | bool | tuple[int | str, ...]] | None = None
+    """Settings of the adapter's kind by PEFT's own names, as `{block_size: 64}` of c3a."""
     bottleneck: int | None = None
     """Houlsby and Pfeiffer adapters: width of the bottleneck."""
 
@@ -117,6 +123,24 @@ class Precision:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """How long the samples are that batches are made of: what is reserved depends on it."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _CONFIG
+
+    kind: Literal["fixed", "varied"] = "varied"
+    """`fixed`: every batch is `seq_len` long. `varied`: as long as its longest sample."""
+    mean: float | None = None
+    """Mean length in tokens; left out: every length up to `seq_len` is as likely."""
+    deviation: float | None = None
+    """Standard deviation in tokens."""
+    shortest: int | None = None
+    """Tokens of the shortest sample."""
+    longer: Literal["drop", "cut"] | None = None
+    """What happens to samples that are longer than `seq_len`; left out: `drop`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """What goes through the model at once, on one GPU."""
 
@@ -126,16 +150,22 @@ class Batch:
     """Sequences per GPU per forward pass. Serving: concurrent sequences."""
     seq_len: int | None = None
     """Tokens per sequence. Serving: the context held in the cache."""
+    prompt_len: int | None = None
+    """Serving: tokens of a prompt, the rest of `seq_len` is generated; left out: all of them."""
     accumulation: int | None = None
     """Micro batches per optimizer step."""
     padding: Literal["none", "right"] | None = None
     """`none`: no mask reaches attention."""
     packing: bool | None = None
     """Samples are joined so that every sequence is full."""
+    lengths: Lengths | None = None
+    """Lengths of samples: `fixed`, `varied`, or `{mean: 800, deviation: 600}`."""
     eval_micro: int | None = None
     """Sequences per GPU in evaluation; left out: evaluation is not sized."""
     images: int | None = None
-    """Images per sequence, for vision-language models."""
+    """Images per sequence, for vision-language models; crops of one count one by one."""
+    image_size: tuple[int, ...] | None = None
+    """Height and width of an image in pixels, for models that take any resolution."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +212,8 @@ class Loss:
     """`full`: all logits at once. `chunked`: some tokens at a time. `fused`: never whole."""
     chunk: int | None = None
     """Tokens per chunk."""
+    by: Literal["liger", "unsloth", "cut", "foak"] | None = None
+    """Whose function a `fused` loss is; `cut`: cut cross entropy (Apple's)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +254,8 @@ class Sharding:
     """FSDP: what gradients are reduced in."""
     reshard_after_forward: bool | None = None
     """FSDP: free the gathered weights between forward and backward."""
+    no_sync: bool | None = None
+    """FSDP: reduce gradients with the last micro batch alone; until then each GPU holds all."""
     use_orig_params: bool | None = None
     """FSDP1: keep the original parameters beside the flat one."""
     offload: Offload | None = None
@@ -230,6 +264,10 @@ class Sharding:
     """Tensor parallel degree."""
     pp: int | None = None
     """Pipeline parallel degree."""
+    schedule: Literal["gpipe", "1f1b", "interleaved"] | None = None
+    """Pipeline: in what order micro batches run forward and backward."""
+    virtual_stages: int | None = None
+    """Pipeline: stages on each GPU (interleaved)."""
     cp: int | None = None
     """Context parallel degree."""
     ep: int | None = None
@@ -238,6 +276,10 @@ class Sharding:
     """Hybrid sharding: how many replicas of the sharded group."""
     bucket_elements: int | None = None
     """DeepSpeed: `reduce_bucket_size`. DDP counts bytes instead: `bucket_bytes`."""
+    overlap_comm: bool | None = None
+    """DeepSpeed: `overlap_comm`; ZeRO-1 and 2 then hold two buckets."""
+    sub_group_elements: int | None = None
+    """DeepSpeed ZeRO-3: `sub_group_size`, what is updated at once."""
     bucket_bytes: int | None = None
     """DDP: `bucket_cap_mb`, in bytes."""
     auto_buckets: bool | None = None
@@ -306,8 +348,8 @@ class Plan:
     """Attention implementation."""
     loss: Loss | None = None
     """Loss implementation."""
-    kernels: Literal["none", "liger", "unsloth"] | None = None
-    """Fused kernels that replace the model's own."""
+    kernels: Literal["none", "liger", "unsloth", "foak"] | None = None
+    """Fused kernels that replace the model's own; `foak`: fms-acceleration's."""
     hardware: Hardware = field(default_factory=Hardware)
     """GPUs and host."""
     sharding: Sharding = field(default_factory=Sharding)

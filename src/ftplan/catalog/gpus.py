@@ -64,6 +64,9 @@ class GpuRow:
     """When the row was last checked."""
     notes: str = ""
     """What a reader of the row must know."""
+    mig_slices: int | None = None
+    """Compute slices that it can be cut into (NVIDIA Multi-Instance GPU User Guide, Supported
+    GPUs; A800, H800 and B300 as their siblings); None: it is not."""
 
     @property
     def supports_bf16(self) -> bool:

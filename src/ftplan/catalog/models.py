@@ -66,10 +66,12 @@ _SKIPPED = re.compile(
 )
 
 # Endings that say how the weights are stored or what they were tuned for. None of them changes
-# the shape; a size, a version or a date is never taken off.
-_ENDINGS = re.compile(
-    r"-(unsloth|(?:unsloth-)?bnb-(?:4|8)bit|bnb-(?:nf4|fp4|int8)(?:-bf16)?|(?:4|8|16)-?bit"
-    r"|gptq(?:-int[2348]|-[2348]bit)?(?:-128g)?|awq(?:-int4|-4bit)?|int[48]|w[48]a(?:8|16)|fp8"
+# the shape; a size, a version or a date is never taken off. Most names need no such search, so
+# the pattern is compiled when one does.
+_ENDINGS = (
+    r"-(unsloth|(?:unsloth-)?bnb-(?:4|8)bit|bnb-(?:nf4|fp4|int8)(?:-bf16)?|(?:4|8|16)-?bits?"
+    r"|gptq(?:-int[2348]|-[2348]bit)?(?:-128g)?|awq(?:-int4|-4bit)?|int[48]|fp8"
+    r"|(?:quantized\.)?w[48]a(?:8|16)"
     r"|fp8-dynamic|fp8-block|nvfp4|mxfp4|nf4|fp4|dynamic|quantized|marlin|hqq|gguf|ggml|exl2|mlx"
     r"|bf16|fp16|fp32|f16|f32|safetensors|sharded|hf|transformers"
     r"|instruct|chat|it|base|pt|sft|dpo|orpo|kto|rlhf|ppo|grpo|thinking|reasoning|lora|qlora"
@@ -113,6 +115,9 @@ def resolve_model(name: str) -> ModelMatch:
     Raises ``UnknownNameError`` with suggestions, or ``AmbiguousNameError`` with the candidates.
     """
     parts = [part for part in name.strip().replace("\\", "/").split("/") if part != "."]
+    cached = [part for part in parts if part.startswith("models--")]
+    if cached:  # a folder of the hub's cache, snapshots and all
+        parts = cached[-1].split("--")[1:]
     while parts and _SKIPPED.fullmatch(parts[-1]):
         parts.pop()
     if len(parts) > 1 and (found := MODELS.lookup("/".join(parts[-2:]))):
@@ -123,7 +128,7 @@ def resolve_model(name: str) -> ModelMatch:
         row = MODELS.only(name, found)
         return ModelMatch(row=row, how=_how(row, last, alone=len(parts) == 1))
     dropped: list[str] = []
-    while match := _ENDINGS.search(last):
+    while match := re.search(_ENDINGS, last):
         dropped.append(match[1])
         last = last[: match.start()]
         found = MODELS.lookup(last)

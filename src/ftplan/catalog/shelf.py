@@ -6,14 +6,15 @@ A shelf holds the rows of one data file. Rows are parsed when the shelf is first
 from __future__ import annotations
 
 import json
-import pkgutil
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 from ftplan.errors import AmbiguousNameError, UnknownNameError
 
-__all__ = ["Named", "Shelf", "canonical", "read_rows"]
+__all__ = ["Named", "Shelf", "canonical", "read_data", "read_rows"]
 
 
 class Named(Protocol):
@@ -36,12 +37,17 @@ def canonical(name: str) -> str:
     return name.strip().lower().replace("_", "-").replace(" ", "-")
 
 
+def read_data(file: str, package: str = "ftplan.catalog") -> Any:
+    """What ``data/<file>`` beside a package of ours says, from a folder or from a zip file."""
+    # what importlib.resources does, which costs more to import than all rows to parse
+    spec: Any = sys.modules[package].__spec__
+    path = os.path.join(spec.submodule_search_locations[0], "data", file)  # noqa: PTH118
+    return json.loads(spec.loader.get_data(path))
+
+
 def read_rows(file: str) -> list[Mapping[str, Any]]:
     """The rows of ``data/<file>``, in the order of the file."""
-    # pkgutil, because importlib.resources costs more to import than all rows to parse
-    data = pkgutil.get_data("ftplan.catalog", f"data/{file}")
-    assert data is not None, file
-    rows: list[Mapping[str, Any]] = json.loads(data)
+    rows: list[Mapping[str, Any]] = read_data(file)
     return rows
 
 

@@ -6,14 +6,12 @@ A profile says which operations run and in which dtypes; it never multiplies a s
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
-from importlib.resources import files
 from typing import Any, Literal
 
+from ftplan.catalog.shelf import read_data
 from ftplan.errors import UnknownNameError, UnsupportedError
 
 __all__ = ["Stack", "StackRow", "find_stack", "is_stack", "stack_names", "stack_page"]
@@ -21,7 +19,7 @@ __all__ = ["Stack", "StackRow", "find_stack", "is_stack", "stack_names", "stack_
 UNMODELLED = {"mlx": "training with MLX on Apple silicon (unified memory, no CUDA allocator)"}
 """Stacks that are recognised and refused, and what is not modelled."""
 
-OWN_MODULES = frozenset({"torchtune", "litgpt", "nemo", "megatron", "unsloth"})
+OWN_MODULES = frozenset({"torchtune", "litgpt", "nemo", "megatron", "unsloth", "torchtitan"})
 """Stacks that run their own model code, which the walk was not held against."""
 
 ALIASES = {
@@ -56,6 +54,12 @@ class Stack:
     """An fp32 copy and an fp32 gradient beside each trainable 2-byte parameter (18 bytes)."""
     prepare_kbit: bool
     """Whether what is not quantised ends up in fp32 (`prepare_model_for_kbit_training`)."""
+    prepare_kbit_tasks: tuple[str, ...] = ()
+    """Tasks for which it does, where it does not for the others."""
+    kbit_casts_back: tuple[str, ...] = ()
+    """Tasks for which embeddings and head go back to bf16 after that."""
+    dropout_off: tuple[str, ...] = ()
+    """Tasks for which the trainer sets every dropout of model and adapters to zero."""
     weights_dtype: Literal["checkpoint", "fp32", "bf16"]
     """Dtype the base weights are loaded in; `checkpoint`: the one they are stored in."""
     mixed: Literal["no", "bf16"]
@@ -84,15 +88,33 @@ class Stack:
     """Whether the loss casts logits to fp32."""
     loss_shifts: Literal["labels", "logits"] = "labels"
     """What the loss moves by one token; moving the logits copies them."""
+    logits_cast: Literal["loss", "model"] = "loss"
+    """Who casts logits to fp32: a model that does so has let go of the first copy."""
+    caching_models: tuple[str, ...] = ()
+    """Model types that fill a key-value cache in training, even when they are checkpointed."""
+    repeating_attention: tuple[str, ...] = ()
+    """Attention implementations, or model types under flash, that copy keys and values to all
+    query heads."""
+    separate_experts: bool = False
+    """Whether experts are linear layers of their own, which quantisation takes."""
+    fused_lora: bool = False
+    """Whether LoRA's projections run as autograd functions when nothing is said."""
     uncast_losses: tuple[str, ...] = ()
     """Model types whose own loss does not cast logits to fp32."""
+    log_probs: Literal["rows", "whole", "kernel"] = "rows"
+    """How a preference task takes log-probabilities out of logits: a sequence at a time, all at
+    once, or in a kernel that keeps the logits alone."""
     outputs_to_fp32: bool
     """Whether mixed precision also casts the returned logits to fp32 (accelerate)."""
+    without_autocast: tuple[str, ...] = ()
+    """Tasks whose chunked loss goes around the forward that autocast encloses."""
+    fetches_ahead: bool = False
+    """Whether all micro batches of a step are on the GPU before the first one's forward."""
     keeps_outputs: bool
     """Whether the model's outputs stay alive until backward has ended."""
     attention: Literal["eager", "sdpa", "flash"]
     """Attention when nothing is said."""
-    kernels: Literal["none", "liger", "unsloth"]
+    kernels: Literal["none", "liger", "unsloth", "foak"]
     """Fused kernels when nothing is said."""
     rank: int
     """Adapter rank of the trainer's own configuration."""
@@ -114,6 +136,14 @@ class Stack:
     """To what length a batch is padded."""
     modules: str | None = None
     """Model code of its own that is walked, and of which time; None: transformers' is."""
+    no_sync: bool = False
+    """Whether FSDP reduces gradients with the last micro batch alone; whole ones until then."""
+    holds_4bit_inputs: bool = False
+    """Whether bitsandbytes' 4-bit product holds its input, out of a checkpoint's sight (< 0.44)."""
+    unpacks_gptq: bool = False
+    """Whether GPTQ weights are unpacked by elementwise steps and kept for backward (auto_gptq)."""
+    lengths: Literal["fixed", "varied"] = "fixed"
+    """Whether batches differ in length when nothing is said."""
     loss_columns: int | None = None
     """`chunked`: columns of the vocabulary that are met at a time; None: all."""
     notes: tuple[str, ...]
@@ -131,6 +161,10 @@ class Stack:
         if self.loss_chunks is not None:
             return -(-tokens // self.loss_chunks)
         return self.loss_chunk
+
+    def of_task(self, task: str) -> Stack:
+        """The profile as it is for one task."""
+        return replace(self, prepare_kbit=self.prepare_kbit or task in self.prepare_kbit_tasks)
 
     def loss_kind(self, *, method: str | None, task: str) -> Literal["full", "chunked", "fused"]:
         """How the loss meets the logits for this method (None: inference) and task."""
@@ -151,15 +185,15 @@ class StackRow:
 
 
 @cache
-def _stacks() -> dict[str, Stack]:
-    path = files("ftplan.catalog").joinpath("data/stacks.json")
-    raw = json.loads(path.read_text(encoding="utf-8"))["stacks"]
-    return {name: _stack(name, entry, raw) for name, entry in raw.items()}
+def _entries() -> Mapping[str, Mapping[str, Any]]:
+    entries: Mapping[str, Mapping[str, Any]] = read_data("stacks.json")["stacks"]
+    return entries
 
 
-def _stack(name: str, entry: Mapping[str, Any], raw: Mapping[str, Any]) -> Stack:
-    # a profile may be like another one but for a few fields: an earlier version of it
-    rows = {**(raw[entry["like"]]["fields"] if "like" in entry else {}), **entry["fields"]}
+@cache
+def _stack(name: str) -> Stack:
+    entry = _entries()[name]
+    rows = _rows(name)
     values = {key: _tuple(row["value"]) for key, row in rows.items()}
     return Stack(
         name=name,
@@ -171,19 +205,26 @@ def _stack(name: str, entry: Mapping[str, Any], raw: Mapping[str, Any]) -> Stack
     )
 
 
+def _rows(name: str) -> dict[str, Any]:
+    """A profile may be like another one but for a few fields: an earlier version of it."""
+    entry = _entries()[name]
+    others = _rows(entry["like"]) if "like" in entry else {}
+    return {**others, **entry["fields"]}
+
+
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
 def stack_names() -> tuple[str, ...]:
     """Names of all profiles, in the order of the data file."""
-    return tuple(_stacks())
+    return tuple(_entries())
 
 
 def is_stack(name: str) -> bool:
     """Whether ``name`` is a stack's, or an alias of one."""
     key = name.strip().lower().replace("_", "-")
-    return ALIASES.get(key, key) in _stacks()
+    return ALIASES.get(key, key) in _entries()
 
 
 def find_stack(name: str) -> Stack:
@@ -195,16 +236,17 @@ def find_stack(name: str) -> Stack:
     key = name.strip().lower().replace("_", "-")
     key = ALIASES.get(key, key)
     if key in UNMODELLED:
-        raise UnsupportedError(UNMODELLED[key], remedy=f"name one of {', '.join(_stacks())}")
-    stack = _stacks().get(key)
-    if stack is None:
+        raise UnsupportedError(UNMODELLED[key], remedy=f"name one of {', '.join(_entries())}")
+    if key not in _entries():
+        from difflib import get_close_matches  # worth its import only after a mistake
+
         raise UnknownNameError(
             "stack",
             name,
-            suggestions=difflib.get_close_matches(key, list(_stacks()), n=2),
-            remedy=f"the stacks are {', '.join(_stacks())}",
+            suggestions=get_close_matches(key, list(_entries()), n=2),
+            remedy=f"the stacks are {', '.join(_entries())}",
         )
-    return stack
+    return _stack(key)
 
 
 def stack_page(name: str) -> tuple[Stack, tuple[StackRow, ...]]:

@@ -1,11 +1,13 @@
 """Published training throughput, and the share of a card's rate that it amounts to.
 
-``data/throughput.json`` holds readings with their sources; each source is either ``fitted`` (the
-shares of ``data/utilisation.json`` were read off it) or ``kept`` (the estimate is tried on it).
+``data/throughput.json`` holds readings with their sources, each as the plan that was run. A source
+is kept apart or not by its name alone (:attr:`Reading.kept`); ``data/utilisation.json`` is made
+from the others (tools/gen_utilisation.py), and the estimate is tried on those kept apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,10 @@ from ftplan.catalog.gpus import GpuRow
 from ftplan.catalog.shelf import read_rows
 from ftplan.fit.time import Speed, Utilisation
 
-__all__ = ["Reading", "readings", "speed_of", "utilisation_of"]
+__all__ = ["Reading", "link_of", "readings", "speed_of", "utilisation_of"]
+
+PCIE = 64e9
+"""Both directions of PCIe 4.0 x16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,21 +28,19 @@ class Reading:
     id: str
     source: str
     url: str
-    part: str
-    """`fitted` or `kept`, by source."""
-    gpu: str
-    gpus: int
-    method: str
-    micro: int
-    seq_len: int
-    checkpointing: bool
-    sharded: bool
+    plan: Mapping[str, Any]
+    """As a plan file would say it."""
     tokens_per_s_per_gpu: float
-    model: str | None = None
-    """Catalogue name."""
-    config: dict[str, Any] | None = None
-    """Or its shape."""
-    attention: str = "sdpa"
+    config: Mapping[str, Any] | None = None
+    """The shape, where the plan names no model. MPT with a flash kernel has no class of its own:
+    an OPT of the same widths stands in for it."""
+
+    @property
+    def kept(self) -> bool:
+        """Nothing is read off this source: the SHA-256 of its name is odd."""
+        from hashlib import sha256
+
+        return sha256(self.source.encode()).digest()[-1] % 2 == 1
 
 
 def readings() -> tuple[Reading, ...]:
@@ -47,30 +50,36 @@ def readings() -> tuple[Reading, ...]:
 
 def utilisation_of(gpu: GpuRow) -> Utilisation:
     """What cards of this generation and kind reach; a wide interval where nothing is published."""
-    rows = list(read_rows("utilisation.json"))
-    best = next(
-        (
-            row
-            for row in rows
-            if row["generation"] in (gpu.generation, "")
-            and (not row["kinds"] or gpu.kind in row["kinds"])
-        ),
-        rows[-1],
+    row = next(
+        row
+        for row in read_rows("utilisation.json")
+        if (not row["generations"] or gpu.generation in row["generations"])
+        and (not row["kinds"] or gpu.kind in row["kinds"])
+        and (not row["gpus"] or gpu.name in row["gpus"])
     )
-    return Utilisation(
-        best=best["best"],
-        attention=best["attention"],
-        low=best["low"],
-        high=best["high"],
-        source=best["source"],
-    )
+    names = ("best", "half_width", "attention", "traffic", "overlap", "spread", "source")
+    return Utilisation(**{name: row[name] for name in names})
 
 
-def speed_of(gpu: GpuRow, *, mixed_or_weights: str, share: float = 1.0) -> Speed:
+def link_of(gpu: GpuRow, gpus: int) -> float:
+    """Bytes a second from one of so many cards to the others, one direction.
+
+    A bridge joins two cards, beyond which there is PCIe. GeForce cards do not reach each other
+    over PCIe: what they send crosses it twice, by way of the host.
+    """
+    both = float(gpu.interconnect.bytes_per_s)
+    bridged = "bridge" in gpu.interconnect.kind
+    if bridged and gpus > 2:
+        both = PCIE
+    through_host = gpu.kind in ("consumer", "laptop") and not (bridged and gpus <= 2)
+    return both / 4 if through_host else both / 2
+
+
+def speed_of(gpu: GpuRow, *, mixed_or_weights: str, gpus: int = 1, share: float = 1.0) -> Speed:
     """The card's rates for a dtype of matmuls; ``share`` of a card that is sliced."""
     flops = gpu.flops.get(mixed_or_weights) or gpu.flops.get("fp16") or gpu.flops.get("fp32") or 0
     return Speed(
         flops=flops * share,
         bandwidth=gpu.bandwidth_bytes_per_s * share,
-        link=gpu.interconnect.bytes_per_s / 2,
+        link=link_of(gpu, gpus),
     )

@@ -30,7 +30,8 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -82,25 +83,53 @@ COMMANDS: tuple[Command, ...] = (
 
 
 def _coerce_what_needs_it(parameter: Any) -> None:
-    """Leave what was not given, a default and plain text as they are.
+    """Read what is plainly right ourselves, and leave the rest, and every complaint, to typer.
 
-    typer builds a pydantic adapter for every option of a command, given or not, which takes longer
-    than the rest of a short command together.
+    typer builds a pydantic adapter for every option that is given, and pydantic takes longer to
+    load than a short command does to answer.
     """
     coerce = parameter.process_value
 
     def process_value(ctx: Any, value: Any) -> Any:
-        descriptor = getattr(parameter, "type_descriptor", None)
-        is_default = isinstance(value, str | bool) and value == parameter.default
-        is_text = isinstance(value, str) and getattr(descriptor, "annotation", None) is str
-        is_plain = value is None or is_default or is_text
-        told = getattr(descriptor, "parameter_info", None)
-        parses = getattr(told, "parser", None) or getattr(told, "click_type", None)
-        if not is_plain or parameter.required or parses:
+        read = value if value is None or value == () else _plainly(parameter, value)
+        if (read is None and value is not None) or (parameter.required and not value):
             return coerce(ctx, value)
-        return parameter.callback(ctx, parameter, value) if parameter.callback else value
+        return parameter.callback(ctx, parameter, read) if parameter.callback else read
 
     parameter.process_value = process_value
+
+
+def _plainly(parameter: Any, value: Any) -> Any:
+    """A given value as the type of its option; None: only typer can tell."""
+    descriptor: Any = getattr(parameter, "type_descriptor", None)
+    told = getattr(descriptor, "parameter_info", None)
+    if told is None or told.parser is not None or getattr(told, "click_type", None) is not None:
+        return None
+    kind = descriptor.annotation
+    if isinstance(value, bool | int | float) or (parameter.default == value and kind is not list):
+        return value
+    if get_origin(kind) is list and isinstance(value, list | tuple):
+        read = [_convert(told, get_args(kind)[0], item) for item in value]
+        return None if None in read else read
+    return _convert(told, kind, value)
+
+
+def _convert(told: Any, kind: Any, text: Any) -> Any:
+    if not isinstance(text, str):
+        return None
+    if kind is str:
+        return text
+    if get_origin(kind) is Literal:
+        return text if text in get_args(kind) else None
+    if kind is int and text.isascii() and text.isdigit():
+        number = int(text)
+        is_inside = (told.min is None or told.min <= number) and (
+            told.max is None or number <= told.max
+        )
+        return number if is_inside and not told.clamp else None
+    if kind is Path and not (told.exists or told.resolve_path or told.allow_dash):
+        return Path(text)
+    return None
 
 
 def _help_option(option: Any) -> Any:

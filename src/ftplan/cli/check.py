@@ -47,6 +47,9 @@ def check(
             show_default=False,
         ),
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print each term's formula and source.")
+    ] = False,
     format: Annotated[
         CheckFormat, typer.Option("--format", "-f", help="How the answer is written.")
     ] = "table",
@@ -71,13 +74,13 @@ def check(
         against=against,
         raise_faults=bool(os.environ.get("FTPLAN_DEBUG")),
     )
-    emit(_rendered(report, format, output), output)
+    emit(_rendered(report, format, output, explain), output)
     if format == "github":
         _step_summary(report)
     return 0 if exit_zero else exit_code(report, failing)
 
 
-def _rendered(report: CheckReport, format: CheckFormat, output: Path | None) -> str:
+def _rendered(report: CheckReport, format: CheckFormat, output: Path | None, explain: bool) -> str:
     from ftplan import __version__
 
     match format:
@@ -116,7 +119,7 @@ def _rendered(report: CheckReport, format: CheckFormat, output: Path | None) -> 
             from ftplan.render import table
 
             width, colour = screen_width(output), use_colour(output)
-            return table.render_check(report, width=width, colour=colour)
+            return table.render_check(report, width=width, colour=colour, explain=explain)
 
 
 def _rebased(report: CheckReport, variable: str) -> CheckReport:

@@ -15,7 +15,10 @@ def data(
     *,
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="JSON Lines, a JSON array, CSV; also in gzip."),
+        typer.Argument(
+            metavar="FILE",
+            help="JSON Lines, a JSON array, CSV, text, Parquet; also in gzip, bzip2, xz.",
+        ),
     ],
     seq_len: Annotated[
         int | None,
@@ -44,21 +47,24 @@ def data(
     """Training data: tokens, lengths, the longest sample, packing, copies, empty answers."""
     from ftplan import __version__
     from ftplan.errors import InputError
-    from ftplan.files.dataset import RULE, read_dataset, tokenizer_of
+    from ftplan.files.dataset import BATCH, RULE, read_dataset, tokenizer_of
     from ftplan.render.dataset import render, render_markdown
 
+    together = BATCH
     if plan is not None:
         if seq_len is not None:
             raise InputError("--seq-len and --plan both give the length", remedy="give one")
         from ftplan.jobs import load_plan
 
-        seq_len = load_plan(plan).batch.seq_len or 2048
+        batch = load_plan(plan).batch
+        seq_len, together = batch.seq_len or 2048, batch.micro or together
     summary = read_dataset(
         file,
         seq_len=seq_len,
+        batch=together,
         count=tokenizer_of(tokenizer) if tokenizer is not None else None,
         counted_by=f"tokenizer {tokenizer}" if tokenizer is not None else RULE,
-        told=_progress if sys.stderr.isatty() else None,
+        told=progress if sys.stderr.isatty() else None,
         tool_version=__version__,
     )
     if format in ("json", "yaml"):
@@ -72,7 +78,7 @@ def data(
     return 0
 
 
-def _progress(done: int, total: int) -> None:
+def progress(done: int, total: int) -> None:
     """A bar on stderr, rubbed out at the end."""
     share = done / max(1, total)
     if share >= 1:

@@ -29,6 +29,7 @@ def diff(
     """What changed between two plans, term by term. Flags are laid over both."""
     from ftplan.catalog.stacks import is_stack
     from ftplan.cli.reading import read_with_flags
+    from ftplan.comparing import steps_between
     from ftplan.difference import difference
     from ftplan.jobs import estimate_job
 
@@ -38,8 +39,10 @@ def diff(
             return read_with_flags(name, flags)
         return read_with_flags(None, replace(flags, stack=str(name)))
 
-    reports = [estimate_job(job_of(name)) for name in (before, after)]
-    change = difference(*reports, names=(str(before), str(after)))
+    jobs = [job_of(name) for name in (before, after)]
+    change = difference(*map(estimate_job, jobs), names=(str(before), str(after)))
+    bases = (jobs[0].base, jobs[1].base)
+    change = replace(change, steps=steps_between(jobs[0].plan, jobs[1].plan, bases=bases))
     if format in ("json", "yaml"):
         from ftplan.render import json, yaml
 

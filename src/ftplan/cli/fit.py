@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from ftplan.cli.output import FormatOption, OutputOption, emit, note, screen_wid
 from ftplan.errors import FtplanError, InputError
 
 if TYPE_CHECKING:
+    from ftplan.catalog.gpus import GpuRow
     from ftplan.fitting import FitReport
     from ftplan.jobs import JobInput
 
@@ -88,10 +89,8 @@ def fit(
     if reserved:
         hardware = replace(job.plan.hardware, reserved=reserved)
         job = replace(job, plan=replace(job.plan, hardware=hardware))
-    job, count = _with_data(job, data, tokens, epochs)
-    workload = sizing.Workload(
-        tokens=count, prices=_prices(price or []), watts=watts, slice_share=share
-    )
+    job, asked = _with_data(job, data, tokens, epochs)
+    workload = sizing.Workload(**asked, prices=_prices(price or []), watts=watts, slice_share=share)
     try:
         answer = sizing.fit(job.plan, base=job.base, workload=workload, solve=solve)
     except FtplanError as error:
@@ -131,7 +130,8 @@ def _write_plan(job: JobInput, answer: FitReport, path: Path) -> None:
     row = next((row for row in answer.rows if row.way == answer.recommended), None)
     notes = ["written by ftplan fit"]
     if row is not None:
-        changes = [row.change]
+        asked = row.fastest is None or answer.solution is not None
+        changes = [row.change if asked or row.fastest is None else row.fastest.change]
         notes.append(f"{row.way}: {answer.reason}")
     else:
         changes = [remedy.change for remedy in answer.remedies]
@@ -155,18 +155,21 @@ def _write_plan(job: JobInput, answer: FitReport, path: Path) -> None:
 
 def _with_data(
     job: JobInput, data: Path | None, tokens: str | None, epochs: float
-) -> tuple[JobInput, int | None]:
-    """The tokens to process; data also give a sequence length where the plan has none."""
+) -> tuple[JobInput, dict[str, Any]]:
+    """What is to be processed; data also give a sequence length where the plan has none."""
     from ftplan.units import parse_count
 
     if data is None:
-        return job, None if tokens is None else round(parse_count(tokens) * epochs)
+        return job, {} if tokens is None else {"tokens": round(parse_count(tokens) * epochs)}
     if tokens is not None:
         raise InputError("--data and --tokens both say how much there is", remedy="give one")
-    from ftplan.files.dataset import read_dataset
+    import sys
+
+    from ftplan.cli.data import progress
+    from ftplan.files.dataset import count_dataset
     from ftplan.report import Assumption
 
-    summary = read_dataset(data)
+    summary, lengths = count_dataset(data, told=progress if sys.stderr.isatty() else None)
     if job.plan.batch.seq_len is None:
         # a few giants do not set the length: 99 % decide, and what is cut is said
         whole = summary.longest_tokens <= 2 * summary.p99_tokens
@@ -183,7 +186,7 @@ def _with_data(
             plan=replace(job.plan, batch=batch),
             assumptions=(*job.assumptions, assumed),
         )
-    return job, round(summary.tokens.expected * epochs)
+    return job, {"lengths": lengths, "epochs": epochs}
 
 
 # --- Prices -------------------------------------------------------------------------------------
@@ -225,41 +228,51 @@ def _price(text: str, where: str = "--price") -> dict[str, float]:
 def _card(flags: JobFlags) -> tuple[JobFlags, int, float]:
     """``--gpu auto`` and slices: the card, bytes of it that are not free, share of its units."""
     from ftplan.catalog.gpus import find_gpu
-    from ftplan.fit.slices import parse_slice, slice_of
+    from ftplan.fit.slices import parse_slice
 
     if flags.gpu is None:
         return flags, 0, 1.0
     if flags.gpu == "auto":
         return _detected(flags)
     name, profile = parse_slice(flags.gpu)
-    if profile is None:
-        return flags, 0, 1.0
-    row = find_gpu(name)
-    part = slice_of(profile, usable_bytes=row.usable_bytes, label_gb=row.label_gb)
+    return (flags, 0, 1.0) if profile is None else _part(flags, find_gpu(name), profile)
+
+
+def _part(flags: JobFlags, row: GpuRow, profile: str) -> tuple[JobFlags, int, float]:
+    from ftplan.fit.slices import slice_of
+
+    part = slice_of(
+        profile, name=row.name, usable_bytes=row.usable_bytes, label_gb=row.label_gb,
+        compute_slices=row.mig_slices,
+    )  # fmt: skip
     return replace(flags, gpu=row.name), row.usable_bytes - part.usable_bytes, part.compute_share
 
 
 def _detected(flags: JobFlags) -> tuple[JobFlags, int, float]:
-    from ftplan.catalog.gpus import find_gpu
-    from ftplan.fit.slices import parse_query, parse_slices, slice_of
+    """The cards that are here and free now, by nvidia-smi and CUDA_VISIBLE_DEVICES."""
+    import os
 
-    cards = parse_query(_nvidia_smi("--query-gpu=name,memory.total,memory.free", "--format=csv"))
-    if not cards:
-        raise InputError("nvidia-smi lists no GPU", remedy="name one: --gpu a100-80gb")
-    card = cards[0]
-    alike = sum(other.name == card.name for other in cards)
-    row = find_gpu(card.name)
-    profiles = parse_slices(_nvidia_smi("-L"))
-    if profiles:
-        part = slice_of(profiles[0], usable_bytes=row.usable_bytes, label_gb=row.label_gb)
-        note(f"found {row.name}, slice {profiles[0]}")
-        reserved = row.usable_bytes - part.usable_bytes
-        return replace(flags, gpu=row.name), reserved, part.compute_share
-    taken = max(0, card.total_bytes - max(c.free_bytes for c in cards if c.name == card.name))
+    from ftplan.catalog.gpus import find_gpu
+    from ftplan.fit.slices import QUERY, choose, parse_query, parse_slices, visible_to
+
+    cards = parse_query(_nvidia_smi(f"--query-gpu={','.join(QUERY)}", "--format=csv"))
+    slices = parse_slices(_nvidia_smi("-L"))
+    found = choose(*visible_to(os.environ.get("CUDA_VISIBLE_DEVICES"), cards, slices))
+    if found is None:
+        hidden = " that CUDA_VISIBLE_DEVICES shows" if cards else ""
+        raise InputError(f"nvidia-smi lists no GPU{hidden}", remedy="name one: --gpu a100-80gb")
+    row = find_gpu(found.name)
+    beside = f"; not used: {', '.join(found.others)}" if found.others else ""
+    if found.profile is not None:
+        note(f"found {row.name}, slice {found.profile}, taken as empty{beside}")
+        return _part(flags, row, found.profile)
+    free = found.total_bytes if found.free_bytes is None else found.free_bytes
     # what the driver keeps for itself is not in usable_bytes already
-    reserved = max(0, taken - max(0, (row.smi_bytes or card.total_bytes) - row.usable_bytes))
-    note(f"found {alike} x {row.name}, {card.free_bytes / 2**30:.2f} GiB free on the first")
-    gpus = flags.gpus if flags.gpus is not None else alike
+    own = max(0, (row.smi_bytes or found.total_bytes) - row.usable_bytes)
+    reserved = max(0, found.total_bytes - free - own)
+    told = f"{free / 2**30:.2f} GiB free" if found.free_bytes is not None else "taken as empty"
+    note(f"found {found.count} x {row.name}, {told}{beside}")
+    gpus = flags.gpus if flags.gpus is not None else found.count
     return replace(flags, gpu=row.name, gpus=gpus), reserved, 1.0
 
 

@@ -167,7 +167,8 @@ class JobFlags:
         _option("--loss", "How the loss meets the logits.", _STEP),
     ] = None
     kernels: Annotated[
-        Literal["none", "liger", "unsloth"] | None, _option("--kernels", "Fused kernels.", _STEP)
+        Literal["none", "liger", "unsloth", "foak"] | None,
+        _option("--kernels", "Fused kernels.", _STEP),
     ] = None
     gpu: Annotated[
         str | None, _option("--gpu", "Catalogue name, as in a100-80gb.", _WHERE, metavar="NAME")

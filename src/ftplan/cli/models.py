@@ -16,8 +16,8 @@ def models(
     from ftplan.units import format_count
 
     def shown(row: Any) -> dict[str, Any]:
-        total = format_count(row.total_params) if row.total_params else row.published_params_approx
-        return {"name": row.name, "parameters": total, "source": row.source}
+        total = row.total_params or round(float(row.published_params_approx))
+        return {"name": row.name, "parameters": format_count(total), "source": row.source}
 
     rows = search_or_suggest(query, search_models, find_model)
     return print_rows("models", rows, shown, format=format, output=output)

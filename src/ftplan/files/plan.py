@@ -191,6 +191,9 @@ class _Speller:
         checkpointing = plan.get("gradient_checkpointing")
         if isinstance(checkpointing, bool):
             plan["gradient_checkpointing"] = {"kind": "full" if checkpointing else "none"}
+        batch = plan.get("batch")
+        if isinstance(batch, dict) and isinstance(batch.get("lengths"), str):
+            batch["lengths"] = {"kind": batch["lengths"]}
         if isinstance(method := plan.get("method"), dict) and method == {"kind": "none"}:
             plan["method"] = None
         precision = plan.get("precision")
@@ -333,6 +336,9 @@ def _written(section: str, key: str, value: Any) -> Any:
         return _exact_bytes(value)
     if (section, key) == ("budget", "headroom"):
         return _exact_percent(value)
+    if (section, key) == ("batch", "lengths"):
+        told = _section(value, key)
+        return value.kind if set(told) == {"kind"} else told
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -1,8 +1,9 @@
 """Mappings to the dataclasses of the core, with errors a user can act on.
 
-:func:`build` first checks what YAML said against the annotations, strictly (the text ``"2"`` is
-no number, ``true`` is no number), and only then lets pydantic construct the value, which would
-have coerced them. Every refusal points at the key and says what to write instead.
+:func:`build` reads what YAML said by the annotations, strictly (the text ``"2"`` is no number,
+``true`` is no number), where pydantic would coerce. Every refusal points at the key and says what
+to write instead. pydantic reads the same classes for the JSON Schemas, and a test holds that both
+readers make the same value; loading it takes longer than a whole answer, so no file waits for it.
 """
 
 from __future__ import annotations
@@ -40,17 +41,13 @@ def nearest(name: str, known: Iterable[str], *, limit: int = 3) -> list[str]:
 
 def build(cls: type[T], data: Any, document: Document, *, bounds: Bounds | None = None) -> T:
     """``data`` as ``cls`` (a dataclass of the core), or :class:`InputError` at the key at fault."""
-    _Checker(document, bounds or {}).check(cls, data, ())
-    try:
-        value: T = adapter(typing.cast(Any, cls)).validate_python(data)
-    except Exception as error:
-        raise _translate(error, document) from error
+    value: T = _Reader(document, bounds or {}).read(cls, data, ())
     return value
 
 
 @functools.cache
 def adapter(cls: Any) -> Any:
-    """pydantic's reader of a core dataclass (imported here: it is slow to load)."""
+    """pydantic's view of a core dataclass."""
     import pydantic
 
     return pydantic.TypeAdapter(cls)
@@ -63,33 +60,32 @@ def _hints(cls: type) -> dict[str, Any]:
     return {f.name.rstrip("_"): hints[f.name] for f in dataclasses.fields(cls)}
 
 
-class _Checker:
+class _Reader:
     def __init__(self, document: Document, bounds: Bounds) -> None:
         self._document = document
         self._bounds = bounds
 
-    def check(self, hint: Any, value: Any, path: tuple[Key, ...]) -> None:
-        """Refuse ``value`` when it is not what ``hint`` says, without any coercion."""
+    def read(self, hint: Any, value: Any, path: tuple[Key, ...]) -> Any:
+        """``value`` as what ``hint`` says, without any coercion; refused where it is not."""
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if hint is Any:
-            return
+            return value
         if dataclasses.is_dataclass(hint):
-            self._dataclass(typing.cast(type, hint), value, path)
-        elif origin in (typing.Union, types.UnionType):
-            self._union(arguments, value, path)
-        elif origin is Literal:
-            self._literal(arguments, value, path)
-        elif origin is tuple:
-            self._items(arguments[0], value, path)
-        elif origin in (dict, Mapping) or hint is dict:
-            self._mapping(arguments, value, path)
-        else:
-            self._scalar(hint, value, path)
+            return self._dataclass(typing.cast(type, hint), value, path)
+        if origin in (typing.Union, types.UnionType):
+            return self._union(arguments, value, path)
+        if origin is Literal:
+            return self._literal(arguments, value, path)
+        if origin is tuple:
+            return self._items(arguments[0], value, path)
+        if origin in (dict, Mapping) or hint is dict:
+            return self._mapping(arguments, value, path)
+        return self._scalar(hint, value, path)
 
     def _refuse(self, path: tuple[Key, ...], message: str, remedy: str = "") -> Exception:
         return self._document.error(message, path, remedy=remedy)
 
-    def _dataclass(self, cls: type, value: Any, path: tuple[Key, ...]) -> None:
+    def _dataclass(self, cls: type, value: Any, path: tuple[Key, ...]) -> Any:
         hints = _hints(cls)
         if not isinstance(value, dict):
             raise self._refuse(
@@ -105,39 +101,37 @@ class _Checker:
                     f"unknown key {str(key)!r}" + (f" in {name_of(path)}" if path else ""),
                     f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(hints)}",
                 )
+        read = {}
         for field in dataclasses.fields(cls):
             name = field.name.rstrip("_")
-            missing = (
-                field.default is dataclasses.MISSING
-                and field.default_factory is dataclasses.MISSING
-            )
             if name in value:
-                self.check(hints[name], value[name], (*path, name))
-            elif missing:
+                read[field.name] = self.read(hints[name], value[name], (*path, name))
+            elif field.default is field.default_factory is dataclasses.MISSING:
                 where = f"{name_of(path)} has no {name!r}" if path else f"no {name!r} given"
                 raise self._refuse(path, where, f"add {name}: ...")
+        try:
+            return cls(**read)
+        except FtplanError as error:  # a class refuses a combination of its own fields
+            raise self._refuse(path, error.message, error.remedy or "") from error
 
-    def _union(self, arguments: Sequence[Any], value: Any, path: tuple[Key, ...]) -> None:
-        """Check against the one branch that was meant, so that one error is shown and not four."""
+    def _union(self, arguments: Sequence[Any], value: Any, path: tuple[Key, ...]) -> Any:
+        """Read as the one branch that was meant, so that one error is shown and not four."""
         branches = [a for a in arguments if a is not types.NoneType]
-        if value is None:
-            if len(branches) < len(arguments):
-                return
-        elif len(branches) > 1:
-            wanted: Any = branches[0]
-            for branch in branches:
-                kind = typing.get_origin(branch) or branch
-                is_list = kind is tuple and isinstance(value, list)
-                is_map = dataclasses.is_dataclass(branch) and isinstance(value, dict)
-                same = kind in (str, bool, int, float) and type(value) is kind
-                if is_list or is_map or same:
-                    wanted = branch
-            branches = [wanted]
-        self.check(branches[0], value, path)
+        if value is None and len(branches) < len(arguments):
+            return None
+        wanted: Any = branches[0]
+        for branch in branches:
+            kind = typing.get_origin(branch) or branch
+            is_list = kind is tuple and isinstance(value, list)
+            is_map = dataclasses.is_dataclass(branch) and isinstance(value, dict)
+            same = kind in (str, bool, int, float) and type(value) is kind
+            if is_list or is_map or same:
+                wanted = branch
+        return self.read(wanted, value, path)
 
-    def _literal(self, choices: Sequence[Any], value: Any, path: tuple[Key, ...]) -> None:
+    def _literal(self, choices: Sequence[Any], value: Any, path: tuple[Key, ...]) -> Any:
         if any(value == c and type(value) is type(c) for c in choices):
-            return
+            return value
         near = (
             nearest(value, [c for c in choices if isinstance(c, str)])
             if isinstance(value, str)
@@ -151,51 +145,49 @@ class _Checker:
             + ", ".join(map(str, choices)),
         )
 
-    def _items(self, hint: Any, value: Any, path: tuple[Key, ...]) -> None:
+    def _items(self, hint: Any, value: Any, path: tuple[Key, ...]) -> tuple[Any, ...]:
         if not isinstance(value, list):
             raise self._refuse(
                 path,
                 f"{name_of(path)} is a list, this is {describe(value)}",
                 f"write {leaf_of(path)}: [{value if isinstance(value, str | int) else '...'}]",
             )
-        for index, item in enumerate(value):
-            self.check(hint, item, (*path, index))
+        return tuple(self.read(hint, item, (*path, index)) for index, item in enumerate(value))
 
-    def _mapping(self, arguments: Sequence[Any], value: Any, path: tuple[Key, ...]) -> None:
+    def _mapping(
+        self, arguments: Sequence[Any], value: Any, path: tuple[Key, ...]
+    ) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise self._refuse(path, f"{name_of(path)} is a mapping, this is {describe(value)}")
-        for key, item in value.items():
-            if arguments:
-                self.check(arguments[1], item, (*path, key))
+        hint = arguments[1] if arguments else Any
+        return {key: self.read(hint, item, (*path, key)) for key, item in value.items()}
 
-    def _scalar(self, hint: Any, value: Any, path: tuple[Key, ...]) -> None:
+    def _scalar(self, hint: Any, value: Any, path: tuple[Key, ...]) -> Any:
         name, leaf = name_of(path), leaf_of(path)
-        if hint is str:
-            if not isinstance(value, str):
-                quoted = (
-                    f'write {name}: "{str(value).lower() if isinstance(value, bool) else value}"'
-                )
-                is_plain = isinstance(value, bool | int | float)
-                raise self._refuse(
-                    path,
-                    f"{name} is a text, this is {describe(value)}",
-                    f"if that is meant, quote it: {quoted}" if is_plain else f"write {leaf}: text",
-                )
-            if not value.strip():
-                raise self._refuse(path, f"{name} is empty", f"give {leaf} a value or leave it out")
-        elif hint is bool:
-            if not isinstance(value, bool):
-                raise self._refuse(
-                    path,
-                    f"{name} is true or false, this is {describe(value)}",
-                    f"write {leaf}: true",
-                )
-        elif hint in (int, float):
-            self._number(hint, value, path)
-        else:
-            raise AssertionError(f"no check for {hint}")
+        if hint in (int, float):
+            return self._number(hint, value, path)
+        if hint is bool:
+            if isinstance(value, bool):
+                return value
+            raise self._refuse(
+                path,
+                f"{name} is true or false, this is {describe(value)}",
+                f"write {leaf}: true",
+            )
+        assert hint is str, f"no reader of {hint}"
+        if not isinstance(value, str):
+            quoted = f'write {name}: "{str(value).lower() if isinstance(value, bool) else value}"'
+            is_plain = isinstance(value, bool | int | float)
+            raise self._refuse(
+                path,
+                f"{name} is a text, this is {describe(value)}",
+                f"if that is meant, quote it: {quoted}" if is_plain else f"write {leaf}: text",
+            )
+        if not value.strip():
+            raise self._refuse(path, f"{name} is empty", f"give {leaf} a value or leave it out")
+        return value
 
-    def _number(self, hint: Any, value: Any, path: tuple[Key, ...]) -> None:
+    def _number(self, hint: Any, value: Any, path: tuple[Key, ...]) -> int | float:
         name, leaf = name_of(path), leaf_of(path)
         if isinstance(value, bool) or not isinstance(value, int | float):
             remedy = f"write {leaf}: {value}" if _is_number(value) else f"write a number: {leaf}: 1"
@@ -213,6 +205,8 @@ class _Checker:
                 f"{name} is a whole number, this is {value:g}",
                 f"write {leaf}: {round(value)}",
             )
+        number: int | float = hint(value)
+        return number
 
 
 def _shown(value: float) -> str:
@@ -239,15 +233,3 @@ def name_of(path: tuple[Key, ...]) -> str:
 def leaf_of(path: tuple[Key, ...]) -> str:
     """The key that ends a path (a list item: the list's)."""
     return next((step for step in reversed(path) if isinstance(step, str)), "the file")
-
-
-def _translate(error: Exception, document: Document) -> Exception:
-    """What pydantic still refuses after the strict check, at its place in the file."""
-    errors = getattr(error, "errors", None)
-    if not callable(errors):
-        return error
-    first = errors(include_url=False)[0]
-    ours = first.get("ctx", {}).get("error")
-    if isinstance(ours, FtplanError):  # a class refuses a combination of its own fields
-        return document.error(ours.message, first["loc"], remedy=ours.remedy)
-    return document.error(f"{name_of(first['loc'])}: {first['msg'].lower()}", first["loc"])

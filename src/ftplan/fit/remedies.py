@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from ftplan.fit.changes import Change, apply_change
+from ftplan.fit.changes import Change, apply_change, trainer_of
 from ftplan.report import Remedy, Verdict
 from ftplan.spec import Plan
 
@@ -82,21 +82,16 @@ def _fused_loss(plan: Plan, card: Card) -> Iterator[Change]:
     if plan.loss is None or plan.loss.kind == "fused" or (card.capability or (8, 0)) < (7, 0):
         return
     # torchtune has a chunked loss of its own and no fused one, LitGPT none to choose
-    if _trainer(plan) == "torchtune":
-        if plan.loss.kind == "full":
+    if trainer_of(plan) == "torchtune":
+        if plan.loss.kind == "full" and plan.stack != "torchtune-0.1":
             yield {"loss": "chunked"}
-    elif _trainer(plan) != "litgpt":
+    elif trainer_of(plan) != "litgpt":
         yield {"loss": "fused"}
-
-
-def _trainer(plan: Plan) -> str:
-    """The stack, whatever its version."""
-    return (plan.stack or "").partition("-")[0]
 
 
 def _checkpointing(plan: Plan, card: Card) -> Iterator[Change]:
     checkpointing = plan.gradient_checkpointing
-    if _trainer(plan) == "litgpt" and plan.sharding.kind in (None, "none"):
+    if trainer_of(plan) == "litgpt" and plan.sharding.kind in (None, "none"):
         return  # it checkpoints under FSDP alone
     if checkpointing is None or checkpointing.kind in ("none", "selective"):
         yield {"gradient_checkpointing": True}

@@ -8,18 +8,20 @@ for each side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
-from ftplan.fit.flops import Compute, compute_of
-from ftplan.memory.counters import Counters, counters
-from ftplan.memory.estimate import Structure
+from ftplan.fit.time import Demand, Load
+from ftplan.memory.counters import Counters, counters, workspace_bytes
+from ftplan.memory.estimate import Structure, structure_of
 from ftplan.memory.job import Job
+from ftplan.memory.lengths import Lengths
+from ftplan.memory.reserved import reserved
 from ftplan.report import Verdict
 
-__all__ = ["Room", "Sizer", "largest"]
+__all__ = ["Records", "Room", "Sizer", "largest"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,8 @@ class Room:
     gpus: int
     traced: bool = True
     """The stack's modules are those that the walk was held against."""
+    lengths: Lengths | None = None
+    """Of samples, where batches differ in them."""
 
 
 def largest(fits: Callable[[int], bool], *, most: int) -> int:
@@ -53,11 +57,22 @@ def largest(fits: Callable[[int], bool], *, most: int) -> int:
     return low
 
 
+@dataclass(slots=True)
+class Records:
+    """What was recorded of one job: it holds on every card that is alike to the calculator."""
+
+    structures: dict[tuple[int, bool], Structure] = field(default_factory=dict)
+    """By side of the model's attention window, and for one sequence or several."""
+    demands: dict[int, Demand] = field(default_factory=dict)
+    """By the identity of their record, which lives as long."""
+
+
 class Sizer:
     """Sizes of a job on a card. ``chunk`` says how many tokens one chunk of the loss holds.
 
     ``job_at`` makes the job for a batch where more than sizes depends on it (what is generated
     and scored in reinforcement finetuning): then every size gets a record of its own.
+    ``records`` are those of the same job on another card.
     """
 
     def __init__(
@@ -66,42 +81,47 @@ class Sizer:
         room: Room,
         chunk: Callable[[int], int] | None = None,
         job_at: Callable[[int, int], Job] | None = None,
+        records: Records | None = None,
     ) -> None:
         self.job = job
         self.room = room
         self._chunk = chunk
         self._job_at = job_at
-        self._structures: dict[int, Structure] = {}
+        self._records = Records() if records is None else records
         self._single: dict[tuple[int, int], Structure] = {}
-        self._compute: Compute | None = None
         self._edges = _windows(job.config)
         self.evaluated = 0
         """How many sizes were asked of a record."""
 
-    def structure(self, seq_len: int) -> Structure:
-        """The record that holds for a sequence length."""
-        side = sum(edge <= seq_len for edge in self._edges)
-        if side not in self._structures:
-            environment = replace(self.job.environment, seq_len=seq_len)
-            job = replace(self.job, environment=environment)
-            self._structures[side] = Structure(job)
-        return self._structures[side]
+    def structure(self, seq_len: int, micro: int = 1) -> Structure:
+        """The record that holds for a sequence length, and for one sequence or several."""
+        side, single = sum(edge <= seq_len for edge in self._edges), micro == 1
+        structures = self._records.structures
+        if (side, single) not in structures:
+            environment = replace(self.job.environment, seq_len=seq_len, single=single)
+            structure = structure_of(replace(self.job, environment=environment))
+            structures[side, single] = structure
+            if (structure.network.loss_shifts or environment.loss_shifts) == "labels":
+                structures[side, not single] = structure
+        return structures[side, single]
 
     def record(self, micro: int, seq_len: int) -> Structure:
         """The record that holds for a batch."""
         if self._job_at is None:
-            return self.structure(seq_len)
+            return self.structure(seq_len, micro)
         key = (micro, seq_len)
         if key not in self._single:
-            self._single[key] = Structure(self._job_at(micro, seq_len))
+            self._single[key] = structure_of(self._job_at(micro, seq_len))
         return self._single[key]
 
-    @property
-    def compute(self) -> Compute:
-        """Operations of the job."""
-        if self._compute is None:
-            self._compute = compute_of(self.structure(self.job.seq_len).network, self.job)
-        return self._compute
+    def load(self, micro: int, seq_len: int, accumulation: int | None = None) -> Load:
+        """What one of a step's micro batches asks of the card."""
+        record = self.record(micro, seq_len)
+        demands = self._records.demands
+        if id(record) not in demands:
+            demands[id(record)] = Demand(record, self.job)
+        steps = self.job.accumulation if accumulation is None else accumulation
+        return demands[id(record)].at(micro, seq_len, self.chunk(micro, seq_len), steps)
 
     def chunk(self, micro: int, seq_len: int) -> int:
         """Tokens of one chunk of the loss; 0: it is not chunked."""
@@ -113,28 +133,41 @@ class Sizer:
         record = self.record(micro, seq_len)
         return record.peak(micro, seq_len, self.chunk(micro, seq_len))
 
-    def counters(self, micro: int, seq_len: int) -> Counters:
-        """What the three counters will show."""
+    def counters(self, micro: int, seq_len: int, *, played: bool = True) -> Counters:
+        """What the three counters will show; not ``played``: what is needed alone, which decides
+        whether it fits."""
         room = self.room
+        record = self.record(micro, seq_len)
+        held = None
+        if played:
+            held = reserved(
+                record, micro, seq_len, self.chunk(micro, seq_len),
+                workspace=workspace_bytes(room.capability) if room.named else 0,
+                capacity=room.usable_bytes if room.named else None,
+                lengths=room.lengths,
+            )  # fmt: skip
         return counters(
             self.peak(micro, seq_len),
-            self.record(micro, seq_len).static_bytes,
+            record.static_bytes,
             capability=room.capability,
             named=room.named,
             gpus=room.gpus,
             traced=room.traced,
+            held=held,
+            usable_bytes=room.usable_bytes,
         )
 
     def verdict(self, micro: int, seq_len: int) -> Verdict:
         """Whether it fits the card."""
-        device = self.counters(micro, seq_len).device
-        if device.high <= self.room.usable_bytes:
+        if self.fits(micro, seq_len):
             return "fits"
+        device = self.counters(micro, seq_len).device
         return "tight" if device.expected <= self.room.usable_bytes else "over"
 
     def fits(self, micro: int, seq_len: int) -> bool:
         """Whether it fits the card for certain."""
-        return self.counters(micro, seq_len).device.high <= self.room.usable_bytes
+        need = self.counters(micro, seq_len, played=False)
+        return need.device.high <= self.room.usable_bytes
 
     def largest_micro(self, seq_len: int, *, most: int = 4096) -> int:
         """Most sequences at once that fit; 0: not even one does."""
@@ -153,25 +186,6 @@ class Sizer:
 
     def _fits_from(self, micro: int, start: int, count: int) -> bool:
         return self.fits(micro, start + count - 1)
-
-    def frontier(self, micros: Sequence[int], seq_lens: Sequence[int]) -> Mapping[int, int]:
-        """For each micro batch the longest of ``seq_lens`` that fits (0: none does).
-
-        Both lists go up. What does not fit at a micro batch does not fit at a larger one, so the
-        border is a staircase: it is walked once, not searched for at every micro batch.
-        """
-        limits: dict[int, int] = {}
-        sides: dict[int, list[int]] = {}
-        for seq_len in seq_lens:
-            sides.setdefault(sum(edge <= seq_len for edge in self._edges), []).append(seq_len)
-        for lengths in sides.values():
-            at = len(lengths) - 1
-            for micro in micros:
-                while at >= 0 and not self.fits(micro, lengths[at]):
-                    at -= 1
-                longest = lengths[at] if at >= 0 else 0
-                limits[micro] = max(limits.get(micro, 0), longest)
-        return limits
 
 
 def _windows(config: Mapping[str, object]) -> list[int]:

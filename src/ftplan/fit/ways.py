@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ftplan.fit.changes import Change, apply_change, merge
+from ftplan.fit.changes import Change, apply_change, merge, trainer_of
 from ftplan.spec import Plan
 
-__all__ = ["Way", "ways_to_train"]
+__all__ = ["Way", "free_settings", "lean_settings", "ways_to_train"]
 
 PLAIN_FORMATS = ("fp32", "tf32", "bf16", "fp16", "float32", "bfloat16", "float16")
 
@@ -87,6 +87,38 @@ def ways_to_train(plan: Plan, *, has_bf16: bool = True, is_cuda: bool = True) ->
             del sets["precision"]
         fresh = apply_change(plan, {"method": None})
         yield Way(name=name, sets=sets, plan=apply_change(fresh, sets))
+
+
+_FUSED: Change = {"loss": "fused"}
+_OWN_KERNELS = ("unsloth", "litgpt", "nemo", "megatron")
+"""Stacks whose loss and kernels are not to be chosen."""
+_LIGER: Change = {"loss": "fused", "kernels": "liger"}
+
+
+def _losses(plan: Plan) -> tuple[Change, ...]:
+    """How to meet the logits, and run norms and gates, with the same result: as the plan lets."""
+    if plan.loss is not None:
+        return ({},)
+    if plan.stack == "torchtune-0.1" or trainer_of(plan) in _OWN_KERNELS:
+        return ({},)
+    if trainer_of(plan) == "torchtune":
+        return ({}, {"loss": "chunked"})
+    return ({}, _FUSED) if plan.kernels is not None else ({}, _FUSED, _LIGER)
+
+
+def lean_settings(plan: Plan, way: Way) -> tuple[Change, ...]:
+    """Changes to a way that lose nothing and need less memory, the plainest first."""
+    return ({},) if not way.sets else _losses(plan)
+
+
+def free_settings(plan: Plan, way: Way) -> tuple[Change, ...]:
+    """All settings of a way that lose nothing: they differ in memory and in time alone."""
+    again: tuple[Change, ...] = ({"gradient_checkpointing": False},)
+    if plan.gradient_checkpointing is not None:
+        again = ({},)
+    elif way.sets.get("gradient_checkpointing") is not False:  # not for the last blocks alone
+        again = (*again, {"gradient_checkpointing": True})
+    return tuple(merge(first, second) for first in again for second in _losses(plan))
 
 
 def _plain(weights: str | None, adapter: bool, has_bf16: bool) -> dict[str, Any]:

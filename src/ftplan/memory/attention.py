@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from ftplan.memory import ops
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.env import Environment
-from ftplan.memory.tape import ONE, SCORES, SQUARE, TOKENS, Grads, Size, Tape, Tensor
+from ftplan.memory.tape import (
+    BATCH,
+    ONE,
+    SCORES,
+    SQUARE,
+    TOKENS,
+    Grads,
+    Kind,
+    Size,
+    Tape,
+    Tensor,
+)
 
 __all__ = [
     "Heads",
@@ -57,8 +68,7 @@ def kernel(env: Environment, heads: Heads, dtype: str, *, masked: bool) -> str:
     if env.attention == "flash":
         return "flash"
     half = dtype in ("bf16", "fp16")
-    modern = env.capability is None or env.capability >= (8, 0)
-    if half and modern and not masked and heads.size == heads.value_size and heads.size <= 256:
+    if half and env.modern and not masked and heads.size == heads.value_size and heads.size <= 256:
         return "flash"
     return "math" if heads.groups > 1 and not masked else "efficient"
 
@@ -103,6 +113,8 @@ def attend(
     by_head: bool = False,
     bias: Tensor | None = None,
     held: list[Tensor] | None = None,
+    window: int | None = None,
+    reach: int = 0,
 ) -> Tensor:
     """Attention of all heads: tokens x (heads x value size) comes out.
 
@@ -111,18 +123,23 @@ def attend(
     ``bias``: added to the scores of every sequence alike (T5's positions), heads x s x s; what
     SDPA takes for a mask has it in already. ``eager``: the model has no other implementation.
     ``held`` receives the attention weights that eager attention returns beside its output, for
-    blocks that hold them until they return.
+    blocks that hold them until they return. ``window``: tokens that each one sees, which flash
+    knows without a mask. ``reach``: keys that a query sees where rows are no tokens (patches).
     """
     env = q.tape.env
+    seen = (window, reach)
     if heads.causal:
         k, v, mask = with_prefix(k, v, mask)
+    if env.repeats_heads and not eager and env.attention != "eager":
+        full = heads.count * heads.size
+        k, v = (ops.expand_heads(t, full // t.width) for t in (k, v))
     if env.checkpoint_attention and q.tape.grad_enabled and bias is None:
 
         def core(q: Tensor) -> Tensor:
-            return _attend(q, k, v, heads, mask, eager, by_head, bias, None)
+            return _attend(q, k, v, heads, mask, eager, by_head, bias, None, seen)
 
         return checkpoint(core, q, [k, v], trains=False)
-    return _attend(q, k, v, heads, mask, eager, by_head, bias, held)
+    return _attend(q, k, v, heads, mask, eager, by_head, bias, held, seen)
 
 
 def _attend(
@@ -135,6 +152,7 @@ def _attend(
     by_head: bool,
     bias: Tensor | None,
     held: list[Tensor] | None,
+    seen: tuple[int | None, int],
 ) -> Tensor:
     env = q.tape.env
     if eager or env.attention == "eager":
@@ -152,7 +170,7 @@ def _attend(
         if heads.kv_count > 1 or v.dtype != given[1]:
             v = ops.expand_heads(v, heads.groups)
         mask = ops.autocast(additive(mask, q.tape, q.dtype))
-    out = _fused(q, k, v, heads, mask, choice)
+    out = _fused(q, k, v, heads, mask, choice, seen)
     return ops.copy(out) if by_head and choice == "flash" else out
 
 
@@ -185,17 +203,49 @@ def additive(mask: Tensor | None, tape: Tape, dtype: str) -> Tensor:
     return bias
 
 
+def _count(
+    tape: Tape, pairs: Size, hidden: Size, heads: Heads, name: str, *, backward: bool
+) -> None:
+    """Products of a fused kernel: scores and their product with the values; on the way back the
+    gradients of all four operands, and the scores anew."""
+    both = heads.count * (heads.size + heads.value_size)
+    each, anew = (2 * both, heads.count * heads.size) if backward else (both, 0)
+    every: tuple[tuple[Size, Kind], ...] = ((pairs, "attention"), (hidden, "hidden"))
+    for rows, kind in every:
+        for width, again in ((each, False), (anew, True)):
+            if width and any(rows):
+                tape.multiply(rows, width, 1, name, kind=kind, again=again)
+
+
+def _hidden(tape: Tape, every: Size, heads: Heads, window: int | None, *, masked: bool) -> Size:
+    """Twice the pairs that a kernel does not compute, because it knows the mask without seeing it.
+
+    Causal: s (s - 1) / 2 of a sequence's s^2. In a window of w: all but s w - w (w - 1) / 2.
+    """
+    length = tape.env.seq_len
+    if masked or not heads.causal or every != SCORES:
+        return Size((0,) * 7)
+    if window is None or length is None or length < window or tape.env.attention != "flash":
+        return SCORES + TOKENS * -1
+    return SCORES * 2 + TOKENS * (-2 * window) + BATCH * (window * (window - 1))
+
+
 def _fused(
-    q: Tensor, k: Tensor, v: Tensor, heads: Heads, mask: Tensor | None, choice: str
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, heads: Heads, mask: Tensor | None, choice: str,
+    seen: tuple[int | None, int],
+) -> Tensor:  # fmt: skip
     """Flash and memory-efficient kernels: keep q, k, v, the output and a log-sum-exp a head.
 
     Backward: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, ``mha_bwd``, and
     attention_backward.cu, ``_efficient_attention_backward``.
     """
     tape = q.tape
-    out = tape.tensor(q.rows, heads.count * heads.value_size, q.dtype, choice)
-    log_sum_exp = tape.tensor(q.rows, heads.count, "fp32", f"{choice} log-sum-exp")
+    window, reach = seen
+    every = q.rows * reach if reach else pairs(tape) if heads.causal else SCORES
+    skipped = _hidden(tape, every, heads, window, masked=mask is not None)
+    _count(tape, every, skipped, heads, choice, backward=False)
+    out = tape.kept(q.rows, heads.count * heads.value_size, q.dtype, choice)
+    log_sum_exp = tape.kept(q.rows, heads.count, "fp32", f"{choice} log-sum-exp")
     random_state = [tape.allocate(ONE * 16, choice), tape.allocate(ONE * 8, choice)]
     saved = (q, k, v, mask, out.alias(), log_sum_exp, random_state)
     inputs = [q, k, v]
@@ -218,6 +268,7 @@ def _fused(
     def apply(grad: Tensor) -> Grads:
         _kept = saved
         tape = grad.tape
+        _count(tape, every, skipped, heads, choice, backward=True)
         grads: list[Tensor | None] = [make(grad) for make in makers]
         _workspace(tape, rows, dtype, heads, choice)
         for number in (1, 2):  # one gradient for the head that all share

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ftplan.memory import ops
-from ftplan.memory.tape import Node, Tensor
+from ftplan.memory.tape import Node, Selected, Tape, Tensor
 
 __all__ = ["checkpoint"]
 
@@ -28,32 +28,80 @@ def checkpoint(
     if not tape.grad_enabled or not (trains or any(t.requires_grad for t in inputs)):
         return function(x)
     held: list[Tensor] = []
+    selected = Selected() if tape.env.keeps_products else None
     inputs_edges = [ops.edge(t) for t in inputs]
     with tape.no_grad():
         tape.escaped = None if tape.env.reentrant else held
+        tape.selected = selected
         out = function(x)
-        tape.escaped = None
+        tape.escaped = tape.selected = None
 
     stored: Callable[[], Tensor] = _host_copy(x) if offload else lambda: x
 
     def forward_again(grad: Tensor | None) -> Tensor:
-        cache, tape.weight_cache = tape.weight_cache, {}
+        casts, cached = tape.weight_cache, tape.cached
+        tape.weight_cache, tape.cached = {}, []
+        before, tape.again = tape.again, True
+        counted = len(tape.products)
         with tape.scoped("recomputed"):
             start = stored()
             kept: list[Tensor | None] = [start]
             tape.recalled = held if held else None
+            tape.selected = None if selected is None else Selected(selected.held, again=True)
             again = function(_entry(start, kept))
             del start
-            tape.recalled = None
-        tape.weight_cache = cache
+            tape.recalled = tape.selected = None
+        tape.weight_cache, tape.cached = casts, cached
+        tape.again = before
         if tape.env.reentrant:  # its backward holds the gradient and the output on the stack
             kept += [grad, again]
+        else:
+            _stop_early(tape, counted, again)
         return again
 
     node = Node(tape, "checkpoint", inputs_edges, _never)
     node.recompute = forward_again
     out.requires_grad, out.node = True, node
     return out
+
+
+_RUNS_AFTER_SAVING = ("linear", "matmul", "grouped_mm", "bmm", "scores", "attention", "einsum")
+"""Products: they save their operands before they run. Others save what they have made."""
+_UNSEEN = ("checkpoint input", "int8 matmul")
+"""Nodes that hold tensors by themselves, where saved-tensor hooks do not see them."""
+
+
+def _stop_early(tape: Tape, counted: int, out: Tensor) -> None:
+    """Recomputing ends when the last tensor is saved: products from there on are not computed.
+
+    Source: torch/utils/checkpoint.py 2.13, ``_StopRecomputationError``.
+    """
+    last = _last_to_save(out)
+    if last is not None:
+        end = last.sequence - (last.name in _RUNS_AFTER_SAVING)
+        tape.products[counted:] = [p for p in tape.products[counted:] if p.sequence < end]
+
+
+def _last_to_save(out: Tensor) -> Node | None:
+    """The latest node that keeps a tensor: what a node keeps is what its function closes over."""
+    nodes = {out.node.sequence: out.node} if isinstance(out.node, Node) else {}
+    while nodes:
+        latest = nodes.pop(max(nodes))
+        if latest.name not in _UNSEEN and _keeps(latest.apply):
+            return latest
+        nodes |= {edge[0].sequence: edge[0] for edge in latest.edges if isinstance(edge, tuple)}
+    return None
+
+
+def _keeps(apply: Callable[..., object] | None) -> bool:
+    cells = getattr(apply, "__closure__", None) or ()
+    return any(_holds_tensor(cell.cell_contents) for cell in cells)
+
+
+def _holds_tensor(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return any(map(_holds_tensor, value))
+    return isinstance(value, Tensor)
 
 
 def _host_copy(x: Tensor) -> Callable[[], Tensor]:
@@ -78,6 +126,8 @@ def _entry(x: Tensor, kept: list[Tensor | None]) -> Tensor:
     seen = x.alias()
 
     def apply(grad: Tensor) -> tuple[Tensor | None, ...]:
+        if grad.tape.env.hooks_hold_inputs:
+            grad.tape.cached += [tensor.alias() for tensor in (kept[0], grad) if tensor]
         kept.clear()
         return (grad,)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ftplan.memory.kernels import NONE, Kernels
+
 __all__ = ["Environment"]
 
 
@@ -20,38 +22,65 @@ class Environment:
     """CUDA compute capability: below 8.0 there is no flash kernel. None: no NVIDIA GPU."""
     padding_mask: bool = False
     """A mask reaches attention: no flash kernel, keys and values expanded to all heads."""
+    repeats_heads: bool = False
+    """Keys and values are copied to all query heads before any kernel (transformers until 4.48)."""
+    fills_cache: bool = False
+    """Keys and values stay in a cache until the model returns, even when it is checkpointed."""
     attention_dropout: bool = False
     """Dropout inside attention is active."""
-    kernels: Literal["none", "liger", "unsloth"] = "none"
-    """Fused kernels that replace the model's own."""
+    kernels: Kernels = NONE
+    """Fused kernels that replace the model's own operations."""
     loss: Literal["full", "chunked", "fused"] = "full"
     """How the loss meets the logits."""
+    loss_by: Literal["liger", "unsloth", "cut", "foak"] = "liger"
+    """Whose function a fused loss is."""
     loss_shifts: Literal["labels", "logits"] = "labels"
     """What the loss moves by one token; moving the logits copies them."""
     loss_upcasts: bool = True
     """The loss casts logits to fp32 where the model class does."""
+    logits_cast: Literal["loss", "model"] = "loss"
+    """Who casts them: a model that does so has let go of the first copy."""
     loss_keeps_chunks: bool = False
     """A chunked loss recomputes nothing: autograd keeps every chunk."""
     loss_columns: int = 0
     """A chunked loss meets so many columns of the vocabulary at a time, in one buffer; 0: all."""
+    log_probs: Literal["rows", "whole", "kernel"] = "rows"
+    """How a task takes the log-probabilities of labels out of logits: :mod:`log_probs`."""
     offload_checkpoints: bool = False
     """A checkpointed block's input waits in host memory."""
+    keeps_products: bool = False
+    """Checkpointed blocks keep every second product of matrices and what fused attention returns
+    (torchtitan's selective checkpointing by operation)."""
     checkpoint_attention: bool = False
     """The core of attention alone is checkpointed (Megatron's selective recomputation)."""
     packed: bool = False
     """Samples are joined: positions come with the batch."""
+    hooks_hold_inputs: bool = False
+    """FSDP1 around a frozen block that is run again reentrantly: its hook (``register_multi_grad_
+    hook`` in ``_register_post_backward_reshard_only_hook``, torch 2.4 to 2.13) keeps the node of
+    the block's input, a leaf there, and with it the input and its gradient."""
     keep_outputs: bool = False
     """The caller holds the model's outputs until backward has ended."""
     outputs_to_fp32: bool = False
     """Accelerate's mixed precision casts what the model returns to fp32."""
     seq_len: int | None = None
     """Sequence length in tokens, only for decisions (is it longer than the window), not sizes."""
+    holds_4bit_inputs: bool = False
+    """bitsandbytes' 4-bit product holds its input by itself (before 0.44)."""
+    unpacks_gptq: bool = False
+    """GPTQ weights are unpacked by elementwise steps, and autograd keeps what comes out."""
+    returns_cache: bool = False
+    """Models whose code returns keys and values as tensors do so: nothing is checkpointed."""
+    single: bool = False
+    """One sequence in a batch: slices of it lie in one piece, and are not copied."""
     reentrant: bool = False
     """Which implementation of checkpointing recomputes a block."""
     training: bool = True
     """Dropout acts and a graph may be built."""
+    dropout: bool = True
+    """The trainer leaves the dropout of model and adapters on."""
 
     @property
-    def fused(self) -> bool:
-        """Kernels take the place of norms, rotations and gates."""
-        return self.kernels != "none"
+    def modern(self) -> bool:
+        """All that operations ask of the card: whether PyTorch's flash kernel runs on it."""
+        return self.capability is None or self.capability >= (8, 0)

@@ -5,35 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ftplan.dtypes import find_format
 from ftplan.errors import UnsupportedError
-from ftplan.memory.cache import CacheLayer, cache_bytes, cache_layers
-from ftplan.memory.families import complete
 from ftplan.memory.families.native import Native
 from ftplan.memory.fsdp import BUFFERS, shard_shape
 from ftplan.memory.job import Job, ShardingSpec
+from ftplan.memory.loss import chunk_tokens, head_weight
 from ftplan.memory.nn import Network
 from ftplan.memory.optimizer import rounded, state_bytes, step_bytes
+from ftplan.memory.pipeline import candidates, cut, one_chunk, stages_of
 from ftplan.memory.prepare import counted_parameters, prepare
-from ftplan.memory.record import record_evaluation, record_serving, record_step
+from ftplan.memory.record import record_evaluation, record_step
 from ftplan.memory.replay import Alive, Program
+from ftplan.memory.rollout import Rollout, Stage
+from ftplan.memory.statics import Counted, StaticTerm, weight_bytes, weights_term
 from ftplan.memory.tape import ITEM_BYTES, Label, Parameter
-from ftplan.memory.tasks import Objective, objective_of
-from ftplan.memory.zero import bucket_bytes, live_bytes, partition
+from ftplan.memory.tasks import Objective, Resident, objective_of
+from ftplan.memory.zero import Layout, layout_of, live_bytes, partition, step_temporaries
 
-__all__ = ["Estimate", "StaticTerm", "Structure", "estimate"]
-
-Counted = Sequence[tuple[Parameter, int, bool]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StaticTerm:
-    """Bytes that are there at every moment of the step."""
-
-    name: str
-    bytes: int
-    formula: str
-    source: str
+__all__ = ["Estimate", "StaticTerm", "Structure", "estimate", "structure_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,98 +46,147 @@ class Estimate:
         return sum(term.bytes for term in self.static)
 
 
-def weight_bytes(parameter: Parameter) -> int:
-    """Bytes of one weight as it is stored, each tensor rounded as the allocator does."""
-    if parameter.dtype in ITEM_BYTES:
-        return rounded(parameter.numel * ITEM_BYTES[parameter.dtype])
-    storage = find_format(parameter.dtype)
-    # what is sharded is the packed values: every rank has all of their scales (bitsandbytes'
-    # Linear4bit keeps its quant_state beside the weight: fix_4bit_weight_quant_state_from_module)
-    parts = (storage.storages(parameter.shape)[0], *storage.storages(parameter.whole)[1:])
-    return sum(rounded(part) for part in parts)
-
-
-def _weights(counted: Counted, name: str, source: str) -> StaticTerm:
-    total = sum(weight_bytes(parameter) * times for parameter, times, _ in counted)
-    by_dtype: dict[str, int] = {}
-    for parameter, times, _ in counted:
-        by_dtype[parameter.dtype] = by_dtype.get(parameter.dtype, 0) + parameter.numel * times
-    parts = [f"{count:,} x {dtype}" for dtype, count in by_dtype.items()]
-    return StaticTerm(name=name, bytes=total, formula=" + ".join(parts), source=source)
-
-
 def main_weights(updated: Counted) -> StaticTerm:
     """The fp32 copy that the optimizer updates beside 2-byte weights."""
-    return _weights(
+    return weights_term(
         updated, "optimizer/main_weights", "fp32 copy of what is trained, updated by the optimizer"
     )
 
 
-def zero_terms(job: Job, whole: Counted, updated: Counted) -> list[StaticTerm]:
-    """What ZeRO adds: main weights, buckets, gathered weights."""
+def zero_terms(job: Job, updated: Counted, layout: Layout) -> list[StaticTerm]:
+    """What ZeRO adds for good: main weights, stage 3's bucket and gradients."""
     spec = job.sharding
-    trained = [entry for entry in whole if entry[0].trainable]
-    terms = [main_weights(updated)]
-    terms.append(
-        StaticTerm(
-            name="runtime/reduce_buckets",
-            bytes=bucket_bytes(spec, trained),
-            formula=f"2 x {spec.bucket_elements:,} elements (or all there are)",
-            source="DeepSpeed: reduce_bucket_size, overlap_comm",
-        )
+    terms = [main_weights(updated)] if spec.offload in ("none", "activations") else []
+    bucket = StaticTerm(
+        name="runtime/reduce_buckets",
+        bytes=spec.bucket_elements * layout.item,
+        formula=f"{spec.bucket_elements:,} elements x {layout.item} bytes",
+        source="DeepSpeed: reduce_bucket_size",
     )
-    if spec.kind == "zero3":
+    if spec.kind == "zero1" and job.accumulation > 1 and not spec.overlap_comm:
+        terms.append(bucket)
+    if spec.kind != "zero3":
+        if spec.offload == "optimizer":
+            terms.append(
+                StaticTerm(
+                    name="runtime/offload_buffer",
+                    bytes=layout.largest * layout.item,
+                    formula=f"{layout.largest:,} elements of the largest gradient",
+                    source="DeepSpeed stage_1_and_2.py: temp_grad_buffer_for_gpu_offload",
+                )
+            )
+        return terms
+    terms.append(bucket)
+    if spec.offload in ("none", "activations"):
         terms.append(
             StaticTerm(
-                name="weights/gathered",
-                bytes=live_bytes(spec, whole),
-                formula=f"{spec.max_live_elements:,} live + {spec.prefetch_elements:,} ahead",
-                source="DeepSpeed: stage3_max_live_parameters, stage3_prefetch_bucket_size",
+                name="gradients/partition",
+                bytes=layout.part * layout.item,
+                formula=f"{layout.part:,} elements x {layout.item} bytes",
+                source="DeepSpeed stage3.py: grad_partitions_flat_buffer",
             )
         )
     return terms
 
 
-def static_terms(job: Job, counted: Counted, whole: Counted) -> list[StaticTerm]:
+def static_terms(
+    job: Job, counted: Counted, whole: Counted, layout: Layout | None = None
+) -> list[StaticTerm]:
     """Weights, adapters and optimizer states. ``whole``: before anything was sharded."""
     frozen = [entry for entry in counted if not entry[0].trainable]
     learned = [entry for entry in counted if entry[0].trainable]
     own = "adapters/parameters" if job.method == "adapter" else "weights/trainable"
     terms = [
-        _weights(frozen, "weights/frozen", "shapes from config.json"),
-        _weights(learned, own, "shapes from config.json"),
+        weights_term(frozen, "weights/frozen", "shapes from config.json"),
+        weights_term(learned, own, "shapes from config.json"),
     ]
     offload = job.sharding.offload
     if offload in ("params", "nvme"):
         terms = []  # they wait on the host, or on NVMe
     trained = sum(parameter.numel * times for parameter, times, _ in learned)
     states = " + ".join(f"{s.name} ({s.dtype}, {s.shape})" for s in job.optimizer.states)
-    updated, parts = learned, ""
-    if job.sharding.kind.startswith("zero"):
-        ranks = job.sharding.world
+    updated, parts = [entry for entry in learned if not entry[0].idle], ""
+    if layout is not None:
+        ranks = job.sharding.data_ranks
         updated = [(partition(p, ranks), times, m) for p, times, m in whole if p.trainable]
         parts = f" in fp32 / {ranks} GPUs"
-        terms += zero_terms(job, whole, updated)
+        terms += zero_terms(job, updated, layout)
     elif job.main_weights:
-        terms.append(main_weights([(partition(p, 1), n, m) for p, n, m in learned]))
-        updated = [(partition(p, 1), times, m) for p, times, m in learned]
+        # Megatron's distributed optimizer: main weights and states over the data parallel ranks
+        ranks = job.sharding.data_ranks if job.sharding.kind == "zero1" else 1
+        updated = [(partition(p, ranks), times, m) for p, times, m in learned]
+        terms.append(main_weights(updated))
+        terms.append(
+            weights_term(
+                [(partition(p, 1), n, m) for p, n, m in learned],
+                "gradients/main",
+                "one fp32 buffer that every gradient is added to (main_grad)",
+            )
+        )
     terms.append(
         StaticTerm(
             name="optimizer/states",
-            bytes=state_bytes(job.optimizer, [entry for entry in updated if not entry[0].idle]),
+            bytes=state_bytes(job.optimizer, updated),
             formula=f"{job.optimizer.name}: {states} for {trained:,} parameters{parts}",
             source=job.optimizer.source,
+            tensors=_state_tensors(job, updated),
         )
     )
-    if job.sharding.kind == "ddp" and job.sharding.world > 1:
+    if job.sharding.kind == "ddp" and job.sharding.world > 1 and not job.main_weights:
         terms.append(
-            _weights(
+            weights_term(
                 learned,
                 "gradients/ddp_buckets",
                 "DDP copies every gradient into flat buckets (gradient_as_bucket_view=False)",
             )
         )
     return [term for term in terms if term.bytes and not _waits_elsewhere(term, job.sharding)]
+
+
+def resident_terms(model: Resident, sharding: ShardingSpec) -> list[StaticTerm]:
+    """A frozen model beside the trained one: sharded with it, and what ZeRO-3 gathers of it."""
+    whole = counted_parameters(model.network)
+    ranks = shard_ranks(sharding)
+    terms = [weights_term([(_shard(p, ranks), n, m) for p, n, m in whole], model.name, model.why)]
+    if sharding.kind == "zero3":
+        terms.append(_live(sharding, whole, f"{model.name}_gathered"))
+    if sharding.kind == "fsdp" and sharding.version == 2:
+        root = [
+            (_gathered(p, sharding.param_dtype), times, inside)
+            for p, times, inside in whole
+            if sharding.wrap == "model" or not inside
+        ]
+        why = "FSDP2's root unit is resharded by its backward, and this model has none"
+        terms.append(weights_term(root, f"{model.name}_gathered", why))
+    if sharding.kind in ("fsdp", "zero3") and sharding.offload in ("params", "nvme"):
+        return terms[1:]  # its shards wait on the host, or on NVMe
+    return terms
+
+
+def _gathered(parameter: Parameter, dtype: str | None) -> Parameter:
+    """A weight as FSDP gathers it: in the dtype of its policy."""
+    plain = parameter.dtype in ITEM_BYTES
+    return Parameter(
+        parameter.name, parameter.shape, dtype if plain and dtype else parameter.dtype, False
+    )
+
+
+def _live(spec: ShardingSpec, whole: Counted, name: str) -> StaticTerm:
+    return StaticTerm(
+        name=name,
+        bytes=live_bytes(spec, whole),
+        formula=f"{spec.max_live_elements:,} live + {spec.prefetch_elements:,} ahead",
+        source="DeepSpeed: stage3_max_live_parameters, stage3_prefetch_bucket_size",
+    )
+
+
+def _state_tensors(job: Job, updated: Counted) -> tuple[tuple[int, int], ...]:
+    """The states of each weight, as so many tensors of one size."""
+    count = max(1, len(job.optimizer.states))
+    return tuple(
+        (rounded(state_bytes(job.optimizer, [(parameter, 1, matrix)]) // count), count * times)
+        for parameter, times, matrix in updated
+    )
 
 
 def _waits_elsewhere(term: StaticTerm, sharding: ShardingSpec) -> bool:
@@ -178,32 +216,42 @@ class Structure:
 
     def __init__(self, job: Job) -> None:
         network = prepare(job)
-        counted = counted_parameters(network)
+        self.stage = job.stage
+        if job.stage is not None:
+            cut(network, job.stage)
+        objective = objective_of(job)
+        own = counted_parameters(network)
+        counted = own + (counted_parameters(objective.critic) if objective.critic else [])
         ranks = shard_ranks(job.sharding)
         local = [(_shard(p, ranks), times, matrix) for p, times, matrix in counted]
         learned = [entry for entry in local if entry[0].trainable]
-        static = static_terms(job, local, counted)
+        layout = layout_of(network, job.sharding) if job.sharding.is_zero else None
+        static = static_terms(job, local, counted, layout)
         if network.buffer_bytes:
             static.append(
                 StaticTerm(
                     name="weights/buffers",
                     bytes=network.buffer_bytes,
                     formula=f"{network.buffer_bytes:,}",
-                    source="masks and tables that the model keeps beside its weights",
+                    source="masks, tables and buffers that are kept beside the weights",
                 )
             )
         idle = [entry for entry in learned if entry[0].idle]
         if idle and job.accumulation == 1:
-            static.append(_weights(idle, "gradients/idle", "gradients that nothing clears"))
-        objective = objective_of(job)
+            why = "gradients that nothing clears"
+            static.append(weights_term(idle, "gradients/idle", why))
         for model in objective.resident:
-            static.append(_weights(counted_parameters(model.network), model.name, model.why))
+            static += resident_terms(model, job.sharding)
         if job.sampler_bytes:
             static.append(_sampler(job))
-        if job.accumulation > 1:
+        if (
+            job.accumulation > 1
+            and not job.main_weights
+            and not (job.stage is not None and job.stage.fresh)
+        ):
             static.append(
-                _weights(
-                    _accumulated(job, learned),
+                weights_term(
+                    _accumulated(job, counted, learned, layout),
                     "gradients/accumulated",
                     "gradients of earlier micro batches",
                 )
@@ -213,14 +261,28 @@ class Structure:
         in_backward = job.optimizer.in_backward
         stepped = [entry for entry in learned if not entry[0].idle]
         self.step_bytes = 0 if in_backward else step_bytes(job.optimizer, stepped)
+        if job.sharding.tp > 1 and not job.sharding.megatron and self.step_bytes == 0:
+            # a rank's rows of the table's gradient are a view, which is copied to be stepped with
+            tables = [weight_bytes(p) for p, _, _ in learned if p.embedding]
+            self.step_bytes = max(tables, default=0)
+        if layout is not None:
+            ranks = job.sharding.data_ranks
+            parts = [(partition(p, ranks), n, m) for p, n, m in counted if p.trainable]
+            needs = step_bytes(job.optimizer, parts)
+            self.step_bytes = step_temporaries(job.sharding, layout, needs)
+        if job.stage is not None:
+            one_chunk(network, job.stage)
+        self.learned = learned
         self.network = network
         self.counted = counted
+        self._fused = _fused_chunk(job, network, self.static_bytes)
         self.program = program_of(job, network, objective)
         self.eval_micro = job.eval_micro
-        self.evaluation = _evaluation_of(job, network, objective) if job.eval_micro else None
-        self.rollout = _rollout_of(job, network) if job.generates else None
+        evaluated = job.eval_micro and job.stage is None
+        self.evaluation = _evaluation_of(job, network, objective) if evaluated else None
+        self.rollout = Rollout(job, network, objective) if job.generates else None
         self.total_params = sum(
-            parameter.numel * times for parameter, times, _ in counted if _is_base(parameter)
+            parameter.numel * times for parameter, times, _ in own if _is_base(parameter)
         )
         self.trainable_params = sum(
             parameter.numel * times
@@ -228,38 +290,51 @@ class Structure:
             if parameter.trainable and not parameter.idle
         )
 
+    def _chunk(self, micro: int, seq_len: int, given: int) -> int:
+        """Tokens of a chunk of the loss: ``given``, or by the rule of a fused one."""
+        if given or self._fused is None:
+            return given
+        return self._fused(micro * self.program.sequences * seq_len)
+
     def phases(self, micro: int, seq_len: int, chunk: int = 0) -> list[tuple[str, int]]:
         """The most that is alive in each phase, in bytes."""
+        chunk = self._chunk(micro, seq_len, chunk)
         played, rest = self.program.levels(micro, seq_len, chunk)
         phases = [(name, self.static_bytes + peak) for name, peak in played]
         phases.append(("step", self.static_bytes + self.step_bytes + rest))
         if self.evaluation is not None:
             phases.append(("evaluation", self._evaluated(seq_len, chunk)))
-        if self.rollout is not None:
-            phases.append(("rollout", self._rolled_out(micro, seq_len)))
+        phases += [
+            (stage.phase, self._at_rest + stage.bytes) for stage in self._stages(micro, seq_len)
+        ]
         return phases
 
-    def _rolled_out(self, micro: int, seq_len: int) -> int:
-        """The worst moment while completions are generated, with neither gradients nor a graph."""
-        assert self.rollout is not None
-        static = sum(term.bytes for term in _without_gradients(self.static))
-        return static + self.rollout.cache(micro, seq_len).bytes + self.rollout.peak(micro, seq_len)
+    def _stages(self, micro: int, seq_len: int) -> list[Stage]:
+        """What happens before the step, where the model itself generates."""
+        return self.rollout.worst(micro, seq_len) if self.rollout is not None else []
+
+    @property
+    def _at_rest(self) -> int:
+        """What is static while there are no gradients."""
+        return sum(term.bytes for term in _without_gradients(self.static))
 
     def _evaluated(self, seq_len: int, chunk: int) -> int:
         """The worst moment of an evaluation, which comes when gradients have gone."""
         assert self.evaluation is not None
-        static = sum(term.bytes for term in _without_gradients(self.static))
-        return static + self.evaluation.peak(self.eval_micro, seq_len, chunk)
+        return self._at_rest + self.evaluation.peak(self.eval_micro, seq_len, chunk)
 
     def peak(self, micro: int, seq_len: int, chunk: int = 0) -> int:
         """The worst moment in bytes: the integer of :meth:`at`, without what is alive at it."""
+        chunk = self._chunk(micro, seq_len, chunk)
         worst, rest = self.program.peak_and_rest(micro, seq_len, chunk)
         peak = self.static_bytes + max(worst, self.step_bytes + rest)
         peak = max(peak, self._evaluated(seq_len, chunk)) if self.evaluation else peak
-        return max(peak, self._rolled_out(micro, seq_len)) if self.rollout else peak
+        stages = [self._at_rest + stage.bytes for stage in self._stages(micro, seq_len)]
+        return max([peak, *stages])
 
     def at(self, micro: int, seq_len: int, chunk: int = 0) -> Estimate:
         """The worst moment for a micro batch, a sequence length and a chunk of the loss."""
+        chunk = self._chunk(micro, seq_len, chunk)
         phases = self.phases(micro, seq_len, chunk)
         phase, _ = max(phases, key=lambda item: item[1])
         is_step = phase == "step"
@@ -269,10 +344,10 @@ class Structure:
                 _without_gradients(self.static),
                 self.evaluation.moment(self.eval_micro, seq_len, chunk).alive,
             )
-        if phase == "rollout" and self.rollout is not None:
-            cache = self.rollout.cache(micro, seq_len)
-            static = (*_without_gradients(self.static), cache)
-            return self._estimate(phases, static, self.rollout.alive(micro, seq_len))
+        for stage in self._stages(micro, seq_len):
+            if stage.phase == phase:
+                static = (*_without_gradients(self.static), *stage.terms)
+                return self._estimate(phases, static, stage.alive)
         resting = self.program.rest(micro, seq_len, chunk) if is_step else None
         return self._estimate(
             phases,
@@ -302,63 +377,65 @@ class Structure:
         )
 
 
-class Rollout:
-    """Completions generated by the model itself: a cache that fills, and a forward of prompts."""
-
-    def __init__(self, program: Program, job: Job, layers: list[CacheLayer]) -> None:
-        self._program = program
-        self._layers = layers
-        self._at_once = job.accumulation
-        self._completion = job.completion_tokens
-        self._format = find_format(job.environment.autocast or job.base_dtype)
-
-    def cache(self, micro: int, seq_len: int) -> StaticTerm:
-        """Keys and values of all sequences when the last token is there."""
-        count = micro * self._at_once
-        return StaticTerm(
-            name="kv_cache/rollout",
-            bytes=cache_bytes(self._layers, self._format, count, seq_len),
-            formula=f"{count:,} sequences x {seq_len:,} tokens in {self._format.name}",
-            source="trl/trainer/grpo_trainer.py 1.16: one generation for all of a step's batches",
-        )
-
-    def _shape(self, micro: int, seq_len: int) -> tuple[int, int]:
-        return micro * self._at_once, max(1, seq_len - self._completion)
-
-    def peak(self, micro: int, seq_len: int) -> int:
-        """The most that the prompts' forward needs, in bytes."""
-        return self._program.peak(*self._shape(micro, seq_len))
-
-    def alive(self, micro: int, seq_len: int) -> Mapping[Label, Alive]:
-        """What is alive at that moment."""
-        return self._program.moment(*self._shape(micro, seq_len)).alive
-
-
-def _rollout_of(job: Job, network: Network) -> Rollout:
-    if job.sharding.kind in ("fsdp", "zero3"):
-        raise UnsupportedError(
-            f"generating with weights that are sharded by {job.sharding.kind}",
-            remedy="use rollout.sampler: server, or colocate",
-        )
-    layers = cache_layers(network, complete(job.config))
-    recording = record_serving(network, replace(job.environment, training=False))
-    return Rollout(Program(recording, recording.phases()), job, layers)
+def _fused_chunk(job: Job, network: Network, static_bytes: int) -> Callable[[int], int] | None:
+    """Tokens of a chunk of a fused loss as a function of all tokens; None: the loss is another."""
+    if job.environment.loss != "fused":
+        return None
+    vocabulary, hidden = head_weight(network)[0].shape
+    free = max(1, job.card_bytes - static_bytes) if job.card_bytes else 0
+    by = job.environment.loss_by
+    return lambda tokens: chunk_tokens(by, tokens, vocabulary, hidden, free)
 
 
 def _without_gradients(static: Sequence[StaticTerm]) -> tuple[StaticTerm, ...]:
     return tuple(term for term in static if not term.name.startswith("gradients/"))
 
 
+def structure_of(job: Job) -> Structure:
+    """The record of a job; of a pipeline, that of its worst rank at the job's own batch."""
+    if job.sharding.pp == 1:
+        return Structure(job)
+    layers = prepare(job).stages[0].stack.count
+    ranks = [
+        Structure(replace(job, stage=stage))
+        for stage in candidates(
+            stages_of(layers, job.sharding, job.accumulation, buffered=not job.main_weights)
+        )
+    ]
+    return max(ranks, key=lambda rank: rank.peak(job.micro, job.seq_len, job.loss_chunk))
+
+
 def estimate(job: Job) -> Estimate:
     """The peak of the second step of ``job`` on one GPU."""
-    return Structure(job).at(job.micro, job.seq_len, job.loss_chunk)
+    return structure_of(job).at(job.micro, job.seq_len, job.loss_chunk)
 
 
-def _accumulated(job: Job, learned: Counted) -> Counted:
-    """Gradients between micro batches: under ZeRO-2 each rank keeps its own part of them."""
-    if job.sharding.kind != "zero2":
+def _accumulated(job: Job, whole: Counted, learned: Counted, layout: Layout | None) -> Counted:
+    """Gradients between micro batches: under ZeRO each rank keeps those that it owns.
+
+    FSDP keeps shards too, or the host does, or whole gradients where it waits for the last batch.
+    """
+    spec = job.sharding
+    if layout is not None and (spec.kind != "zero1" or spec.overlap_comm):
+        if spec.kind == "zero3" or spec.offload in ("optimizer", "nvme"):
+            return []  # in the partition's own buffer, or on the host
+        dtype = next(name for name in ("bf16", "fp32") if ITEM_BYTES[name] == layout.item)
+        return [
+            (Parameter("own part", (max(layout.owned, layout.first_owned),), dtype, True), 1, False)
+        ]
+    if spec.kind != "fsdp":
         return learned
-    return [(_shard(p, job.sharding.world), times, matrix) for p, times, matrix in learned]
+    if not spec.no_sync:
+        return [] if spec.offload == "params" else learned
+    return [
+        (_as(p, spec.reduce_dtype or spec.param_dtype or p.dtype), times, matrix)
+        for p, times, matrix in whole
+        if p.trainable
+    ]
+
+
+def _as(parameter: Parameter, dtype: str) -> Parameter:
+    return Parameter(parameter.name, parameter.shape, dtype, True)
 
 
 def _is_base(parameter: Parameter) -> bool:
@@ -369,7 +446,7 @@ def shard_ranks(sharding: ShardingSpec) -> int:
     """Over how many ranks each weight is split."""
     if sharding.kind not in ("fsdp", "zero3"):
         return 1
-    return sharding.world // (sharding.tp * sharding.pp * sharding.cp * sharding.dp_replicate)
+    return sharding.shard_ranks
 
 
 def _shard(parameter: Parameter, ranks: int) -> Parameter:
@@ -386,6 +463,8 @@ def _shard(parameter: Parameter, ranks: int) -> Parameter:
 
 def _step_of(job: Job) -> Callable[[Parameter], int] | None:
     """What the step of one parameter needs, for an optimizer that steps in backward."""
+    if job.main_weights and not job.sharding.is_zero:
+        return lambda _parameter: 0  # added to the buffer and let go
     if not job.optimizer.in_backward:
         return None
     if job.accumulation > 1 or job.sharding.kind in ("fsdp", "zero1", "zero2", "zero3"):
@@ -398,27 +477,45 @@ def _step_of(job: Job) -> Callable[[Parameter], int] | None:
 
 def program_of(job: Job, network: Network, objective: Objective) -> Program:
     """Record the job's step."""
-    sharding = job.sharding if job.sharding.kind in ("fsdp", "zero2", "zero3") else None
+    sharded = job.sharding.is_zero or job.sharding.kind == "fsdp"
+    sharding = job.sharding if sharded else None
     if sharding is not None and sharding.kind == "fsdp":
-        for parameter, _, _ in counted_parameters(network):
-            parameter.stored = parameter.dtype
-            if parameter.dtype in ITEM_BYTES:
-                parameter.dtype = sharding.param_dtype or parameter.dtype
+        for each in (network, *((objective.other,) if objective.other else ())):
+            _gathered_as(each, sharding.param_dtype)
+    stage = job.stage
+    if stage is not None and not objective.inside:
+        raise UnsupportedError(
+            f"the task {job.task!r} under pipeline parallelism",
+            remedy="use tensor parallelism, fsdp or zero3",
+        )
     recording = record_step(
         network,
         job.environment,
         checkpoint_every=job.checkpoint_every,
         input_grads=job.checkpoint_every > 0 and not job.modules,
-        accumulated=job.accumulation > 1,
+        share=stage,
+        accumulated=job.accumulation > 1 and not (stage is not None and stage.fresh),
+        ahead=job.accumulation - 1 if job.fetches_ahead else 0,
         sharding=sharding,
         objective=objective,
         step_of=_step_of(job),
     )
-    program = Program(recording, recording.phases())
+    under_way = stage.in_flight - 1 if stage is not None else 0
+    program = Program(recording, recording.phases(under_way=under_way))
     program.virtual_tokens = network.virtual_tokens
     program.sequences = objective.sequences
     program.chunked_by_sequence = isinstance(network, Native) and network.chunked_by_sequence
+    program.completion = objective.completion
+    program.shifted = job.environment.loss_columns > 0
     return program
+
+
+def _gathered_as(network: Network, dtype: str | None) -> None:
+    """Weights as FSDP's units run with them: in the dtype of its policy."""
+    for parameter, _, _ in counted_parameters(network):
+        parameter.stored = parameter.dtype
+        if parameter.dtype in ITEM_BYTES:
+            parameter.dtype = dtype or parameter.dtype
 
 
 def _evaluation_of(job: Job, network: Network, objective: Objective) -> Program | None:

@@ -61,12 +61,14 @@ def grouped_linear(
     dtype (``input.to(weight.dtype)``); a bias is added in place.
     """
     x = ops.to(x, weight.dtype) if weight.dtype in ("fp32", "bf16", "fp16") else x
-    out = x.tape.tensor(x.rows, out_features, x.dtype, "grouped_mm")
+    rows, width = x.rows, x.width
+    x.tape.multiply(rows, width, out_features)
+    out = x.tape.tensor(rows, out_features, x.dtype, "grouped_mm")
     saved_x = x if weight.requires_grad else None
     saved_weight = weight if x.requires_grad else None
     make_x = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
     weight_rows, weight_width, weight_dtype = weight.rows, weight.width, weight.dtype
-    wants_weight = weight.requires_grad
+    wants_x, wants_weight = x.requires_grad, weight.requires_grad
     inputs = [x, weight]
     if bias is not None:
         inputs.append(bias)
@@ -75,6 +77,7 @@ def grouped_linear(
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved_x, saved_weight, offsets
+        grad.tape.multiply(rows, width, out_features, times=wants_x + wants_weight)
         grad_weight = None
         if wants_weight:
             grad_weight = grad.tape.tensor(weight_rows, weight_width, weight_dtype, "expert grad")
@@ -87,16 +90,54 @@ def grouped_linear(
     return out
 
 
-def batched_linear(x: Tensor, weight: Tensor, out_features: int) -> Tensor:
-    """``bmm`` of every expert's rows with its matrix, as many rows for each; under autocast."""
-    x, weight = ops.autocast(x), ops.autocast(weight)
-    out = x.tape.tensor(x.rows, out_features, x.dtype, "bmm")
-    saved = (x if weight.requires_grad else None, weight if x.requires_grad else None)
-    make_x = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
-    make_weight = ops.like(weight.rows, weight.width, weight.dtype, weight.requires_grad)
+def packed_linear(x: Tensor, matrix: tuple[int, ...], out_features: int, dtype: str) -> Tensor:
+    """Each expert's rows times its matrix, which is expanded for the moment, both ways."""
+    before = x.dtype
+    x = ops.to(x, dtype)
+    shape = ONE * matrix[0], matrix[1], dtype
+    expanded = x.tape.tensor(*shape, "dequantised weight")
+    out = x.tape.tensor(x.rows, out_features, dtype, "linear")
+    del expanded
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+
+    def apply(grad: Tensor) -> Grads:
+        weight = grad.tape.tensor(*shape, "dequantised weight")
+        result = make(grad)
+        del weight
+        return (result,)
+
+    ops.record([out], "quantised matmul", [x], apply)
+    return ops.to(out, before)
+
+
+def _add_rows(total: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """``index_add_``: in place; the way back picks the rows again."""
+    out = total.alias()
+    make = ops.like(rows.rows, rows.width, rows.dtype, rows.requires_grad)
+    saved, wants = index, total.requires_grad
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved
+        return grad if wants else None, make(grad)
+
+    ops.record([out], "index_add", [total, rows], apply)
+    return out
+
+
+def batched_linear(x: Tensor, weight: Tensor, out_features: int) -> Tensor:
+    """``bmm`` of every expert's rows with its matrix, as many rows for each; under autocast."""
+    x, weight = ops.autocast(x), ops.autocast(weight)
+    rows, width = x.rows, x.width
+    x.tape.multiply(rows, width, out_features)
+    out = x.tape.tensor(rows, out_features, x.dtype, "bmm")
+    saved = (x if weight.requires_grad else None, weight if x.requires_grad else None)
+    make_x = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+    make_weight = ops.like(weight.rows, weight.width, weight.dtype, weight.requires_grad)
+    wants = x.requires_grad + weight.requires_grad
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved
+        grad.tape.multiply(rows, width, out_features, times=wants)
         return make_x(grad), make_weight(grad)
 
     ops.record([out], "bmm", [x, weight], apply)
@@ -264,6 +305,9 @@ class Experts(Module):
         self.folded: dict[str, Folded] = {}
         self.names = ("gate_up_proj" if gated else "up_proj", "down_proj")
         self.has_bias = bias
+        self.expands_to: str | None = None
+        """Experts were linear layers of their own and are stored in few bits: the dtype that one
+        after the other is expanded to (transformers until 4.57)."""
         wide = 2 * inner if gated else inner
         for name, shape in zip(self.names, ((hidden, wide), (inner, hidden)), strict=True):
             width_in, width_out = shape
@@ -279,6 +323,8 @@ class Experts(Module):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         tape = x.tape
         top_k = routing.index.width
+        if self.expands_to is not None:
+            return self._one_by_one(x, routing, top_k, self.expands_to)
         rows = TOKENS * top_k
         index = _index(routing.index, rows, "sorted experts")
         order = _index(routing.index, rows, "sort order")
@@ -298,6 +344,30 @@ class Experts(Module):
         total = sum_of_groups(weighted, top_k)
         del counts
         return ops.to(total, x.dtype)
+
+    def _one_by_one(self, x: Tensor, routing: Routing, top_k: int, dtype: str) -> Tensor:
+        """A loop over experts, each with its even share of the rows, as so much narrower ones.
+
+        Source: transformers 4.48, ``MixtralSparseMoeBlock``.
+        """
+        tape, share = x.tape, self.count // top_k
+        narrow, inner = -(-self.hidden // share), -(-self.inner // share)
+        total = tape.tensor(TOKENS, self.hidden, x.dtype, "sum over experts")
+        for _ in range(self.count):
+            index = tape.tensor(TOKENS, max(1, 16 // share), "bool", "rows of the expert")
+            picked = gather_rows(x, index, TOKENS, narrow)
+            gate = packed_linear(picked, (self.inner, self.hidden), inner, dtype)
+            hidden = activation(gate, self.act)
+            del gate
+            hidden = ops.mul(hidden, packed_linear(picked, (self.inner, self.hidden), inner, dtype))
+            del picked
+            out = packed_linear(hidden, (self.hidden, self.inner), narrow, dtype)
+            del hidden
+            weights = gather_rows(routing.weights, index, TOKENS, 1)
+            out = ops.mul(out, weights, "weighted experts")
+            total = _add_rows(total, ops.to(out, total.dtype), index)
+            del out
+        return total
 
     def _bias(self, name: str, index: Tensor) -> Tensor | None:
         """The bias of each row's expert."""

@@ -19,11 +19,15 @@ from ftplan.memory import ops
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Storage, Tape, Tensor
 
-__all__ = ["BUFFERS", "Fsdp", "Unit", "shard_shape"]
+__all__ = ["ACCUMULATED", "BUFFERS", "Fsdp", "Unit", "shard_shape"]
 
 BUFFERS = ("gptq", "awq")
 """Formats whose linear layers hold buffers, which FSDP and ZeRO leave whole on every rank
 (``register_buffer("qweight", ...)`` in gptqmodel and autoawq)."""
+
+
+ACCUMULATED = Label("gradients", "accumulated")
+"""Gradients of earlier micro batches: static, but for what the last one frees of them."""
 
 
 def shard_shape(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
@@ -42,6 +46,10 @@ class Unit:
     gathered: list[Storage] = field(default_factory=list)
     flat: Storage | None = None
     reduced: bool = False
+    accumulated: list[Storage] = field(default_factory=list)
+    """Whole gradients of earlier micro batches, in the dtype that they will be reduced in."""
+    place: int | str | None = None
+    """The layer, where it is recorded by itself; else it stands for others too."""
     times: dict[int, int] = field(default_factory=dict)
     """How many tensors of the model a parameter stands for, where that is not one."""
 
@@ -52,13 +60,15 @@ class Fsdp:
     def __init__(self, tape: Tape, spec: ShardingSpec, *, accumulated: bool) -> None:
         self.tape = tape
         self.spec = spec
-        self.ranks = spec.world // (spec.tp * spec.pp * spec.cp * spec.dp_replicate)
+        self.ranks = spec.shard_ranks
         self.accumulated = accumulated
         """Shards of gradients are there already: what arrives is added and freed."""
         self.previous: list[Storage] = []
         """The flat buffer of the unit before, until this one has been copied out."""
         self.scattered: list[Storage] = []
         """The flat gradients of the unit before."""
+        self.across: list[Storage] = []
+        """Shards of gradients while replicas sum them, kept until backward has ended."""
         self.order: list[Unit] = []
 
     def _bytes(self, parameter: Parameter) -> int:
@@ -91,6 +101,33 @@ class Fsdp:
             self._allocate(self._total(unit, (p,)), "weights") for p in unit.parameters
         ]
 
+    def place(self, layer: int, count: int) -> int | str | None:
+        """Blocks that are recorded by themselves: the first and the last."""
+        return layer if layer in (0, count - 1) else None
+
+    def begin_model(self, root: Unit) -> None:
+        """The root's ``pre_forward``."""
+        self.begin_forward(root)
+
+    def adopt(self, unit: Unit) -> None:
+        """Whole gradients that earlier micro batches left, where they are not reduced each time.
+
+        ``to_accumulated_grad_if_needed`` keeps them in the dtype of the reduction.
+        """
+        if not (self.accumulated and self.spec.no_sync):
+            return
+        for parameter in unit.parameters:
+            if not parameter.trainable:
+                continue
+            dtype = self.spec.reduce_dtype or parameter.dtype
+            size = parameter.numel * ITEM_BYTES[dtype]
+            held = self.tape.before(ONE * size, ACCUMULATED)
+            if dtype == parameter.dtype:
+                rows = ONE * (parameter.numel // parameter.shape[-1])
+                parameter.grad = Tensor(self.tape, held, rows, parameter.shape[-1], dtype)
+            else:
+                unit.accumulated.append(held)
+
     def begin_forward(self, unit: Unit) -> None:
         """``pre_forward``: gather and copy out; then the unit before gives up its flat buffer."""
         if unit.gathered:
@@ -109,8 +146,11 @@ class Fsdp:
         self.order.append(unit)
 
     def end_model(self, root: Unit) -> None:
-        """The root's ``post_forward`` also frees the last flat buffer."""
-        self.end_forward(root)
+        """The root's ``post_forward`` frees the last flat buffer and keeps the root's weights.
+
+        Backward needs them at once (``_lazy_init``: ``_auto_reshard_after_forward``).
+        """
+        self.order.append(root)
         self.previous.clear()
 
     def begin_backward(self, unit: Unit) -> None:
@@ -137,18 +177,25 @@ class Fsdp:
             return
         dtype = self.spec.reduce_dtype or grads[0][0].dtype
         trained = [parameter for parameter, _ in grads]
+        orig = trained[0].stored
+        if unit.accumulated:  # ``accumulate_unsharded_grad_if_needed``: added and gone before
+            grads.clear()
         flat = self._total(unit, trained) // ITEM_BYTES[trained[0].dtype] * ITEM_BYTES[dtype]
         self.scattered.append(self._allocate(flat, "flat gradients"))
-        orig = grads[0][0].stored
         del grads
+        unit.accumulated.clear()
         shard = self._allocate(flat // self.ranks, "reduced gradients")
         if dtype != orig:
+            if self.spec.dp_replicate > 1:
+                self.across.append(shard)  # ``AllReduceState``
             shard = self._allocate(
                 flat // self.ranks // ITEM_BYTES[dtype] * ITEM_BYTES[orig], "reduced gradients"
             )
         self.tape.labels[shard.index - 1] = Label("gradients", "parameters")
-        if self.accumulated or self.spec.offload == "params":
+        if self.spec.offload == "params":
             return  # CPUOffloadPolicy copies shards of gradients to the host
+        if self.accumulated and not self.spec.no_sync:
+            return
         held = Tensor(self.tape, shard, ONE, 1, orig)
         for parameter in trained:
             parameter.grad = held
@@ -158,6 +205,7 @@ class Fsdp:
         for unit in reversed(units):
             self.end_backward(unit)
         self.scattered.clear()
+        self.across.clear()
 
     def enter(self, unit: Unit, x: Tensor) -> Tensor:
         """Mark where the way back leaves the unit."""

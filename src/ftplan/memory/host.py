@@ -1,14 +1,16 @@
-"""Host memory and the wire: what lies beside the GPUs, and what passes between them.
+"""Host memory, disk and the wire: what lies beside the GPUs, and what passes between them.
 
-Host RAM per node is the larger of two moments: loading the weights, and running (offloaded states
-and weights, a gathered checkpoint while it is saved). The processes themselves come on top.
+Host RAM per node is the larger of two moments: loading the weights, and running while a checkpoint
+is saved (what is offloaded, and the copy that rank 0 writes). The processes come on top.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
+from ftplan.dtypes import find_format
+from ftplan.errors import FtplanError
 from ftplan.memory.job import Job
 from ftplan.memory.optimizer import state_bytes
 from ftplan.memory.tape import ITEM_BYTES, Parameter
@@ -16,16 +18,19 @@ from ftplan.memory.zero import partition
 from ftplan.report import Interval
 from ftplan.units import GIB, MIB
 
-__all__ = ["Wire", "disk_bytes", "host_interval", "offloaded_bytes", "wire_of"]
+__all__ = ["Wire", "disk_bytes", "host_interval", "offloaded_bytes", "pinned", "wire_of"]
 
 Counted = Sequence[tuple[Parameter, int, bool]]
 
 PROCESS = (390 * MIB, 1536 * MIB, 4 * GIB)
 """One training process. Low: the resident set after importing torch 2.13 (CPU build),
-transformers 5.23 and peft 0.21 was 388 MiB here (2026-11-23). The CUDA build, a context and its
-pinned buffers add between one and a few GiB, which nobody publishes per version: hence the rest."""
-SHARD_BYTES = 5 * 10**9
-"""transformers writes checkpoint files of at most 5 GB (``max_shard_size``)."""
+transformers 5.23 and peft 0.21 was 386 MiB here (2026-11-28); a worker of a data loader adds 38 MiB
+of its own. The CUDA build, a context and its buffers add between one and a few GiB, which nobody
+publishes per version: hence the rest."""
+SHARD_BYTES = 50 * 10**9
+"""transformers 5 writes checkpoint files of at most 50 GB (``max_shard_size``)."""
+SWAP_BUFFERS = 5 * 100_000_000
+"""DeepSpeed's ``offload_param``: ``buffer_count`` x ``buffer_size`` elements, pinned, for NVMe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,55 +39,156 @@ class Wire:
 
     collective: str
     bytes_per_step: int
+    slow_bytes: int
+    """Those of them that cross nodes, where the job has more than one."""
 
 
 def _weights(counted: Counted) -> int:
-    return sum(p.numel * times * ITEM_BYTES.get(p.dtype, 1) for p, times, _ in counted)
+    return sum(_stored(p) * times for p, times, _ in counted)
+
+
+def _stored(parameter: Parameter) -> int:
+    if parameter.dtype in ITEM_BYTES:
+        return parameter.numel * ITEM_BYTES[parameter.dtype]
+    return sum(find_format(parameter.dtype).storages(parameter.shape))
 
 
 def _trained(counted: Counted) -> list[tuple[Parameter, int, bool]]:
     return [entry for entry in counted if entry[0].trainable]
 
 
+def pinned(size: int) -> int:
+    """Bytes that page-locked memory of ``size`` bytes takes: the next power of two.
+
+    c10/core: ``CachingHostAllocatorImpl::allocate`` (PyTorch 2.13) rounds every block so.
+    """
+    return 1 << (size - 1).bit_length() if size > 0 else 0
+
+
+def _pinned_each(counted: Counted, item: int | None = None, ranks: int = 1) -> int:
+    """Page-locked shards of weights, each a block of its own."""
+    return sum(
+        times * pinned(-(-(p.numel * item if item else _stored(p)) // ranks))
+        for p, times, _ in counted
+    )
+
+
 def offloaded_bytes(job: Job, counted: Counted) -> int:
     """Bytes on the host for one rank: states, main weights, weights and gradients sent there."""
     spec, offload = job.sharding, job.sharding.offload
-    trained = _trained(counted)
-    paged = 0
-    if job.optimizer.paged:
-        paged = sum(p.numel * n for p, n, _ in trained) * 2
-    if offload in ("none", "activations", "nvme"):
-        return paged
-    ranks = spec.world
-    parts = [(partition(p, ranks), n, m) for p, n, m in trained]
-    zero = spec.kind.startswith("zero")
-    states = state_bytes(job.optimizer, parts)
-    total = 0
-    if offload == "optimizer" or spec.kind == "fsdp":
-        total += states
-        total += sum(p.numel * n * 4 for p, n, _ in parts) if zero else 0
-        total += sum(p.numel * n * 4 for p, n, _ in parts)  # gradients wait there too
-    if offload == "params":
-        total += -(-_weights(counted) // ranks)
-    return total + paged
+    total = _boundaries(job, counted)
+    if offload in ("none", "activations") or not (spec.is_zero or spec.kind == "fsdp"):
+        moved = offload == "optimizer" and spec.megatron
+        return total + (_megatron_states(job, counted) if moved else 0)
+    if spec.kind == "fsdp":
+        return total + (_fsdp_offloaded(job, counted) if offload == "params" else 0)
+    return total + _zero_offloaded(job, counted)
+
+
+def _boundaries(job: Job, counted: Counted) -> int:
+    """Inputs of checkpointed blocks that wait on the host."""
+    if not job.environment.offload_checkpoints:
+        return 0
+    blocks = [(p, times) for p, times, in_block in counted if in_block and len(p.shape) == 2]
+    if not blocks or not job.checkpoint_every:
+        return 0
+    hidden = min(min(p.shape) for p, _ in blocks if not p.added)
+    layers = max(times for _, times in blocks)
+    return layers // job.checkpoint_every * pinned(job.micro * job.seq_len * hidden * 2)
+
+
+def _fsdp_offloaded(job: Job, counted: Counted) -> int:
+    """``CPUOffloadPolicy``: shards of weights and gradients page-locked, states beside them."""
+    ranks, trained = job.sharding.shard_ranks, _trained(counted)
+    parts = []
+    for parameter, times, matrix in trained:
+        part = partition(parameter, ranks)
+        part.dtype = parameter.stored
+        parts.append((part, times, matrix))
+    return (
+        _pinned_each(counted, ranks=ranks)
+        + _pinned_each(trained, ranks=ranks)
+        + state_bytes(job.optimizer, parts)
+    )
+
+
+def _zero_offloaded(job: Job, counted: Counted) -> int:
+    """Flat partitions in fp32 (weights, gradients) and in two bytes, page-locked, and states."""
+    spec, trained = job.sharding, _trained(counted)
+    ranks = spec.data_ranks
+    elements = sum(-(-p.numel // ranks) * n for p, n, _ in trained)
+    states = state_bytes(job.optimizer, [(partition(p, ranks), n, m) for p, n, m in trained])
+    if spec.offload == "nvme":
+        sub_group = min(elements, spec.sub_group_elements)
+        return 4 * pinned(4 * sub_group) + pinned(2 * SWAP_BUFFERS)
+    largest = max((p.numel for p, _, _ in trained), default=0)
+    total = 2 * pinned(4 * elements) + pinned(2 * elements) + pinned(2 * largest) + states
+    if spec.offload == "params":
+        total += pinned(-(-_weights(counted) // ranks))
+    return total
+
+
+def _megatron_states(job: Job, counted: Counted) -> int:
+    ranks = job.sharding.data_ranks if job.sharding.kind == "zero1" else 1
+    parts = [(partition(p, ranks), n, m) for p, n, m in _trained(counted)]
+    return sum(pinned(4 * p.numel) * n for p, n, _ in parts) + state_bytes(job.optimizer, parts)
+
+
+def _loaded(job: Job, counted: Counted, ranks: int) -> tuple[int, int, int]:
+    """Bytes of loading on one node: low, expected, high.
+
+    transformers 5 maps safetensors files: weights that stay in the checkpoint's dtype are pages of
+    the file, one set for all ranks, until they are copied to the GPU; weights that are converted
+    are a copy in each rank (measured 2026-11-28: 4 MiB of its own for a model of 1,335 MiB loaded
+    as it is, 2,671 MiB when loaded in fp32). FSDP loads on rank 0 alone
+    (``cpu_ram_efficient_loading``). Quantised ones are made weight by weight. Pages of files can be
+    taken back: they are in ``high`` alone.
+    """
+    weights = _weights(counted)
+    full = sum(p.numel * n for p, n, _ in counted) * ITEM_BYTES.get(job.base_dtype, 2)
+    quantised = job.weights.name not in ITEM_BYTES
+    largest = max((_stored(p) for p, _, _ in counted), default=0)
+    readers = 1 if job.sharding.kind == "fsdp" else ranks
+    if quantised:
+        return largest, weights * readers, max(full, weights * ranks)
+    if not _converts(job):
+        return largest, largest, weights * ranks
+    return weights, weights * readers, weights * ranks
+
+
+def _converts(job: Job) -> bool:
+    """Whether the weights are loaded in another dtype than the checkpoint has."""
+    text = job.config.get("text_config")
+    for source in (job.config, text if isinstance(text, dict) else {}):
+        name = source.get("dtype") or source.get("torch_dtype")
+        if isinstance(name, str):
+            try:
+                return find_format(name).name != job.weights.name
+            except FtplanError:
+                return False
+    return False
 
 
 def host_interval(job: Job, counted: Counted, *, gpus_per_node: int) -> Interval:
     """Peak host RAM of one node, in bytes."""
     local = max(1, min(gpus_per_node, job.sharding.world))
-    weights = _weights(counted)
-    quantised = job.weights.name not in ITEM_BYTES
-    # the model is put together on the host and then moved, once for each rank; FSDP loads on one
-    # rank only (fsdp_cpu_ram_efficient_loading), a quantised model file by file onto the GPU
-    copies = 1 if job.sharding.kind == "fsdp" else local
-    loading = min(weights, SHARD_BYTES) * local if quantised else weights * copies
+    loading = _loaded(job, counted, local)
     running = offloaded_bytes(job, counted) * local
-    saving = weights if job.sharding.kind in ("fsdp", "zero3") else 0
+    paged = 0
+    if job.optimizer.paged:  # unified memory: on the host only where the GPU has no room
+        paged = state_bytes(replace(job.optimizer, paged=False), _trained(counted)) * local
+    adapter = [entry for entry in _trained(counted) if entry[0].added]
+    written = _weights(adapter) if job.method == "adapter" else _weights(counted)
+    gathered = job.sharding.kind in ("fsdp", "zero3")
+    saving = written if gathered else min(written, SHARD_BYTES)
     low, expected, high = (size * local for size in PROCESS)
+    moments = (
+        max(loading[0], running // 2),
+        max(loading[1], running + saving),
+        max(loading[2], running + 2 * saving) + paged,
+    )
     return Interval(
-        low=low + max(min(loading, SHARD_BYTES), running),
-        expected=expected + max(loading, running),
-        high=high + max(weights * local, running + saving),
+        low=low + moments[0], expected=expected + moments[1], high=high + max(moments[1:])
     )
 
 
@@ -92,31 +198,116 @@ def disk_bytes(job: Job, counted: Counted) -> dict[str, int]:
     adapter = [entry for entry in trained if entry[0].added]
     weights = _weights(adapter) if job.method == "adapter" else _weights(counted)
     states = state_bytes(job.optimizer, trained)
-    main = sum(p.numel * n * 4 for p, n, _ in trained) if job.sharding.kind[:4] == "zero" else 0
-    return {"weights": weights, "checkpoint": weights + states + main}
-
-
-def wire_of(job: Job, counted: Counted) -> Wire | None:
-    """What each GPU sends in a step: ring collectives pass (n - 1) / n of the buffer."""
-    spec = job.sharding
-    ranks = spec.world // (spec.tp * spec.pp)
-    if ranks < 2 or spec.kind == "none":
-        return None
-    item = ITEM_BYTES.get(spec.param_dtype or "", 0)
-    gathered = sum(p.numel * n * (item or ITEM_BYTES.get(p.dtype, 1)) for p, n, _ in counted)
-    grads = sum(
-        p.numel * n * ITEM_BYTES[spec.reduce_dtype or p.dtype] for p, n, _ in _trained(counted)
+    main = (
+        sum(p.numel * n * 4 for p, n, _ in trained) if job.sharding.kind.startswith("zero") else 0
     )
-    share = (ranks - 1, ranks)
+    parts = job.sharding.tp * job.sharding.pp  # each rank has a part, and writes it
+    return {"weights": weights * parts, "checkpoint": (weights + states + main) * parts}
+
+
+def wire_of(job: Job, counted: Counted, *, gpus_per_node: int = 8) -> Wire | None:
+    """What each GPU sends in a step: ring collectives pass (n - 1) / n of the buffer.
+
+    Tensor, context and expert parallelism send activations; their volume is of one micro batch's
+    forward and backward, times the micro batches of a step.
+    """
+    sent = [*_data_parallel(job, counted), *_model_parallel(job, counted)]
+    if not sent:
+        return None
+    nodes = job.sharding.world > gpus_per_node
+    return Wire(
+        collective="; ".join(name for name, _, _ in sent),
+        bytes_per_step=sum(size for _, size, _ in sent),
+        slow_bytes=sum(size for _, size, far in sent if far) if nodes else 0,
+    )
+
+
+Sent = tuple[str, int, bool]
+"""What is sent, how many bytes a step, and whether it crosses nodes where there are several."""
+
+
+def _data_parallel(job: Job, counted: Counted) -> Iterable[Sent]:
+    spec = job.sharding
+    ranks = spec.data_ranks
+    if ranks < 2 or spec.kind == "none":
+        return
+    item = ITEM_BYTES.get(spec.param_dtype or "", 0)
+    gathered = sum(
+        p.numel * n * item if item and p.dtype in ITEM_BYTES else _stored(p) * n
+        for p, n, _ in counted
+    )
+    trained = _trained(counted)
+    grads = sum(p.numel * n * ITEM_BYTES[spec.reduce_dtype or p.dtype] for p, n, _ in trained)
     if spec.kind in ("fsdp", "zero3"):
         times = 2 if spec.reshard_after_forward else 1
-        total = (times * gathered + grads) * job.accumulation
+        group = spec.shard_ranks
+        reduces = 1 if spec.no_sync else job.accumulation
+        total = times * gathered * job.accumulation + grads * reduces
         name = f"{times} all-gathers of the weights, 1 reduce-scatter of the gradients"
+        yield name, total * (group - 1) // group, spec.dp_replicate == 1
+        if spec.dp_replicate > 1:
+            copies = spec.dp_replicate
+            share = 2 * grads // group * (copies - 1) // copies
+            yield "1 all-reduce of shards across replicas", share * reduces, True
     elif spec.kind == "ddp":
-        total, name = 2 * grads, "1 all-reduce of the gradients"
+        yield "1 all-reduce of the gradients", 2 * grads * (ranks - 1) // ranks, True
     else:
-        total = grads * job.accumulation + sum(
-            p.numel * n * ITEM_BYTES[p.dtype] for p, n, _ in _trained(counted)
-        )
+        batches = job.accumulation if spec.kind == "zero2" else 1
+        weights = sum(p.numel * n * ITEM_BYTES[p.dtype] for p, n, _ in trained)
         name = "1 reduce-scatter of the gradients, 1 all-gather of the weights"
-    return Wire(collective=name, bytes_per_step=total * share[0] // share[1])
+        if spec.kind == "zero2" and not spec.megatron:  # it is an all-reduce of buckets by default
+            name, batches = (
+                "1 all-reduce of the gradients, 1 all-gather of the weights",
+                2 * batches,
+            )
+        yield name, (grads * batches + weights) * (ranks - 1) // ranks, True
+
+
+def _model_parallel(job: Job, counted: Counted) -> Iterable[Sent]:
+    spec = job.sharding
+    blocks = [(p, n) for p, n, in_block in counted if in_block and len(p.shape) == 2]
+    if not blocks or max(spec.tp, spec.cp, spec.ep, spec.pp) == 1:
+        return
+    hidden = _hidden(job)
+    layers = max(n for _, n in blocks)
+    boundary = job.micro * job.seq_len * hidden * 2 * job.accumulation
+    if spec.tp > 1:  # two all-reduces forward and two backward in each layer
+        yield (
+            "4 all-reduces of activations a layer (tensor)",
+            4 * layers * 2 * boundary * (spec.tp - 1) // spec.tp,
+            False,
+        )
+    if spec.cp > 1:  # keys and values go round forward, and with their gradients backward
+        keys = 2 * _kv_width(job) * boundary // hidden
+        yield "keys and values around the ring (context)", 3 * layers * keys * (spec.cp - 1), True
+    if spec.ep > 1:  # dispatch and combine, forward and backward, of each token's experts
+        routed = 4 * layers * boundary * _experts_each(job)
+        yield "4 all-to-alls a layer (experts)", routed * (spec.ep - 1) // spec.ep, True
+    if spec.pp > 1:
+        yield "activations and their gradients between stages", 2 * boundary, True
+
+
+def _text(job: Job) -> dict[str, object]:
+    nested = job.config.get("text_config")
+    return {**job.config, **(nested if isinstance(nested, dict) else {})}
+
+
+def _hidden(job: Job) -> int:
+    config = _text(job)
+    found = (config.get(name) for name in ("hidden_size", "n_embd", "d_model"))
+    return next((value for value in found if isinstance(value, int)), 0)
+
+
+def _kv_width(job: Job) -> int:
+    config = _text(job)
+    heads = config.get("num_attention_heads") or config.get("n_head") or 1
+    kv = config.get("num_key_value_heads") or heads
+    width = config.get("head_dim")
+    assert isinstance(heads, int) and isinstance(kv, int)
+    return kv * (width if isinstance(width, int) else _hidden(job) // heads)
+
+
+def _experts_each(job: Job) -> int:
+    config = _text(job)
+    names = ("num_experts_per_tok", "experts_per_token", "moe_top_k", "top_k")
+    return next((n for n in map(config.get, names) if isinstance(n, int)), 1)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ftplan.dtypes import Format
 from ftplan.memory.env import Environment
 from ftplan.memory.optimizer import OptimizerSpec
+
+if TYPE_CHECKING:
+    from ftplan.memory.pipeline import PipelineStage
 
 __all__ = ["AdapterSpec", "Job", "ShardingSpec"]
 
@@ -35,6 +38,8 @@ class AdapterSpec:
     target_parameters: tuple[str, ...] = ()
     virtual_tokens: int = 0
     bottleneck: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the kind, by PEFT's names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,17 +53,44 @@ class ShardingSpec:
     param_dtype: str | None = None
     reduce_dtype: str | None = None
     reshard_after_forward: bool = True
+    no_sync: bool = False
+    """Gradients are reduced with the last micro batch alone."""
     wrap: Literal["block", "model"] = "block"
+    adapters_apart: bool = True
+    """FSDP1: adapters are units of their own (PEFT's wrapping policy, which Trainer asks for)."""
     offload: Literal["none", "optimizer", "params", "activations", "nvme"] = "none"
     tp: int = 1
+    megatron: bool = False
+    """Megatron-Core's ways: the vocabulary is split too, gradients are summed in one fp32 buffer,
+    and `zero1` is its distributed optimizer."""
     pp: int = 1
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    virtual_stages: int = 1
+    """Pipeline: stages on each rank."""
     cp: int = 1
     ep: int = 1
     dp_replicate: int = 1
     bucket_elements: int = 500_000_000
+    overlap_comm: bool = False
+    sub_group_elements: int = 1_000_000_000
     prefetch_elements: int = 50_000_000
     max_live_elements: int = 1_000_000_000
     persistence_elements: int = 100_000
+
+    @property
+    def is_zero(self) -> bool:
+        """DeepSpeed runs the step."""
+        return self.kind.startswith("zero") and not self.megatron
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that have the same part of the model; those of a sequence are among them."""
+        return max(1, self.world // (self.tp * self.pp))
+
+    @property
+    def shard_ranks(self) -> int:
+        """Over how many of them what is sharded is split."""
+        return max(1, self.data_ranks // self.dp_replicate)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +113,10 @@ class Job:
     compute_dtype: str
     """What quantised weights are expanded to."""
     prepare_kbit: bool = False
+    kbit_casts_back: bool = False
+    """After the preparation embeddings and head go back to the base's dtype; norms do not."""
+    separate_experts: bool = False
+    """Experts are linear layers, which quantisation takes (transformers until 4.57)."""
     trainable_dtype: str | None = None
     """What the trainer casts every trainable parameter to; None: nothing."""
     environment: Environment
@@ -90,6 +126,8 @@ class Job:
     """Tokens per sequence."""
     accumulation: int
     """Micro batches per optimizer step."""
+    fetches_ahead: bool = False
+    """All of them are on the GPU before the first one's forward."""
     images: int = 0
     """Images per sequence; their tokens are part of ``seq_len``."""
     image_tokens: int = 0
@@ -99,7 +137,9 @@ class Job:
     checkpoint_every: int = 0
     """Recompute every n-th block; 0: none."""
     loss_chunk: int = 0
-    """Tokens per chunk of a chunked loss."""
+    """Tokens per chunk of a chunked loss; 0: by the loss's own rule."""
+    card_bytes: int = 0
+    """What the driver reports of the card; 0: no card is named."""
     optimizer: OptimizerSpec
     main_weights: bool = False
     """An fp32 copy of each 2-byte trainable parameter, and an fp32 gradient."""
@@ -114,5 +154,7 @@ class Job:
     """Distillation: the config.json of the teacher."""
     generates: bool = False
     """The model that is trained also generates the completions, all of a step at once."""
+    stage: PipelineStage | None = None
+    """The rank of a pipeline that is sized; None: the model is whole."""
     sampler_bytes: int = 0
     """What a sampler that shares the GPU reserves."""

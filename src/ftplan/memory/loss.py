@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from ftplan.memory import ops
+from ftplan.memory import fused, ops
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.nn import Linear, Network
-from ftplan.memory.tape import BATCH, CHUNK, ONE, TOKENS, Grads, Parameter, Tensor
+from ftplan.memory.tape import BATCH, CHUNK, ONE, TOKENS, Grads, Parameter, Size, Tensor
 
-__all__ = ["chunk_tokens", "classify_loss", "compute_loss", "model_outputs", "tiled_divergence"]
+__all__ = [
+    "chunk_tokens",
+    "classify_loss",
+    "compute_loss",
+    "head_weight",
+    "model_outputs",
+    "tiled_divergence",
+]
 
-LIGER_CHUNK_FACTOR = 1
-"""Liger bounds a chunk's logits to this many times the hidden states."""
+UNSLOTH_BUDGET = 4 * 1024**3
+"""Bytes that a chunk's fp32 logits may take in Unsloth's fused loss, or half of what is free
+(unsloth_zoo/fused_losses/cross_entropy_loss.py 2026.8.13)."""
 
 
-def chunk_tokens(kind: str, tokens: int, given: int, vocab: int, hidden: int) -> int:
-    """Tokens whose logits exist at once.
+def chunk_tokens(by: str, tokens: int, vocabulary: int, hidden: int, free: int) -> int:
+    """Tokens whose logits exist at once in a fused loss.
 
-    Liger chooses the next power of two at which a chunk's logits are no larger than all hidden
-    states (liger_kernel/ops/fused_linear_cross_entropy.py).
+    Liger takes the next power of two at which a chunk's logits are no larger than all hidden
+    states (liger_kernel/ops/fused_linear_cross_entropy.py 0.8.5); Unsloth as many as fit its
+    budget, of which ``free`` bytes on the card (0: not known) are one bound.
     """
-    if kind != "fused":
-        return min(given, tokens)
-    parts = -(-vocab // (LIGER_CHUNK_FACTOR * hidden))
+    if by == "cut":
+        return 0
+    if by == "unsloth":
+        budget = min(UNSLOTH_BUDGET, free // 2) if free > 0 else UNSLOTH_BUDGET
+        return min(tokens, max(1, budget // (4 * vocabulary)))
+    parts = -(-vocabulary // hidden)
     return min(1 << (-(-tokens // parts) - 1).bit_length(), tokens)
 
 
@@ -38,6 +50,8 @@ def compute_loss(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if kind == "fused":
         return _fused(network, x), None
     logits = network.head(x)
+    if env.logits_cast == "model" and env.loss_upcasts and network.loss_in_fp32:
+        logits = ops.to(logits, "fp32")
     return _full(network, logits), logits
 
 
@@ -76,13 +90,16 @@ def pooled(logits: Tensor) -> Tensor:
 
 def _full(network: Network, logits: Tensor) -> Tensor:
     """``ForCausalLMLoss``: all logits in fp32, labels shifted by one."""
-    if network.loss_in_fp32 and logits.tape.env.loss_upcasts:
+    env = logits.tape.env
+    if network.loss_in_fp32 and env.loss_upcasts:
         logits = ops.to(logits, "fp32")
     labels = logits.tape.tensor(TOKENS, 1, "int64", "shifted labels")
-    if logits.tape.env.loss_shifts == "logits":
-        # transformers until 4.48: logits[..., :-1, :].contiguous(), beside the logits themselves
-        return ops.cross_entropy(ops.copy(logits, "shifted logits"), labels)
-    return ops.cross_entropy(logits, labels)
+    by = fused.cross_entropy if env.kernels.loss else ops.cross_entropy
+    if (network.loss_shifts or env.loss_shifts) == "logits" and not env.single:
+        # transformers until 4.48: logits[..., :-1, :].contiguous(), beside the logits themselves;
+        # of a single sequence that is a view
+        return by(ops.copy(logits, "shifted logits"), labels)
+    return by(logits, labels)
 
 
 def _chunked(network: Network, x: Tensor) -> Tensor:
@@ -94,9 +111,15 @@ def _chunked(network: Network, x: Tensor) -> Tensor:
     hidden = ops.gather(ops.copy(x, "shifted hidden states"))
     loss: Tensor | None = None
     trains = any(parameter.trainable for parameter in network.head_parameters())
-    for _ in range(2):
+    x.tape.chunks_played = 2
+    for rows in (CHUNK, TOKENS + (BATCH + CHUNK) * -1):
         piece = ops.rows_slice(hidden, CHUNK)
-        part = checkpoint(lambda h: _chunk_loss(network, h), piece, trains=trains)
+
+        def chunk(h: Tensor, rows: Size = rows) -> Tensor:
+            with h.tape.counting({CHUNK: rows}):
+                return _chunk_loss(network, h)
+
+        part = checkpoint(chunk, piece, trains=trains)
         loss = part if loss is None else ops.add(loss, part)
     assert loss is not None
     return loss
@@ -110,11 +133,21 @@ def scalar(values: Tensor) -> Tensor:
     return loss
 
 
-def _head_weight(network: Network) -> tuple[Parameter, bool]:
+def head_weight(network: Network) -> tuple[Parameter, bool]:
     """The head's matrix (the copy that is trained, where there is one), and whether it is."""
     matrices = [p for p in network.head_parameters() if len(p.shape) > 1]
     trained = [p for p in matrices if p.trainable and not p.added]
     return (trained or matrices)[0], bool(trained)
+
+
+def _named_tiles(vocabulary: int, columns: int) -> list[int]:
+    """Widths of two tiles in a row, the first of which a loop's variable still names."""
+    return [width for width in (columns, min(columns, vocabulary - columns)) if width]
+
+
+def _last_tile(vocabulary: int, columns: int) -> int:
+    """Width of the last tile of the vocabulary."""
+    return vocabulary % columns or columns
 
 
 def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
@@ -125,7 +158,7 @@ def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
     ``ChunkedLogProbFunction``, and trl/trainer/utils.py, ``add_fused_lm_head``, 1.16).
     """
     tape = x.tape
-    parameter, trained = _head_weight(network)
+    parameter, trained = head_weight(network)
     weight = tape.leaf(parameter)
     vocabulary, width = parameter.shape
     columns = min(tape.env.loss_columns or vocabulary, vocabulary)
@@ -133,18 +166,23 @@ def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
     rows = TOKENS + BATCH * -1 if x.rows == TOKENS else x.rows + BATCH * -1
     hidden = ops.gather(ops.rows_slice(x, rows))
 
-    def tile(held: list[Tensor]) -> None:
+    def tile(held: list[Tensor], *, backward: bool) -> None:
         """One tile's buffer, and the operands that have another dtype."""
         held.append(tape.tensor(CHUNK, columns, dtype, "tile of logits"))
-        casts = [] if hidden_dtype == dtype else [tape.tensor(CHUNK, width, dtype, "cast")]
+        if hidden_dtype != dtype:
+            held.append(tape.tensor(CHUNK, width, dtype, "cast"))
         if parameter_dtype != dtype:
-            casts.append(tape.tensor(ONE * columns, width, dtype, "cast"))
-        held += casts
+            # the way back has a name for one tile's cast while it makes the next
+            sizes = _named_tiles(vocabulary, columns) if backward else [columns]
+            casts = [tape.tensor(ONE * size, width, dtype, "cast") for size in sizes]
+            casts.clear()
+            held.append(tape.tensor(ONE * _last_tile(vocabulary, columns), width, dtype, "cast"))
 
     hidden_dtype, parameter_dtype = hidden.dtype, weight.dtype
     statistics = [tape.tensor(rows, 1, "fp32", "statistics") for _ in range(7)]
     buffers: list[Tensor] = []
-    tile(buffers)
+    tape.multiply(rows, width, vocabulary)
+    tile(buffers, backward=False)
     buffers.clear()
     out = tape.tensor(rows, 1, "fp32", "log-probabilities")
     saved = (hidden, statistics[:2])
@@ -153,12 +191,14 @@ def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
 
     def apply(_grad: Tensor) -> Grads:
         _kept = saved
+        tape.multiply(rows, width, vocabulary, again=True)
+        tape.multiply(rows, width, vocabulary, times=wants[0] + wants[1])
         held: list[Tensor] = []
         sums = [
             tape.tensor(rows, width, "fp32", "gradient") if wants[0] else None,
             tape.tensor(ONE * vocabulary, width, "fp32", "weight gradient") if wants[1] else None,
         ]
-        tile(held)
+        tile(held, backward=True)
         return tuple(
             None if total is None else ops.fit(total, total.rows, total.width, wanted)
             for total, wanted in zip(sums, (hidden_dtype, parameter_dtype), strict=True)
@@ -168,18 +208,22 @@ def tiled_log_probs(network: Network, x: Tensor) -> Tensor:
     return out
 
 
-def tiled_divergence(network: Network, other: Network, mine: Tensor, theirs: Tensor) -> Tensor:
+def tiled_divergence(
+    network: Network, other: Network, mine: Tensor, theirs: Tensor, completion: int = 0
+) -> Tensor:
     """TRL's divergence from a teacher: a tile of both models' logits at a time, in fp32.
+
+    ``completion`` tokens of each sequence are compared; 0: all.
 
     Both models' hidden states are kept; the way back makes each tile again
     (trl/kernels/chunked_divergence.py, ``ChunkedDivergenceFunction``, 1.16).
     """
     tape = mine.tape
-    parameter, trained = _head_weight(network)
-    teacher, _ = _head_weight(other)
+    parameter, trained = head_weight(network)
+    teacher, _ = head_weight(other)
     vocabulary, width = parameter.shape
     columns = min(tape.env.loss_columns or vocabulary, vocabulary)
-    rows = TOKENS + BATCH * -1
+    rows = BATCH * completion if completion else TOKENS + BATCH * -1
     states = [ops.gather(ops.rows_slice(x, rows)) for x in (mine, theirs)]
     computed = [tape.env.autocast or x.dtype for x in states]
     heads = [(parameter.dtype, width), (teacher.dtype, teacher.shape[1])]
@@ -191,11 +235,17 @@ def tiled_divergence(network: Network, other: Network, mine: Tensor, theirs: Ten
             if stored != dtype:
                 held.append(tape.tensor(ONE * columns, across, dtype, "cast"))
         if backward and computed[0] != "fp32":
-            held.append(tape.tensor(CHUNK, columns, computed[0], "tile of gradients"))
+            sizes = _named_tiles(vocabulary, columns)
+            made = [tape.tensor(CHUNK, size, computed[0], "tile of gradients") for size in sizes]
+            made.clear()
+            last = _last_tile(vocabulary, columns)
+            held.append(tape.tensor(CHUNK, last, computed[0], "tile of gradients"))
 
     hidden_dtype, parameter_dtype = states[0].dtype, parameter.dtype
     statistics = [tape.tensor(rows, 1, "fp32", "statistics") for _ in range(6)]
     buffers: list[Tensor] = []
+    for _, across in heads:
+        tape.multiply(rows, across, vocabulary)
     tiles(buffers, False)
     buffers.clear()
     out = tape.tensor(rows, 1, "fp32", "divergence")
@@ -204,6 +254,9 @@ def tiled_divergence(network: Network, other: Network, mine: Tensor, theirs: Ten
 
     def apply(_grad: Tensor) -> Grads:
         _kept = saved
+        for _, across in heads:
+            tape.multiply(rows, across, vocabulary, again=True)
+        tape.multiply(rows, width, vocabulary, times=wants[0] + wants[1])
         held: list[Tensor] = []
         sums = [
             tape.tensor(rows, width, "fp32", "gradient") if wants[0] else None,
@@ -227,19 +280,23 @@ def _kept_chunks(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
     ``chunked_cross_entropy``, 0.5).
     """
     tape, env = x.tape, x.tape.env
+    tape.chunks_played = 0
     rest = TOKENS + CHUNK * -1
     upcasts = network.loss_in_fp32 and env.loss_upcasts
     weights = [tape.leaf(p) for p in network.head_parameters() if p.trainable]
-    vocabulary = _head_weight(network)[0].shape[0]
+    vocabulary = head_weight(network)[0].shape[0]
     computed = env.autocast or x.dtype
     dtype = "fp32" if upcasts or env.autocast else computed
     pieces = ops.rows_slice(x, rest), ops.rows_slice(x, CHUNK)
+    width, wants = x.width, x.requires_grad + bool(weights)
+    tape.multiply(rest, width, vocabulary)
     logits = tape.tensor(rest, vocabulary, computed, "logits") if env.keep_outputs else None
     kept = [tape.tensor(rest, vocabulary, dtype, "log-probabilities")]
     others = tape.tensor(ONE, 1, "fp32", "loss")
     makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in (pieces[0], *weights)]
 
     def apply(grad: Tensor) -> Grads:
+        tape.multiply(rest, width, vocabulary, times=wants)
         kept.clear()
         return tuple(make(grad) for make in makers)
 
@@ -269,27 +326,70 @@ def _chunk_loss(network: Network, hidden: Tensor) -> Tensor:
 
 
 def _fused(network: Network, x: Tensor) -> Tensor:
-    """Liger's fused linear cross entropy: gradients are made in forward, chunk by chunk."""
-    tape = x.tape
+    """A fused linear cross entropy: gradients are made in forward, chunk by chunk.
+
+    Liger and Unsloth; cut cross entropy makes a log-sum-exp a token forward and the gradients
+    backward (cut_cross_entropy 25.1, ``LinearCrossEntropyFunction``).
+    """
+    tape, by = x.tape, x.tape.env.loss_by
     weights = [tape.leaf(p) for p in network.head_parameters() if p.trainable]
-    made = []
-    if x.requires_grad or weights:
-        made.append(tape.tensor(x.rows, x.width, x.dtype, "gradient of hidden states"))
-        made += [tape.tensor(w.rows, w.width, w.dtype, "gradient of the head") for w in weights]
-    losses = tape.tensor(TOKENS, 1, "fp32", "loss per token")
-    with tape.no_grad():
-        chunk = x.alias(rows=CHUNK)
-        logits = network.head(chunk)
-        if weights:
-            update = tape.tensor(weights[0].rows, weights[0].width, logits.dtype, "head update")
-            del update
-        del logits, chunk
+    shapes = [(t.rows, t.width, t.dtype) for t in (x, *weights)]
+    wants = x.requires_grad or bool(weights)
+    if by == "foak":  # shifts the states, in a copy
+        x = ops.gather(x)
+    saved: list[Tensor] = []
+
+    def gradients() -> list[Tensor]:
+        return [tape.tensor(*shape, "gradient of the fused loss") for shape in shapes]
+
+    rows, (vocabulary, width) = x.rows, head_weight(network)[0].shape
+    tape.multiply(rows, width, vocabulary)
+    if by != "cut" and wants:
+        tape.multiply(rows, width, vocabulary, times=len(shapes))
+        saved += gradients()
+    losses = tape.tensor(x.rows, 1, "fp32", "loss per token")
+    if by == "cut":
+        saved += [x.alias(), tape.tensor(x.rows, 1, "fp32", "log-sum-exp")]
+    else:
+        _chunk_of_logits(network, x, backward=wants)
     loss = tape.tensor(ONE, 1, "fp32", "loss")
     del losses
 
     def apply(_grad: Tensor) -> Grads:
+        if by == "cut":
+            tape.multiply(rows, width, vocabulary, again=True)
+            tape.multiply(rows, width, vocabulary, times=len(shapes))
+        made = gradients() if by == "cut" else list(saved)
+        saved.clear()
         return tuple(made)
 
-    if made:
+    if wants:
         ops.record([loss], "fused loss", [x, *weights], apply)
     return loss
+
+
+def _chunk_of_logits(network: Network, x: Tensor, *, backward: bool) -> None:
+    """What a chunk of a fused loss takes for a moment: its logits, and copies of them.
+
+    Liger writes the gradient over the logits; its earlier version copied them up and down
+    (fms_acceleration_foak, liger_ce); Unsloth's chunk is a small graph, compiled: fp32 copies do
+    not leave its kernels.
+    """
+    tape, by = x.tape, x.tape.env.loss_by
+    parameter, trained = head_weight(network)
+    vocabulary, width = parameter.shape
+    dtype = tape.env.autocast or x.dtype
+    with tape.no_grad():
+        weight = ops.autocast(tape.leaf(parameter))
+        logits = tape.tensor(CHUNK, vocabulary, dtype, "chunk of logits")
+        if by == "foak" or (by == "unsloth" and backward):
+            copied = "fp32" if by == "foak" else dtype
+            copy = tape.tensor(CHUNK, vocabulary, copied, "chunk of logits")
+            del copy
+        if backward and dtype != x.dtype:
+            product = tape.tensor(CHUNK, width, dtype, "product")
+            del product
+        if backward and trained and by == "unsloth":
+            update = tape.tensor(ONE * vocabulary, width, dtype, "head update")
+            del update
+    del weight, logits

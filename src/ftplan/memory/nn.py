@@ -8,12 +8,12 @@ there: a tensor that a forward still names is a tensor that still occupies memor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ftplan.errors import UnsupportedError
-from ftplan.memory import ops
+from ftplan.memory import fused, ops
 from ftplan.memory.tape import ONE, SEQ, TOKENS, Parameter, Size, Tape, Tensor
 
 __all__ = [
@@ -27,6 +27,8 @@ __all__ = [
     "Stack",
     "Stage",
     "activation",
+    "gated_mlp",
+    "project",
 ]
 
 
@@ -98,6 +100,32 @@ class Linear(Module):
             weight = _transposed(weight)
         return ops.linear(x, weight, tape.leaf(self.bias) if self.bias else None)
 
+    def together(self, x: Tensor, layers: Sequence[Linear]) -> list[Tensor] | None:
+        """This layer and others on one input as one function, where a library has one."""
+        return None
+
+    def gated(self, x: Tensor, gate: Linear, up: Linear) -> Tensor | None:
+        """``self(act(gate(x)) * up(x))`` as one function, where a library has one."""
+        return None
+
+
+def project(x: Tensor, *layers: Linear) -> list[Tensor]:
+    """Several linear layers on one input."""
+    together = layers[0].together(x, layers)
+    if together is not None:
+        return together
+    return [layer.forward(x) for layer in layers]
+
+
+def gated_mlp(x: Tensor, gate: Linear, up: Linear, down: Linear, act: str) -> Tensor:
+    """``down(act(gate(x)) * up(x))``."""
+    made = down.gated(x, gate, up)
+    if made is not None:
+        return made
+    if x.tape.env.kernels.gate and act.startswith(("silu", "swish", "gelu")):
+        return down.forward(fused.gate(gate.forward(x), up.forward(x)))
+    return down.forward(ops.mul(activation(gate.forward(x), act), up.forward(x)))
+
 
 def _transposed(weight: Tensor) -> Tensor:
     turned = weight.alias(ONE * weight.width, weight.rows[0])
@@ -135,8 +163,8 @@ class RMSNorm(Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
         weight = x.tape.leaf(self.weight) if self.weight else None
-        if x.tape.env.fused:
-            return ops.fused_rms_norm(x, weight)
+        if x.tape.env.kernels.norm:
+            return fused.rms_norm(x, weight)
         hidden = ops.to(x, "fp32")
         del x
         hidden = ops.mul(hidden, _inverse_root(hidden))
@@ -220,6 +248,8 @@ class Shared:
     """Cosines and sines by the name of the layer type."""
     masks: dict[str, Tensor | None] = field(default_factory=dict)
     """Attention masks by the name of the layer type, where a kernel needs one."""
+    windows: dict[str, int | None] = field(default_factory=dict)
+    """How many tokens each one sees, by the name of the layer type; None: all before it."""
     mask: Tensor | None = None
     bias: Tensor | None = None
     """A position bias with a gradient (T5)."""
@@ -227,6 +257,8 @@ class Shared:
     """The same for cross attention: zeros."""
     memory: Tensor | None = None
     """The encoder's output, for cross attention."""
+    held: list[Tensor] = field(default_factory=list)
+    """What the model's forward has names for until it ends (what a tower returned)."""
 
     def let_go(self) -> None:
         """The last block of the real model that holds these has gone."""
@@ -322,6 +354,10 @@ class Network(Module):
         """Large buffers that are no weights (causal masks of older models), static."""
         self.loss_in_fp32 = True
         """The loss casts logits to fp32 first (``ForCausalLMLoss``); else it takes them as is."""
+        self.loss_shifts: str | None = None
+        """What the model's own loss moves by one token; None: what the stack's does."""
+        self.returns_tuples = False
+        """The cache it returns is tuples of tensors, which a conversion of outputs finds."""
         self.embedding_names: tuple[str, ...] = ("model.embed_tokens",)
         """Modules that quantisation and `all-linear` leave alone, beside the head."""
         self.head_name: str = "lm_head"
@@ -329,6 +365,8 @@ class Network(Module):
         """Linear layers that transformers keeps as they are (``_keep_in_fp32_modules``)."""
         self.virtual_tokens = 0
         """Learned tokens before each sequence, in tokens of a sequence (prompt tuning)."""
+        self.names_embeddings = True
+        """The model's forward names what the embedding returned (`inputs_embeds`) until it ends."""
 
     def tie(self, name: str, to: str) -> None:
         """Make the weight ``name`` the same one as ``to``."""
@@ -341,6 +379,10 @@ class Network(Module):
     def inputs(self, tape: Tape) -> list[Tensor]:
         """What the caller passes beside the text, and holds: none, but for images."""
         return []
+
+    def after_block(self, _layer: int, x: Tensor) -> Tensor:
+        """What the model does to the hidden states between two blocks: nothing, but for images."""
+        return x
 
     def further_inputs(self) -> list[Module]:
         """What ``enable_input_require_grads`` finds beside the word embedding: a tower's patches.
@@ -383,7 +425,11 @@ class Network(Module):
         self.head_name = "score"
         score = Linear(head.in_features, labels)
         self.replace("score", score)
-        self.head = score.forward  # type: ignore[method-assign]
+        self.head = self._scored  # type: ignore[method-assign]
+
+    def _scored(self, x: Tensor) -> Tensor:
+        out: Tensor = self.children["score"].forward(x)  # by name: an adapter trains a copy of it
+        return out
 
     def drop_head(self) -> None:
         """Return the last hidden states (``AutoModel``): an embedding model has no head."""

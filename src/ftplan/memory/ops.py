@@ -22,6 +22,7 @@ from ftplan.memory.tape import (
     ITEM_BYTES,
     ONE,
     Grads,
+    Kind,
     Node,
     Parameter,
     Size,
@@ -163,7 +164,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
     x, weight = autocast(x), autocast(weight)
     bias = None if bias is None else autocast(bias)
     out_features = weight.rows[0]
-    out = x.tape.tensor(x.rows, out_features, x.dtype, name)
+    counted = x.tape.multiply(x.rows, x.width, out_features)
+    make = x.tape.product if bias is None else x.tape.tensor
+    out = make(x.rows, out_features, x.dtype, name)
     saved_x = x if records(weight) and weight.requires_grad else None
     saved_weight = weight if x.requires_grad else None
     rows, width, dtype = x.rows, x.width, x.dtype
@@ -173,6 +176,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
     def apply(grad: Tensor) -> Grads:
         tape = grad.tape
         _kept = saved_x, saved_weight
+        tape.multiply(counted, width, out_features, times=wants[0] + wants[1])
         grad_x = tape.tensor(rows, width, dtype, "gradient") if wants[0] else None
         grad_weight = (
             tape.tensor(weight_rows, width, dtype, "weight gradient") if wants[1] else None
@@ -192,26 +196,42 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
 
 
 def matmul(
-    a: Tensor, b: Tensor, rows: Size, width: int, name: str = "matmul", *, exact: bool = False
-) -> Tensor:
+    a: Tensor, b: Tensor, rows: Size, width: int, name: str = "matmul", *, exact: bool = False,
+    inner: int | None = None,
+) -> Tensor:  # fmt: skip
     """A batched product of two activations; ``rows`` x ``width`` is the shape of the result.
 
-    ``exact``: inside a kernel, where autocast does not reach.
+    ``exact``: inside a kernel, where autocast does not reach. ``inner``: over how many numbers
+    each of the result is summed; left out where a table of scores, made or used, tells it.
     """
     if not exact:
         a, b = autocast(a), autocast(b)
+    summed = _summed(a, rows, width) if inner is None else (rows, inner, width)
+    kind: Kind = "attention" if inner is None else "linear"
+    a.tape.multiply(*summed, name, kind=kind)
     out = a.tape.tensor(rows, width, a.dtype, name)
     saved_a = a if b.requires_grad else None
     saved_b = b if a.requires_grad else None
     make_a = like(a.rows, a.width, a.dtype, a.requires_grad)
     make_b = like(b.rows, b.width, b.dtype, b.requires_grad)
 
+    wants = a.requires_grad + b.requires_grad
+
     def apply(grad: Tensor) -> Grads:
         _kept = saved_a, saved_b
+        grad.tape.multiply(*summed, name, times=wants, kind=kind)
         return make_a(grad), make_b(grad)
 
     record([out], name, [a, b], apply)
     return out
+
+
+def _summed(a: Tensor, rows: Size, width: int) -> tuple[Size, int | None, int]:
+    """A product that makes a table of scores, or uses one: its rows are pairs x heads."""
+    for table, across in ((rows, a.width), (a.rows, width)):
+        if table[4]:
+            return table, across // table[4], 1
+    return rows, None, width
 
 
 _LARGE = (1, 4096, 64, 64 * 4096, 64 * 4096 * 4096, 4096 * 4096, 256)
@@ -327,7 +347,8 @@ def softmax(x: Tensor, dtype: str | None = None, name: str = "softmax") -> Tenso
 
 def dropout(x: Tensor, probability: float, name: str = "dropout") -> Tensor:
     """``native_dropout``: a one-byte mask is kept."""
-    if probability <= 0 or not x.tape.env.training:
+    env = x.tape.env
+    if probability <= 0 or not (env.training and env.dropout):
         return x
     out = x.tape.tensor(x.rows, x.width, x.dtype, name)
     mask = x.tape.tensor(x.rows, x.width, "bool", "dropout mask")
@@ -366,49 +387,6 @@ def native_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> 
         return tuple(make(grad) for make in makers)
 
     record([out], "layer_norm", [x, *affine], apply)
-    return out
-
-
-def fused_rms_norm(x: Tensor, weight: Tensor | None) -> Tensor:
-    """A kernel's RMSNorm: keeps its input and an fp32 number a row; the gradient takes the place
-    of the one that comes in (liger_kernel/ops/rms_norm.py, ``LigerRMSNormFunction``, 0.8.5;
-    unsloth/kernels/rms_layernorm.py, ``Fast_RMS_Layernorm``)."""
-    tape = x.tape
-    out = tape.tensor(x.rows, x.width, x.dtype, "rms norm")
-    statistics = tape.tensor(x.rows, 1, "fp32", "rms norm statistics")
-    saved = (x, statistics)
-    inputs = [x] if weight is None else [x, weight]
-    make = None
-    if weight is not None and weight.requires_grad:
-        make = like(weight.rows, weight.width, weight.dtype, True)
-    wants = x.requires_grad
-
-    def apply(grad: Tensor) -> Grads:
-        _kept = saved
-        grads: list[Tensor | None] = [grad if wants else None]
-        if weight_given:
-            grads.append(make(grad) if make is not None else None)
-        return tuple(grads)
-
-    weight_given = weight is not None
-    record([out], "rms norm", inputs, apply)
-    return out
-
-
-def fused_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """A kernel's ``act(gate) * up``: keeps both, and writes their gradients over them.
-
-    Source: liger_kernel/ops/swiglu.py, ``LigerSiLUMulFunction``, and geglu.py, 0.8.5;
-    unsloth/kernels/swiglu.py.
-    """
-    out = gate.tape.tensor(gate.rows, gate.width, gate.dtype, "gated")
-    saved = (gate.alias(), up.alias())
-    wants = (gate.requires_grad, up.requires_grad)
-
-    def apply(_grad: Tensor) -> Grads:
-        return tuple(t if want else None for t, want in zip(saved, wants, strict=True))
-
-    record([out], "gated", [gate, up], apply)
     return out
 
 
@@ -496,8 +474,13 @@ def embedding(tape: Tape, weight: Tensor, rows: Size) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """``log_softmax`` (keeps its output) and ``nll_loss`` (its targets): a scalar comes out."""
-    return nll_loss(unary(autocast_fp32(logits), "log_softmax", "output"), targets)
+    """``log_softmax`` (keeps its output) and ``nll_loss`` (its targets): a scalar comes out.
+
+    Autocast leaves the first in the logits' dtype, which ``cross_entropy_loss`` names, and runs
+    the second in fp32 (aten/src/ATen/native/LossNLL.cpp; aten/src/ATen/autocast_mode.h).
+    """
+    log_probs = autocast_fp32(unary(logits, "log_softmax", "output"))
+    return nll_loss(log_probs, targets)
 
 
 def nll_loss(log_probs: Tensor, *kept: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 Each is a change of the model's shape, not a division of a sum. Tensor parallelism splits heads and
 the inner width of the MLP and leaves the residual stream whole (transformers' ``tp_plan``:
-column-wise q, k, v, gate, up; row-wise o and down); expert parallelism splits the experts; context
-parallelism splits the sequence.
+column-wise q, k, v, gate, up; row-wise o and down; each rank has rows of the table of embeddings
+and columns of the head, whose logits are then gathered; Megatron splits the vocabulary through the
+loss instead); expert parallelism splits the experts; context parallelism splits the sequence.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ from typing import Any
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory.job import ShardingSpec
+from ftplan.memory.nn import Embedding, Linear, Network
+from ftplan.memory.ops import like, record
+from ftplan.memory.tape import ONE, TOKENS, Grads, Size, Tape, Tensor
 
-__all__ = ["local_config", "local_seq_len"]
+__all__ = ["local_config", "local_seq_len", "split_vocabulary"]
 
+BLOCK = 128
+"""Megatron's make_vocab_size_divisible_by: each rank's share of the vocabulary is a multiple."""
 _INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -27,11 +33,10 @@ def local_seq_len(seq_len: int, spec: ShardingSpec) -> int:
 
 def local_config(config: Mapping[str, Any], spec: ShardingSpec) -> Mapping[str, Any]:
     """The shape of one rank's part. Raises UnsupportedError, by name, for what cannot be split."""
-    if spec.pp > 1:
+    if spec.pp > 1 and spec.kind in ("zero2", "zero3"):
         raise UnsupportedError(
-            "pipeline parallelism",
-            remedy="size one stage: a config.json with its share of num_hidden_layers, micro "
-            "batches in flight as --micro-batch",
+            f"pipeline parallelism with {spec.kind}, which DeepSpeed refuses",
+            remedy="use zero1, fsdp or ddp",
         )
     nested = config.get("text_config")
     if isinstance(nested, Mapping) and (spec.tp > 1 or spec.ep > 1):
@@ -39,6 +44,8 @@ def local_config(config: Mapping[str, Any], spec: ShardingSpec) -> Mapping[str, 
     local = dict(config)
     if spec.tp > 1:
         _split_heads(local, spec.tp)
+        if spec.megatron and isinstance(local.get("vocab_size"), int):
+            local["vocab_size"] = -(-local["vocab_size"] // (BLOCK * spec.tp)) * BLOCK
     if spec.ep > 1:
         _split_experts(local, spec.ep)
     return local
@@ -73,3 +80,57 @@ def _split_experts(config: dict[str, Any], ep: int) -> None:
             config[name] = count // ep
             return
     raise UnsupportedError(f"expert parallelism of {config.get('model_type')}: it has no experts")
+
+
+def split_vocabulary(network: Network, tp: int) -> None:
+    """Give each rank some rows of the table of embeddings and some columns of the output head.
+
+    transformers/distributed/tensor_parallel.py 5.23, traced. ``embedding_rowwise``: the gradient
+    is made for the whole table, of which a rank keeps a view of its rows.
+    ``colwise_gather_output``: every rank has all logits, gathered into one buffer and copied from
+    there into place.
+    """
+    for name in network.embedding_names:
+        table = network.child(name)
+        if isinstance(table, Embedding):
+            _split_table(table, tp)
+    head = network.children.get(network.head_name)
+    if isinstance(head, Linear):
+        _split_head(network, head, tp)
+
+
+def _split_table(table: Embedding, tp: int) -> None:
+    weight = table.weight
+    count, width = weight.shape
+    weight.shape = (-(-count // tp), width)
+
+    def looked_up(tape: Tape, rows: Size = TOKENS) -> Tensor:
+        leaf = tape.leaf(weight)
+        out = tape.tensor(rows, width, leaf.dtype, "embedding")
+        make = like(ONE * count, width, leaf.dtype, leaf.requires_grad)
+        record([out], "embedding", [leaf], lambda grad: (make(grad),))
+        return out
+
+    table.forward = looked_up  # type: ignore[method-assign]
+
+
+def _split_head(network: Network, head: Linear, tp: int) -> None:
+    whole, inner = head.out_features, network.head
+    for parameter in head.parameters.values():
+        if parameter.shape[0] == whole:  # a tied table has been cut already
+            parameter.shape = (-(-whole // tp), *parameter.shape[1:])
+
+    def gathered(x: Tensor) -> Tensor:
+        part = inner(x)
+        tape, rows, width, dtype = part.tape, part.rows, part.width, part.dtype
+        buffer = tape.tensor(rows, whole, dtype, "gathered logits")
+        out = tape.tensor(rows, whole, dtype, "gathered logits")
+        del buffer
+
+        def apply(grad: Tensor) -> Grads:
+            return (grad.tape.tensor(rows, width, dtype, "gradient"),)
+
+        record([out], "gather", [part], apply)
+        return out
+
+    network.head = gathered  # type: ignore[method-assign]

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 from ftplan.errors import InputError
 from ftplan.memory.adapters import adapt, distinguish
+from ftplan.memory.adapters.lora import LoraLinear
 from ftplan.memory.families import build
 from ftplan.memory.families.native import native
 from ftplan.memory.job import Job
 from ftplan.memory.nn import Network
-from ftplan.memory.quantized import KEPT_BY_PREPARATION, quantize
+from ftplan.memory.parallel import split_vocabulary
+from ftplan.memory.quantized import KEPT_BY_PREPARATION, QuantizedLinear, quantize
 from ftplan.memory.tape import ITEM_BYTES, Parameter
 
 __all__ = ["counted_parameters", "prepare"]
@@ -37,6 +39,8 @@ def prepare(job: Job) -> Network:
                 remedy=f"write at most {last.count}, or the method full",
             )
         last.split(lambda layer: layer >= last.count - job.last_layers)
+    if job.sharding.tp > 1 and not job.sharding.megatron:
+        split_vocabulary(network, job.sharding.tp)
     distinguish(network, job)
     quantized = job.weights.name not in ITEM_BYTES
     casts = job.prepare_kbit and not job.weights.name.startswith(KEPT_BY_PREPARATION)
@@ -44,6 +48,9 @@ def prepare(job: Job) -> Network:
     for parameter in _everything(network):
         parameter.dtype = plain
         parameter.trainable = job.method == "full" and not parameter.fixed
+    if quantized and casts and job.kbit_casts_back:
+        for matrix in _embeddings_and_head(network):
+            matrix.dtype = job.base_dtype
     if job.method == "partial":
         _train_last(network, job.last_layers)
     if quantized:
@@ -51,14 +58,44 @@ def prepare(job: Job) -> Network:
         quantize(network, job.weights, job.compute_dtype, whole=skipped)
         for stage in network.stages:
             for block in stage.stack.kinds:
-                quantize(block, job.weights, job.compute_dtype, whole=network.unquantised)
+                quantize(
+                    block, job.weights, job.compute_dtype, whole=network.unquantised,
+                    experts=job.separate_experts,
+                )  # fmt: skip
     if job.adapter is not None:
         adapt(network, job)
+        if job.environment.kernels.lora == "unsloth":
+            network.buffer_bytes += _expanded_buffer(network)
     if job.trainable_dtype is not None:
         for parameter in _everything(network):
             if parameter.trainable:
                 parameter.dtype = job.trainable_dtype
     return network
+
+
+def _expanded_buffer(network: Network) -> int:
+    """Unsloth's two global buffers: its largest 4-bit matrix in two bytes, and its scales in four.
+
+    ``fast_dequantize`` with ``use_global_buffer``, unsloth/kernels/utils.py 2026.8.19.
+    """
+    blocks = [block for stage in network.stages for block in stage.stack.kinds]
+    modules = [module for root in (network, *blocks) for _, module in root.named_modules()]
+    elements = [
+        module.in_features * module.out_features
+        for module in modules
+        if isinstance(module, LoraLinear)
+        and isinstance(module.base_layer, QuantizedLinear)
+        and module.base_layer.four_bit
+    ]
+    largest = max(elements, default=0)
+    return largest * 2 + largest // 64 * 4
+
+
+def _embeddings_and_head(network: Network) -> Iterator[Parameter]:
+    """What TRL casts back by name (``peft_module_casting_to_bf16``, 0.13)."""
+    for name, parameter in network.named_parameters():
+        if "norm" not in name and name.endswith("weight") and len(parameter.shape) > 1:
+            yield parameter
 
 
 def _train_last(network: Network, count: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ftplan.dtypes import Format
 from ftplan.memory import ops
+from ftplan.memory.experts import Experts
 from ftplan.memory.nn import Linear, Module
 from ftplan.memory.tape import ONE, Grads, Parameter, Tensor
 
@@ -22,9 +23,10 @@ EETQ, HQQ, torchao; peft/utils/other.py)."""
 class QuantizedLinear(Linear):
     """A frozen matrix that is expanded to ``compute_dtype`` for each matmul, forward and back.
 
-    ``MatMul4Bit`` keeps neither its input nor the expanded weight: both ways dequantise again.
+    ``MatMul4Bit`` keeps neither its input nor the expanded weight: both ways dequantise again
+    (before 0.44 it held its input as an attribute, which checkpointing without reentry cannot see).
     ``MatMul8bitLt`` keeps its input and multiplies int8 copies of it. AutoAWQ's function keeps its
-    input; GPTQ, HQQ, torchao and FP8 kernels are taken to keep nothing.
+    input; GPTQ (but for auto_gptq's), HQQ, torchao and FP8 kernels are taken to keep nothing.
     """
 
     def __init__(self, linear: Linear, storage: Format, compute_dtype: str) -> None:
@@ -55,9 +57,29 @@ class QuantizedLinear(Linear):
         if self.int8:
             return self._forward_int8(x)
         x = ops.to(x, self.compute_dtype)
+        if x.tape.env.unpacks_gptq and self.storage.name.startswith("gptq"):
+            return ops.to(self._forward_unpacked(x), before)
         keeps = self.storage.name.startswith("awq")
-        out = _matmul(x, self.in_features, self.out_features, keeps_input=keeps)
+        if self.four_bit and x.tape.env.holds_4bit_inputs:
+            out = _matmul(x, self.in_features, self.out_features, saved=x.tape.hold(x))
+        else:
+            out = _matmul(x, self.in_features, self.out_features, saved=x if keeps else None)
         return ops.to(out, before)
+
+    def _forward_unpacked(self, x: Tensor) -> Tensor:
+        """auto_gptq 0.5.1, ``qlinear_cuda_old``, without its kernel, which has no gradient."""
+        tape, rows, width = x.tape, ONE * self.out_features, self.in_features
+        dtype = "int16" if self.storage.name == "gptq-int8" else "int8"
+        shifted = tape.tensor(rows, width, "int32", "unpacked weight")
+        packed = tape.tensor(rows, width, dtype, "unpacked weight")
+        del shifted
+        masked = tape.tensor(rows, width, dtype, "unpacked weight")
+        del packed
+        centred = tape.tensor(rows, width, dtype, "unpacked weight")
+        weight = tape.tensor(rows, width, self.compute_dtype, "unpacked weight")
+        del masked, centred
+        out = ops.linear(x, weight)
+        return out if self.bias is None else ops.add(out, tape.leaf(self.bias))
 
     def _forward_int8(self, x: Tensor) -> Tensor:
         """``Linear8bitLt`` with a threshold of 6.0 and no outlier columns."""
@@ -69,16 +91,17 @@ class QuantizedLinear(Linear):
         )
 
 
-def _matmul(x: Tensor, in_features: int, out_features: int, *, keeps_input: bool) -> Tensor:
+def _matmul(x: Tensor, in_features: int, out_features: int, *, saved: Tensor | None) -> Tensor:
     tape = x.tape
+    tape.multiply(x.rows, in_features, out_features)
     expanded = tape.tensor(ONE * out_features, in_features, x.dtype, "dequantised weight")
     out = tape.tensor(x.rows, out_features, x.dtype, "linear")
     del expanded
     rows, dtype = x.rows, x.dtype
-    saved = x if keeps_input else None
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved
+        grad.tape.multiply(rows, in_features, out_features)
         weight = grad.tape.tensor(ONE * out_features, in_features, dtype, "dequantised weight")
         result = grad.tape.tensor(rows, in_features, dtype, "gradient")
         del weight
@@ -92,6 +115,7 @@ def _matmul_int8(x: Tensor, in_features: int, out_features: int, *, adds: bool) 
     """Quantised input, int32 product, fp16 result, each for a moment; the input is held."""
     tape = x.tape
     rows, dtype = x.rows, x.dtype
+    tape.multiply(rows, in_features, out_features)
     with tape.no_grad():
         half = ops.to(x.alias(), "fp16")
         scales = tape.tensor(rows, 1, "fp32", "int8 row scales")
@@ -109,6 +133,7 @@ def _matmul_int8(x: Tensor, in_features: int, out_features: int, *, adds: bool) 
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved
+        grad.tape.multiply(rows, in_features, out_features)
         weight = grad.tape.tensor(ONE * out_features, in_features, dtype, "dequantised weight")
         cast = ops.to(grad.alias(), dtype)
         made = grad.tape.tensor(rows, in_features, dtype, "gradient")
@@ -131,11 +156,23 @@ def dequantized(linear: Linear, like: Tensor) -> Tensor:
 
 
 def quantize(
-    block: Module, storage: Format, compute_dtype: str, *, whole: tuple[str, ...] = ()
+    block: Module,
+    storage: Format,
+    compute_dtype: str,
+    *,
+    whole: tuple[str, ...] = (),
+    experts: bool = False,
 ) -> None:
-    """Store every matrix of a block in ``storage``, but those named in ``whole``."""
+    """Store every matrix of a block in ``storage``, but those named in ``whole``.
+
+    ``experts``: they are linear layers of their own, as before transformers 5.
+    """
     for path, module in list(block.named_modules()):
         if any(part in whole for part in path.split(".")):  # and all that is in it
             continue
+        if experts and isinstance(module, Experts):
+            module.expands_to = compute_dtype
+            for name in module.names:
+                module.parameters[name].dtype = storage.name
         if isinstance(module, Linear) and not isinstance(module, QuantizedLinear):
             block.replace(path, QuantizedLinear(module, storage, compute_dtype))

@@ -8,7 +8,8 @@ the borders of the blocks; :mod:`replay` then plays the segments as often as the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,13 +17,16 @@ from ftplan.memory import ops
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.env import Environment
 from ftplan.memory.families.native import Native
+from ftplan.memory.flat import Flat
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.job import ShardingSpec
+from ftplan.memory.log_probs import log_probs
 from ftplan.memory.loss import classify_loss, compute_loss, model_outputs
 from ftplan.memory.nn import Module, Network, Shared, Stack, Stage
+from ftplan.memory.pipeline import PipelineStage
 from ftplan.memory.tape import (
     BATCH,
-    ONE,
+    ITEM_BYTES,
     TOKENS,
     Label,
     Node,
@@ -34,9 +38,11 @@ from ftplan.memory.tape import (
     backward,
 )
 from ftplan.memory.tasks import Objective
-from ftplan.memory.zero import Zero
+from ftplan.memory.zero import Zero, layout_of
 
-__all__ = ["Recording", "Segment", "record_evaluation", "record_serving", "record_step"]
+__all__ = [
+    "Recording", "Segment", "record_evaluation", "record_scoring", "record_serving", "record_step",
+]  # fmt: skip
 
 
 BOUNDARY = Label("activations", "block inputs")
@@ -67,10 +73,21 @@ class Recording:
     """Indices into ``forward``, one for each block and each part between blocks."""
     before_order: list[int] = field(default_factory=list)
     """The same for what runs before the step, without a graph (GRPO's log-probabilities)."""
+    once: list[int] = field(default_factory=list)
+    """The same for what is there before the first micro batch of a pipeline."""
     tail_order: list[int] = field(default_factory=list)
     """The same for what a task does with the model's outputs after autocast has ended."""
+    buffers: list[Storage] = field(default_factory=list)
+    """What a pipeline holds from its first micro batch to its last."""
+    regained: dict[int, Segment] = field(default_factory=dict)
+    """Per forward segment: what the caller still holds when its way back has let go of it."""
+    batch: list[Tensor] = field(default_factory=list)
+    """What the loop holds until the step has ended: the batch, and those fetched with it."""
     outputs: list[Tensor] = field(default_factory=list)
     """The model's outputs, where the caller keeps them until backward has ended."""
+    cache_exit: list[Segment] = field(default_factory=list)
+    """Per forward segment: what is held of it until backward has ended, by a caller that keeps the
+    model's cache, or by hooks."""
     after: Segment = Segment("", 0, 0)
     """What dies when backward has ended."""
     saved: set[int] = field(default_factory=set)
@@ -80,8 +97,12 @@ class Recording:
     dropped: list[Segment] = field(default_factory=list)
     """The same, where the next batch's outputs take its place."""
 
-    def phases(self) -> list[tuple[str, list[Segment]]]:
-        """Forward and backward of the model at full depth, as segments in order."""
+    def phases(self, *, under_way: int = 0) -> list[tuple[str, list[Segment]]]:
+        """Forward and backward of the model at full depth, as segments in order.
+
+        ``under_way``: other micro batches of a pipeline whose forward is done before, and whose
+        backward comes after.
+        """
         order = self.forward_order
         everything = [*order, *self.tail_order] if self.carried else []
         forward = [self.carried[index] for index in everything]
@@ -93,8 +114,17 @@ class Recording:
         if self.before_order:
             phases.insert(0, ("scoring", [self.forward[index] for index in self.before_order]))
         if self.backward:
-            backward = [self.backward[index] for index in reversed(order + self.tail_order)]
-            phases.append(("backward", [*backward, self.after]))
+            backward: list[Segment] = []
+            for index in reversed(order + self.tail_order):
+                backward.append(self.backward[index])
+                if index in self.regained:
+                    backward.append(self.regained[index])
+            dropped = [self.cache_exit[index] for index in order]
+            phases.append(("backward", [*backward, *dropped, self.after]))
+        if under_way:
+            phases.insert(0, ("warm-up", forward * under_way))
+        if self.once:
+            phases.insert(0, ("receive", [self.forward[index] for index in self.once]))
         return phases
 
 
@@ -116,11 +146,16 @@ class _Recorder:
         """Which of the recording's orders is being recorded."""
         self.regions: list[_Region] = []
         self.casts: list[dict[int, Tensor]] = []
-        self.graphs: list[list[Tensor]] = []
-        """Per forward segment: what the graph holds until it goes."""
+        self.caches: list[list[Tensor]] = []
+        """Per forward segment: what is held beside the graph."""
         self.start = 0
         self.fsdp: Fsdp | None = None
         self.units: list[Unit] = []
+        self.place: int | str | None = None
+        """Of the block that is recorded next (:meth:`Fsdp.place`)."""
+        self.states: _States | None = None
+        """Every hidden state, where the caller asked for them."""
+        self.critic_states: _States | None = None
         self.copies: list[Module] = []
         """Blocks beside the network's own: the real model holds them, and with them their
         gradients, so no garbage collection may take them while the step is recorded."""
@@ -135,11 +170,30 @@ class _Recorder:
                 root.times.update(stage.stack.times())
                 root.parameters += stage.stack.parameters()
         self.units.append(root)
+        fsdp.adopt(root)
+
+    @contextmanager
+    def apart(self, network: Network, *, beside: bool) -> Iterator[None]:
+        """Run another network without a graph, sharded like the first.
+
+        ``beside``: it is a model of its own, whose root was gathered once and has stayed so (its
+        bytes are static): FSDP2 reshards a root in backward, and it runs none. Else it is the
+        first one with its adapters off, whose root may still be gathered.
+        """
+        before = (self.network, self.fsdp, self.units)
+        self.network = network
+        if self.fsdp is not None:
+            order = list(self.fsdp.order)
+            self.units = [Unit("root", [])] if beside else self.units[:1]
+        yield
+        self.network, fsdp, self.units = before
+        if fsdp is not None:
+            fsdp.order = order
 
     def begin_root(self) -> None:
         """Gather what belongs to no block."""
         if self.fsdp is not None:
-            self.fsdp.begin_forward(self.units[0])
+            self.fsdp.begin_model(self.units[0])
 
     def end_root(self, loss: Tensor) -> Tensor:
         """The model's forward is over."""
@@ -153,8 +207,9 @@ class _Recorder:
         run = _checkpoint if checkpointed else _run
         if self.fsdp is None or self.fsdp.spec.wrap == "model":
             return run(block, x, shared)
-        unit = Unit("block", [p for _, p in block.named_parameters()])
+        unit = Unit("block", [p for _, p in block.named_parameters()], place=self.place)
         self.units.append(unit)
+        self.fsdp.adopt(unit)
         self.fsdp.begin_forward(unit)
         out = run(block, self.fsdp.enter(unit, x), shared)
         self.fsdp.end_forward(unit)
@@ -168,16 +223,19 @@ class _Recorder:
         index = len(self.recording.forward) - 1
         self.regions.append(_Region(name, self.tape.sequence, index))
         self.casts.append(self.tape.weight_cache)
-        self.tape.weight_cache = {}
-        self.graphs.append(self.tape.graph)
-        self.tape.graph = []
+        self.caches.append(self.tape.cached)
+        self.tape.weight_cache, self.tape.cached = {}, []
         return index
 
     def end_step(self, shared: Shared) -> None:
         """The caller lets go of what the model returned, and of what every block was handed."""
-        start = len(self.tape.events)
         own = self.network if isinstance(self.network, Native) else None
-        if own is None or not own.outputs_outlive_step:
+        outlive = own is not None and own.outputs_outlive_step
+        self.recording.cache_exit = [
+            self._drop() if outlive else self._drop(cached) for cached in self.caches
+        ]
+        start = len(self.tape.events)
+        if not outlive:
             self.recording.outputs.clear()
         shared.let_go()
         self.recording.after = Segment("outputs dropped", start, len(self.tape.events))
@@ -187,9 +245,9 @@ class _Recorder:
     def _carry(self) -> None:
         """What the loop holds of this batch is there when the next one enters."""
         recording, tape = self.recording, self.tape
-        self.graphs[-1] += recording.outputs
+        self.caches[-1] += recording.outputs
         copies: list[list[Storage]] = []
-        for held in self.graphs:
+        for held in self.caches:
             start = len(tape.events)
             storages = {t.storage.index: t.storage for t in held if t.storage is not None}
             copies.append([])
@@ -203,13 +261,21 @@ class _Recorder:
             recording.dropped.append(Segment("previous batch goes", start, len(tape.events)))
 
     def end_autocast(self) -> None:
-        """Autocast drops its casts of weights, those of each block when the model is deep."""
-        recording, tape = self.recording, self.tape
-        for cached in self.casts:
-            start = len(tape.events)
-            cached.clear()
-            recording.autocast_exit.append(Segment("autocast ends", start, len(tape.events)))
+        """Autocast drops its casts of weights, those of each block when the model is deep.
+
+        Unless the caller keeps what the model returned, its cache goes too.
+        """
+        tape = self.tape
+        for casts, cached in zip(self.casts, self.caches, strict=True):
+            held = [] if tape.env.keep_outputs else cached
+            self.recording.autocast_exit.append(self._drop(casts, held))
         self.start = len(tape.events)
+
+    def _drop(self, *held: dict[int, Tensor] | list[Tensor]) -> Segment:
+        start = len(self.tape.events)
+        for tensors in held:
+            tensors.clear()
+        return Segment("dropped", start, len(self.tape.events))
 
 
 def record_step(
@@ -218,44 +284,66 @@ def record_step(
     *,
     checkpoint_every: int = 0,
     input_grads: bool = False,
+    share: PipelineStage | None = None,
     accumulated: bool = False,
+    ahead: int = 0,
     sharding: ShardingSpec | None = None,
     objective: Objective | None = None,
-    step_of: Callable[[Parameter], int] | None = None,
+    step_of: Callable[[Parameter], int | None] | None = None,
 ) -> Recording:
     """Forward, loss and backward of one micro batch.
 
     ``checkpoint_every`` n > 0 recomputes every n-th block. ``input_grads`` makes the embedding's
-    output ask for a gradient (``enable_input_require_grads``). ``accumulated``: gradients of
-    earlier micro batches are there already. ``sharding``: by FSDP2 or ZeRO. ``objective``: the
-    task, where it is another one than a language model's own loss. ``step_of``: the optimizer
-    steps in backward, each parameter as its gradient arrives, and needs so many bytes for it.
+    output ask for a gradient (``enable_input_require_grads``). ``share``: a rank's of a
+    pipeline, where what enters may come from another rank, and what leaves go to one.
+    ``accumulated``: gradients of earlier micro batches are there already. ``ahead``: further micro
+    batches that the loop has fetched. ``sharding``: by FSDP or ZeRO. ``objective``: the task,
+    where it is another one than a language model's own loss. ``step_of``: a hook that takes each
+    parameter's gradient as it arrives (an optimizer that steps in backward), and needs so many
+    bytes for it; None: it leaves the gradient.
     """
     recorder = _Recorder(network, env)
     tape = recorder.tape
     tape.step_of = step_of
     if sharding is not None:
-        kind = Fsdp if sharding.kind == "fsdp" else Zero
-        recorder.shard(kind(tape, sharding, accumulated=accumulated))
+        recorder.shard(_sharded(network, tape, sharding, accumulated=accumulated))
     elif isinstance(network, Native) or accumulated:
         _hold_gradients(network, tape, idle=not accumulated)
     if objective is not None and objective.before:
         _score_before(recorder, objective)
-    inputs = [*_inputs(tape), *network.inputs(tape)]
-    if input_grads:
+    if share is not None and share.buffered:
+        _receive(recorder, share)
+    batch = [*_inputs(tape), *network.inputs(tape)]
+    further = [
+        tape.tensor(t.rows * ahead, t.width, t.dtype, "batches ahead") for t in batch if ahead
+    ]
+    recorder.recording.batch = batch + further
+    before = _left_over(recorder, objective, ahead) if objective is not None else []
+    values = _run_critic(recorder, objective, accumulated) if objective is not None else []
+    received = share is not None and not share.first
+    if input_grads and not received:
         _ask_for_input_grads(network)
+    input_grads = input_grads or received
     recorder.begin_root()
     recorder.order.append(recorder.cut("inputs"))
     shared = Shared()
     x: Tensor | None = None
+    if objective is not None and objective.all_states:
+        recorder.states = _States(recorder)
     for number, stage in enumerate(network.stages):
         if x is not None:
             shared.memory = x
         x = _run_stage(recorder, stage, shared, checkpoint_every, input_grads and number == 0)
     assert x is not None
-    if objective is None or objective.inside:
-        root = _loss(recorder, x, objective)
+    if share is not None and not share.last:
+        root = recorder.end_root(x)
         del x
+        recorder.order.append(recorder.cut("the stage returns"))
+        recorder.end_autocast()
+    elif objective is None or objective.inside:
+        states = [x]
+        del x
+        root = _loss(recorder, states, objective)
         root = recorder.end_root(root)
         recorder.order.append(recorder.cut("the model returns"))
         recorder.end_autocast()
@@ -264,15 +352,42 @@ def record_step(
         del x
         held = _outputs(recorder, held, objective)
         held.append(recorder.end_root(held.pop()))
+        held += values
+        values.clear()
+        before.clear()
+        if recorder.critic_states is not None:
+            recorder.order.append(recorder.cut("the critic's outputs"))
+            recorder.critic_states.drop()
         recorder.order.append(recorder.cut("the model returns"))
         recorder.end_autocast()
         root = _task_loss(recorder, held, objective)
     recorder.recording.saved = _alive(tape)
-    del inputs
     if root.requires_grad:
         _run_backward(recorder, root)
     recorder.end_step(shared)
     return recorder.recording
+
+
+def _receive(recorder: _Recorder, share: PipelineStage) -> None:
+    """Buffers for what other ranks send: those of inputs that have come are block inputs.
+
+    torch/distributed/pipelining/stage.py 2.13: ``_prepare_forward_infra`` and
+    ``_setup_backward_recv_info`` make one for each micro batch.
+    """
+    count = 0 if share.first else share.micro_batches - share.in_flight
+    count += 0 if share.last else share.micro_batches
+    table = recorder.network.child(recorder.network.embedding_names[0]).weight  # type: ignore[attr-defined]
+    size = TOKENS * (table.shape[-1] * ITEM_BYTES[table.dtype] * count)
+    with recorder.tape.scoped("temporary"):
+        recorder.recording.buffers.append(recorder.tape.allocate(size, "receive buffers"))
+    recorder.recording.once.append(recorder.cut("receive buffers"))
+
+
+def _sharded(network: Network, tape: Tape, spec: ShardingSpec, *, accumulated: bool) -> Fsdp:
+    if spec.kind == "fsdp":
+        kind = Flat if spec.version == 1 else Fsdp
+        return kind(tape, spec, accumulated=accumulated)
+    return Zero(tape, spec, layout_of(network, spec), accumulated=accumulated)
 
 
 def record_serving(network: Network, env: Environment) -> Recording:
@@ -285,11 +400,13 @@ def record_serving(network: Network, env: Environment) -> Recording:
         order.append(recorder.cut("inputs"))
         shared = Shared()
         x: Tensor | None = None
+        held: list[Tensor] = []
         for stage in network.stages:
             if x is not None:
                 shared.memory = x
-            x = _run_stage(recorder, stage, shared, 0, False)
+            x = _run_stage(recorder, stage, shared, 0, False, held)
         assert x is not None
+        held.clear()
         with tape.scoped("logits"):
             logits = network.head(x.alias(rows=BATCH))
             del logits, x
@@ -297,6 +414,34 @@ def record_serving(network: Network, env: Environment) -> Recording:
     recorder.end_autocast()
     recorder.recording.saved = _alive(tape)
     del inputs, shared
+    return recorder.recording
+
+
+def record_scoring(network: Network, env: Environment, completion: int) -> Recording:
+    """A batch through a model without a graph, its hidden states kept; then log-probabilities.
+
+    As PPO scores a rollout: with all logits of the reference, or a head of one number a token.
+    """
+    recorder = _Recorder(network, env)
+    tape = recorder.tape
+    recorder.states = _States(recorder)
+    with tape.no_grad():
+        inputs = _inputs(tape)
+        recorder.order.append(recorder.cut("inputs"))
+        shared = Shared()
+        x: Tensor | None = None
+        for stage in network.stages:
+            x = _run_stage(recorder, stage, shared, 0, False)
+        assert x is not None
+        with tape.scoped("logits"):
+            logits = network.head(x)
+            del x
+            scores = log_probs(logits, completion, how="rows", scaled=True)
+        recorder.order.append(recorder.cut("scores"))
+        del logits, scores
+    recorder.end_autocast()
+    recorder.recording.saved = _alive(tape)
+    del inputs
     return recorder.recording
 
 
@@ -317,8 +462,9 @@ def record_evaluation(network: Network, env: Environment) -> Recording:
                 shared.memory = x
             x = _run_stage(recorder, stage, shared, 0, False)
         assert x is not None
-        loss_value = _loss(recorder, x, None)
+        states = [x]
         del x
+        loss_value = _loss(recorder, states, None)
         recorder.order.append(recorder.cut("the model returns"))
     recorder.end_autocast()
     recorder.recording.saved = _alive(tape)
@@ -396,10 +542,19 @@ def _alive(tape: Tape) -> set[int]:
 
 
 def _run_stage(
-    recorder: _Recorder, stage: Stage, shared: Shared, checkpoint_every: int, input_grads: bool
+    recorder: _Recorder,
+    stage: Stage,
+    shared: Shared,
+    checkpoint_every: int,
+    input_grads: bool,
+    held: list[Tensor] | None = None,
 ) -> Tensor:
+    """Blocks with what stands around them. ``held`` receives what the model's forward names until
+    it returns: the embeddings, which no block needs after the first (it gets them twice)."""
     order = recorder.order
     x = stage.enter(recorder.tape, shared)
+    if held is not None:
+        held.append(recorder.tape.tensor(x.rows, x.width, x.dtype, "embeddings"))
     if input_grads and not x.requires_grad:
         _ask_for_gradient(x)
     for held in recorder.tape.collecting:
@@ -413,29 +568,179 @@ def _run_stage(
         order.append(recorder.cut("final norm"))
         return x
     seen: dict[tuple[Hashable, ...], int] = {}
+    entered = _Entered(recorder, x)
     for layer, kind in enumerate(stage.stack.pattern):
         checkpointed = checkpoint_every > 0 and layer % checkpoint_every == 0
-        edge = layer if recorder.fsdp and layer in (0, stage.stack.count - 1) else None
-        key = (kind, x.requires_grad, checkpointed, edge)
+        recorder.place = recorder.fsdp.place(layer, stage.stack.count) if recorder.fsdp else None
+        key = (kind, x.requires_grad, checkpointed, recorder.place)
         last = len(recorder.network.stages) > 1 and _is_last(stage.stack, layer)
         if key in seen and not last:
             order.append(seen[key])
+            if recorder.states is not None:
+                recorder.states.again(seen[key])
             continue
         block = stage.stack.kinds[kind]
         if any(known[0] == kind for known in seen):
             block = copy.deepcopy(block)  # a layer of its own: its gradients are too
             recorder.copies.append(block)
         _name_parts(block, recorder.tape)
+        entering = x.storage.index if x.storage is not None else 0
         # the caller's name for the input lives until the block returns
         x = recorder.run_block(block, x, shared, checkpointed=checkpointed)
+        x = recorder.network.after_block(layer, x)
         _name_boundary(x)
         seen[key] = recorder.cut("block")
         order.append(seen[key])
+        if recorder.states is None:
+            entered.hold()
+        else:
+            recorder.states.keep(seen[key], entering, x)
     if not checkpoint_every:
         _forget(recorder.tape, shared)
     x = stage.leave(x, shared)
+    del entered
+    shared.held.clear()
     order.append(recorder.cut("final norm"))
     return x
+
+
+class _Entered:
+    """What the embedding returned, which a model's forward has a name for until it ends.
+
+    The first block is recorded as the others are, so it lets go of its input as they do; where
+    nothing else keeps it, it comes alive again after that block.
+    """
+
+    def __init__(self, recorder: _Recorder, x: Tensor) -> None:
+        self._recorder = recorder
+        self._rows, self._width, self._dtype = x.rows, x.width, x.dtype
+        self._index = 0
+        if recorder.network.names_embeddings and x.storage is not None:
+            self._index = x.storage.index
+        self._held: Tensor | None = None
+
+    def hold(self) -> None:
+        """The first block has run."""
+        index, self._index = self._index, 0
+        tape = self._recorder.tape
+        if index and -index in tape.events:
+            self._held = tape.tensor(self._rows, self._width, self._dtype, "input embeddings")
+            self._recorder.order.append(self._recorder.cut("input embeddings"))
+
+
+class _States:
+    """All hidden states (``output_hidden_states=True``), which the model's outputs hold.
+
+    Where the graph keeps the input of a block too, it is counted there, and again from the moment
+    the block's way back lets go of it.
+    """
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self._recorder = recorder
+        self._held: Tensor | None = None
+        self._shape: tuple[Size, int, str] | None = None
+        self._segment = 0
+        self._kept: dict[int, bool] = {}
+        """Per forward segment of a block: whether its input has a tensor of its own here."""
+        self._own = 0
+        self.count = 0
+
+    def keep(self, segment: int, entering: int, x: Tensor) -> None:
+        """A block has run on the storage ``entering``."""
+        tape = self._recorder.tape
+        self._shape = (x.rows, x.width, x.dtype)
+        self._kept[segment] = entering > 0 and -entering in tape.events
+        if self._kept[segment] and self._held is None:
+            self._held = tape.tensor(*self._shape, "hidden states")
+            self._segment = self._recorder.cut("hidden states")
+        self.again(segment)
+
+    def again(self, segment: int) -> None:
+        """A block like an earlier one has run."""
+        self.count += 1
+        if self._kept.get(segment):
+            self._own += 1
+            self._recorder.order.append(self._segment)
+
+    def drop(self) -> None:
+        """The outputs go, before anything runs backward."""
+        if self._held is not None:
+            self._held = None
+            segment = self._recorder.cut("hidden states dropped")
+            self._recorder.order += [segment] * self._own
+        self._own = 0
+
+    def return_them(self) -> None:
+        """The outputs reach the caller, in fp32 where mixed precision casts them."""
+        recorder, recording = self._recorder, self._recorder.recording
+        if self._shape is None:
+            return
+        tape = recorder.tape
+        rows, width, dtype = self._shape
+        if tape.env.outputs_to_fp32 and dtype != "fp32":
+            cast = tape.tensor(rows, width * (self.count + 1), "fp32", "hidden states")
+            recording.batch.append(cast)
+            recorder.order.append(recorder.cut("hidden states cast"))
+            self.drop()
+            return
+        recorder.order.append(recorder.cut("outputs"))
+        for segment, own in self._kept.items():
+            if not own:
+                start = len(tape.events)
+                recording.batch.append(tape.tensor(rows, width, dtype, "hidden states"))
+                recording.regained[segment] = Segment("held", start, len(tape.events))
+        recorder.start = len(tape.events)
+        if self._held is not None:
+            recording.batch.append(self._held)
+
+
+def _left_over(recorder: _Recorder, objective: Objective, ahead: int) -> list[Tensor]:
+    """What PPO's loop still names when a micro batch begins.
+
+    The scores of the rollout, always; after another micro batch of the same step its outputs,
+    until the model has run, and the softmax of its logits, until the next one is made.
+    """
+    if not objective.all_states:
+        return []
+    tape, recording = recorder.tape, recorder.recording
+    network, steps = recorder.network, ahead + 1
+    vocabulary = network.head_parameters()[0].shape[0]
+    computed = tape.env.autocast or network.head_parameters()[0].dtype
+    dtype = "fp32" if tape.env.outputs_to_fp32 else computed
+    rows = BATCH * objective.completion
+    with tape.scoped("logits"):
+        recording.batch.append(tape.tensor(rows * steps, vocabulary, "fp32", "scores"))
+        if not ahead:
+            return []
+        recording.batch.append(tape.tensor(rows, vocabulary, dtype, "softmax of the last batch"))
+        layers = sum(stage.stack.count for stage in network.stages)
+        hidden = network.head_parameters()[0].shape[-1]
+        return [
+            tape.tensor(TOKENS, vocabulary, dtype, "outputs of the last batch"),
+            tape.tensor(TOKENS, hidden * (layers + 1), dtype, "outputs of the last batch"),
+        ]
+
+
+def _run_critic(recorder: _Recorder, objective: Objective, accumulated: bool) -> list[Tensor]:
+    """The value of every token, with a graph of its own; its hidden states go before the policy's
+    outputs are there."""
+    critic = objective.critic
+    if critic is None:
+        return []
+    if accumulated:
+        _hold_gradients(critic, recorder.tape)
+    shared = Shared()
+    x: Tensor | None = None
+    states = recorder.states = _States(recorder)
+    with recorder.apart(critic, beside=True):
+        for stage in critic.stages:
+            x = _run_stage(recorder, stage, shared, 0, False)
+        assert x is not None
+        values = critic.head(x)
+    del x
+    recorder.critic_states = states
+    recorder.order.append(recorder.cut("values"))
+    return [values]
 
 
 def _forget(tape: Tape, shared: Shared) -> None:
@@ -503,17 +808,29 @@ def _trains(block: Module) -> bool:
     return any(parameter.trainable for _, parameter in block.named_parameters())
 
 
-def _loss(recorder: _Recorder, x: Tensor, objective: Objective | None) -> Tensor:
-    """Logits and loss, as the model class computes them inside its forward."""
+def _loss(recorder: _Recorder, states: list[Tensor], objective: Objective | None) -> Tensor:
+    """Logits and loss, as the model class computes them inside its forward.
+
+    ``states`` holds the last hidden states, which go when that forward returns.
+    """
     tape = recorder.tape
     logits: Tensor | None
     with tape.scoped("logits"):
+        x = states.pop()
         if objective is not None and objective.kind == "labels":
             loss, logits = classify_loss(recorder.network, x)
         else:
             loss, logits = compute_loss(recorder.network, x)
+        del x
         if logits is not None and tape.env.outputs_to_fp32:
-            logits = ops.to(logits, "fp32")
+            given, logits = logits, ops.to(logits, "fp32")
+            others = [  # every layer's, while what the model returned is still held
+                tape.tensor(cached.rows, cached.width, "fp32", "returned cache in fp32")
+                for index in recorder.order
+                for cached in recorder.caches[index]
+                if recorder.network.returns_tuples and cached.dtype != "fp32"
+            ]
+            del others, given
     if logits is not None and tape.env.keep_outputs:
         recorder.recording.outputs.append(logits)
     del logits
@@ -526,11 +843,11 @@ def _outputs(recorder: _Recorder, states: list[Tensor], objective: Objective) ->
     network = recorder.network
     with recorder.tape.scoped("logits"):
         if isinstance(network, Native):
-            outputs = network.outputs(states.pop())
-            outputs = network.returned(outputs)
+            outputs = network.returned(network.outputs(states.pop()))
         else:
+            scored = 0 if objective.all_states else objective.completion
             x = states.pop()
-            outputs = [model_outputs(network, x, objective.completion, states=objective.states)]
+            outputs = [model_outputs(network, x, scored, states=objective.states)]
             del x
     recorder.order.append(recorder.cut("logits"))
     return outputs
@@ -542,7 +859,9 @@ def _task_loss(recorder: _Recorder, held: list[Tensor], objective: Objective) ->
     recorder.order = recording.tail_order
     with tape.scoped("logits"):
         if tape.env.outputs_to_fp32:
-            held.append(ops.to(held.pop(), "fp32"))
+            held[0] = ops.to(held[0], "fp32")
+    if recorder.states is not None:
+        recorder.states.return_them()
 
     def again(network: Network) -> Tensor:
         recorder.order.append(recorder.cut("the policy's part"))
@@ -552,6 +871,8 @@ def _task_loss(recorder: _Recorder, held: list[Tensor], objective: Objective) ->
         loss = objective.loss(recorder.network, held, again)
     if tape.env.keep_outputs:
         recording.outputs += held
+    if recorder.states is not None:  # the names of the loop's body outlive the optimizer's step
+        recording.batch += held
     held.clear()
     recorder.order.append(recorder.cut("the task's loss"))
     return loss
@@ -561,14 +882,17 @@ def _run_again(recorder: _Recorder, network: Network, objective: Objective) -> T
     """Another network's outputs on the same batch; the caller has turned the graph off."""
     shared = Shared()
     x: Tensor | None = None
-    with recorder.tape.scoped("activations"):
-        for stage in network.stages:
-            if x is not None:
-                shared.memory = x
-            x = _run_stage(recorder, stage, shared, 0, False)
-    assert x is not None
-    outputs = model_outputs(network, x, objective.completion, states=objective.states)
-    del x
+    with recorder.apart(network, beside=objective.beside):
+        with recorder.tape.scoped("activations"):
+            recorder.begin_root()
+            for stage in network.stages:
+                if x is not None:
+                    shared.memory = x
+                x = _run_stage(recorder, stage, shared, 0, False)
+        assert x is not None
+        outputs = model_outputs(network, x, objective.completion, states=objective.states)
+        del x
+        outputs = recorder.end_root(outputs)
     if recorder.tape.env.outputs_to_fp32:
         outputs = ops.to(outputs, "fp32")
     recorder.order.append(recorder.cut("the other model's logits"))
@@ -594,20 +918,25 @@ def _run_backward(recorder: _Recorder, root: Tensor) -> None:
     cuts: dict[int, Segment] = {}
     start = len(tape.events)
 
+    def cut(region: _Region) -> None:
+        nonlocal start
+        stop = len(tape.events)
+        cuts[region.segment] = Segment(region.name, start, stop)
+        recorder.caches[region.segment] += tape.cached
+        start, tape.cached = stop, []
+
     def on_node(node: Node) -> None:
-        nonlocal current, start
+        nonlocal current
         while current > 0 and node.sequence <= regions[current - 1].last:
-            stop = len(tape.events)
-            cuts[regions[current].segment] = Segment(f"{regions[current].name}", start, stop)
-            start = stop
+            cut(regions[current])
             current -= 1
             for grad in node.buffers:  # whichever block made it, it has one name
                 if grad is not None and grad.storage is not None:
                     tape.labels[grad.storage.index - 1] = BORDER
 
-    backward(root, tape.tensor(ONE, 1, "fp32", "loss gradient"), on_node)
+    backward(root, tape.tensor(root.rows, root.width, root.dtype, "output gradient"), on_node)
     if recorder.fsdp is not None:
         recorder.fsdp.finish(recorder.units)
-    cuts[regions[current].segment] = Segment(regions[current].name, start, len(tape.events))
+    cut(regions[current])
     empty = Segment("", 0, 0)
     recording.backward = [cuts.get(i, empty) for i in range(len(recording.forward))]

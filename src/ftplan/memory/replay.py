@@ -7,6 +7,7 @@ Both read the same events, so they give the same integer.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,9 +15,9 @@ from typing import Any
 
 from ftplan.memory.moments import WorstMoments
 from ftplan.memory.record import BOUNDARY, Recording, Segment
-from ftplan.memory.tape import BATCH, BLOCK_BYTES, SCORES, TOKENS, Label, Size, basis
+from ftplan.memory.tape import BATCH, BLOCK_BYTES, CHUNK, SCORES, TOKENS, Label, Size, basis
 
-__all__ = ["Alive", "Moment", "Phase", "Program", "Run", "rounded"]
+__all__ = ["Alive", "Moment", "Operations", "Phase", "Program", "Run", "Script", "rounded"]
 
 
 NOTHING = Size((0,) * 7)
@@ -60,6 +61,29 @@ class Moment:
     alive: Mapping[Label, Alive]
 
 
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A step tensor by tensor: births (``n``) and deaths (``~n``) of numbered slots."""
+
+    events: tuple[int, ...]
+    slots: tuple[int, ...]
+    """The size of each slot, by its number among the program's sizes."""
+    left: tuple[int, ...]
+    """Slots that are alive at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Floating point operations of matrix products, as an expression in the batch."""
+
+    phase: str
+    kind: str
+    """As in :class:`ftplan.memory.tape.Product`."""
+    again: bool
+    """Computed a second time."""
+    size: Size
+
+
 class Program:
     """The dynamic part of a step as a function of micro batch and sequence length."""
 
@@ -82,10 +106,19 @@ class Program:
         """Per segment: index into the table of signed sizes."""
         self._storage_size = storage_size
         self._worst: WorstMoments | None = None
+        self._scripts: dict[int, Script] = {}
+        self._products = tape.products
+        self._chunks_played = tape.chunks_played
+        self._spans: list[tuple[int, int]] = []
+        """Per segment: its events on the tape."""
         self.virtual_tokens = 0
         """Learned tokens before each sequence."""
         self.sequences = 1
         """Sequences that go through the model for each of the micro batch."""
+        self.completion = 0
+        """Tokens of each sequence that the loss looks at; 0: all."""
+        self.shifted = False
+        """The loss drops the last position of each sequence before it cuts chunks."""
         self.chunked_by_sequence = False
         """A chunk of the loss is so many tokens of each sequence."""
         count = len(self._sizes)
@@ -99,6 +132,7 @@ class Program:
                     continue
                 if key not in segments:
                     segments[key] = len(self._steps)
+                    self._spans.append(key)
                     events = tuple(tape.events[part.start : part.stop])
                     self._events.append(events)
                     self._steps.append(
@@ -110,12 +144,15 @@ class Program:
                     runs.append(Run(segments[key], 1))
             self.phases.append(Phase(name, tuple(runs)))
 
-    def _point(self, micro: int, seq_len: int, chunk: int) -> tuple[int, ...]:
+    def point(self, micro: int, seq_len: int, chunk: int = 0) -> tuple[int, ...]:
+        """The basis of sizes for a batch: a chunk is no more than the rows that are scored."""
+        sequences, length = micro * self.sequences, seq_len + self.virtual_tokens
+        scored = self.completion or length - self.shifted
         chunk *= micro if self.chunked_by_sequence else 1
-        return basis(micro * self.sequences, seq_len + self.virtual_tokens, chunk)
+        return basis(sequences, length, min(chunk, sequences * scored))
 
     def _bytes(self, micro: int, seq_len: int, chunk: int) -> list[int]:
-        point = self._point(micro, seq_len, chunk)
+        point = self.point(micro, seq_len, chunk)
         sizes = [rounded(size.at(point)) for size in self._sizes]
         return sizes + [-size for size in sizes]
 
@@ -140,10 +177,64 @@ class Program:
             peaks.append((phase.name, peak))
         return peaks, level
 
+    def script(self, events: int) -> Script:
+        """The step as births and deaths one by one, in about so many ``events``.
+
+        Of many blocks in a row the first ones and the last are played in full; of those between,
+        what outlives them or was alive before: their other tensors find places that are there.
+        """
+        if events not in self._scripts:
+            unrolled = _Unrolled(self._events, self._storage_size)
+            self._scripts[events] = unrolled.script(self.phases, self._in_full(events))
+        return self._scripts[events]
+
+    def _in_full(self, events: int) -> int:
+        """How many blocks of a row can be played in full within ``events``."""
+        runs = [(len(self._events[r.segment]), r.times) for p in self.phases for r in p.runs]
+        deep = sum(size for size, times in runs if times > 1)
+        rest = sum(size for size, times in runs if times == 1)
+        return max(2, (events - rest) // max(1, deep) - 1)
+
+    def sizes_at(self, micro: int, seq_len: int, chunk: int = 0) -> list[int]:
+        """Bytes of each size of the script, in whole blocks."""
+        return self._bytes(micro, seq_len, chunk)[: len(self._sizes)]
+
     def births(self) -> int:
         """How many storages are made in a micro batch."""
         each = [sum(event > 0 for event in events) for events in self._events]
         return sum(each[run.segment] * run.times for p in self.phases for run in p.runs)
+
+    def born(self) -> Size:
+        """Bytes of all storages that are made in a micro batch, those of every chunk of a loss."""
+        each = [
+            sum((self._sizes[self._storage_size[e - 1]] for e in events if e > 0), NOTHING)
+            for events in self._events
+        ]
+        total = sum((each[r.segment] * r.times for p in self.phases for r in p.runs), NOTHING)
+        if not self._chunks_played:
+            return total
+        every = total[6] // self._chunks_played
+        return total + TOKENS * every + CHUNK * -total[6]
+
+    def operations(self) -> list[Operations]:
+        """What a micro batch computes. Raises LookupError where a product's size is not known."""
+        starts = [product.event for product in self._products]
+        each: list[dict[tuple[str, bool], Size]] = []
+        for start, stop in self._spans:
+            sums: dict[tuple[str, bool], Size] = {}
+            for product in self._products[bisect_left(starts, start) : bisect_left(starts, stop)]:
+                if product.each is None:
+                    raise LookupError(product.name)
+                key = (product.kind, product.again)
+                sums[key] = sums.get(key, NOTHING) + product.rows * product.each
+            each.append(sums)
+        totals: dict[tuple[str, str, bool], Size] = {}
+        for phase in self.phases:
+            for run in phase.runs:
+                for (kind, again), size in each[run.segment].items():
+                    place = (phase.name, kind, again)
+                    totals[place] = totals.get(place, NOTHING) + size * run.times
+        return [Operations(*place, size) for place, size in totals.items()]
 
     def peak(self, micro: int, seq_len: int, chunk: int = 0) -> int:
         """The largest moment, in bytes on top of what is static."""
@@ -157,8 +248,7 @@ class Program:
         if self._worst is None:
             runs = [(run.segment, run.times) for phase in self.phases for run in phase.runs]
             self._worst = WorstMoments(self._sizes, self._steps, runs)
-        point = self._point(micro, seq_len, chunk)
-        return self._worst.at(point)
+        return self._worst.at(self.point(micro, seq_len, chunk))
 
     def moment(self, micro: int, seq_len: int, chunk: int = 0) -> Moment:
         """What is alive at the largest moment."""
@@ -211,6 +301,60 @@ class Program:
                     yield self._events[run.segment][: event + 1], 1
                     return
                 yield self._events[run.segment], run.times
+
+
+class _Unrolled:
+    """Segments unrolled: every tensor of a deep model has a slot of its own.
+
+    A segment that is played for many blocks has one set of storages, so a death names what was
+    born in the same place last; what came from another place (the block before) is the youngest
+    of the same size.
+    """
+
+    def __init__(self, events: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> None:
+        self._events = events
+        self._sizes = sizes
+        self._born = {event for segment in events for event in segment if event > 0}
+        """What dies and was never born was there before: it is static, and stays in its place."""
+        self._alive: dict[int, list[int]] = {}
+        self._slots: list[int] = []
+        self._played: list[int] = []
+
+    def script(self, phases: Sequence[Phase], whole: int) -> Script:
+        """All runs in order, the first ``whole`` blocks and the last in full; and what is left."""
+        for phase in phases:
+            for run in phase.runs:
+                events = self._events[run.segment]
+                lasting = _lasting(events)
+                for number in range(run.times):
+                    inner = whole <= number < run.times - 1
+                    self._play(lasting if inner else events)
+        left = [slot for slots in self._alive.values() for slot in slots]
+        return Script(tuple(self._played), tuple(self._slots), tuple(left))
+
+    def _play(self, events: Sequence[int]) -> None:
+        for event in events:
+            if event > 0:
+                self._alive.setdefault(event, []).append(len(self._slots))
+                self._played.append(len(self._slots))
+                self._slots.append(self._sizes[event - 1])
+            elif -event in self._born:
+                self._played.append(~self._last_of(-event))
+
+    def _last_of(self, storage: int) -> int:
+        slots = self._alive.get(storage)
+        if slots:
+            return slots.pop()
+        size = self._sizes[storage - 1]
+        others = [s for s in self._alive.values() if s and self._slots[s[-1]] == size]
+        return max(others, key=lambda slots: slots[-1]).pop()
+
+
+def _lasting(events: Sequence[int]) -> list[int]:
+    """The events of a segment but for storages that come and go within it."""
+    born = {event for event in events if event > 0}
+    passing = {-event for event in events if -event in born}
+    return [event for event in events if abs(event) not in passing]
 
 
 def per_sample(size: Size, sequences: int) -> Size:

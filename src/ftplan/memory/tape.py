@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from sys import getrefcount
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from ftplan.memory.env import Environment
 
@@ -31,9 +31,11 @@ __all__ = [
     "SEQ",
     "SQUARE",
     "TOKENS",
+    "Kind",
     "Label",
     "Node",
     "Parameter",
+    "Product",
     "Size",
     "Storage",
     "Tape",
@@ -43,8 +45,8 @@ __all__ = [
 
 BLOCK_BYTES = 512
 ITEM_BYTES = {
-    "fp64": 8, "int64": 8, "fp32": 4, "int32": 4, "bf16": 2, "fp16": 2, "int8": 1,
-    "bool": 1, "fp8": 1,
+    "fp64": 8, "int64": 8, "fp32": 4, "int32": 4, "bf16": 2, "fp16": 2, "int16": 2,
+    "int8": 1, "bool": 1, "fp8": 1,
 }  # fmt: skip
 
 
@@ -57,13 +59,20 @@ class Size(tuple[int, ...]):
 
     __slots__ = ()
 
+    # written out, because a step makes hundreds of sizes
+
     def __add__(self, other: object) -> Size:
         assert isinstance(other, Size)
-        return Size(a + b for a, b in zip(self, other, strict=True))
+        a, b, c, d, e, f, g = self
+        h, i, j, k, m, n, o = other
+        return Size((a + h, b + i, c + j, d + k, e + m, f + n, g + o))
 
     def __mul__(self, factor: object) -> Size:
         assert isinstance(factor, int)
-        return Size(a * factor for a in self)
+        a, b, c, d, e, f, g = self
+        return Size(
+            (a * factor, b * factor, c * factor, d * factor, e * factor, f * factor, g * factor)
+        )
 
     __rmul__ = __mul__
 
@@ -93,6 +102,27 @@ class Label:
     """The part of the block, or else the operation, that made it."""
 
 
+Kind = Literal["linear", "attention", "hidden"]
+"""Of a product. ``hidden``: scores that a mask hides and the kernel does not compute, to be taken
+off what it would compute without one."""
+
+
+class Product(NamedTuple):
+    """Matrix products: what a step computes, beside what it allocates."""
+
+    event: int
+    """How many events were on the tape before it."""
+    sequence: int
+    """Of the last node before it."""
+    rows: Size
+    each: int | None
+    """Floating point operations for each of the rows; None: nobody said."""
+    kind: Kind
+    again: bool
+    """Computed before: by a checkpoint, or by the backward of a kernel that kept nothing."""
+    name: str
+
+
 class Joins(Protocol):
     """What attention does to keys and to values before it uses them."""
 
@@ -102,6 +132,16 @@ class Joins(Protocol):
     def join(self, x: Tensor) -> Tensor:
         """Keys or values, longer."""
         ...
+
+
+@dataclass(slots=True)
+class Selected:
+    """Outputs that a checkpointed block holds in order, until it runs again."""
+
+    held: list[Tensor] = field(default_factory=list)
+    again: bool = False
+    count: int = 0
+    """Products of matrices so far."""
 
 
 @dataclass(slots=True)
@@ -118,27 +158,52 @@ class Tape:
     """The part of the block that is running; empty: events are named by operation."""
     weight_cache: dict[int, Tensor] = field(default_factory=dict)
     """Autocast's casts of weights, by the weight: alive until autocast ends."""
+    cached: list[Tensor] = field(default_factory=list)
+    """What is held beside the graph: keys and values in the model's cache, inputs in hooks; or as
+    long as the graph, though its node has run: what a Python function has as an attribute."""
     sequence: int = 0
     prefix: Joins | None = None
     """Learned keys and values before those of every layer (prefix tuning)."""
     escaped: list[Tensor] | None = None
     """Inside a checkpoint: what its functions hold by themselves, out of the checkpoint's sight."""
-    step_of: Callable[[Parameter], int] | None = None
-    """An optimizer in backward: bytes that the step of one parameter needs for a moment."""
+    step_of: Callable[[Parameter], int | None] | None = None
+    """A hook that takes each gradient as it arrives (an optimizer in backward, ZeRO): the bytes
+    that it needs for a moment; None: it leaves the gradient where it is."""
     collecting: list[list[Tensor]] = field(default_factory=list)
     """Tensors that are leaves of the graph, held until their gradient arrives."""
     recalled: list[Tensor] | None = None
     """While a checkpoint runs again: what escaped the first time, in order."""
-    graph: list[Tensor] = field(default_factory=list)
-    """What nodes hold by themselves: it goes when the graph goes, not when its node has run."""
+    known: dict[tuple[str, str], Label] = field(default_factory=dict)
+    """Labels that were made before."""
+    products: list[Product] = field(default_factory=list)
+    again: bool = False
+    """A checkpoint runs again."""
+    stands_for: dict[Size, Size] = field(default_factory=dict)
+    """Rows that are played for others beside themselves (chunks of a loss that are all alike)."""
+    chunks_played: int = 1
+    """How many chunks of the loss are on the tape for all there are; 0: the others are there too,
+    as one."""
+
+    selected: Selected | None = None
+    """Inside a block that is checkpointed by operation."""
 
     def allocate(self, size: Size, name: str) -> Storage:
         """A storage of ``size`` bytes comes alive."""
         self.sizes.append(size)
-        self.labels.append(Label(self.scope, self.module or name))
+        key = (self.scope, self.module or name)
+        label = self.known.get(key)
+        if label is None:
+            label = self.known[key] = Label(*key)
+        self.labels.append(label)
         index = len(self.sizes)
         self.events.append(index)
         return Storage(self, index)
+
+    def before(self, size: Size, label: Label) -> Storage:
+        """A storage that was there before the tape began: static bytes that may be freed on it."""
+        self.sizes.append(size)
+        self.labels.append(label)
+        return Storage(self, len(self.sizes))
 
     def hold(self, x: Tensor) -> Tensor | None:
         """What a Python function keeps as an attribute instead of ``save_for_backward``.
@@ -156,6 +221,41 @@ class Tape:
         """A fresh tensor of ``rows`` x ``width`` elements."""
         storage = self.allocate(rows * (width * ITEM_BYTES[dtype]), name)
         return Tensor(self, storage, rows, width, dtype)
+
+    def multiply(
+        self, rows: Size, inner: int | None, width: int = 1, name: str = "linear", *,
+        times: int = 1, kind: Kind = "linear", again: bool = False,
+    ) -> Size:  # fmt: skip
+        """Count ``times`` products of (rows x inner) and (inner x width), before they are made.
+
+        ``hidden`` rows are twice as many: half of a square has no whole number of them. Returns
+        the rows that were counted, for the way back.
+        """
+        if not times:
+            return rows
+        each = None if inner is None else (1 if kind == "hidden" else 2) * inner * width * times
+        rows = self.stands_for.get(rows, rows) if self.stands_for else rows
+        self.products.append(
+            Product(len(self.events), self.sequence, rows, each, kind, again or self.again, name)
+        )
+        return rows
+
+    def product(self, rows: Size, width: int, dtype: str, name: str) -> Tensor:
+        """What a product of matrices writes; checkpointing by operation keeps every second one."""
+        if self.selected is None:
+            return self.tensor(rows, width, dtype, name)
+        self.selected.count += 1
+        return self.kept(rows, width, dtype, name, keep=self.selected.count % 2 == 1)
+
+    def kept(self, rows: Size, width: int, dtype: str, name: str, *, keep: bool = True) -> Tensor:
+        """An output that checkpointing by operation keeps: fresh at first, the same one again."""
+        selected = self.selected if keep else None
+        if selected is not None and selected.again:
+            return selected.held.pop(0)
+        out = self.tensor(rows, width, dtype, name)
+        if selected is not None:
+            selected.held.append(out.alias())
+        return out
 
     def leaf(self, parameter: Parameter) -> Tensor:
         """A weight as an operand: a view of static bytes."""
@@ -176,6 +276,15 @@ class Tape:
             yield
         finally:
             self.grad_enabled = before
+
+    @contextmanager
+    def counting(self, stands_for: dict[Size, Size]) -> Iterator[None]:
+        """Products over some rows are played for those over others beside them."""
+        before, self.stands_for = self.stands_for, stands_for
+        try:
+            yield
+        finally:
+            self.stands_for = before
 
     @contextmanager
     def scoped(self, group: str) -> Iterator[None]:
@@ -369,11 +478,12 @@ def _arrive(parameter: Parameter, grad: Tensor | None) -> None:
 def _accumulate(parameter: Parameter, grad: Tensor) -> None:
     """A parameter's gradient is the incoming buffer; an earlier one is added to in place."""
     tape = grad.tape
-    if tape.step_of is not None:  # a hook steps, and lets go of the gradient
-        if parameter.name:
-            needs = tape.allocate(Size((tape.step_of(parameter), *(0,) * 6)), "optimizer step")
+    if tape.step_of is not None:
+        taken = tape.step_of(parameter) if parameter.name else 0
+        if taken is not None:  # the hook lets go of the gradient
+            needs = tape.allocate(Size((taken, *(0,) * 6)), "gradient hook")
             del needs
-        return
+            return
     if parameter.grad is None:
         parameter.grad = grad
         if grad.storage is not None and parameter.name:

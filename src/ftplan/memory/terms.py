@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ftplan.memory.estimate import Estimate
+from ftplan.memory.fsdp import ACCUMULATED
 from ftplan.memory.replay import Alive
 from ftplan.memory.tape import Label, Size
 from ftplan.report import Term
@@ -17,7 +18,7 @@ _GROUPS = {
     "logits": ("logits", "the head and the loss"),
     "gradients": ("gradients", "gradients that have arrived"),
     "temporary": ("temporary", "needed for a moment"),
-    "gathered": ("temporary/gathered", "weights or gradients of a unit, gathered by FSDP"),
+    "gathered": ("temporary/gathered", "weights or gradients gathered from all ranks"),
 }
 _SYMBOLS = ("", "seq", "micro", "tokens", "micro x seq^2", "seq^2", "chunk tokens")
 
@@ -36,6 +37,8 @@ def moment_terms(alive: Mapping[Label, Alive]) -> list[Term]:
     """Terms of the dynamic part, gradients of all parameters in one, largest first."""
     merged: dict[tuple[str, str], tuple[int, Size, str]] = {}
     for label, entry in alive.items():
+        if label == ACCUMULATED:  # taken from the static term of that name
+            continue
         group, why = _GROUPS[label.group]
         name = "parameters" if label.group == "gradients" else label.name.replace(" ", "_")
         bytes_, size, _ = merged.get((group, name), (0, Size((0,) * 7), ""))
@@ -72,8 +75,16 @@ def _fold_negatives(merged: dict[tuple[str, str], tuple[int, Size, str]]) -> Non
 
 def all_terms(result: Estimate, workspace: int) -> list[Term]:
     """Every term of the answer; those at the peak add up to it, to the byte."""
+    gone = result.alive.get(ACCUMULATED)
+    freed = {"/".join((ACCUMULATED.group, ACCUMULATED.name)): gone.bytes} if gone else {}
     terms = [
-        Term(name=t.name, bytes=t.bytes, at_peak=True, formula=t.formula, source=t.source)
+        Term(
+            name=t.name,
+            bytes=t.bytes + freed.get(t.name, 0),
+            at_peak=True,
+            formula=t.formula,
+            source=t.source,
+        )
         for t in result.static
     ]
     terms += moment_terms(result.alive)

@@ -2,23 +2,32 @@
 
 Inference takes N x M x 1.2 (N parameters of M bytes); training takes weights + activations +
 gradients + optimizer states, the last two counted per trainable parameter (Huyen, AI Engineering,
-chapter 7, "Memory Math"). Activations need a shape, so they are a finding here and no guess.
+chapter 7, "Memory Math"). Activations need a shape, so they are a finding here and no guess. Over
+several GPUs each part is divided as ZeRO divides it (Rajbhandari et al., arXiv 1910.02054, 3).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from ftplan.dtypes import Format
 from ftplan.report import Term
 
-__all__ = ["TextbookSum", "inference", "training"]
+__all__ = ["Split", "TextbookSum", "inference", "training"]
 
 BOOK = "Huyen, AI Engineering (2025), chapter 7, 'Memory Math'"
 OVERHEAD = Fraction(1, 5)
-ADAM_VALUES = 3
-"""A gradient and two moments for each trainable parameter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Over how many GPUs each part is divided; 0: it waits on the host."""
+
+    weights: int = 1
+    gradients: int = 1
+    states: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,19 +43,21 @@ class TextbookSum:
         return sum(term.bytes for term in self.terms)
 
 
-def _weights(params: int, storage: Format, name: str) -> Term:
+def _term(name: str, count: int, bits: Fraction | int, gpus: int, what: str) -> Term:
+    share = f" / {gpus} GPUs" if gpus > 1 else "; waits on the host" if not gpus else ""
     return Term(
-        name=f"weights/{name}",
-        bytes=storage.nominal_bytes(params),
+        name=name,
+        bytes=round(Fraction(count) * bits / 8 / gpus) if gpus else 0,
         at_peak=True,
-        formula=f"{params:,} parameters x {storage.bits} bits / 8",
+        formula=f"{count:,} {what} x {bits} bits / 8{share}",
         source=BOOK,
     )
 
 
-def inference(params: int, storage: Format) -> TextbookSum:
+def inference(params: int, storage: Format, split: Split | None = None) -> TextbookSum:
     """N x M x 1.2, with the 20 % as a term of its own."""
-    weights = _weights(params, storage, "all")
+    gpus = split.weights if split else 1
+    weights = _term("weights/all", params, storage.bits, gpus, "parameters")
     overhead = Term(
         name="overhead/textbook",
         bytes=round(weights.bytes * OVERHEAD),
@@ -62,29 +73,19 @@ def training(
     trainable: int,
     storage: Format,
     trained: Format,
-    state_values: int = ADAM_VALUES - 1,
+    state_bits: Sequence[int],
+    split: Split | None = None,
 ) -> TextbookSum:
     """Weights, gradients and optimizer states; activations are left out and said so.
 
     ``storage`` is the base weights' format and ``trained`` the trainable values'; an optimizer
-    keeps ``state_values`` of them for each trainable parameter (Adam: 2).
+    keeps values of ``state_bits`` for each trainable parameter (Adam: two of the trained format,
+    so that gradients and states are three values).
     """
-    one = trained.nominal_bytes(trainable)
-    terms = [
-        _weights(params, storage, "all"),
-        Term(
-            name="gradients/parameters",
-            bytes=one,
-            at_peak=True,
-            formula=f"{trainable:,} trainable x {trained.bits} bits / 8",
-            source=BOOK,
-        ),
-        Term(
-            name="optimizer/states",
-            bytes=one * state_values,
-            at_peak=True,
-            formula=f"{trainable:,} trainable x {state_values} x {trained.bits} bits / 8",
-            source=BOOK,
-        ),
-    ]
-    return TextbookSum(terms=tuple(terms), trainable_params=trainable)
+    split = split or Split()
+    terms = (
+        _term("weights/all", params, storage.bits, split.weights, "parameters"),
+        _term("gradients/parameters", trainable, trained.bits, split.gradients, "trainable"),
+        _term("optimizer/states", trainable, sum(state_bits), split.states, "trainable"),
+    )
+    return TextbookSum(terms=terms, trainable_params=trainable)

@@ -34,7 +34,7 @@ def ways(params: int, storage: Format) -> tuple[dict[str, int | str], ...]:
         if base is not None and base_format.bits >= storage.bits:
             continue  # the base is stored that small already
         count = max(1, round(params * share))
-        result = training(params, count, base_format, trained, values)
+        result = training(params, count, base_format, trained, [int(trained.bits)] * values)
         parts = {term.name.split("/")[0]: term.bytes for term in result.terms}
         rows.append(
             {

@@ -1,54 +1,330 @@
-"""DeepSpeed's ZeRO on the tape: what becomes of gradients, and which weights are live.
+"""DeepSpeed's ZeRO on the tape: buckets that fill and are reduced, and what a rank owns.
 
-Stages 1 and 2 keep all 2-byte weights; stage 3 gathers them a module at a time and lets go of
-them only beyond ``stage3_max_live_parameters``. Every stage keeps an fp32 copy and fp32 states of
-its own partition. From stage 2 on a gradient is copied into a bucket as it arrives, and only the
-rank's own part outlives the bucket (deepspeed/runtime/zero/stage_1_and_2.py and stage3.py,
-0.17: ``reduce_independent_p_g_buckets_and_remove_grads``, ``PartitionedParameterCoordinator``).
+Stages 1 and 2 keep all weights; stage 3 gathers them a module at a time and lets go of them only
+beyond ``stage3_max_live_parameters``. Every stage keeps an fp32 copy and fp32 states of its own
+partition. Gradients are copied into a bucket of ``reduce_bucket_size`` elements, which is there
+whole however few there are; a full bucket is copied once more to be reduced
+(deepspeed/runtime/zero/stage_1_and_2.py and stage3.py, 0.19.8, traced: ``setup_buckets``,
+``reduce_independent_p_g_buckets_and_remove_grads``, ``allreduce_bucket``,
+``copy_grads_in_partition``, ``independent_gradient_partition_epilogue``, ``step``).
+
+What a rank owns in stages 1 and 2 is an even cut of one flat buffer, but the gradients that it
+keeps are whole ones of every weight that the cut touches: with a large table of embeddings more
+than its share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
-from ftplan.memory.fsdp import Fsdp, Unit
+from ftplan.dtypes import find_format
+from ftplan.memory.fsdp import ACCUMULATED, BUFFERS, Fsdp, Unit
 from ftplan.memory.job import ShardingSpec
-from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Tensor
+from ftplan.memory.nn import Network
+from ftplan.memory.prepare import counted_parameters
+from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Storage, Tape
 
-__all__ = ["Zero", "bucket_bytes", "live_bytes", "partition"]
+__all__ = ["Layout", "Zero", "layout_of", "live_bytes", "partition", "step_temporaries"]
+
+GRADIENTS = Label("gradients", "parameters")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How what is trained is cut over the ranks, in elements; of the worst rank."""
+
+    item: int
+    """Bytes of one element of a gradient."""
+    total: int
+    """All that is trained."""
+    part: int
+    """One rank's partition."""
+    owned: int
+    """Whole gradients of the weights that a partition touches, of the worst rank (stages 1 and 2).
+    Tables of embeddings are left out: their gradients come last."""
+    first_owned: int
+    """The same with them."""
+    slice: int
+    """The largest slice of one gradient in a partition."""
+    largest: int
+    """The largest gradient."""
+    quiet: int
+    """Blocks before the last one whose gradients still go into the first bucket."""
+    block: int
+    """One block."""
+    calm: int
+    """Blocks whose gradients go into one later bucket, at least."""
+    live_bytes: int
+    """Stage 3: bytes of the weights that are gathered at once."""
+    whole_live: bool
+    """Stage 3: all weights may be gathered at once, and each goes once it has been used."""
+    table_bytes: int
+    """The largest table of embeddings, which is gathered once more at the very end."""
+    first: int
+    """What fills the first bucket, where it fills when backward has ended (stage 1)."""
+
+
+def trained_in_order(network: Network) -> list[Parameter]:
+    """What is trained, one entry for each tensor, as the model registers it."""
+    own = {id(parameter) for _, parameter in network.named_parameters()}
+    found = [p for _, p in network.all_parameters() if p.trainable]
+    tables = [p for p in found if id(p) in own and p.embedding]
+    blocks = [p for p in found if id(p) not in own]
+    return [*tables, *blocks, *(p for p in found if id(p) in own and not p.embedding)]
+
+
+def layout_of(network: Network, spec: ShardingSpec) -> Layout:
+    """The cut: weights of two dimensions and the others are groups of their own (Trainer)."""
+    trained, counted = trained_in_order(network), counted_parameters(network)
+    ranks = spec.data_ranks
+    kinds = [
+        [p for p in trained if len(p.shape) > 1],
+        [p for p in trained if len(p.shape) <= 1],
+    ]
+    groups = [[p.numel for p in kind] for kind in kinds]
+    parts = [-(-sum(sizes) // (2 * ranks)) * 2 for sizes in groups]
+    if spec.kind == "zero3":
+        parts = [sum(-(-size // ranks) for size in sizes) for sizes in groups]
+    owned, tables = [0] * ranks, [0] * ranks
+    largest_slice = 0
+    for kind, sizes, part in zip(kinds, groups, parts, strict=True):
+        for start, parameter in zip([0, *accumulate(sizes)], kind, strict=False):
+            size = parameter.numel
+            largest_slice = max(largest_slice, min(size, part))
+            for rank in range(start // part, min(ranks, (start + size - 1) // part + 1)):
+                (tables if parameter.embedding else owned)[rank] += size
+    return Layout(
+        item=max((ITEM_BYTES[p.dtype] for p in trained), default=2),
+        total=sum(map(sum, groups)),
+        part=sum(parts),
+        owned=max(owned),
+        first_owned=max(map(sum, zip(owned, tables, strict=True))),
+        slice=-(-max(map(max, filter(None, groups)), default=0) // ranks)
+        if spec.kind == "zero3"
+        else largest_slice,
+        largest=max((p.numel for p in trained), default=0),
+        quiet=_blocks(network, spec.bucket_elements, first=True),
+        calm=_blocks(network, spec.bucket_elements, first=False),
+        block=_block(network),
+        live_bytes=live_bytes(spec, counted),
+        whole_live=sum(_stored(p)[0] * n for p, n, _ in counted) <= spec.max_live_elements,
+        table_bytes=max(
+            (
+                p.numel * ITEM_BYTES[p.dtype]
+                for p, _, _ in counted
+                if p.embedding and p.dtype in ITEM_BYTES
+            ),
+            default=0,
+        ),
+        first=_first_fill([*groups[0], *groups[1]], spec.bucket_elements),
+    )
+
+
+def _blocks(network: Network, bucket: int, *, first: bool) -> int:
+    """Blocks that are done while a bucket fills; the first one has the head and a block in it."""
+    head = [p.numel for _, p in network.named_parameters() if p.trainable and not p.embedding]
+    filled = sum(size for size in head if size <= bucket) if first else 0
+    block = _block(network)
+    if not block:
+        return network.stages[-1].stack.count
+    return max(0, (bucket - filled) // block - 1)
+
+
+def _block(network: Network) -> int:
+    stack = network.stages[-1].stack
+    return sum(p.numel for p in stack.parameters() if p.trainable) // max(1, len(stack.kinds))
+
+
+def _first_fill(sizes: Iterable[int], bucket: int) -> int:
+    """Elements that are reduced at once the first time."""
+    filled = 0
+    for size in sizes:
+        if filled and filled + size > bucket:
+            break
+        filled += size
+    return filled
 
 
 class Zero(Fsdp):
-    """Hooks of ZeRO-2 and ZeRO-3: gradients are partitioned when a block's backward ends."""
+    """Hooks of ZeRO: each gradient goes into the bucket when it arrives, or at the end (stage 1).
+
+    Stage 1 does it at the end unless ``overlap_comm`` is on, and then keeps its own part alone too.
+    """
+
+    def __init__(
+        self, tape: Tape, spec: ShardingSpec, layout: Layout, *, accumulated: bool
+    ) -> None:
+        super().__init__(tape, spec, accumulated=accumulated)
+        self.layout = layout
+        self.waits = spec.kind == "zero1" and not spec.overlap_comm
+        """Gradients stay where they are until backward has ended."""
+        self.units: list[Unit] = []
+        self._unit_of: dict[int, Unit] = {}
+        self._buckets: list[Storage] = []
+        self._parts: list[Storage] = []
+        self._filled = 0
+        self._turn = self._quiet = 0
+        self._live: list[Storage] = []
+        tape.step_of = self._arrive
+
+    def place(self, layer: int, count: int) -> int | str | None:
+        """Blocks that are recorded by themselves: the first, the last, that of the first bucket.
+
+        Those after it are ``quiet``: no bucket is reduced while they run backward.
+        """
+        self._turn = max(0, count - 2 - self.layout.quiet)
+        self._quiet = count - 2 - self._turn
+        if layer in (0, self._turn, count - 1):
+            return layer
+        return "quiet" if layer >= self._turn - self.layout.calm else None
+
+    def adopt(self, unit: Unit) -> None:
+        """Know the unit of each gradient; stage 1 adds to those of earlier micro batches."""
+        self.units.append(unit)
+        for parameter in unit.parameters:
+            self._unit_of[id(parameter)] = unit
+            if self.waits and self.accumulated and parameter.trainable:
+                parameter.grad = self.tape.leaf(parameter)
 
     def begin_forward(self, unit: Unit) -> None:
-        """Weights are there (stage 2), or counted as live parameters (stage 3)."""
+        """Stage 3: weights are gathered, and stay where all of them may."""
+        if self.spec.kind == "zero3" and self.layout.whole_live:
+            size = sum(n * item for n, item in map(_stored, unit.parameters))
+            unit.gathered = [self._named(ONE * size, "live weights")]
 
     def end_forward(self, unit: Unit) -> None:
         """Nothing is freed at the borders of blocks."""
+
+    def begin_model(self, root: Unit) -> None:
+        """Stage 3 soon has as many weights as it may have."""
+        if self.spec.kind == "zero3" and self.layout.whole_live:
+            self.begin_forward(root)
+        elif self.spec.kind == "zero3":
+            self._live.append(self._named(ONE * self.layout.live_bytes, "live weights"))
+
+    def end_model(self, root: Unit) -> None:
+        """Nor at the end of the model."""
 
     def begin_backward(self, unit: Unit) -> None:
         """Nothing is gathered at the borders of blocks."""
 
     def end_backward(self, unit: Unit) -> None:
-        """Gradients move into the bucket; the rank's own part stays."""
-        if unit.reduced:
+        """Gradients have gone as they arrived, and weights with the last use of them."""
+        unit.gathered = []
+        if unit.place == 0 and self._live:
+            self._live.clear()
+            self._live.append(self._named(ONE * self.layout.table_bytes, "live weights"))
+        if unit.place == self._turn > 0 and not self.waits:
+            self._own_part()
+
+    def _arrive(self, parameter: Parameter) -> int | None:
+        """A gradient is there: bytes needed to reduce a bucket now; None: it stays as it is."""
+        self._fill_up()
+        if self.waits:
+            return None
+        filled = self._reduced_now(parameter)
+        needs = filled * self.layout.item
+        if filled and self.spec.offload in ("optimizer", "params", "nvme"):
+            needs = max(needs, 8 * self.layout.slice)  # the norm is taken as gradients leave
+        if filled and not self._repeats(parameter):
+            self._named(ONE * needs, "gradients to reduce")  # gone before the rank's own are kept
+            self._own_part(first=parameter.embedding)
+            return 0
+        return needs
+
+    def _reduced_now(self, parameter: Parameter) -> int:
+        """Elements that are copied and reduced as this gradient arrives.
+
+        Between the first block and the last it is any gradient that fills the bucket, sooner or
+        later: there each may be the one.
+        """
+        bucket, size = self.spec.bucket_elements, parameter.numel
+        if size > bucket:
+            return size
+        unit = self._unit_of.get(id(parameter))
+        if unit is not None and unit.place == "quiet":
+            return 0
+        if unit is not None and unit.place == self._turn:  # those after it have gone before
+            self._filled += self._quiet * self.layout.block
+            self._quiet = 0
+        if self._repeats(parameter):
+            return bucket if self.layout.total > bucket else 0
+        filled = self._filled if self._filled + size > bucket else 0
+        self._filled += size - filled
+        return filled
+
+    def _repeats(self, parameter: Parameter) -> bool:
+        """Whether what is recorded for this gradient is played for other layers too."""
+        unit = self._unit_of.get(id(parameter))
+        return unit is not None and unit is not self.units[0] and not isinstance(unit.place, int)
+
+    def _fill_up(self) -> None:
+        """The buckets come alive with the first gradient; stage 3 has one from the start."""
+        if not self._buckets and self.spec.kind != "zero3" and not self._kept_bucket:
+            for _ in range(2 if self.spec.overlap_comm else 1):
+                size = ONE * (self.spec.bucket_elements * self.layout.item)
+                self._buckets.append(self._named(size, "gradient bucket"))
+
+    @property
+    def _kept_bucket(self) -> bool:
+        return self.waits and self.accumulated
+
+    def _named(self, size: object, name: str) -> Storage:
+        storage = self.tape.allocate(size, name)  # type: ignore[arg-type]
+        self.tape.labels[storage.index - 1] = Label("gathered", name)
+        return storage
+
+    def _own_part(self, *, first: bool = False) -> None:
+        """Stages 1 and 2: a buffer for every gradient that the partition touches.
+
+        ``first``: when the first rank's gradients come, which may be more.
+        """
+        if self.spec.kind == "zero3" or self.spec.offload in ("optimizer", "params", "nvme"):
             return
-        unit.reduced = True
-        trained = [p for p in unit.parameters if p.grad is not None]
-        for parameter in trained:
+        wanted = max(self.layout.owned, self.layout.first_owned if first else 0)
+        there = self.layout.owned if self._parts else 0
+        if wanted > there and len(self._parts) < 2:
+            part = self.tape.allocate(ONE * ((wanted - there) * self.layout.item), "own part")
+            self.tape.labels[part.index - 1] = GRADIENTS
+            self._parts.append(part)
+
+    def finish(self, units: Sequence[Unit]) -> None:
+        """``independent_gradient_partition_epilogue``: what is left in the bucket is reduced."""
+        if self.waits and self.layout.first <= self.spec.bucket_elements:
+            self._drop_gradients()  # copied into the bucket first
+        elements = self.layout.first if self.waits else min(self._left(), self.layout.total)
+        self._named(ONE * (elements * self.layout.item), "gradients to reduce")
+        self._own_part(first=True)
+        if self.waits:
+            self._drop_gradients()
+        self._buckets.clear()
+        self._live.clear()
+        for unit in units:
+            unit.gathered = []
+        if self.accumulated and not self.waits:
+            self._parts.clear()  # added to the part of earlier micro batches
+
+    def _left(self) -> int:
+        repeated = any(unit.place is None for unit in self.units[1:])
+        return self.spec.bucket_elements if repeated else self._filled
+
+    def _drop_gradients(self) -> None:
+        """Every gradient has gone into a bucket: those of the layers that are like these, too."""
+        if not self._own_gradients():
+            return
+        there = sum(p.numel for p in self._own_gradients())
+        for parameter in self._own_gradients():
             parameter.grad = None
-        if not trained or self.accumulated or self.spec.offload in ("optimizer", "nvme"):
-            return  # with offload the rank's own part goes to the host
-        elements = sum(p.numel * unit.times.get(id(p), 1) for p in trained)
-        dtype = trained[0].stored
-        part = self.tape.allocate(
-            ONE * (-(-elements // self.ranks) * ITEM_BYTES[dtype]), "own part"
-        )
-        self.tape.labels[part.index - 1] = Label("gradients", "parameters")
-        held = Tensor(self.tape, part, ONE, 1, dtype)
-        for parameter in trained:
-            parameter.grad = held
+        if self.accumulated:  # static until now
+            self.tape.before(ONE * (self.layout.total * self.layout.item), ACCUMULATED)
+        else:
+            self.tape.before(ONE * ((self.layout.total - there) * self.layout.item), GRADIENTS)
+
+    def _own_gradients(self) -> list[Parameter]:
+        found = {id(p): p for unit in self.units for p in unit.parameters if p.grad is not None}
+        return list(found.values())
 
 
 def partition(parameter: Parameter, ranks: int) -> Parameter:
@@ -58,18 +334,46 @@ def partition(parameter: Parameter, ranks: int) -> Parameter:
     return part
 
 
-def bucket_bytes(spec: ShardingSpec, trained: Sequence[tuple[Parameter, int, bool]]) -> int:
-    """Flat buckets of gradients: two of them, so that one fills while the other is reduced."""
-    elements = sum(parameter.numel * times for parameter, times, _ in trained)
-    item = max((ITEM_BYTES[parameter.dtype] for parameter, _, _ in trained), default=2)
-    return 2 * min(spec.bucket_elements, elements) * item
-
-
 def live_bytes(spec: ShardingSpec, counted: Sequence[tuple[Parameter, int, bool]]) -> int:
-    """Stage 3: weights that are gathered at once, with those fetched ahead."""
-    plain = [(p, times) for p, times, _ in counted if p.dtype in ITEM_BYTES]
-    elements = sum(parameter.numel * times for parameter, times in plain)
-    item = max((ITEM_BYTES[parameter.dtype] for parameter, _ in plain), default=2)
-    # weights below the threshold are gathered once and stay
-    stay = sum(p.numel * times for p, times in plain if p.numel <= spec.persistence_elements)
-    return (stay + min(elements - stay, spec.max_live_elements + spec.prefetch_elements)) * item
+    """Stage 3: weights that are gathered at once, with those fetched ahead.
+
+    Each module that runs fetches ``stage3_prefetch_bucket_size`` elements more, so that there are
+    soon as many as ``stage3_max_live_parameters`` lets there be.
+    """
+    elements = total = stay = 0
+    for parameter, times, _ in counted:
+        count, item = _stored(parameter)
+        elements += count * times
+        total += count * times * item
+        if count <= spec.persistence_elements:  # gathered once, to stay
+            stay += count * times
+    if not elements:
+        return 0
+    live = stay + min(elements - stay, spec.max_live_elements + spec.prefetch_elements)
+    return total * live // elements
+
+
+def _stored(parameter: Parameter) -> tuple[int, int]:
+    """Elements of a weight as it is stored, and bytes of each: packed values are bytes."""
+    if parameter.dtype.startswith(BUFFERS):
+        return 0, 0
+    if parameter.dtype in ITEM_BYTES:
+        return parameter.numel, ITEM_BYTES[parameter.dtype]
+    return find_format(parameter.dtype).storages(parameter.shape)[0], 1
+
+
+def step_temporaries(spec: ShardingSpec, layout: Layout, optimizer_bytes: int) -> int:
+    """Bytes that the step needs beside the gradients that a rank owns.
+
+    The norm of each gradient in fp64; a flat copy of the partition and the fp32 gradient made
+    from it (stage 3: of one sub-group at a time); then the optimizer's own.
+    """
+    if spec.offload in ("optimizer", "params", "nvme"):
+        return 0
+    part = min(layout.part, spec.sub_group_elements) if spec.kind == "zero3" else layout.part
+    owned = 0 if spec.kind == "zero3" else max(layout.owned, layout.first_owned)
+    return max(
+        8 * layout.slice,
+        (layout.item + 4) * part,
+        4 * part + optimizer_bytes - owned * layout.item,
+    )

@@ -35,10 +35,14 @@ def _rows(summary: DataSummary) -> list[tuple[str, str]]:
             f"{summary.truncated_examples:,} ({summary.truncated_examples / sequences:.1%}), "
             f"{summary.lost_tokens_share:.1%} of the tokens",
         ),
-        ("padded", f"{summary.padded_efficiency:.0%} of the tokens are real"),
+        (
+            "padded",
+            f"{summary.padded_efficiency:.0%} of the tokens are real; "
+            f"{summary.batch_efficiency:.0%} to the longest of {summary.batch}",
+        ),
         (
             "packed",
-            f"{summary.packing_efficiency:.0%}, {summary.packed_sequences:,} sequences",
+            f"{summary.packing_efficiency:.0%} are, in {summary.packed_sequences:,} sequences",
         ),
         ("copies", f"{summary.duplicates:,}{complete}"),
         ("empty answers", f"{summary.empty_targets:,}"),

@@ -129,7 +129,7 @@ def _decision(advice: Advice) -> list[str]:
                 f"<tr><td>{escape(share.class_ or '')}<td>{escape(share.kind or 'all')}"
                 f"<td class=n>{'' if share.count is None else share.count}"
                 f"<td class=n>{'' if share.share is None else f'{share.share:.0%}'}{between}"
-                f"<td>{_bar(amount)}</tr>"
+                f"<td width=25%>{_bar(amount)}</tr>"
             )
         parts.append("</table>")
     if advice.next_test is not None:
@@ -237,10 +237,11 @@ def _rest(report: Report) -> list[str]:
         parts.append("</ul>")
     if report.remedies:
         parts.append("<h3>What would help, in order</h3><table><tr><th>change<th class=n>saves GiB")
-        parts.append("<th>then<th>cost</tr>")
+        parts.append("<th>alone<th>then<th>cost</tr>")
         parts += [
             f"<tr><td><code>{escape(change_text(r.change))}</code>"
-            f"<td class=n>{gib(max(0, r.saves_bytes))}<td>{r.verdict or ''}"
+            f"<td class=n>{gib(max(0, r.saves_bytes))}<td>{r.verdict_alone or ''}"
+            f"<td>{r.verdict or ''}"
             f"<td>{escape(r.costs)}</tr>"
             for r in report.remedies
         ]

@@ -70,7 +70,7 @@ def render_report(report: Report, *, explain: bool = False) -> str:
         rows = [(escape(phase.name), gib(phase.peak_bytes)) for phase in report.phases]
         parts.append(table(("phase", "GiB"), rows, right=(1,)))
     parts += _findings(report.findings)
-    parts += _remedies(report.remedies)
+    parts += remedy_lines(report.remedies)
     if report.assumptions:
         parts.append("### Assumed, because it was not given\n")
         parts.append(
@@ -158,17 +158,21 @@ def _findings(findings: Sequence[Finding]) -> list[str]:
     return ["### Findings\n", "\n".join(lines) + "\n"]
 
 
-def _remedies(remedies: Sequence[Remedy]) -> list[str]:
+def remedy_lines(remedies: Sequence[Remedy]) -> list[str]:
     if not remedies:
         return []
     rows = [
-        (code(change_text(r.change)), gib(max(0, r.saves_bytes)), r.verdict or "", escape(r.costs))
+        (
+            code(change_text(r.change)),
+            gib(max(0, r.saves_bytes)),
+            r.verdict_alone or "",
+            r.verdict or "",
+            escape(r.costs),
+        )
         for r in remedies
     ]
-    return [
-        "### What would help, in order\n",
-        table(("change", "saves GiB", "then", "cost"), rows, right=(1,)),
-    ]
+    head = ("change", "saves GiB", "alone", "then", "cost")
+    return ["### What would help, in order\n", table(head, rows, right=(1,))]
 
 
 def render_check(check: CheckReport) -> str:
@@ -193,7 +197,7 @@ def render_check(check: CheckReport) -> str:
     headers = ("file", "verdict", "peak GiB", "usable GiB", "GPU", "phase")
     parts = [f"## ftplan: {VERDICTS[check.verdict]}\n", table(headers, rows, right=(2, 3))]
     for file, report in check.results:
-        body = _findings(report.findings) + _remedies(report.remedies)
+        body = _findings(report.findings) + remedy_lines(report.remedies)
         if body:
             parts.append(f"## {code(file)}\n")
             parts += body

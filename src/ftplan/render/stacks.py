@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ftplan.render.markdown import code, table
 from ftplan.render.table import Page, grid
 from ftplan.render.words import gib, plain_value
@@ -10,10 +12,22 @@ from ftplan.stacks import StackComparison, StackRow
 __all__ = ["render", "render_markdown"]
 
 
-def _differs(row: StackRow) -> str:
+def _usual(comparison: StackComparison) -> dict[str, str]:
+    """What most stacks fill in, by key."""
+    counts: dict[str, dict[str, int]] = {}
+    for row in comparison.rows:
+        for key, value in row.defaults.items():
+            of_key = counts.setdefault(key, {})
+            word = plain_value(value)
+            of_key[word] = of_key.get(word, 0) + 1
+    return {key: max(words, key=lambda word: words[word]) for key, words in counts.items()}
+
+
+def _differs(row: StackRow, usual: Mapping[str, str]) -> str:
     if row.allocated_bytes is None:
         return row.note
-    return ", ".join(f"{key}: {plain_value(value)}" for key, value in row.defaults.items())
+    own = {key: plain_value(value) for key, value in row.defaults.items()}
+    return ", ".join(f"{key} {word}" for key, word in own.items() if word != usual[key])
 
 
 def _peak(row: StackRow) -> str:
@@ -25,21 +39,32 @@ def render(comparison: StackComparison, *, width: int = 80, colour: bool = False
     page = Page(width, colour)
     page.line((f"{comparison.model} on {len(comparison.rows)} stacks", "bold"))
     page.blank()
+    usual = _usual(comparison)
     rows = grid(
         ("stack", "left"), ("GiB", "right"), ("worst in", "left"), ("", "left"),
-        ("what it fills in, where stacks differ", "left"),
+        ("what it fills in that most do not", "left"),
     )  # fmt: skip
     for row in comparison.rows:
-        rows.add_row(row.stack, _peak(row), row.peak_phase or "", row.verdict or "", _differs(row))
+        rows.add_row(
+            row.stack, _peak(row), row.peak_phase or "", row.verdict or "", _differs(row, usual)
+        )
     page.add(rows)
+    if usual:
+        page.blank()
+        most = ", ".join(f"{key} {word}" for key, word in usual.items())
+        page.line((f"Most fill in: {most}", "dim"))
+        page.line(
+            ("`ftplan diff STACK STACK` with the same flags says what each of them does", "dim")
+        )
     return page.text()
 
 
 def render_markdown(comparison: StackComparison) -> str:
     """The same as a Markdown table."""
     head = ("stack", "GiB", "worst in", "verdict", "what it fills in, where stacks differ")
+    usual = dict.fromkeys(_usual(comparison), "")
     rows = [
-        (code(row.stack), _peak(row), row.peak_phase or "", row.verdict or "", _differs(row))
+        (code(row.stack), _peak(row), row.peak_phase or "", row.verdict or "", _differs(row, usual))
         for row in comparison.rows
     ]
     return f"## {comparison.model}\n\n" + table(head, rows, right=(1,))

@@ -24,6 +24,7 @@ from ftplan.render.words import (
     is_textbook,
     job_line,
     plain_value,
+    short_source,
 )
 from ftplan.report import Assumption, CheckReport, Finding, Interval, Remedy, Report, Term
 from ftplan.units import GB
@@ -108,7 +109,7 @@ def _report(page: Page, report: Report, explain: bool) -> None:
     _phases(page, report)
     show_findings(page, report.findings)
     show_remedies(page, report.remedies)
-    show_assumptions(page, report.assumptions)
+    show_assumptions(page, report.assumptions, explain=explain)
 
 
 def _answer(page: Page, report: Report) -> None:
@@ -163,7 +164,10 @@ def _textbook_answer(page: Page, report: Report) -> None:
     total = report.allocated_bytes.expected
     training = any(t.name.split("/")[0] in ("gradients", "optimizer") for t in report.terms)
     why = "weights, gradients and optimizer states" if training else "x 1.2"
-    page.line((f"{gb(weights)} of weights, {gb(total)} in all", "bold"), f" ({why})")
+    sharding = report.job.get("sharding", {})
+    divided = sharding.get("kind") not in (None, "none", "ddp") or {"tp", "pp"} & set(sharding)
+    where = " on each GPU" if divided else " in all"
+    page.line((f"{gb(weights)} of weights, {gb(total)}{where}", "bold"), f" ({why})")
     page.line(("the textbook's sum, GB = 10^9 bytes; exact with --model or --config", "dim"))
 
 
@@ -300,19 +304,23 @@ def show_remedies(page: Page, remedies: Sequence[Remedy]) -> None:
 
 
 def _remedy_table(page: Page, remedies: Sequence[Remedy], indent: int = 2) -> None:
-    table = grid(("change", "left"), ("saves GiB", "right"), ("then", "left"), ("cost", "left"))
+    columns = ("change", "saves GiB", "alone", "then", "cost")
+    table = grid(*((name, "right" if name == "saves GiB" else "left") for name in columns))
     for remedy in remedies:
-        verdict = remedy.verdict or ""
+        verdicts = (remedy.verdict_alone or "", remedy.verdict or "")
         table.add_row(
             change_text(remedy.change),
             gib(max(0, remedy.saves_bytes)),
-            Text(verdict, STYLE.get(verdict, "")),
+            *(Text(verdict, STYLE.get(verdict, "")) for verdict in verdicts),
             Text(remedy.costs, "dim"),
         )
     page.add(table, indent)
 
 
-def show_assumptions(page: Page, assumptions: Sequence[Assumption]) -> None:
+def show_assumptions(
+    page: Page, assumptions: Sequence[Assumption], *, explain: bool = False
+) -> None:
+    """What was filled in. ``explain`` adds where each value was read."""
     if not assumptions:
         return
     page.blank()
@@ -321,13 +329,22 @@ def show_assumptions(page: Page, assumptions: Sequence[Assumption]) -> None:
     for assumption in assumptions:
         said = f"{assumption.key} = {plain_value(assumption.value)}"
         groups.setdefault(assumption.source, []).append(said)
-    for source, said_all in sorted(groups.items(), key=lambda group: -len(group[1])):
-        page.line(", ".join(said_all), indent=2)
+    if not explain:
+        page.line(", ".join(said for all_said in groups.values() for said in all_said), indent=2)
+        page.line(("--explain says where each was read", "dim"), indent=2)
+        return
+    for source, all_said in sorted(groups.items(), key=lambda group: -len(group[1])):
+        page.line(", ".join(all_said), indent=2)
         page.line((source, "dim"), indent=6)
 
 
-def render_check(check: CheckReport, *, width: int = 80, colour: bool = False) -> str:
-    """Every checked file: verdict, peak and its phase, the three largest terms, findings."""
+def render_check(
+    check: CheckReport, *, width: int = 80, colour: bool = False, explain: bool = False
+) -> str:
+    """Every checked file: verdict, peak and its phase, the three largest terms, findings.
+
+    ``explain``: every term, with its formula and source, and where each assumption was read.
+    """
     page = Page(width, colour)
     if not check.results:
         page.line(("nothing got worse than the baseline", STYLE["fits"]))
@@ -347,7 +364,9 @@ def render_check(check: CheckReport, *, width: int = 80, colour: bool = False) -
             spread = f"{gib(peak.low)} to {gib(peak.high)}"
             page.line(f"{gib(peak.expected)} ({spread}){usable}{at}", indent=2)
         largest = sorted((t for t in report.terms if t.at_peak), key=lambda t: -t.bytes)[:3]
-        if largest:
+        if explain and report.terms:
+            _explained_terms(page, report.terms)
+        elif largest:
             page.line(
                 "largest: " + ", ".join(f"{t.name} {gib(t.bytes)} GiB" for t in largest), indent=2
             )
@@ -355,6 +374,8 @@ def render_check(check: CheckReport, *, width: int = 80, colour: bool = False) -
         if report.remedies:
             page.line("would help, in order:", indent=2)
             _remedy_table(page, report.remedies, indent=4)
+        if explain:
+            show_assumptions(page, report.assumptions, explain=True)
         page.blank()
     counts = {v: sum(r.verdict == v for _, r in check.results) for v in VERDICTS}
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
@@ -379,9 +400,15 @@ def render_rows(
     numeric = {c for c in columns if all(_is_numeric(row.get(c)) for row in rows)}
     table = grid(*((c.replace("_", " "), "right" if c in numeric else "left") for c in columns))
     for row in rows:
-        table.add_row(*("" if row.get(c) is None else str(row[c]) for c in columns))
+        table.add_row(*(_cell(column, row.get(column)) for column in columns))
     page.add(table, indent=0)
     return page.text()
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return short_source(value) if column == "source" else str(value)
 
 
 def _is_numeric(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "is_textbook",
     "job_line",
     "plain_value",
+    "short_source",
 ]
 
 GROUPS = {
@@ -55,6 +57,22 @@ def gb(count: int) -> str:
 def both_units(count: int) -> str:
     """``13.2 GB (12.3 GiB)``."""
     return f"{gb(count)} ({gib(count)} GiB)"
+
+
+_PLACES = (
+    (r"^https?://(www\.)?", ""),
+    (r"^(huggingface\.co/[^/]+/[^/]+)/(blob|raw|resolve)/main/config\.json(?= \(|$)", r"\1"),
+    (r"^github\.com/([^/]+/[^/]+)/(?:blob|tree)/([^/]+)/(.+)$", r"\1 \3 @\2"),
+    (r"(@[0-9a-f]{8})[0-9a-f]{32}$", r"\1"),
+    (r"/$", ""),
+)
+
+
+def short_source(source: str) -> str:
+    """A web address as a person says it: ``pytorch/pytorch torch/optim/adam.py @v2.13.0``."""
+    for pattern, said in _PLACES:
+        source = re.sub(pattern, said, source)
+    return source
 
 
 def is_textbook(report: Report) -> bool:

@@ -2,7 +2,8 @@
 
     python -m ftplan.trace.bench [--out validation/bench] [--only NAME ...] [--list]
 
-One JSON file per architecture; a job that is there already is not traced again (``--fresh`` does).
+One JSON file per architecture, and one for its sharded jobs; a job that is there already is not
+traced again (``--fresh`` does).
 Which architectures the calculator may be built on and which are held back is fixed here, by
 architecture, before any comparison: no constant of the calculator comes from a held one.
 """
@@ -15,12 +16,16 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 __all__ = ["ARCHITECTURES", "REGIMES", "jobs_of", "main", "write_bench"]
 
 Mapping = dict[str, Any]
+
+OWN_CODE: dict[str, str] = {"qwen-7b": "build"}
+"""Architectures whose code is none of transformers': traced by themselves, kept as they are."""
 
 ARCHITECTURES: dict[str, str] = {
     "llama-3.1-8b": "build",
@@ -320,6 +325,7 @@ def write_bench(
     out: Path, only: list[str] | None = None, fresh: bool = False, seconds: float | None = None
 ) -> int:
     """Trace what is missing and write the files; returns how many jobs there are now."""
+    from ftplan.trace.bench_adapters import adapter_jobs_of
     from ftplan.trace.bench_sharded import sharded_jobs_of
     from ftplan.trace.core import versions
 
@@ -327,13 +333,16 @@ def write_bench(
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     total = 0
-    for name, split in ARCHITECTURES.items():
-        if only and name not in only:
+    sets = {"": jobs_of, "-sharded": sharded_jobs_of, "-adapters": adapter_jobs_of}
+    for (name, split), (end, made) in product(ARCHITECTURES.items(), sets.items()):
+        if only and name + end not in only and name not in only:
             continue
-        path = out / f"{name}.json"
+        path = out / f"{name}{end}.json"
         old = json.loads(path.read_text()) if path.exists() and not fresh else {"jobs": []}
         config = configs[name]
-        wanted = [*jobs_of(name, config), *sharded_jobs_of(name, config)]
+        wanted = list(made(name, config))
+        if not wanted:
+            continue
         kept = {json.dumps([job["plan"], job["layers"]]): job for job in old["jobs"]}
         refused = dict(old.get("refused", {}))
         keys = [json.dumps([plan, layers]) for _, plan, layers in wanted]

@@ -50,7 +50,8 @@ LITGPT: dict[str, Mapping] = {
 TORCHTUNE: dict[str, Mapping] = {
     "lora": {"method": LORA, "precision": BF16},
     "qlora-checkpointed": {
-        "method": EVERYWHERE_4BIT, "precision": NF4, "gradient_checkpointing": True,
+        "method": {**EVERYWHERE_4BIT, "double_quant": True}, "precision": NF4,
+        "gradient_checkpointing": True,
     },
     "full-checkpointed": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
     "lora-everywhere": {"method": EVERYWHERE, "precision": BF16, "batch": {"accumulation": 4}},
@@ -63,7 +64,7 @@ TORCHTUNE: dict[str, Mapping] = {
         "gradient_checkpointing": True, "loss": "full",
     },
     "full-fp32": {"method": FULL, "precision": FP32},
-    "qlora": {"method": QLORA, "precision": NF4},
+    "qlora": {"method": {**QLORA, "double_quant": True}, "precision": NF4},
 }  # fmt: skip
 LITGPT_MODELS = (
     "llama-3.2-1b", "pythia-1b", "gemma-2-2b", "phi-2", "mistral-7b-v0.1", "qwen2.5-1.5b",
@@ -75,24 +76,19 @@ TORCHTUNE_MODELS = (
     "phi-3-mini", "gemma-2b", "qwen3-1.7b",
 )  # fmt: skip
 OLDER: dict[str, tuple[str, ...]] = {
-    "litgpt-0.4": ("llama-3.1-8b", "gemma-2-2b", "phi-2", "pythia-1b", "falcon-7b", "gemma-2b"),
+    "litgpt-0.4": (
+        "llama-3.1-8b",
+        "gemma-2-2b",
+        "phi-2",
+        "pythia-1b",
+        "phi-3-mini",
+        "mistral-7b-v0.1",
+    ),  # fmt: skip
     "litgpt-0.3": ("llama-2-7b", "gemma-2b", "phi-2", "pythia-1b", "falcon-7b", "mistral-7b-v0.1"),
     "litgpt-2023": ("llama-2-7b", "phi-1.5", "pythia-1b", "falcon-7b", "mistral-7b-v0.1"),
-    "torchtune-0.6": (
-        "llama-3.2-1b",
-        "gemma-2-2b",
-        "qwen2.5-1.5b",
-        "phi-3-mini",
-        "llama-3.1-8b",
-    ),
-    "torchtune-0.4": (
-        "llama-3.2-1b",
-        "gemma-2-2b",
-        "qwen2.5-1.5b",
-        "phi-3-mini",
-        "llama-3.1-8b",
-    ),
-    "torchtune-0.1": ("llama-2-7b", "llama-3-8b", "mistral-7b-v0.1", "gemma-2b"),
+    "torchtune-0.6": ("llama-3.2-1b", "gemma-2-2b", "qwen2.5-1.5b", "phi-3-mini", "llama-3.1-8b"),
+    "torchtune-0.4": ("llama-3.2-1b", "gemma-2b", "qwen2.5-1.5b", "phi-3-mini", "llama-3.1-8b"),
+    "torchtune-0.1": ("llama-2-7b", "llama-3-8b", "mistral-7b-v0.1", "llama-2-13b"),
 }
 """What a version of its time could be given."""
 SHAPES = ((2, 512), (1, 1024), (4, 256), (1, 2048), (2, 1024), (4, 512))
@@ -111,8 +107,10 @@ def jobs(stack: str) -> Iterator[Mapping]:
             number = row * WAYS_PER_MODEL + column
             way = names[number % len(names)]
             plan = _plan(stack, model, ways[way], SHAPES[(row + number) % len(SHAPES)])
-            if stack == "torchtune-0.1":  # it has one loss
-                plan["loss"] = "full"
+            if not own:
+                # the first torchtune had one loss
+                chunked = stack != "torchtune-0.1" and plan.get("loss") != "full"
+                plan["loss"] = "chunked" if chunked else "full"
             # LLaMA-Adapter begins at the third layer
             layers = 3 if way.startswith("llama-adapter") else (2, 3, 4)[number % 3]
             yield {"name": f"{stack} {way}", "trainer": stack, "layers": layers, "plan": plan}

@@ -44,44 +44,166 @@ SHARDED_REGIMES: dict[str, Mapping] = {
     },
     "fsdp2-full-accumulated": {
         "method": FULL, "precision": AMP, "batch": {"accumulation": 4},
-        "gradient_checkpointing": True,
+        "sharding": {"no_sync": False}, "gradient_checkpointing": True,
     },
     "fsdp2-lora-mixed": {
         "method": LORA, "precision": {"weights": "bf16", "mixed": "bf16"},
         "gradient_checkpointing": True,
+    },
+    "fsdp2-full-hybrid": {
+        "method": FULL, "precision": {"weights": "fp32", "mixed": "no"},
+        "sharding": {"param_dtype": "bf16", "reduce_dtype": "bf16", "dp_replicate": 2},
+    },
+    "fsdp2-full-offloaded": {
+        "method": FULL, "precision": AMP, "sharding": {"offload": "params"},
+        "gradient_checkpointing": True,
+    },
+    "fsdp2-full-not-synced": {
+        "method": FULL, "precision": BF16, "batch": {"accumulation": 4},
+        "sharding": {"no_sync": True}, "gradient_checkpointing": True,
+    },
+    "fsdp2-qlora": {
+        "method": {**LORA, "kind": "qlora", "prepare_kbit": False, "double_quant": False},
+        "precision": {"weights": "nf4", "mixed": "bf16"}, "gradient_checkpointing": True,
+    },
+    "fsdp2-lora-hybrid": {
+        "method": LORA, "precision": BF16, "sharding": {"dp_replicate": 2},
+        "gradient_checkpointing": True,
+    },
+    "fsdp2-lora-offloaded": {
+        "method": LORA, "precision": BF16, "sharding": {"offload": "params"},
+    },
+    "fsdp2-full-fp32-not-synced": {
+        "method": FULL, "precision": {"weights": "fp32", "mixed": "no"},
+        "batch": {"accumulation": 2}, "gradient_checkpointing": True,
+        "sharding": {"param_dtype": "bf16", "reduce_dtype": "fp32", "no_sync": True},
     },
     "ddp-full": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
     "ddp-lora": {"method": LORA, "precision": BF16},
 }  # fmt: skip
 """Regimes by name."""
 
+FLAT_REGIMES: dict[str, Mapping] = {
+    "fsdp1-full-bf16": {"method": FULL, "precision": BF16, "sharding": {"use_orig_params": True}},
+    "fsdp1-full-mixed-checkpointed": {
+        "method": FULL, "precision": AMP, "gradient_checkpointing": True,
+    },
+    "fsdp1-lora": {
+        "method": {**LORA, "adapter_dtype": "bf16"}, "precision": BF16,
+        "gradient_checkpointing": True,
+    },
+    "fsdp1-full-kept": {
+        "method": FULL, "precision": BF16, "sharding": {"reshard_after_forward": False},
+    },
+    "fsdp1-full-fp32-reduced": {
+        "method": FULL, "precision": {"weights": "fp32", "mixed": "no"},
+        "sharding": {"param_dtype": "bf16", "reduce_dtype": "fp32"},
+        "gradient_checkpointing": True,
+    },
+    "fsdp1-qlora": {
+        "method": {
+            **LORA, "kind": "qlora", "prepare_kbit": False, "double_quant": False,
+            "adapter_dtype": "bf16",
+        },
+        "precision": {"weights": "nf4", "mixed": "no"}, "gradient_checkpointing": True,
+    },
+    "fsdp1-full-not-synced": {
+        "method": FULL, "precision": BF16, "batch": {"accumulation": 2},
+        "sharding": {"no_sync": True}, "gradient_checkpointing": True,
+    },
+}  # fmt: skip
+"""Regimes of FSDP1."""
+TENSOR_REGIMES: dict[str, Mapping] = {
+    "tp-full": {"method": FULL, "precision": BF16},
+    "tp-full-checkpointed": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+    },
+}  # fmt: skip
+"""Regimes of tensor parallelism."""
+SPLIT = (
+    "llama-3.1-8b", "llama-2-7b", "qwen2.5-7b", "mistral-7b-v0.1", "qwen3-8b", "llama-3.1-70b",
+)  # fmt: skip
+"""Architectures whose plan splits heads, MLP, embeddings and head alone."""
+ZERO_REGIMES: dict[str, Mapping] = {
+    "zero2-full": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
+    "zero3-full": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
+    "zero2-lora": {"method": LORA, "precision": AMP, "gradient_checkpointing": True},
+    "zero1-full": {"method": FULL, "precision": AMP},
+    "zero3-lora": {"method": LORA, "precision": BF16, "gradient_checkpointing": True},
+    "zero2-full-overlapped": {
+        "method": FULL, "precision": AMP, "sharding": {"overlap_comm": True},
+    },
+    "zero3-full-small-buckets": {
+        "method": FULL, "precision": AMP, "gradient_checkpointing": True,
+        "sharding": {
+            "bucket_elements": 16_777_216, "prefetch_elements": 15_099_494,
+            "persistence_elements": 40_960,
+        },
+    },
+    "zero2-full-accumulated": {
+        "method": FULL, "precision": BF16, "batch": {"accumulation": 2},
+        "gradient_checkpointing": True,
+    },
+    "zero2-full-small-buckets": {
+        "method": FULL, "precision": BF16, "sharding": {"bucket_elements": 16_777_216},
+    },
+    "zero2-qlora": {
+        "method": {**LORA, "kind": "qlora", "prepare_kbit": True, "double_quant": False},
+        "precision": {"weights": "nf4", "mixed": "bf16"}, "gradient_checkpointing": True,
+    },
+    "zero1-full-accumulated": {
+        "method": FULL, "precision": BF16, "batch": {"accumulation": 2},
+    },
+    "zero3-full-accumulated": {
+        "method": FULL, "precision": {"weights": "fp32", "mixed": "fp16"},
+        "batch": {"accumulation": 2}, "gradient_checkpointing": True,
+    },
+}  # fmt: skip
+"""Regimes of DeepSpeed, which has to be installed to trace them."""
+
 ARCHITECTURES = (
     "llama-3.1-8b", "llama-2-7b", "qwen2.5-7b", "mistral-7b-v0.1", "pythia-1.4b", "opt-1.3b",
     "mixtral-8x7b", "smollm2-1.7b", "qwen3-4b", "qwen3-8b", "phi-3-mini", "olmo-2-7b",
-    "granite-3.1-2b", "tinyllama-1.1b", "qwen3-30b-a3b", "llama-3.1-70b", "gpt2-xl",
+    "granite-3.1-2b", "tinyllama-1.1b", "qwen3-30b-a3b", "llama-3.1-70b", "gpt2-xl", "t5-base",
+    "gemma-2-2b", "gpt-oss-20b", "deepseek-v2-lite", "olmoe-1b-7b", "llama-3.2-1b",
+    "qwen2.5-0.5b", "falcon-7b",
 )  # fmt: skip
-WORLDS = (8, 2, 4, 16, 32)
+WORLDS = (8, 2, 4, 16, 32, 64)
 SHAPES = ((1, 1024), (2, 512), (1, 2048), (4, 512), (2, 1024))
-JOBS_PER_ARCHITECTURE = 5
+JOBS_PER_ARCHITECTURE = 6
+OTHER_JOBS_PER_ARCHITECTURE = 2
 
 
 def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, int]]:
     """(regime, plan mapping, layers) of an architecture's sharded jobs."""
     if name not in ARCHITECTURES:
         return
+    yield from _jobs(name, SHARDED_REGIMES, JOBS_PER_ARCHITECTURE)
+    yield from _jobs(name, FLAT_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
+    if name in SPLIT:
+        yield from _jobs(name, TENSOR_REGIMES, 1)
+    yield from _jobs(name, ZERO_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
+
+
+def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[str, Mapping, int]]:
     index = ARCHITECTURES.index(name)
-    regimes = list(SHARDED_REGIMES)
-    for number in range(JOBS_PER_ARCHITECTURE):
-        regime = regimes[(index * JOBS_PER_ARCHITECTURE + number) % len(regimes)]
+    regimes = list(known)
+    for number in range(count):
+        regime = regimes[(index * count + number) % len(regimes)]
         micro, seq_len = SHAPES[(index + 2 * number) % len(SHAPES)]
         world = WORLDS[(index + number) % len(WORLDS)]
-        more = SHARDED_REGIMES[regime]
+        more = known[regime]
+        if (more.get("sharding") or {}).get("dp_replicate"):
+            world = max(world, 4)
         kind = regime.partition("-")[0]
-        sharding: Mapping = {"kind": "ddp"}
-        if kind == "fsdp2":
+        sharding: Mapping = {"kind": kind}
+        if kind == "tp":
+            world = min(world, 4)
+            sharding = {"kind": "none", "tp": world}
+        if kind in ("fsdp1", "fsdp2"):
             sharding = {
-                "kind": "fsdp", "version": 2, "wrap": "block", "reshard_after_forward": True,
-                "offload": "none",
+                "kind": "fsdp", "version": int(kind[-1]), "wrap": "block",
+                "reshard_after_forward": True, "offload": "none",
             }  # fmt: skip
         plan: Mapping = {
             "version": 1, "model": name, "stack": "transformers", "task": "sft",

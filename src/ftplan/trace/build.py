@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import active_fake_mode
 
 from ftplan.errors import UnsupportedError
+from ftplan.trace.images import is_vision_language
 from ftplan.trace.job import Job
 from ftplan.trace.quantized import prepare_kbit, quantize
 
@@ -29,8 +31,32 @@ __all__ = [
     "family_of",
     "materialize",
     "model_config",
+    "peft_config",
     "train_in_fp32",
 ]
+
+
+FURTHER = {
+    "adalora": ("AdaLoraConfig", "init_r"), "miss": ("MissConfig", "r"), "c3a": ("C3AConfig", ""),
+    "fourierft": ("FourierFTConfig", ""), "hra": ("HRAConfig", "r"),
+    "randlora": ("RandLoraConfig", "r"), "road": ("RoadConfig", ""), "shira": ("ShiraConfig", "r"),
+    "vblora": ("VBLoRAConfig", "r"), "delora": ("DeloraConfig", "r"), "pvera": ("PveraConfig", "r"),
+    "hira": ("HiraConfig", "r"), "beft": ("BeftConfig", ""), "gralora": ("GraloraConfig", "r"),
+    "glora": ("GloraConfig", "r"), "peanut": ("PeanutConfig", "r"), "psoft": ("PsoftConfig", "r"),
+    "trainable_tokens": ("TrainableTokensConfig", ""),
+}  # fmt: skip
+"""peft's configuration of a kind, and its name for the rank."""
+
+
+def further(kind: str, rank: int, targets: Any, saved: Any, settings: dict[str, Any]) -> Any:
+    """peft's configuration of one of :data:`FURTHER`."""
+    import peft
+
+    name, ranked = FURTHER[kind]
+    made = {**settings, **({ranked: rank} if ranked else {})}
+    if kind != "trainable_tokens":
+        made |= {"target_modules": targets, "modules_to_save": saved}
+    return getattr(peft, name)(**made)
 
 
 def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
@@ -60,6 +86,8 @@ def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
 def family_of(config: Any) -> str:
     """``causal``, ``masked`` or ``seq2seq``: which head the model is finetuned with."""
     named = " ".join(getattr(config, "architectures", None) or ())
+    if is_vision_language(config):
+        return "vision"
     if "ForMaskedLM" in named:
         return "masked"
     if getattr(config, "is_encoder_decoder", False):
@@ -83,6 +111,7 @@ def auto_class(family: str, task: str) -> Any:
         "causal": transformers.AutoModelForCausalLM,
         "masked": transformers.AutoModelForMaskedLM,
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
+        "vision": transformers.AutoModelForImageTextToText,
     }[family]
 
 
@@ -97,7 +126,7 @@ def build_model(job: Job, config: Any) -> Any:
     with torch.device("meta"):
         model = kind.from_config(config, dtype=dtype, attn_implementation=attention)
         model.train()
-        model.config.use_cache = False
+        model.config.use_cache = job.method == "prefix_tuning"  # whose prefix is a cache
         _keep_in_fp32(model, dtype)
     return model
 
@@ -194,11 +223,23 @@ def adapt(model: Any, job: Job, *, quantized_already: bool = False) -> Any:
         return model
     import peft
 
+    configuration = peft_config(model, job)
+    adapted = peft.get_peft_model(
+        model, configuration, autocast_adapter_dtype=job.adapter_dtype == "fp32"
+    )
+    adapted.train()
+    return adapted
+
+
+def peft_config(model: Any, job: Job) -> Any:
+    """PEFT's configuration of the adapter that the plan's method asks for."""
+    import peft
+
     family = family_of(model.config)
-    task = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(family)
+    task = {"causal": "CAUSAL_LM", "vision": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(family)
     if job.task in ("classify", "rm"):
         task = "SEQ_CLS"
-    common: dict[str, Any] = {"task_type": task}
+    common: dict[str, Any] = {"task_type": task, **job.options}
     save = list(job.modules_to_save) or None
     targets = _targets(model, job)
     if job.method in ("lora", "qlora", "dora"):
@@ -236,15 +277,13 @@ def adapt(model: Any, job: Job, *, quantized_already: bool = False) -> Any:
         configuration = peft.PrefixTuningConfig(**common, num_virtual_tokens=job.virtual_tokens)
     elif job.method == "p_tuning":
         configuration = peft.PromptEncoderConfig(**common, num_virtual_tokens=job.virtual_tokens)
+    elif job.method in FURTHER and job.method != "shira":  # no sparse gradient on fake tensors
+        configuration = further(job.method, job.rank, targets, save, common)
     else:
         raise UnsupportedError(
             f"tracing the method {job.method!r}", remedy="trace it with peft's own adapters"
         )
-    adapted = peft.get_peft_model(
-        model, configuration, autocast_adapter_dtype=job.adapter_dtype == "fp32"
-    )
-    adapted.train()
-    return adapted
+    return configuration
 
 
 def apply_to_tensors(self: Any, fn: Any, recurse: bool = True) -> Any:
@@ -258,10 +297,14 @@ def apply_to_tensors(self: Any, fn: Any, recurse: bool = True) -> Any:
     for name, old in self._parameters.items():
         if old is None:
             continue
+        if "_cast" in vars(old):  # a tied weight is cast once
+            self._parameters[name] = old._cast
+            continue
         with torch.no_grad():
             new = fn(old)
         if new is not old and new.dtype != old.dtype:
-            self._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+            old._cast = nn.Parameter(new, requires_grad=old.requires_grad)
+            self._parameters[name] = old._cast
     for name, old in self._buffers.items():
         if old is not None:
             self._buffers[name] = fn(old)
@@ -287,6 +330,8 @@ def materialize(model: Any) -> None:
 
     def empty(old: Any) -> Any:
         new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device="cpu")
+        if active_fake_mode() is None:
+            new.zero_()  # positions are looked up with what is in a buffer
         if isinstance(old, nn.Parameter):
             parameter = nn.Parameter(new, requires_grad=old.requires_grad)
             parameter.__dict__.update(old.__dict__)

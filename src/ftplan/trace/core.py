@@ -24,15 +24,18 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from ftplan.spec import Plan
 from ftplan.trace import build, cuda
+from ftplan.trace.images import image_batch
 from ftplan.trace.job import Job, resolve
 from ftplan.trace.ledger import Entry, Ledger
 from ftplan.trace.losses import loss_of
@@ -130,7 +133,14 @@ def trace(
     optimizer its states: the same peak in twice the time.
     """
     job = resolve(plan)
-    return trace_job(job, config, layers=layers, full=full, progress=progress)
+    ranks = sorted({0, 1, job.world - 1}) if job.sharding in ("zero1", "zero2") else [0]
+    results = [
+        trace_job(
+            replace(job, traced_rank=rank), config, layers=layers, full=full, progress=progress
+        )
+        for rank in ranks
+    ]
+    return max(results, key=lambda result: result.allocated_bytes)
 
 
 def trace_job(
@@ -152,7 +162,7 @@ def trace_job(
     with _quiet(), contextlib.ExitStack() as stack:
         stack.callback(gc.unfreeze)
         stack.callback(_forget_autocast)
-        ledger.sharded = job.sharding == "fsdp"
+        ledger.sharded = job.sharding == "fsdp" or job.tp > 1
         mesh = stack.enter_context(distributed(job, ledger))
         say("building the model")
         loop = loop_of(job, config, layers)
@@ -161,16 +171,18 @@ def trace_job(
         else:
             model = build.build_model(job, build.model_config(config, layers))
             reference = _reference(job, config, layers)
-        with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        # images ask for values: such a job runs on real tensors
+        mode = (
+            contextlib.nullcontext() if job.images else FakeTensorMode(allow_non_fake_inputs=True)
+        )
+        with mode, ledger:
             build.materialize(model)
             if reference is not None:
                 build.materialize(reference)
             total = _count(model)
-            holds = loop is not None and loop.holds_inputs
-            with (
-                cuda.as_on_cuda(ledger, job.capability),
-                emulated(job, ledger, holds_inputs=holds),
-            ):
+            with cuda.as_on_cuda(ledger, job.capability), emulated(job, ledger):
+                if job.images:
+                    ledger.scalar_answer = None  # these tensors know
                 with (
                     cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors),
                     cuda.patched(torch.Tensor, "__deepcopy__", build.copy_tensor),
@@ -186,8 +198,15 @@ def trace_job(
                 if loop is not None:
                     trainable = sum(p.numel() for p in loop.optimised())
                 model = shard(model, job, mesh)
+                if reference is not None and job.sharding == "fsdp":
+                    reference = shard(reference, job, mesh)
                 gc.collect()
-                _mark_model(ledger, model)
+                if job.sharding.startswith("zero"):
+                    from ftplan.trace.zero import run_steps
+
+                    forward_end = run_steps(job, model, ledger, partial(_mark_model, ledger))
+                    return _result(model, ledger, forward_end, total, trainable)
+                _mark_model(ledger, model, offloaded=job.offload == "params")
                 with around(model) if around else contextlib.nullcontext():
                     forward_end = _run(job, model, reference, loop, ledger, say, full)
     result = _result(model, ledger, forward_end, total, trainable)
@@ -228,7 +247,7 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(level)
 
 
-def _mark_model(ledger: Ledger, model: Any) -> None:
+def _mark_model(ledger: Ledger, model: Any, *, offloaded: bool = False) -> None:
     ledger.mark(model.buffers(), "buffers")
     ledger.mark(model.__dict__.get("_ddp_buckets", ()), "buckets")
     for name, parameter in model.named_parameters():
@@ -242,6 +261,8 @@ def _mark_model(ledger: Ledger, model: Any) -> None:
         entry = ledger.entry_of(local(parameter))
         if entry is not None:
             entry.module = name
+            if offloaded:
+                ledger.forget(local(parameter))
 
 
 def _run(
@@ -270,7 +291,7 @@ def _run(
     else:
         forward = loss_of(job, model, _forward_of(job, model), reference)
     gc.freeze()
-    if full or job.sharding == "fsdp":
+    if full or ledger.sharded:
         _one_step(job, model, optimizer, forward, ledger, say, 1)
     else:
         _prime(job, model, optimizer, ledger)
@@ -298,17 +319,21 @@ def _one_step(
     step: int,
 ) -> int:
     forward_end = 0
+    ahead = 1 if job.stack == "pytorch" else job.accumulation
+    fetched = [_fetched(job, model, ledger) for _ in range(ahead)]
     # with accumulation the second micro batch meets the gradients of the first; more add nothing
-    for _ in range(min(job.accumulation, 2)):
+    batches = min(job.accumulation, 2)
+    for number in range(batches):
+        if job.no_sync:
+            _sync(job, model, last=number == batches - 1)
         say(f"step {step}: forward")
         gc.collect()
         ledger.enter("forward", step)
-        batch: Any = batch_of(job)
-        ledger.mark([t for t in batch.values() if t is not None], "inputs")
+        batch = fetched[number] if number < ahead else _fetched(job, model, ledger)
         outputs = forward(**batch)
         loss = outputs["loss"]
         if job.stack != "pytorch":
-            outputs = batch = None
+            outputs = None
         if job.accumulation > 1:
             loss = loss / job.accumulation
         forward_end = ledger.clock - 1
@@ -316,15 +341,34 @@ def _one_step(
         ledger.enter("backward", step)
         _backward(loss)
         loss = loss.detach()
-        outputs = batch = None
+        outputs = None
     say(f"step {step}: optimizer")
     gc.collect()
     ledger.enter("step", step)
-    _update(job, model, optimizer, ledger)
+    with ledger.on_host() if job.offload == "params" else contextlib.nullcontext():
+        _update(job, model, optimizer, ledger)
     ledger.enter("zero_grad", step)
     optimizer.zero_grad(set_to_none=True)
     ledger.enter("end", step + 1)
     return forward_end
+
+
+def _sync(job: Job, model: Any, *, last: bool) -> None:
+    """Reduce gradients with the last micro batch alone."""
+    if job.fsdp_version == 2:
+        model.set_requires_gradient_sync(last)
+        return
+    for unit in type(model).fsdp_modules(model):  # FSDP1's no_sync
+        unit._sync_gradients = last
+
+
+def _fetched(job: Job, model: Any, ledger: Ledger) -> dict[str, Any]:
+    """A micro batch on the device, where the loop holds it until the step has ended."""
+    batch = batch_of(job)
+    if job.images:
+        batch |= image_batch(model.config, batch["input_ids"], job.images, job.image_size)
+    ledger.mark([t for t in batch.values() if t is not None], "inputs")
+    return batch
 
 
 def _backward(loss: Any) -> None:
@@ -341,7 +385,8 @@ def _backward(loss: Any) -> None:
 
 def _update(job: Job, model: Any, optimizer: Any, ledger: Ledger) -> None:
     ledger.mark((local(p.grad) for p in model.parameters() if p.grad is not None), "gradients")
-    if job.stack != "pytorch" and job.stack not in OWN:
+    clips = job.stack != "pytorch" and job.stack not in OWN
+    if clips and job.tp == 1:  # its norm mixes DTensors and others
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
     ledger.mark((local(t) for t in _state_tensors(optimizer)), "optimizer")
@@ -363,7 +408,7 @@ def _state_tensors(optimizer: Any) -> Iterator[Any]:
 
 def _forward_of(job: Job, model: Any) -> Callable[..., Any]:
     """The model's forward as the stack calls it: autocast around it, outputs cast to fp32."""
-    if job.mixed == "no" or job.sharding == "fsdp":
+    if job.mixed == "no" or (job.sharding == "fsdp" and job.fsdp_version == 2):
         # accelerate hands FSDP2 a mixed-precision policy and does not autocast
         return model  # type: ignore[no-any-return]
     dtype = getattr(torch, job.mixed)
@@ -422,7 +467,8 @@ def _result(
         phases[phase] = max(phases.get(phase, 0), live)
         if live > peak:
             peak, peak_clock, where = live, clock, phase
-    phases = {name: phases[name] for name in ("forward", "backward", "step") if name in phases}
+    named = ("rollout", "scoring", "forward", "backward", "step", "evaluation")
+    phases = {name: phases[name] for name in named if name in phases}
     return TraceResult(
         allocated_bytes=peak,
         peak_phase=where,
@@ -449,9 +495,13 @@ def versions() -> dict[str, str]:
     import peft
     import transformers
 
+    more = {}
+    if "deepspeed" in sys.modules:
+        more["deepspeed"] = sys.modules["deepspeed"].__version__
     return {
         "torch": str(torch.__version__).partition("+")[0],
         "transformers": transformers.__version__,
         "peft": peft.__version__,
         "accelerate": accelerate.__version__,
+        **more,
     }

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from ftplan.errors import UnsupportedError
 from ftplan.trace.ledger import Ledger
 
 __all__ = ["FLASH", "AutocastLists", "as_on_cuda", "flash_attention", "patched", "pick_sdpa"]
@@ -367,13 +368,15 @@ class AutocastLists(TorchFunctionMode):
         "smooth_l1_loss", "huber_loss", "mse_loss", "margin_ranking_loss", "multilabel_margin_loss",
         "soft_margin_loss", "triplet_margin_loss", "multi_margin_loss",
         "binary_cross_entropy_with_logits", "dist", "pdist", "cdist", "renorm", "logsumexp",
-        "rms_norm", "cross_entropy", "__pow__", "__rpow__",
+        "rms_norm", "__pow__", "__rpow__",
     )  # fmt: skip
     with_dtype = ("prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name == "cross_entropy" and _is_autocast_enabled("cpu") and _low(args[0]):
+            return _cross_entropy(*args, **kwargs)
         if (name in _FP32 or name in _FP32_DTYPE) and _is_autocast_enabled("cpu"):
             if name in _FP32:
                 args = tuple(_up(value) for value in args)
@@ -385,6 +388,22 @@ class AutocastLists(TorchFunctionMode):
 
 _FP32 = frozenset(AutocastLists.names)
 _FP32_DTYPE = frozenset(AutocastLists.with_dtype)
+
+
+def _cross_entropy(input: Any, target: Any, *, ignore_index: int = -100, reduction: str = "mean",
+                   **rest: Any) -> Any:  # fmt: skip
+    """CUDA's autocast has no rule for ``cross_entropy_loss`` (a CPU's runs all of it in fp32).
+
+    It asks ``log_softmax`` for the logits' own dtype, and ``nll_loss`` runs in fp32.
+    """
+    if rest.get("label_smoothing"):
+        raise UnsupportedError("tracing label smoothing under autocast")
+    with torch.autocast("cpu", enabled=False):
+        scores = F.log_softmax(input, 1 if input.dim() > 1 else 0, dtype=input.dtype)
+        return F.nll_loss(
+            scores.to(torch.float32), target, rest.get("weight"), ignore_index=ignore_index,
+            reduction=reduction,
+        )  # fmt: skip
 
 
 def _low(value: Any) -> bool:
@@ -457,7 +476,7 @@ def _scalar(tensor: Any, phase: str) -> Any:
 
     It makes 'is nothing padded?' false, so that a mask is built whenever one is passed. In the
     optimizer's step it is one: the counter of steps. peft asks whether a random number is above
-    its module dropout, which is zero: true.
+    its module dropout, which is zero: true; its VB-LoRA, whether a logit is infinite: false.
     """
     if tensor.dtype == torch.bool:
         return _asked_by_peft()
@@ -470,6 +489,6 @@ def _asked_by_peft() -> bool:
     while frame is not None:
         name = frame.f_code.co_filename
         if "peft" in name or "transformers" in name:
-            return "transformers" not in name
+            return "transformers" not in name and "vblora" not in name
         frame = frame.f_back
     return False

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+from ftplan.adapting import RANKS
 from ftplan.catalog.stacks import find_stack
 from ftplan.errors import UnsupportedError
-from ftplan.spec import Plan
+from ftplan.spec import Plan, Sharding
 
 __all__ = ["HF_STACKS", "Job", "plan_from", "resolve"]
 
@@ -47,6 +49,7 @@ class Job:
     compute_dtype: str
     last_layers: int
     virtual_tokens: int
+    options: dict[str, Any]
     weights: str
     """Storage of the base weights: a float dtype of torch, or a quantised format's name."""
     mixed: str
@@ -54,6 +57,8 @@ class Job:
     micro: int
     seq_len: int
     accumulation: int
+    images: int
+    image_size: tuple[int, int]
     padding: str
     optimizer: str
     implementation: str
@@ -75,6 +80,14 @@ class Job:
     reduce_dtype: str
     reshard_after_forward: bool
     offload: str
+    dp_replicate: int
+    no_sync: bool
+    use_orig_params: bool
+    tp: int
+    zero: dict[str, Any]
+    """DeepSpeed's ``zero_optimization``."""
+    traced_rank: int = 0
+    """ZeRO-1 and 2: 1 stands for the rank that owns the most gradients, but for the first."""
 
     @property
     def quantized(self) -> bool:
@@ -107,11 +120,17 @@ def _refuse(plan: Plan) -> None:
             f"tracing the stack {stack!r}, whose model code is its own,",
             remedy=f"trace one of {', '.join(HF_STACKS)}",
         )
-    for name in ("tp", "pp", "cp", "ep", "dp_replicate"):
+    for name in ("pp", "cp", "ep"):
         if (getattr(sharding, name) or 1) > 1:
             raise UnsupportedError(f"tracing sharding.{name}", remedy="leave it at 1")
-    if (sharding.offload or "none") != "none":
-        raise UnsupportedError("tracing offload", remedy="trace with offload: none")
+    if (sharding.tp or 1) > 1 and sharding.kind not in (None, "none"):
+        raise UnsupportedError(
+            f"tracing tensor parallelism with {sharding.kind}", remedy="trace one of them"
+        )
+    offload = sharding.offload or "none"
+    fsdp2 = sharding.kind == "fsdp" and (sharding.version or 2) == 2
+    if offload not in ("none", "params") or (offload == "params" and not fsdp2):
+        raise UnsupportedError(f"tracing offload of {offload}", remedy="trace offload: none")
     if (plan.kernels or "none") != "none":
         raise UnsupportedError(
             f"tracing {plan.kernels} kernels, which run on a GPU only,",
@@ -121,8 +140,6 @@ def _refuse(plan: Plan) -> None:
         raise UnsupportedError(
             "tracing an optimizer that steps in backward or stores its states in another dtype"
         )
-    if plan.batch.images:
-        raise UnsupportedError("tracing images", remedy="trace the text alone")
 
 
 _IMPLEMENTATIONS = {
@@ -132,6 +149,10 @@ _IMPLEMENTATIONS = {
     "adam": ("adamw", "fused"),
     "sgd_momentum": ("sgd", "foreach"),
 }
+
+
+def _sides(size: tuple[int, ...] | None) -> tuple[int, int]:
+    return (size[0], size[1]) if size else (448, 448)
 
 
 def resolve(plan: Plan) -> Job:
@@ -144,6 +165,7 @@ def resolve(plan: Plan) -> Job:
     _refuse(plan)
     stack = plan.stack or "transformers"
     kind = method.kind
+    rank = method.rank or RANKS.get(kind, 16)
     precision, batch, sharding = plan.precision, plan.batch, plan.sharding
     choice = plan.optimizer
     name = choice.name if choice else "adamw_torch_fused"
@@ -163,8 +185,8 @@ def resolve(plan: Plan) -> Job:
         stack=stack,
         task=plan.task or "sft",
         method=kind,
-        rank=method.rank or 16,
-        alpha=method.alpha or 2 * (method.rank or 16),
+        rank=rank,
+        alpha=method.alpha or 2 * rank,
         targets=method.targets or "all-linear",
         dropout=method.dropout or 0.0,
         adapter_dtype=method.adapter_dtype or "fp32",
@@ -179,11 +201,17 @@ def resolve(plan: Plan) -> Job:
         compute_dtype=_FLOATS[method.compute_dtype or "bf16"],
         last_layers=method.last_layers or 1,
         virtual_tokens=method.virtual_tokens or 20,
+        options={
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in (method.options or {}).items()
+        },
         weights=_FLOATS.get(weights, weights),
         mixed=_FLOATS.get(mixed, "no"),
         micro=batch.micro or 1,
         seq_len=batch.seq_len or 2048,
         accumulation=batch.accumulation or 1,
+        images=batch.images or 0,
+        image_size=_sides(batch.image_size),
         padding=batch.padding or "none",
         optimizer=name,
         implementation=implementation,
@@ -207,13 +235,30 @@ def resolve(plan: Plan) -> Job:
             True if sharding.reshard_after_forward is None else sharding.reshard_after_forward
         ),
         offload=sharding.offload or "none",
+        dp_replicate=sharding.dp_replicate or 1,
+        no_sync=bool(sharding.no_sync),
+        use_orig_params=bool(sharding.use_orig_params),
+        tp=sharding.tp or 1,
+        zero=_zero(sharding),
     )
+
+
+def _zero(sharding: Sharding) -> dict[str, Any]:
+    """What a plan says of ZeRO, in DeepSpeed's words."""
+    given = {
+        "stage": int(sharding.kind[-1]) if sharding.kind and sharding.kind[:4] == "zero" else 0,
+        "reduce_bucket_size": sharding.bucket_elements,
+        "overlap_comm": sharding.overlap_comm,
+        "sub_group_size": sharding.sub_group_elements,
+        "stage3_prefetch_bucket_size": sharding.prefetch_elements,
+        "stage3_max_live_parameters": sharding.max_live_elements,
+        "stage3_param_persistence_threshold": sharding.persistence_elements,
+    }
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def plan_from(mapping: dict[str, Any]) -> Plan:
     """A plan from the mapping of a plan file, without the strict reader (for scripts here)."""
-    from pydantic import TypeAdapter
-
     data = dict(mapping)
     if isinstance(data.get("model"), str):
         data["model"] = {"name": data["model"]}
@@ -227,4 +272,12 @@ def plan_from(mapping: dict[str, Any]) -> Plan:
     precision = data.get("precision")
     if isinstance(precision, dict) and precision.get("mixed") is False:
         data["precision"] = {**precision, "mixed": "no"}
-    return TypeAdapter(Plan).validate_python(data)
+    plan: Plan = _reader().validate_python(data)
+    return plan
+
+
+@cache
+def _reader() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Plan)

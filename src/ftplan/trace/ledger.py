@@ -135,13 +135,12 @@ class Ledger(TorchDispatchMode):
     def entry_of(self, tensor: Any) -> Entry | None:
         """The living entry behind a tensor, or None if it is not on the device."""
         found = self._by_storage.get(tensor.untyped_storage()._cdata)
-        return found[0] if found else None
+        return found[0] if found and found[0].kind != _HOST else None
 
     def forget(self, tensor: Any) -> None:
         """The tensor lives on the host after all: it is taken off the books."""
-        found = self._by_storage.pop(tensor.untyped_storage()._cdata, None)
-        if found is not None:
-            entry = found[0]
+        entry = self.entry_of(tensor)
+        if entry is not None:
             entry.kind = _HOST
             self.live_bytes -= entry.bytes
             entry.bytes = 0
@@ -206,8 +205,6 @@ class Ledger(TorchDispatchMode):
         if func is torch.ops.aten.add.Tensor and not kwargs and _sums_in_place(*args):
             return args[0]
         result = func(*args, **(kwargs or {}))
-        if self._on_host:
-            return result
         for tensor in _tensors(result):
             self._see(tensor, func)
         if func is torch.ops.inductor.resize_storage_bytes_.default:
@@ -217,12 +214,14 @@ class Ledger(TorchDispatchMode):
     def _see(self, tensor: Any, func: Any) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._by_storage:
+        if key in self._by_storage or tensor.device.type == "meta":
             return
-        size = storage.nbytes()
+        size = 0 if self._on_host else storage.nbytes()
         entry = self._born(
             size, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), self._op(func)
         )
+        if self._on_host:
+            entry.kind = _HOST
         self._by_storage[key] = (entry, weakref.ref(storage, self._burial(key)))
 
     def _op(self, func: Any) -> str:

@@ -21,7 +21,7 @@ from torch import nn
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory.families.native.base import parts_of
-from ftplan.memory.families.native.litgpt import ERAS, shape_of
+from ftplan.memory.families.native.litgpt import ERAS, Era, shape_of
 from ftplan.memory.job import AdapterSpec
 from ftplan.trace import cuda
 from ftplan.trace.ledger import Ledger
@@ -47,7 +47,6 @@ class LitGPT(Loop):
         """The method's ``GPT`` of that shape."""
         job = self.job
         self.era = ERAS[job.stack]
-        self.holds_inputs = self.era.holds_inputs
         self.runs_on = ("torch", "lightning", "bitsandbytes")
         self.package = "lit-gpt" if job.stack == "litgpt-2023" else "litgpt"
         require_version(self.package, job.stack, VERSIONS[job.stack])
@@ -58,7 +57,7 @@ class LitGPT(Loop):
         module = importlib.import_module(f"{root}.{FILES[job.method]}")
         base = importlib.import_module(f"{root}.model").GPT
         self.dtype = getattr(torch, job.compute_dtype if job.quantized else job.weights)
-        made = module.Config(**_fields(module.Config, config, layers, self._lora()))
+        made = module.Config(**_fields(module.Config, self.era, config, layers, self._lora()))
         with cuda.patched(base, "rope_cache", _no_table), torch.device("meta"):
             model = module.GPT(made).to(self.dtype)
         mark = {"lora": "mark_only_lora_as_trainable",
@@ -177,7 +176,7 @@ def _no_table(self: Any, device: Any = None) -> Any:
 
 
 def _fields(
-    kind: Any, config: Mapping[str, Any], layers: int | None, lora: dict[str, Any]
+    kind: Any, era: Era, config: Mapping[str, Any], layers: int | None, lora: dict[str, Any]
 ) -> dict[str, Any]:
     """The shape in the words of that version's ``Config``."""
     shape = dataclasses.asdict(shape_of(config))
@@ -186,6 +185,8 @@ def _fields(
     named = {"block_size": 1 << 20, "name": "Gemma" if shape["scale_embeddings"] else "", **lora}
     fields = {field.name for field in dataclasses.fields(kind)}
     window = shape.pop("sliding_window_indices")
+    if not any(era.slides(shape_of(config), layer) for layer in range(shape["n_layer"])):
+        window = shape["sliding_window_size"] = None
     every = {True: "all", False: "interleaved"}[bool(window) and all(window)]
     old = {"norm_class_name": "_norm_class", "mlp_class_name": "_mlp_class"}
     for name, value in shape.items():

@@ -140,11 +140,20 @@ def _picked(logits: Any, index: Any) -> Any:
     return torch.stack(rows).squeeze(-1)
 
 
+def _taken(job: Job, logits: Any, index: Any) -> Any:
+    """As the stack takes them: LLaMA-Factory in fp32 and all at once (0.9.5, get_batch_logps)."""
+    if job.stack != "llamafactory":
+        return _picked(logits, index)
+    return _gather(logits.to(torch.float32).log_softmax(-1), index.unsqueeze(-1)).squeeze(-1)
+
+
 def _pairs(job: Job, model: Any, forward: Callable[..., Any], reference: Any) -> Any:
     """DPO: chosen and rejected in one forward, then the reference's without a graph."""
 
     def scores(outputs: Any, ids: Any) -> Any:
-        picked = _picked(outputs["logits"][..., :-1, :], ids[..., 1:])
+        if job.stack == "llamafactory":
+            outputs["logits"] = outputs["logits"].to(torch.float32)
+        picked = _taken(job, outputs["logits"][..., :-1, :], ids[..., 1:])
         return picked.sum(dim=1).chunk(2, dim=0)
 
     def loss(input_ids: Any, labels: Any, attention_mask: Any = None) -> Any:

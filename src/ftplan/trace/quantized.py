@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ftplan.catalog.stacks import find_stack
 from ftplan.errors import UnsupportedError
 from ftplan.trace.job import Job
 from ftplan.trace.ledger import Ledger
@@ -118,7 +119,10 @@ def four_bit(bnb: Any, job: Job, rows: int, columns: int, bias: Any, shared: Any
     module.support_avx512bf16_for_cpu = False
     count = rows * columns
     scales = math.ceil(count / BLOCK)
-    weight = nn.Parameter(torch.empty((count + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
+    # bnb_4bit_quant_storage: FSDP shards what looks like a float
+    storage = dtype if job.sharding == "fsdp" else torch.uint8
+    packed = -(-count // (2 * storage.itemsize))
+    weight = nn.Parameter(torch.empty(packed, 1, dtype=storage), requires_grad=False)
     nested = None
     offset = None
     absmax = torch.empty(scales, dtype=torch.uint8 if job.double_quant else torch.float32)
@@ -250,22 +254,19 @@ class _Matmul8Bit(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def emulated(job: Job, ledger: Ledger, *, holds_inputs: bool = False) -> Iterator[None]:
-    """bitsandbytes' matmuls as on CUDA while the block runs.
-
-    ``holds_inputs``: as before 0.43.2, when ``MatMul4Bit`` kept its input as an attribute.
-    """
+def emulated(job: Job, ledger: Ledger) -> Iterator[None]:
+    """bitsandbytes' matmuls as on CUDA while the block runs, those of the stack's time."""
     if not job.quantized:
         yield
         return
     from ftplan.trace.cuda import patched
 
-    bnb = _bitsandbytes()
+    bnb, holds = _bitsandbytes(), find_stack(job.stack).holds_4bit_inputs
 
     def matmul_4bit(
         input: Any, packed: Any, quant_state: Any, out: Any = None, bias: Any = None
     ) -> Any:
-        return _Matmul4Bit.apply(input, packed, bias, quant_state, ledger, holds_inputs)
+        return _Matmul4Bit.apply(input, packed, bias, quant_state, ledger, holds)
 
     def matmul(
         input: Any, weight: Any, out: Any = None, state: Any = None, threshold: float = 0.0,
@@ -274,5 +275,13 @@ def emulated(job: Job, ledger: Ledger, *, holds_inputs: bool = False) -> Iterato
         result = _Matmul8Bit.apply(input, bias, state, ledger)
         return result if bias is None else result + bias.to(result.dtype)
 
-    with patched(bnb, "matmul_4bit", matmul_4bit), patched(bnb, "matmul", matmul):
+    def recover(module: Any) -> None:
+        module.weight.quant_state = module.quant_state  # lost when FSDP replaced the parameter
+
+    modules = bnb.nn.modules
+    with (
+        patched(bnb, "matmul_4bit", matmul_4bit),
+        patched(bnb, "matmul", matmul),
+        patched(modules, "fix_4bit_weight_quant_state_from_module", recover),
+    ):
         yield

@@ -7,6 +7,7 @@ units are storages that FSDP resizes in place, so ``UntypedStorage.resize_`` is 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,14 +32,12 @@ def distributed(job: Job, ledger: Ledger) -> Iterator[Any]:
 
     Yields its device mesh, or None.
     """
-    if job.world == 1 or job.sharding == "none":
+    if job.world == 1 or (job.sharding == "none" and job.tp == 1):
         yield None
         return
-    if job.sharding not in ("fsdp", "ddp") or (job.sharding == "fsdp" and job.fsdp_version != 2):
-        raise UnsupportedError(
-            f"tracing {job.sharding}" + (" version 1" if job.sharding == "fsdp" else ""),
-            remedy="trace {kind: fsdp, version: 2} or {kind: ddp}",
-        )
+    if job.sharding.startswith("zero"):  # DeepSpeed makes its own (ftplan.trace.zero)
+        yield None
+        return
     import torch.distributed as dist
     import torch.distributed._tools.fake_collectives
     from torch.distributed.device_mesh import init_device_mesh
@@ -52,11 +51,38 @@ def distributed(job: Job, ledger: Ledger) -> Iterator[Any]:
         ledger.resize(storage, size)
         return result
 
+    replicas = job.dp_replicate
+    shape = (replicas, job.world // replicas) if replicas > 1 else (job.world,)
+    names = ("replicate", "shard")[-len(shape) :] if job.tp == 1 else ("tp",)
     try:
-        with patched(torch.UntypedStorage, "resize_", resize):
-            yield init_device_mesh("cpu", (job.world,))
+        with patched(torch.UntypedStorage, "resize_", resize), _two_memories(job, ledger):
+            yield init_device_mesh("cpu", shape, mesh_dim_names=names)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _two_memories(job: Job, ledger: Ledger) -> Iterator[None]:
+    """FSDP2's copies between host and device, which are one memory where all tensors are cpu's.
+
+    FSDP2 alone passes ``non_blocking``: what the ledger knows is on the device and goes to the
+    host, anything else comes from there.
+    """
+    if job.offload != "params":
+        yield
+        return
+    original = torch.Tensor.to
+
+    def to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if "non_blocking" not in kwargs or not isinstance(args[0], torch.device):
+            return original(tensor, *args, **kwargs)
+        if ledger.entry_of(local(tensor)) is None:
+            return torch.empty_like(tensor)
+        with ledger.on_host():
+            return torch.empty_like(tensor)
+
+    with patched(torch.Tensor, "to", to):
+        yield
 
 
 def _dtype(name: str) -> Any:
@@ -65,13 +91,23 @@ def _dtype(name: str) -> Any:
 
 def shard(model: Any, job: Job, mesh: Any) -> Any:
     """Shard the model as the plan says; with ``wrap: block`` each block is a unit of its own."""
+    if job.tp > 1:
+        return _split(model, mesh)
     if job.sharding == "ddp" and job.world > 1:
         model.__dict__["_ddp_buckets"] = _ddp_buckets(model)
         return model
     if job.sharding != "fsdp" or job.world == 1:
         return model
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    if job.fsdp_version == 1:
+        return _shard_flat(model, job, mesh)
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
 
+    offload = CPUOffloadPolicy(pin_memory=False) if job.offload == "params" else OffloadPolicy()
     policy = MixedPrecisionPolicy(
         param_dtype=_dtype(job.param_dtype),
         reduce_dtype=_dtype(job.reduce_dtype),
@@ -80,11 +116,74 @@ def shard(model: Any, job: Job, mesh: Any) -> Any:
     if job.wrap == "block":
         for block in _units(model):
             fully_shard(
-                block, mesh=mesh, mp_policy=policy,
+                block, mesh=mesh, mp_policy=policy, offload_policy=offload,
                 reshard_after_forward=job.reshard_after_forward,
             )  # fmt: skip
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     return model
+
+
+def _split(model: Any, mesh: Any) -> Any:
+    """Tensor parallelism by the model's own plan (transformers' ``tp_plan``)."""
+    if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
+        raise UnsupportedError(
+            "tracing tensor parallelism of tied embeddings", remedy="trace a model that has none"
+        )
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    patterns = {
+        re.compile(re.escape(name).replace(r"\*", r"\d+")): style
+        for name, style in model.tp_plan.items()
+    }
+    modules = {
+        name: style
+        for name, _ in model.named_modules()
+        for pattern, style in patterns.items()
+        if pattern.fullmatch(name)
+    }
+    weights = {
+        f"{name}.{part}": style
+        for name, style in modules.items()
+        for part, _ in model.get_submodule(name).named_parameters(recurse=False)
+    }
+    return apply_tensor_parallelism(model, mesh, {**weights, **modules})
+
+
+def _shard_flat(model: Any, job: Job, mesh: Any) -> Any:
+    """FSDP1: one flat parameter for each unit, as accelerate asks for it."""
+    from torch.distributed.fsdp import (
+        CPUOffload,
+        FullyShardedDataParallel,
+        MixedPrecision,
+        ShardingStrategy,
+    )
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    dtype = _dtype(job.param_dtype)
+    mixed = None
+    if dtype is not None:
+        mixed = MixedPrecision(
+            param_dtype=dtype, reduce_dtype=_dtype(job.reduce_dtype), buffer_dtype=dtype
+        )
+    policy: Any = ModuleWrapPolicy({type(block) for block in _units(model)})
+    if (
+        hasattr(model, "peft_config") and job.stack != "pytorch"
+    ):  # Trainer's: what is trained is a unit of its own
+        from peft.utils.other import fsdp_auto_wrap_policy
+
+        policy = fsdp_auto_wrap_policy(model)
+    return FullyShardedDataParallel(
+        model,
+        process_group=torch.distributed.group.WORLD,
+        sharding_strategy=ShardingStrategy.FULL_SHARD
+        if job.reshard_after_forward
+        else ShardingStrategy.SHARD_GRAD_OP,
+        cpu_offload=CPUOffload(offload_params=job.offload == "params"),
+        auto_wrap_policy=policy if job.wrap == "block" else None,
+        mixed_precision=mixed,
+        use_orig_params=job.use_orig_params,
+        device_id=torch.device("cpu"),
+    )
 
 
 def _units(model: Any) -> list[Any]:

@@ -156,7 +156,11 @@ class Torchtune(Loop):
             self.logits = self.logits[..., :-1, :].contiguous()
             labels = labels[..., 1:].contiguous()
             self.logits = self.logits.transpose(1, 2)
-            return {"loss": self.entropy(self.logits, labels)}
+            # CUDA's log_softmax lays out what it reads (aten/src/ATen/native/cuda/SoftMax.cu)
+            laid_out = self.logits.contiguous().detach()
+            loss = self.entropy(self.logits, labels)
+            del laid_out
+            return {"loss": loss}
         outputs = self.model(input_ids)
         if not isinstance(outputs, list) and self.job.loss == "full":
             labels = labels.reshape(-1)

@@ -146,6 +146,9 @@ def _method(draft: Draft, keys: Keys) -> None:
         "lora_rank_pattern",
         "lora_fan_in_fan_out",
         "peft_autocast_adapter_dtype",
+        "lora_mlp_kernel",
+        "lora_qkv_kernel",
+        "lora_o_kernel",
         "oft_block_size",
     )
     unfrozen = (
@@ -212,6 +215,7 @@ def _method(draft: Draft, keys: Keys) -> None:
     if keys.flag("peft_autocast_adapter_dtype") is False:
         draft.put("method.adapter_dtype", "bf16", keys.at("peft_autocast_adapter_dtype"))
     keys.known("lora_fan_in_fan_out")
+    _lora_functions(draft, keys)
     if unfrozen:
         draft.put("method.modules_to_save", tuple(unfrozen), keys.at("unfrozen_parameters"))
 
@@ -345,20 +349,41 @@ def _attention(draft: Draft, keys: Keys) -> None:
         )
 
 
+_LORA_FUNCTIONS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
+
+
+def _lora_functions(draft: Draft, keys: Keys) -> None:
+    """LoRA's fused functions: the plan has one switch for three, which the MLP's decides."""
+    told = [keys.flag(name) for name in _LORA_FUNCTIONS]
+    if any(flag is not None for flag in told):
+        draft.put("method.fused_lora", bool(told[0]), keys.at(_LORA_FUNCTIONS[0]))
+    if any(bool(flag) != bool(told[0]) for flag in told):
+        draft.find(
+            "IMP002",
+            "LoRA's functions for a part of the layers are not told apart: as lora_mlp_kernel says",
+            next(
+                keys.at(n)
+                for n, flag in zip(_LORA_FUNCTIONS, told, strict=True)
+                if flag is not None
+            ),
+        )
+
+
+_FUSED_LOSSES = {
+    "cut_cross_entropy": "cut", "liger_fused_linear_cross_entropy": "liger",
+    "unsloth_cross_entropy_loss": "unsloth",
+}  # fmt: skip
+"""Keys of a loss without logits, and whose function it is."""
+
+
 def _loss(draft: Draft, keys: Keys) -> None:
     plugins = " ".join(keys.words("plugins") or ())
     fused = None
     if "CutCrossEntropyPlugin" in plugins and keys.flag("cut_cross_entropy") is not False:
         fused = "plugins"
-    for name in (
-        "cut_cross_entropy",
-        "liger_fused_linear_cross_entropy",
-        "unsloth_cross_entropy_loss",
-    ):
+    for name in _FUSED_LOSSES:
         if keys.flag(name):
             fused = name
-    if "LigerPlugin" in plugins and fused is None and keys.flag("liger_fused_linear_cross_entropy"):
-        fused = "plugins"
     if fused is not None:
         draft.put("loss.kind", "fused", keys.at(fused))
     elif keys.flag("chunked_cross_entropy"):
@@ -378,6 +403,10 @@ def _loss(draft: Draft, keys: Keys) -> None:
         draft.put("kernels", "liger", keys.at("plugins"))
     for name in layers:
         keys.flag(name)
+    if fused is not None:
+        by = _FUSED_LOSSES.get(fused, "cut")
+        usual = "liger" if draft.get("kernels") == "liger" else "cut"
+        draft.put("loss.by", None if by == usual else by, keys.at(fused))
 
 
 def _sharding(context: Context, keys: Keys) -> None:
@@ -506,6 +535,9 @@ def export(plan: Plan) -> writing.Exported:
             dora="peft_use_dora",
             rslora="peft_use_rslora",
         )
+        if method.fused_lora is not None:
+            for name in _LORA_FUNCTIONS:
+                out.line(name, method.fused_lora)
         if method.layers_to_transform is not None:
             out.line("peft_layers_to_transform", list(method.layers_to_transform))
         if method.rank_pattern is not None:
@@ -541,20 +573,11 @@ def export(plan: Plan) -> writing.Exported:
     )
     out.checkpointing()
     out.optimizer("optimizer")
-    plugins = []
-    if plan.loss is not None and plan.loss.kind == "fused":
-        plugins.append("axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin")
-    if plan.kernels == "liger":
-        plugins.append("axolotl.integrations.liger.LigerPlugin")
     if plan.kernels == "unsloth":
         out.refuse("kernels: unsloth")
     if plan.loss is not None and plan.loss.kind == "chunked":
         out.refuse("a chunked loss")
-    if plugins:
-        out.line("plugins", plugins)
-    if plan.kernels == "liger":
-        for name in ("liger_rms_norm", "liger_glu_activation", "liger_rope"):
-            out.line(name, True)
+    _loss_plugins(out, plan)
     out.fsdp(prefix="")
     out.degrees(
         tp="tensor_parallel_size",
@@ -563,6 +586,25 @@ def export(plan: Plan) -> writing.Exported:
         dp_replicate="dp_replicate_size",
     )
     return out.done(hint="launch with: axolotl train FILE")
+
+
+def _loss_plugins(out: writing.Writer, plan: Plan) -> None:
+    """Liger's kernels, and the loss without logits: Liger's, or cut cross entropy."""
+    fused = plan.loss is not None and plan.loss.kind == "fused"
+    by = plan.loss.by if plan.loss is not None else None
+    cut = fused and by != "liger" and (by == "cut" or plan.kernels != "liger")
+    plugins = []
+    if cut:
+        plugins.append("axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin")
+    if plan.kernels == "liger" or (fused and not cut):
+        plugins.append("axolotl.integrations.liger.LigerPlugin")
+    if plugins:
+        out.line("plugins", plugins)
+    if plan.kernels == "liger":
+        for name in ("liger_rms_norm", "liger_glu_activation", "liger_rope"):
+            out.line(name, True)
+    if fused and not cut:
+        out.line("liger_fused_linear_cross_entropy", True)
 
 
 def _export_precision(out: writing.Writer, plan: Plan) -> None:

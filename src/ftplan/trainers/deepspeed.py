@@ -97,6 +97,7 @@ def _buckets(draft: Draft, keys: Keys, stage: int) -> None:
         (("reduce_bucket_size",), "bucket_elements"),
         (("stage3_prefetch_bucket_size", "prefetch_bucket_size"), "prefetch_elements"),
         (("stage3_max_live_parameters", "max_live_parameters"), "max_live_elements"),
+        (("sub_group_size",), "sub_group_elements"),
         (
             ("stage3_param_persistence_threshold", "param_persistence_threshold"),
             "persistence_elements",
@@ -107,6 +108,9 @@ def _buckets(draft: Draft, keys: Keys, stage: int) -> None:
             value = keys.whole(zero, name)
             if value is not None and (stage >= 3 or plan_key == "bucket_elements") and stage >= 1:
                 draft.put(f"sharding.{plan_key}", value, keys.at(zero, name))
+    overlap = keys.flag(zero, "overlap_comm")
+    if overlap is not None and stage >= 1:
+        draft.put("sharding.overlap_comm", overlap, keys.at(zero, "overlap_comm"))
     if auto and stage >= 1:
         draft.put("sharding.auto_buckets", True, keys.at(zero, "reduce_bucket_size"))
 
@@ -146,12 +150,17 @@ def export(plan: Plan) -> str:
         "stage3_prefetch_bucket_size": sharding.prefetch_elements,
         "stage3_max_live_parameters": sharding.max_live_elements,
         "stage3_param_persistence_threshold": sharding.persistence_elements,
+        "sub_group_size": sharding.sub_group_elements,
     }
     for name, size in sizes.items():
         if size is not None:
             zero[name] = size
-        elif auto and (name == "reduce_bucket_size" or (stage == 3 and "live" not in name)):
+        elif auto and (
+            name == "reduce_bucket_size" or (stage == 3 and "stage3" in name and "live" not in name)
+        ):
             zero[name] = "auto"
+    if sharding.overlap_comm is not None:
+        zero["overlap_comm"] = sharding.overlap_comm
     document: dict[str, Any] = {
         "zero_optimization": zero,
         "bf16": {"enabled": "auto"},

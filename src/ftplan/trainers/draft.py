@@ -7,13 +7,12 @@ names what the file does not say and what we do not model, and returns :class:`I
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
+from ftplan.catalog.shelf import read_data
 from ftplan.catalog.stacks import Stack, find_stack
 from ftplan.errors import Location
 from ftplan.report import Assumption, Finding, Severity
@@ -32,6 +31,7 @@ from ftplan.spec import (
     Sharding,
 )
 from ftplan.trainers.keys import Keys, Path
+from ftplan.trainers.severity import SEVERITY
 
 __all__ = ["NEUTRAL", "Draft", "Imported", "key_data", "key_lists"]
 
@@ -307,40 +307,10 @@ class Draft:
             )
 
 
-SEVERITY: dict[str, Severity] = {
-    "IMP001": "warning",
-    "IMP002": "warning",
-    "IMP003": "info",
-    "IMP004": "warning",
-    "IMP005": "warning",
-    "IMP006": "warning",
-    "IMP007": "info",
-    "IMP008": "info",
-    "IMP009": "warning",
-    "IMP010": "info",
-    "CFG001": "warning",
-    "CFG002": "warning",
-    "CFG003": "warning",
-    "CFG004": "warning",
-    "CFG005": "warning",
-    "CFG006": "error",
-    "CFG007": "error",
-    "CFG008": "warning",
-    "CFG009": "warning",
-    "CFG010": "warning",
-    "CFG011": "error",
-    "CFG012": "info",
-    "CFG013": "info",
-    "CFG014": "warning",
-}
-"""Severity of each code; a finding may lower it."""
-
-
 @cache
 def key_data() -> dict[str, Any]:
     """The key lists of all trainers, as in ``data/keys.json``."""
-    path = files("ftplan.trainers").joinpath("data/keys.json")
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    data: dict[str, Any] = read_data("keys.json", "ftplan.trainers")
     return data
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
+from pathlib import PurePosixPath
 
-from ftplan.errors import InputError
+from ftplan.errors import InputError, Location
 from ftplan.files.document import Document, Key
 from ftplan.trainers import accelerate, deepspeed
 from ftplan.trainers.commands import ENV, LAUNCH
@@ -51,9 +53,31 @@ class Context:
                 keys.at(*path),
                 help="pass it with --overlay FILE",
             )
+            _told_by_name(self.draft, name, keys.at(*path))
         else:
             self.draft.find("IMP008", f"{name} was read, as this file names it", keys.at(*path))
         return found
+
+
+_SHARDED = (
+    (r"zero-?_?([123])|(?:^|[_-])z([123])(?![0-9])", "zero"), (r"fsdp", "fsdp"),
+)  # fmt: skip
+
+
+def _told_by_name(draft: Draft, name: str, at: Location) -> None:
+    """A sharding file that cannot be read usually says in its name which sharding it sets."""
+    stem = PurePosixPath(name).stem.lower()
+    for pattern, kind in _SHARDED:
+        match = re.search(pattern, stem)
+        if match is None or draft.get("sharding.kind") is not None:
+            continue
+        stage = next((part for part in match.groups() if part), "")
+        draft.put("sharding.kind", kind + stage, at)
+        if kind == "fsdp":
+            draft.put("sharding.version", 2 if re.search(r"fsdp_?v?2", stem) else 1, at)
+        if "offload" in stem:
+            draft.put("sharding.offload", "params" if stage in ("", "3") else "optimizer", at)
+        draft.find("IMP010", f"sharding is taken to be {kind}{stage}: the file's name says so", at)
 
 
 def surroundings(context: Context, keys: Keys) -> None:

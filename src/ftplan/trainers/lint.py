@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ftplan.errors import Location
 from ftplan.report import Finding, Severity
 from ftplan.spec import Plan
-from ftplan.trainers.draft import SEVERITY, Draft
+from ftplan.trainers.severity import SEVERITY
+
+if TYPE_CHECKING:  # a plan of flags alone needs no reader
+    from ftplan.trainers.draft import Draft
 
 __all__ = ["lint_draft", "lint_plan"]
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 
+from ftplan.catalog.shelf import read_data
 from ftplan.catalog.stacks import stack_names, stack_page
 from ftplan.errors import UnknownNameError
 
@@ -33,8 +32,7 @@ class Page:
 
 @cache
 def _pages() -> dict[str, Page]:
-    path = files("ftplan.trainers").joinpath("data/pages.json")
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = read_data("pages.json", "ftplan.trainers")
     return {code: Page(code=code, **page) for code, page in raw.items()}
 
 

@@ -175,8 +175,8 @@ def _beside(path: Path) -> Resolve:
         named = Path(name)
         if named.is_absolute() or name.startswith("~"):
             return None
-        for folder in (path.parent, Path()):
-            candidate = folder / named
+        # scripts are written for the root of their repository: the file itself lies beside them
+        for candidate in (path.parent / named, Path() / named, path.parent / named.name):
             if candidate.is_file():
                 return read_document(candidate)
         return None

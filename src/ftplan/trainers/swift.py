@@ -10,6 +10,7 @@ import math
 import re
 from typing import Any
 
+from ftplan.spec import Lengths
 from ftplan.trainers.accelerate import apply_fsdp
 from ftplan.trainers.commands import ENV, LAUNCH
 from ftplan.trainers.draft import Draft
@@ -291,6 +292,9 @@ def _length(draft: Draft, keys: Keys, task: str) -> None:
                 512,
                 SOURCE % "arguments/rlhf_args.py: max_completion_length = 512",
             )
+    if draft.stack.name == NAME and not draft.get("batch.packing"):
+        # how much shorter the samples are is the dataset's: batches of the longest are sized
+        draft.put("batch.lengths", Lengths(kind="fixed"))
     if draft.get("batch.seq_len") is None:
         draft.ask(
             "batch.seq_len", "max_length is not given: ms-swift cuts at the model's own maximum"
@@ -523,6 +527,11 @@ def _megatron(context: Context, keys: Keys) -> None:
         degree = keys.count(name)
         if degree is not None and degree > 1:
             draft.put(plan_key, degree, keys.at(name))
+    virtual = keys.count("virtual_pipeline_model_parallel_size")
+    if virtual is not None and virtual > 1:
+        at = keys.at("virtual_pipeline_model_parallel_size")
+        draft.put("sharding.schedule", "interleaved", at)
+        draft.put("sharding.virtual_stages", virtual, at)
     if keys.flag("bf16") is False and keys.flag("fp16"):
         draft.put("precision.weights", "fp16", keys.at("fp16"))
     if draft.get("precision.weights") is None:

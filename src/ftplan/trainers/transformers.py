@@ -197,6 +197,9 @@ def training_arguments(context: Context, keys: Keys, *, micro: int, prefix: str 
     cap = keys.count("ddp_bucket_cap_mb")
     if cap is not None:
         draft.put("sharding.bucket_bytes", cap * 2**20, keys.at("ddp_bucket_cap_mb"))
+    each = ("accelerator_config", "gradient_accumulation_kwargs", "sync_each_batch")
+    if keys.flag(*each):
+        draft.put("sharding.no_sync", False, keys.at(*each))
     _sharding(context, keys)
 
 

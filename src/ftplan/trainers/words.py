@@ -4,11 +4,11 @@ adapter targets, model names. The tables are ``data/words.json``; nothing here g
 
 from __future__ import annotations
 
-import json
 import re
 from functools import cache
-from importlib.resources import files
 from typing import Any, Literal
+
+from ftplan.catalog.shelf import read_data
 
 __all__ = [
     "attention",
@@ -30,8 +30,7 @@ SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 @cache
 def _words() -> dict[str, Any]:
-    path = files("ftplan.trainers").joinpath("data/words.json")
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    data: dict[str, Any] = read_data("words.json", "ftplan.trainers")
     return data
 
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from ftplan.catalog.stacks import Stack
 from ftplan.errors import UnsupportedError
-from ftplan.spec import OptimizerChoice, Plan
+from ftplan.spec import Method, OptimizerChoice, Plan
 from ftplan.trainers.words import torchtune_component
 
 __all__ = ["Exported", "Writer"]
@@ -27,6 +27,10 @@ class Exported:
     """What the file cannot say; they stand in it as comments too."""
 
 
+_FUSED_LOSSES = {"axolotl": ("cut", "liger"), "unsloth": ("unsloth",)}
+"""Whose fused losses a trainer can be told to use; the others have Liger's."""
+
+
 class Writer:
     """Collects the lines of a YAML file from a plan; refuses by name what has no key."""
 
@@ -37,6 +41,7 @@ class Writer:
         self.notes: list[str] = []
         if plan.method is None:
             self.refuse("a plan without a method (inference)")
+        self._functions(plan, plan.method)
 
     def refuse(self, what: str) -> NoReturn:
         """There is no key for this: the export stops and says so."""
@@ -44,6 +49,16 @@ class Writer:
             f"writing {what} to a {self.trainer} file",
             remedy=f"change the plan, or export to another trainer than {self.trainer}",
         )
+
+    def _functions(self, plan: Plan, method: Method) -> None:
+        """Fused functions that this trainer has no key for."""
+        if plan.kernels == "foak":
+            self.refuse("kernels: foak")
+        if method.fused_lora and self.trainer != "axolotl":
+            self.refuse("method.fused_lora")
+        by = plan.loss.by if plan.loss is not None and plan.loss.kind == "fused" else None
+        if by not in (None, *_FUSED_LOSSES.get(self.trainer, ("liger",))):
+            self.refuse(f"loss.by: {by}")
 
     def comment(self, text: str) -> None:
         """A remark that stands at the top of the file."""

@@ -7,12 +7,31 @@ every weight has its dtype, wraps them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory.adapters.bottleneck import add_bottlenecks
 from ftplan.memory.adapters.lora import FoldedLinear, FoldedParameter, LoraEmbedding, LoraLinear
 from ftplan.memory.adapters.lycoris import LohaLinear, LokrLinear
+from ftplan.memory.adapters.paths import (
+    BeftLinear,
+    GloraLinear,
+    GraloraLinear,
+    PeanutLinear,
+    PsoftLinear,
+)
+from ftplan.memory.adapters.products import (
+    AdaLoraLinear,
+    Bank,
+    C3aLinear,
+    DeloraLinear,
+    MissLinear,
+    PveraLinear,
+    RandLoraLinear,
+    RandomBases,
+    RoadLinear,
+    VbLoraLinear,
+)
 from ftplan.memory.adapters.prompts import add_prompt
 from ftplan.memory.adapters.rotations import BoftLinear, OftLinear
 from ftplan.memory.adapters.rules import (
@@ -33,6 +52,15 @@ from ftplan.memory.adapters.vectors import (
     train_biases,
     trained_copy,
 )
+from ftplan.memory.adapters.whole import (
+    FourierLinear,
+    HiraLinear,
+    HraLinear,
+    MissBatLinear,
+    ShiraLinear,
+    TokenHead,
+    TokenRows,
+)
 from ftplan.memory.experts import Experts, Router
 from ftplan.memory.job import AdapterSpec, Job
 from ftplan.memory.nn import Embedding, Linear, Module, Network
@@ -42,6 +70,13 @@ __all__ = ["adapt", "distinguish", "matches", "rank_of"]
 
 PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 BOTTLENECKS = ("houlsby", "pfeiffer")
+BARE = ("ln_tuning", "trainable_tokens")
+"""Kinds that put nothing around a linear layer."""
+PLAIN = (
+    "adalora", "miss", "c3a", "fourierft", "hra", "randlora", "road", "shira", "vblora", "delora",
+    "pvera", "hira", "beft", "gralora", "glora", "peanut", "psoft",
+)  # fmt: skip
+"""Kinds that are modelled on plain linear layers alone."""
 Wrap = Callable[[str, Linear, int], Module]
 
 
@@ -126,7 +161,8 @@ def _wrap_modules(network: Network, spec: AdapterSpec, job: Job) -> None:
             f"a job whose targets ({named}) match no module of its model",
             remedy="name modules that it has, as [q_proj, v_proj], or use all-linear",
         )
-    wrap = _wrapper(network, spec, job, [entry for entry in placed if entry[4].wrapped])
+    around = [entry for entry in placed if entry[4].wrapped]
+    wrap = None if spec.kind in BARE else _wrapper(network, spec, job, around)
     for root, path, name, module, place in placed:
         if place.saved:
             root.replace(path, trained_copy(module))
@@ -139,13 +175,32 @@ def _wrap_modules(network: Network, spec: AdapterSpec, job: Job) -> None:
             root.replace(path, trained_copy(module))
         elif isinstance(module, Embedding) and spec.kind in LORA:
             root.replace(path, LoraEmbedding(module, spec, place.rank))
-        elif isinstance(module, Linear):
+        elif isinstance(module, Embedding) and spec.kind == "trainable_tokens":
+            _learn_rows(network, name, module, job)
+        elif isinstance(module, Linear) and wrap:
             root.replace(path, wrap(name, module, place.rank))
         else:
+            rows = spec.kind == "trainable_tokens"
+            what = "embedding" if rows else "linear layer"
+            remedy = "name embeddings alone" if rows else "name the linear layers below it"
+            raise UnsupportedError(f"{spec.kind} on {name}, which is no {what}", remedy=remedy)
+
+
+def _learn_rows(network: Network, name: str, table: Embedding, job: Job) -> None:
+    """``TrainableTokensLayer`` around an embedding, and around the head that shares its weight."""
+    assert job.adapter is not None
+    rows = TokenRows(table, job.adapter)
+    network.replace(name, rows)
+    if network.tied.pop(f"{network.head_name}.weight", None):
+        if job.environment.loss != "full":
             raise UnsupportedError(
-                f"{spec.kind} on {name}, which is no linear layer",
-                remedy="name the linear layers below it; PEFT refuses it too",
+                "a loss that never makes all logits, over a head that shares its learned tokens",
+                remedy="use loss: full",
             )
+        head = network.child(network.head_name)
+        assert isinstance(head, Linear)
+        network.replace(network.head_name, TokenHead(head, rows))
+        network.tie(f"{network.head_name}.base_layer.weight", f"{name}.base_layer.weight")
 
 
 def _fold_linear(root: Module, path: str, module: Linear, place: Place, spec: AdapterSpec) -> None:
@@ -169,6 +224,13 @@ def _fold(name: str, module: Module, place: Place, spec: AdapterSpec) -> None:
         module.folded[own] = folded
 
 
+def _refuse_others(kind: str, linears: Iterable[Linear]) -> None:
+    for layer in linears:
+        if layer.transposed or isinstance(layer, QuantizedLinear):
+            what = "GPT-2's transposed layers" if layer.transposed else "a quantised layer"
+            raise UnsupportedError(f"{kind} on {what}", remedy="use lora, vera or ia3 here")
+
+
 def _wrapper(
     network: Network,
     spec: AdapterSpec,
@@ -182,23 +244,53 @@ def _wrapper(
         return lambda name, base, _rank: Ia3Linear(
             base, spec, feedforward=any(name.endswith(end) for end in ends)
         )
+    linears = [module for *_, module, _ in placed if isinstance(module, Linear)]
+    largest = (
+        max((m.in_features for m in linears), default=1),
+        max((m.out_features for m in linears), default=1),
+    )
+    if kind in PLAIN:
+        _refuse_others(kind, linears)
     if kind == "vera":
-        linears = [module for *_, module, _ in placed if isinstance(module, Linear)]
-        shared = Projections(
-            max((m.in_features for m in linears), default=1),
-            max((m.out_features for m in linears), default=1),
-            spec.rank,
-            spec.dtype,
-        )
+        shared = Projections(*largest, spec.rank, spec.dtype)
         network.children["vera"] = shared
         return lambda _name, base, rank: VeraLinear(base, spec, rank, shared)
+    if kind == "pvera":
+        drawn = Projections(*largest, 2 * spec.rank, spec.dtype, up=spec.rank, prefix="pvera")
+        network.children["pvera"] = drawn
+        return lambda _name, base, rank: PveraLinear(base, spec, rank, drawn)
+    if kind == "randlora":
+        bases = RandomBases(*largest, spec.rank, spec.dtype)
+        network.children["randlora"] = bases
+        return lambda _name, base, rank: RandLoraLinear(base, spec, rank, bases)
+    if kind == "vblora":
+        bank = Bank(
+            int(spec.options.get("num_vectors", 256)),
+            int(spec.options.get("vector_length", 256)),
+            spec.dtype,
+        )
+        network.children["vblora"] = bank
+        return lambda _name, base, rank: VbLoraLinear(base, spec, rank, bank)
     simple: dict[str, Callable[[Linear, AdapterSpec, int], Module]] = {
         **dict.fromkeys(LORA, LoraLinear),
         "loha": LohaLinear,
         "lokr": LokrLinear,
         "oft": OftLinear,
         "boft": BoftLinear,
-        "ln_tuning": LoraLinear,
+        "adalora": AdaLoraLinear,
+        "miss": MissBatLinear if spec.options.get("init_weights") == "bat" else MissLinear,
+        "c3a": C3aLinear,
+        "fourierft": FourierLinear,
+        "hra": HraLinear,
+        "road": RoadLinear,
+        "shira": ShiraLinear,
+        "delora": DeloraLinear,
+        "hira": HiraLinear,
+        "beft": BeftLinear,
+        "gralora": GraloraLinear,
+        "glora": GloraLinear,
+        "peanut": PeanutLinear,
+        "psoft": PsoftLinear,
     }
     if kind not in simple:
         raise UnsupportedError(f"the adapter {kind!r}", remedy=f"use one of {', '.join(simple)}")

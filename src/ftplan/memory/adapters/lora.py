@@ -5,8 +5,11 @@ Source: peft 0.21.2, ``tuners/lora`` (layer.py, bnb.py, dora.py, variants.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
+from ftplan.memory.adapters.functions import lora_gated, lora_products
 from ftplan.memory.job import AdapterSpec
 from ftplan.memory.nn import Embedding, Linear, Module
 from ftplan.memory.quantized import QuantizedLinear, dequantized
@@ -80,18 +83,17 @@ class LoraLinear(Adapted):
         self.dropout = spec.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.base_layer, QuantizedLinear) and self.base_layer.bitsandbytes:
-            return self._forward_bitsandbytes(x, copied=self.base_layer.four_bit)
+        base = self.base_layer
+        if isinstance(base, QuantizedLinear) and (base.bitsandbytes or x.tape.env.unpacks_gptq):
+            return self._forward_bitsandbytes(x, copied=base.four_bit)
         result = self.base_layer.forward(x)
         dtype = result.dtype
         # a module's call holds its arguments: ``x`` outlives the cast
-        shares = x.tape.env.kernels == "unsloth" and not self.dora and not self.dropout
-        # unsloth/kernels/fast_lora.py: the matrices are cast to the input, not the input to them
-        cast = x if shares else ops.to(x, self._down.weight.dtype)
+        cast = ops.to(x, self._down.weight.dtype)
         if self.dora:
             result = self._forward_dora(cast, result)
         else:
-            result = ops.add(result, self._delta(ops.dropout(cast, self.dropout)))
+            result = ops.add(result, self._delta(cast))
         return ops.to(result, dtype)
 
     def _forward_bitsandbytes(self, x: Tensor, *, copied: bool) -> Tensor:
@@ -106,10 +108,41 @@ class LoraLinear(Adapted):
         if self.dora:
             result = self._forward_dora(x, result)
             return ops.to(result, dtype) if converts else result
-        output = self._delta(ops.dropout(x, self.dropout))
+        output = self._delta(x)
         if converts:
             output = ops.to(output, dtype)
         return ops.add(result, output)
+
+    @property
+    def thin(self) -> tuple[Parameter, Parameter]:
+        """The matrix down (rank x in) and the one up (out x rank)."""
+        down, up = self.lora_A.default, self.lora_B.default
+        return down.parameters["weight"], up.parameters["weight"]
+
+    def _fuses(self, style: str) -> bool:
+        """Whether a library's functions run this layer; they all leave DoRA to PEFT."""
+        base = self.base_layer
+        packed = isinstance(base, QuantizedLinear)
+        if style == "none" or self.dora or (isinstance(base, QuantizedLinear) and base.int8):
+            return False
+        if style == "foak":
+            return packed
+        return style == "axolotl" or (base.bias is None and not self.dropout)
+
+    def together(self, x: Tensor, layers: Sequence[Linear]) -> list[Tensor] | None:
+        style = x.tape.env.kernels.lora
+        adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
+        if len(adapted) < len(layers) or not all(layer._fuses(style) for layer in adapted):
+            return None
+        return lora_products(x, adapted)
+
+    def gated(self, x: Tensor, gate: Linear, up: Linear) -> Tensor | None:
+        style = x.tape.env.kernels.lora
+        layers = (gate, up, self)
+        if not all(isinstance(layer, LoraLinear) and layer._fuses(style) for layer in layers):
+            return None
+        assert isinstance(gate, LoraLinear) and isinstance(up, LoraLinear)
+        return lora_gated(x, (gate, up, self))
 
     @property
     def _down(self) -> Linear:
@@ -122,7 +155,9 @@ class LoraLinear(Adapted):
         return out
 
     def _delta(self, x: Tensor) -> Tensor:
-        return ops.scale(self._thin(x))
+        # what dropout returns has no name: it goes when the first matrix has seen it
+        low = self.lora_A.default.forward(ops.dropout(x, self.dropout))
+        return ops.scale(self.lora_B.default.forward(low))
 
     def _forward_dora(self, x: Tensor, result: Tensor) -> Tensor:
         """The norm of the whole updated weight is computed anew, outside the graph, each time."""
@@ -237,13 +272,16 @@ class FoldedParameter(Module):
             factors.append(ops.to(tape.leaf(matrix), self.folded.dtype))
         if self.count == 1:
             return self._fold_matrix(tape, weight)
-        out = tape.tensor(weight.rows, weight.width, weight.dtype, "folded experts")
+        whole, rank, across = weight.rows, factors[0].rows[0] // self.count, weight.width
+        tape.multiply(whole, rank, across, times=2)  # once for ``register_parametrization``'s check
+        out = tape.tensor(whole, across, weight.dtype, "folded experts")
         shapes = [(f.rows, f.width, f.dtype) for f in factors]
         saved = tuple(factors)
 
         def apply(grad: Tensor) -> Grads:
             _kept = saved
             made = []
+            grad.tape.multiply(whole, rank, across, times=2)
             for rows, width, dtype in reversed(shapes):
                 product = grad.tape.tensor(rows, width, dtype, "gradient")
                 made.append(grad.tape.tensor(rows, width, dtype, "gradient"))
@@ -257,7 +295,7 @@ class FoldedParameter(Module):
         """A single matrix: the update is made first, then cast, then added."""
         down = tape.leaf(self.lora_A.default.parameters["weight"])
         up = tape.leaf(self.lora_B.default.parameters["weight"])
-        delta = ops.matmul(up, down, weight.rows, weight.width, "update")
+        delta = ops.matmul(up, down, weight.rows, weight.width, "update", inner=up.width)
         return ops.add(weight, ops.to(ops.scale(delta), weight.dtype))
 
 

@@ -57,7 +57,9 @@ class LohaLinear(WholeUpdate):
         def whole(dtype: str) -> Tensor:
             return tape.tensor(rows, width, dtype, "low-rank product")
 
+        rank = factors[0].width
         with tape.no_grad():
+            tape.multiply(rows, rank, width, times=2)
             cast = [ops.autocast(factor) for factor in factors]
             dtype = cast[0].dtype
             first, second = whole(dtype), whole(dtype)
@@ -70,6 +72,9 @@ class LohaLinear(WholeUpdate):
         full = factors[0].dtype  # the way back runs outside autocast
 
         def apply(grad: Tensor) -> Grads:
+            tape.multiply(
+                rows, rank, width, times=6
+            )  # both low-rank products again, and the gradients of their factors
             scaled = whole(dtype)
             product = whole(full)
             step = whole(full)
@@ -86,12 +91,20 @@ class LohaLinear(WholeUpdate):
         return out
 
 
-def factorization(dimension: int) -> tuple[int, int]:
-    """Two factors of ``dimension``, as close to each other as they can be; the smaller first."""
+def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
+    """Two factors of ``dimension``, the smaller first: as close to each other as they can be.
+
+    ``factor``: the first one, or where it divides nothing the most that the first may be.
+    """
+    if factor > 0 and dimension % factor == 0:
+        return factor, dimension // factor
+    most = dimension if factor == -1 else factor
     first, second = 1, dimension
     while first < second:
-        first = next(m for m in range(first + 1, dimension + 1) if dimension % m == 0)
-        second = dimension // first
+        further = next(m for m in range(first + 1, dimension + 1) if dimension % m == 0)
+        if further > most:
+            break
+        first, second = further, dimension // further
     return min(first, second), max(first, second)
 
 
@@ -100,8 +113,9 @@ class LokrLinear(WholeUpdate):
 
     def __init__(self, base: Linear, spec: AdapterSpec, rank: int) -> None:
         super().__init__(base, spec)
-        outer_in, inner_in = factorization(base.in_features)
-        outer_out, inner_out = factorization(base.out_features)
+        factor = int(spec.options.get("decompose_factor", -1))
+        outer_in, inner_in = factorization(base.in_features, factor)
+        outer_out, inner_out = factorization(base.out_features, factor)
         self.inner = (inner_out, inner_in)
         self.lokr_w1 = Named.of("lokr_w1", (outer_out, outer_in), spec.dtype)
         self.thin = rank < max(inner_out, inner_in) / 2
@@ -116,7 +130,9 @@ class LokrLinear(WholeUpdate):
         if self.thin:
             up = tape.leaf(self.lokr_w2_a.parameters["default"])
             down = tape.leaf(self.lokr_w2_b.parameters["default"])
-            second = ops.matmul(up, down, ONE * self.inner[0], self.inner[1], "low-rank factor")
+            second = ops.matmul(
+                up, down, ONE * self.inner[0], self.inner[1], "low-rank factor", inner=up.width
+            )
         else:
             second = tape.leaf(self.lokr_w2.parameters["default"])
         return ops.scale(_kron(first, second, self.out_features, self.in_features))

@@ -106,8 +106,7 @@ class Prefix:
         """Keys (or values) of one layer behind the prefix's; the cache holds them too."""
         own = _slice(self.past, BATCH * self.tokens, self.width)
         out = _join(own, x, "keys with prefix")
-        held = out.tape.weight_cache  # what is dropped once the model has returned
-        held[-1 - len(held)] = out.alias()
+        out.tape.cached.append(out.alias())
         return out
 
 

@@ -12,7 +12,7 @@ from ftplan.memory.job import AdapterSpec
 from ftplan.memory.nn import Linear, Module
 from ftplan.memory.tape import ONE, Grads, Tape, Tensor
 
-__all__ = ["BoftLinear", "OftLinear", "nearest_divisor"]
+__all__ = ["BoftLinear", "OftLinear", "nearest_divisor", "skew_symmetric"]
 
 OFT_BLOCK = 32
 BOFT_BLOCK = 4
@@ -72,18 +72,18 @@ class OftLinear(Adapted):
 
     def _rotated(self, x: Tensor, dtype: str) -> Tensor:
         turn = self._cayley(x.tape, dtype)
-        turned = ops.matmul(x, turn, x.rows, x.width, "rotation")
+        turned = ops.matmul(x, turn, x.rows, x.width, "rotation", inner=self.size)
         return ops.copy(turned, "joined blocks")
 
     def _cayley(self, tape: Tape, dtype: str) -> Tensor:
         """A Neumann series of five terms: ``I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4``."""
         vector = tape.leaf(self.oft_R.default.parameters["weight"])
         rows, size = ONE * (self.blocks * self.size), self.size
-        skew = _skew(vector, rows, size)
+        skew = skew_symmetric(vector, rows, size)
         total = tape.tensor(rows, size, dtype, "rotation")
-        square = ops.matmul(skew, skew, rows, size, "power")
-        cube = ops.matmul(square, skew, rows, size, "power")
-        fourth = ops.matmul(cube, skew, rows, size, "power")
+        square = ops.matmul(skew, skew, rows, size, "power", inner=size)
+        cube = ops.matmul(square, skew, rows, size, "power", inner=size)
+        fourth = ops.matmul(cube, skew, rows, size, "power", inner=size)
 
         def apply(grad: Tensor) -> Grads:
             made = [grad.tape.tensor(rows, size, dtype, "gradient") for _ in range(3)]
@@ -94,7 +94,7 @@ class OftLinear(Adapted):
         return ops.to(out, dtype)
 
 
-def _skew(vector: Tensor, rows: object, size: int) -> Tensor:
+def skew_symmetric(vector: Tensor, rows: object, size: int) -> Tensor:
     """The vector written above the diagonal of zeros, minus its mirror image."""
     tape = vector.tape
     assert isinstance(rows, tuple)
@@ -153,10 +153,10 @@ class BoftLinear(Adapted):
         turned = ops.unary(ops.to(ops.scale(ops.add(blocks, blocks)), "fp32"), "solve", "output")
         dense = ops.to(_block_diagonal(turned, width), dtype)
         order = ops.to(tape.leaf(self.parameters["boft_P"]).alias(rows, width), dtype)
-        dense = ops.matmul(dense, order, rows, width, "rotation")
-        dense = ops.matmul(order, dense, rows, width, "rotation")
-        dense = ops.matmul(dense, eye, rows, width, "rotation")
-        return ops.matmul(x, ops.to(dense, dtype), x.rows, width, "rotated input")
+        dense = ops.matmul(dense, order, rows, width, "rotation", inner=width)
+        dense = ops.matmul(order, dense, rows, width, "rotation", inner=width)
+        dense = ops.matmul(dense, eye, rows, width, "rotation", inner=width)
+        return ops.matmul(x, ops.to(dense, dtype), x.rows, width, "rotated input", inner=width)
 
 
 def _block_diagonal(blocks: Tensor, width: int) -> Tensor:

@@ -136,7 +136,7 @@ def targeting(
     network: Network, spec: AdapterSpec, model_type: str, *, classifies: bool
 ) -> Targeting:
     """The rules that hold for this adapter of this model. Raises UnsupportedError as PEFT does."""
-    modules = _modules(spec, model_type)
+    modules = _modules(network, spec, model_type)
     saved = (*spec.modules_to_save, *(CLASSIFIERS if classifies else ()))
     if spec.layers_to_transform is not None and isinstance(modules, str):
         raise UnsupportedError(
@@ -162,8 +162,10 @@ def targeting(
     )
 
 
-def _modules(spec: AdapterSpec, model_type: str) -> tuple[str, ...] | str:
+def _modules(network: Network, spec: AdapterSpec, model_type: str) -> tuple[str, ...] | str:
     given = spec.targets
+    if spec.kind == "trainable_tokens" and given is None:
+        return network.embedding_names[:1]
     own = {"ia3": IA3, "ln_tuning": LN}.get(spec.kind)
     if own is None:
         return given if given is not None else "all-linear"
@@ -177,6 +179,14 @@ def _modules(spec: AdapterSpec, model_type: str) -> tuple[str, ...] | str:
 
 def feedforward(spec: AdapterSpec, model_type: str) -> tuple[str, ...]:
     """IA3's feed-forward modules: endings of names, without a dot."""
+    given = spec.options.get("feedforward_modules")
+    if given is not None:
+        if isinstance(spec.targets, tuple) and not set(given) <= set(spec.targets):
+            raise UnsupportedError(
+                f"ia3 with feedforward_modules {', '.join(given)} that are no targets",
+                remedy="name them among the targets too; PEFT asks for it",
+            )
+        return tuple(given)
     if model_type not in IA3_FEEDFORWARD:
         raise UnsupportedError(
             f"ia3 on model_type {model_type!r}",

@@ -40,12 +40,20 @@ class Ia3Linear(Adapted):
 
 
 class Projections(Module):
-    """VeRA's two random matrices, as large as the largest adapted layer, shared by all."""
+    """VeRA's two random matrices, as large as the largest adapted layer, shared by all.
 
-    def __init__(self, in_features: int, out_features: int, rank: int, dtype: str) -> None:
+    ``up``: the rank of the second one, where it differs (PVeRA).
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, dtype: str, *, up: int | None = None,
+        prefix: str = "vera",
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.vera_A = learned("vera_A", (rank, in_features), dtype, trainable=False)
-        self.vera_B = learned("vera_B", (out_features, rank), dtype, trainable=False)
+        shapes = {"A": (rank, in_features), "B": (out_features, rank if up is None else up)}
+        for name, shape in shapes.items():
+            matrix = learned(f"{prefix}_{name}", shape, dtype, trainable=False)
+            setattr(self, f"{prefix}_{name}", matrix)
 
 
 class VeraLinear(Adapted):
@@ -68,8 +76,8 @@ class VeraLinear(Adapted):
             result = ops.copy(result)
         b = tape.leaf(self.vera_lambda_b.parameters["default"])
         d = tape.leaf(self.vera_lambda_d.parameters["default"])
-        down = tape.leaf(self.shared.vera_A).alias(width=self.in_features)
-        up = tape.leaf(self.shared.vera_B).alias(rows=ONE * self.out_features)
+        down = tape.leaf(self.shared.parameters["vera_A"]).alias(width=self.in_features)
+        up = tape.leaf(self.shared.parameters["vera_B"]).alias(rows=ONE * self.out_features)
         x = ops.to(x, d.dtype)
         thin = ops.mul(d, ops.linear(ops.dropout(x, self.dropout), down))
         result = ops.add(result, ops.mul(b, ops.linear(thin, up)))

@@ -16,7 +16,7 @@ from ftplan.memory.nn import (
     Stage,
     activation,
 )
-from ftplan.memory.tape import SEQ, Size, Tape, Tensor
+from ftplan.memory.tape import SEQ, Parameter, Size, Tape, Tensor
 
 
 class Attention(Module):
@@ -172,7 +172,11 @@ class Bart(Network):
         return Stage(stack, enter, leave)
 
     def head(self, x: Tensor) -> Tensor:
-        return ops.shift(self.lm_head.forward(x))  # final_logits_bias
+        logits = self.lm_head.forward(x)
+        # a buffer in the weights' dtype: fp32 logits under autocast of fp32 weights
+        dtype = self.lm_head.weight.dtype
+        bias = Parameter("final_logits_bias", (1, logits.width), dtype, trainable=False)
+        return ops.add(logits, x.tape.leaf(bias))
 
 
 MODEL_TYPES = dict.fromkeys(("bart", "mbart", "pegasus"), Bart)

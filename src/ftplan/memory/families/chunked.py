@@ -21,7 +21,7 @@ from ftplan.memory.families.decoder import (
 from ftplan.memory.families.hybrid import Conv1d
 from ftplan.memory.families.mixture import SharedBlock, fused_mlp, granite_mixture
 from ftplan.memory.nn import Linear, Module, Network, RMSNorm, Shared
-from ftplan.memory.tape import BATCH, TOKENS, Grads, Tensor
+from ftplan.memory.tape import BATCH, SCORES, TOKENS, Grads, Tensor
 
 
 class GroupNorm(Module):
@@ -92,14 +92,14 @@ class Mamba2Mixer(Module):
         x, decay, b, c = (ops.copy(t, "pad") for t in (x, decay, b, c))
         total = ops.scale(decay, "cumsum")
         within = ops.unary(_segments(decay, pairs), "exp", "output")
-        scores = _einsum(c, b, pairs)
+        scores = _einsum(c, b, pairs, self.states)
         scores = ops.mul(scores, within)
-        diagonal = _einsum(scores, x, self.inner)
+        diagonal = _einsum(scores, x, self.inner, self.chunk)
         late = ops.unary(ops.scale(total), "exp", "output")
         weighed = ops.mul(b, late)
         states = _states(weighed, x, self.inner, self.states, self.chunk)
         early = ops.unary(total, "exp", "output")
-        across = _read(c, states, self.inner)
+        across = _read(c, states, self.inner, self.states)
         across = ops.mul(across, early)
         out = ops.copy(ops.add(diagonal, across), "contiguous")
         return ops.add(out, residual)
@@ -126,27 +126,31 @@ def _segments(x: Tensor, width: int) -> Tensor:
     return out
 
 
-def _einsum(a: Tensor, b: Tensor, width: int) -> Tensor:
+def _einsum(a: Tensor, b: Tensor, width: int, inner: int) -> Tensor:
     """A batched product over heads: both operands are copied head by head, and kept."""
     a, b = ops.copy(a, "permuted"), ops.copy(b, "permuted")
-    return ops.matmul(a, b, TOKENS, width, "einsum")
+    return ops.matmul(a, b, TOKENS, width, "einsum", inner=inner)
 
 
 def _states(b: Tensor, x: Tensor, inner: int, states: int, chunk: int) -> Tensor:
     """One state of heads x head size x states for each chunk."""
     b, x = ops.copy(b, "permuted"), ops.copy(x, "permuted")
     size = max(1, inner * states // chunk)
-    made = ops.matmul(b, x, TOKENS, size, "chunk states")
-    return _passed_on(made, inner * states)
+    made = ops.matmul(b, x, TOKENS, size, "chunk states", inner=chunk)
+    return _passed_on(made, inner * states, chunk)
 
 
-def _passed_on(states: Tensor, size: int) -> Tensor:
+def _passed_on(states: Tensor, size: int, chunk: int) -> Tensor:
     """States summed over the chunks before: joined with a first one, copied, and kept."""
     tape, dtype = states.tape, states.dtype
     every = states.rows * states.width + BATCH * size
     joined = tape.tensor(every, 1, dtype, "cat")
     operand = tape.tensor(every, 1, dtype, "permuted")
     del joined
+    # a first state and one for each chunk, by as many: (s / chunk + 1)^2 for a sequence
+    every_pair = SCORES + TOKENS * (2 * chunk) + BATCH * (chunk * chunk)
+    each = -(-size // (chunk * chunk))
+    tape.multiply(every_pair, each)
     out = tape.tensor(every, 1, dtype, "einsum")
     shown = out.alias(states.rows, states.width)
     make = ops.like(states.rows, states.width, dtype, states.requires_grad)
@@ -154,6 +158,7 @@ def _passed_on(states: Tensor, size: int) -> Tensor:
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved
+        grad.tape.multiply(every_pair, each, times=2)
         whole = grad.tape.tensor(every, 1, dtype, "gradient")
         again = grad.tape.tensor(every, 1, dtype, "gradient")
         del whole, again
@@ -163,9 +168,9 @@ def _passed_on(states: Tensor, size: int) -> Tensor:
     return shown
 
 
-def _read(c: Tensor, states: Tensor, width: int) -> Tensor:
+def _read(c: Tensor, states: Tensor, width: int, inner: int) -> Tensor:
     c, states = ops.copy(c, "permuted"), ops.copy(states, "permuted")
-    return ops.matmul(c, states, TOKENS, width, "einsum")
+    return ops.matmul(c, states, TOKENS, width, "einsum", inner=inner)
 
 
 class Mamba2Block(Module):

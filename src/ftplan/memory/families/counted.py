@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 from ftplan.errors import UnsupportedError
 from ftplan.memory.experts import Experts
 from ftplan.memory.families.decoder import Config, filled
-from ftplan.memory.families.vision import Conv, plant, weight
+from ftplan.memory.families.patches import Conv, plant, weight
 from ftplan.memory.nn import (
     Embedding,
     LayerNorm,
@@ -93,7 +93,10 @@ def _sparse(root: Module, hidden: int, inner: int, count: int, shared: int) -> N
 
 
 def glm_dsa(raw: Config) -> Network:
-    """``GlmMoeDsaForCausalLM`` (GLM-5): latent attention whose keys an indexer picks."""
+    """``GlmMoeDsaForCausalLM`` (GLM-5): latent attention whose keys an indexer picks.
+
+    From GLM-5.2 on some layers take the keys that an earlier layer's indexer picked.
+    """
     config = {"first_k_dense_replace": 3, **filled(raw)}
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     types = list(config.get("mlp_layer_types") or ())
@@ -102,6 +105,10 @@ def glm_dsa(raw: Config) -> Network:
     )  # fmt: skip
     plain, value = config["qk_nope_head_dim"], config["v_head_dim"]
     index_heads, index_size = config["index_n_heads"], config["index_head_dim"]
+    indexers = list(config.get("indexer_types") or ())
+
+    def picks(layer: int) -> bool:
+        return not indexers or bool(indexers[layer] == "full")
 
     def sparse(layer: int) -> bool:
         if types:
@@ -116,13 +123,17 @@ def glm_dsa(raw: Config) -> Network:
                 "q_a_proj": (hidden, rank), "q_b_proj": (rank, heads * (plain + turned)),
                 "kv_a_proj_with_mqa": (hidden, latent + turned),
                 "kv_b_proj": (latent, heads * (plain + value)), "o_proj": (heads * value, hidden),
-                "indexer.wq_b": (rank, index_heads * index_size),
-                "indexer.wk": (hidden, index_size), "indexer.weights_proj": (hidden, index_heads),
             },
         )  # fmt: skip
         _norms(root, rank, "self_attn.q_a_layernorm")
         _norms(root, latent, "self_attn.kv_a_layernorm")
-        plant(root, "self_attn.indexer.k_norm", LayerNorm(index_size))
+        if picks(layer):
+            indexer = {
+                "wq_b": (rank, index_heads * index_size), "wk": (hidden, index_size),
+                "weights_proj": (hidden, index_heads),
+            }  # fmt: skip
+            _linears(root, "self_attn.indexer", indexer)
+            plant(root, "self_attn.indexer.k_norm", LayerNorm(index_size))
         _norms(root, hidden, "input_layernorm", "post_attention_layernorm")
         if sparse(layer):
             _sparse(
@@ -133,7 +144,10 @@ def glm_dsa(raw: Config) -> Network:
             _linears(root, "mlp", _gated(hidden, config["intermediate_size"]))
         return root
 
-    network = Counted("glm_moe_dsa", "model.layers", config["num_hidden_layers"], block, sparse)
+    network = Counted(
+        "glm_moe_dsa", "model.layers", config["num_hidden_layers"], block,
+        lambda layer: (sparse(layer), picks(layer)),
+    )  # fmt: skip
     _decoder(network, "model", config, tied=bool(config.get("tie_word_embeddings")))
     return network
 

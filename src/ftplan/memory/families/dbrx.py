@@ -87,14 +87,18 @@ class DbrxExperts(Module):
         tape = x.tape
         leaf = ops.autocast(tape.leaf(weight))
         x = ops.autocast(x)
-        out = tape.tensor(x.rows, width, x.dtype, "matmul")
+        rows, inner = x.rows, x.width
+        tape.multiply(rows, inner, width)
+        out = tape.tensor(rows, width, x.dtype, "matmul")
         saved = (x if leaf.requires_grad else None, leaf if x.requires_grad else None)
         make_x = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
         make_weight = ops.like(leaf.rows, leaf.width, leaf.dtype, leaf.requires_grad)
         experts = self.count
+        wants = x.requires_grad + leaf.requires_grad
 
         def apply(grad: Tensor) -> Grads:
             _kept = saved
+            grad.tape.multiply(rows, inner, width, times=wants)
             total = make_weight(grad)
             if total is not None and experts > 1:
                 another = make_weight(grad)  # each expert's share comes in zeros of the whole

@@ -22,7 +22,8 @@ from ftplan.memory.nn import (
     Shared,
     Stack,
     Stage,
-    activation,
+    gated_mlp,
+    project,
     rope_table,
 )
 from ftplan.memory.tape import SEQ, TOKENS, Tape, Tensor
@@ -124,19 +125,20 @@ class Attention(Module):
         q, k = self.turn(q, k, shared)
         out = attend(
             q, k, v, self.heads, shared.masks.get(self.mask), held=held,
-            by_head=self.joined,
+            by_head=self.joined, window=shared.windows.get(self.mask),
         )  # fmt: skip
         return self.out(out)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, normed where the model norms them."""
-        q = self.q_proj.forward(x)
+        together = self.q_proj.together(x, (self.q_proj, self.k_proj, self.v_proj))
+        q = self.q_proj.forward(x) if together is None else together.pop(0)
         if self.qk_norm:
             q = self.normed(self.q_norm, q)
-        k = self.k_proj.forward(x)
+        k = self.k_proj.forward(x) if together is None else together.pop(0)
         if self.qk_norm:
             k = self.normed(self.k_norm, k)
-        return q, k, self.v_proj.forward(x)
+        return q, k, self.v_proj.forward(x) if together is None else together.pop(0)
 
     def normed(self, norm: RMSNorm, x: Tensor) -> Tensor:
         """A norm over each head or over all of them."""
@@ -150,6 +152,8 @@ class Attention(Module):
         """Rotary positions of queries and keys."""
         if self.rope is None:
             return q, k
+        if q.tape.env.kernels.rope:  # a kernel rotates them where they are, forward and backward
+            return ops.view(q, q.rows, q.width), ops.view(k, k.rows, k.width)
         cos, sin = shared.rope[self.rope]
         heads = self.heads
         if self.joined and self.turned >= heads.size:  # joined with nothing: a copy all the same
@@ -163,7 +167,7 @@ class Attention(Module):
         """The projection back."""
         linear = self.children[self.out_name]
         assert isinstance(linear, Linear)
-        return linear.forward(x)
+        return project(x, linear)[0]
 
 
 class MLP(Module):
@@ -185,7 +189,7 @@ class MLP(Module):
         assert isinstance(gate, Linear)
         assert isinstance(up, Linear)
         assert isinstance(down, Linear)
-        return down.forward(ops.mul(activation(gate.forward(x), self.act), up.forward(x)))
+        return gated_mlp(x, gate, up, down, self.act)
 
 
 class Block(Module):
@@ -315,6 +319,7 @@ class Decoder(Network):
         for name, window in self.windows.items():
             eager = self.eager_only and tape.env.attention != "flash"
             shared.masks[name] = make_mask(tape, dtype, window=window, eager=eager)
+            shared.windows[name] = window
         for name, rope in self.ropes.items():
             if rope.complex_pairs:
                 table = tape.tensor(SEQ, rope.width, "fp32", "rope")

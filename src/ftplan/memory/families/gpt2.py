@@ -47,7 +47,11 @@ class Attention(Module):
     def forward(self, x: Tensor, shared: Shared, held: list[Tensor] | None = None) -> Tensor:
         heads = self.heads
         narrow = heads.kv_count * heads.size
-        q, k, v = ops.split(self.c_attn.forward(x), (heads.count * heads.size, narrow, narrow))
+        qkv = self.c_attn.forward(x)
+        if x.tape.env.fills_cache:  # keys and values are a view of all three
+            x.tape.cached.append(qkv.alias(width=2 * narrow))
+        q, k, v = ops.split(qkv, (heads.count * heads.size, narrow, narrow))
+        del qkv
         out = attend(q, k, v, heads, shared.mask, held=held)
         return ops.dropout(self.c_proj.forward(out), self.dropout)
 
@@ -116,6 +120,7 @@ class GPT2(Network):
             self.tie("lm_head.weight", "transformer.wte.weight")
         self.embedding_names = ("transformer.wte",)
         if config["model_type"] == "gpt_bigcode":
+            self.returns_tuples = True
             self.buffer_bytes = config["n_positions"] ** 2
         stack = Stack("transformer.h", config["n_layer"], lambda _layer: Block(config))
         self.stages = [Stage(stack, self._enter, self._leave)]

@@ -53,7 +53,7 @@ class SinkAttention(Attention):
         q, k, v = self.project(x)
         q, k = self.turn(q, k, shared)
         if x.tape.env.attention == "flash":
-            return self.out(attend(q, k, v, self.heads))
+            return self.out(attend(q, k, v, self.heads, window=shared.windows.get(self.mask)))
         return self.out(self.eager(q, k, v, shared.masks[self.mask], held))
 
     def eager(

@@ -88,18 +88,25 @@ class Conv1d(Module):
         if self.bias is not None:
             inputs.append(ops.autocast(tape.leaf(self.bias)))
         # the last tokens of the padding are cut off, but they are in the output's storage
-        extra = self.weight.shape[2] - 1
-        out = tape.tensor(x.rows + BATCH * extra, x.width, x.dtype, "conv1d")
+        kernel, channels, wants = self.weight.shape[2], x.width, sum(map(_wanted, (x, weight)))
+        rows = x.rows + BATCH * (kernel - 1)
+        tape.multiply(rows, kernel, channels)
+        out = tape.tensor(rows, channels, x.dtype, "conv1d")
         saved = (x, weight)  # one backward function for all of them: it keeps both in any case
         makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in inputs]
 
         def apply(grad: Tensor) -> Grads:
             _kept = saved
+            grad.tape.multiply(rows, kernel, channels, times=wants)
             return tuple(make(grad) for make in makers)
 
         ops.record([out], "conv1d", inputs, apply)
         out = _cut(out, x.rows)
         return ops.to(ops.unary(out, "silu", "input"), dtype) if self.act else out
+
+
+def _wanted(x: Tensor) -> bool:
+    return x.requires_grad
 
 
 def _cut(x: Tensor, rows: Size) -> Tensor:
@@ -142,8 +149,8 @@ def delta_rule(
     pairwise = _pairwise(cumulated, pairs)
     pairwise = ops.scale(pairwise, "masked_fill")
     pairwise = ops.unary(pairwise, "exp", "output")
-    system = ops.mul(_product(k_beta, k, pairs), pairwise)
-    intra = ops.mul(_product(q, k, pairs), pairwise)
+    system = ops.mul(_product(k_beta, k, pairs, heads), pairwise)
+    intra = ops.mul(_product(q, k, pairs, heads), pairwise)
     decayed = ops.mul(k_beta, ops.unary(cumulated, "exp", "output"))
     values = _solved(system, v_beta)
     k_cumulated = _solved(system, decayed)
@@ -173,8 +180,8 @@ def _pairwise(x: Tensor, width: int) -> Tensor:
     return out
 
 
-def _product(a: Tensor, b: Tensor, width: int) -> Tensor:
-    return ops.matmul(a, b, TOKENS, width, "chunk scores")
+def _product(a: Tensor, b: Tensor, width: int, heads: int) -> Tensor:
+    return ops.matmul(a, b, TOKENS, width, "chunk scores", inner=a.width // heads)
 
 
 def _solved(system: Tensor, right: Tensor) -> Tensor:
@@ -184,8 +191,11 @@ def _solved(system: Tensor, right: Tensor) -> Tensor:
     make_system = ops.like(system.rows, system.width, system.dtype, system.requires_grad)
     make_right = ops.like(right.rows, right.width, right.dtype, right.requires_grad)
 
+    width = right.width if system.requires_grad else 0
+
     def apply(grad: Tensor) -> Grads:
         _kept = saved
+        grad.tape.multiply(TOKENS, CHUNK_TOKENS, width)
         grad_right = make_right(grad)
         return make_system(grad), grad_right
 
@@ -202,6 +212,10 @@ def _scan(
     state = q.width // heads * values.width  # numbers of one state: heads x key size x value size
     per_token = max(1, state // CHUNK_TOKENS)
     inputs = [values, k_cumulated, q, intra, k]
+    each = 3 * state + CHUNK_TOKENS * values.width  # two products read the state, one makes it
+    # no gradient goes to the first state, and none comes from the last
+    edges = BATCH * (-4 * CHUNK_TOKENS * state)
+    tape.multiply(TOKENS, each, name="delta rule")
     kept: list[Tensor] = []
     if ops.records(*inputs):
         kept = [tape.tensor(TOKENS, per_token, "fp32", "chunk states")]
@@ -221,6 +235,7 @@ def _scan(
     def apply(grad: Tensor) -> Grads:
         _kept = saved
         tape = grad.tape
+        tape.multiply(TOKENS * (2 * each) + edges, 1, name="delta rule")
         grads = tuple(make(grad) for make in makers)
         # each chunk's slice is put into zeros of the whole and added
         zeros = tape.tensor(TOKENS, width, "fp32", "gradient")

@@ -24,6 +24,8 @@ from ftplan.memory.nn import (
     Stack,
     Stage,
     activation,
+    gated_mlp,
+    project,
     rope_table,
 )
 from ftplan.memory.tape import SEQ, Tape, Tensor
@@ -373,7 +375,7 @@ class Attention(Module):
             wide = self.heads.count * self.heads.size
             narrow = self.heads.kv_count * self.heads.size
             return ops.part(qkv, wide), ops.part(qkv, narrow), ops.part(qkv, narrow)
-        q, k, v = self.q_proj.forward(x), self.k_proj.forward(x), self.v_proj.forward(x)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         if kind == "head":
             q, k = self.by_head(self.q_norm, q), self.by_head(self.k_norm, k)
         elif self.normed and kind in ("whole", "optional"):
@@ -387,7 +389,7 @@ class Attention(Module):
     def place(self, q: Tensor, k: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
         """Rotate queries and keys."""
         kind, share = self.traits.rotation, self.rotary_share
-        if q.tape.env.fused:  # a kernel rotates them where they are, forward and backward
+        if q.tape.env.kernels.rope:  # a kernel rotates them where they are, forward and backward
             return ops.view(q, q.rows, q.width), ops.view(k, k.rows, k.width)
         cos, sin = shared.rope[self.layer_type if self.traits.ropes_by_type else ""]
         dtype = q.dtype
@@ -424,8 +426,9 @@ class Attention(Module):
             eager=self.heads.softcap,
             by_head=self.traits.rejoins,
             held=held,
+            window=shared.windows.get(self.layer_type),
         )
-        out = self.o_proj.forward(out)
+        (out,) = project(out, self.o_proj)
         return ops.dropout(out, self.dropout)
 
 
@@ -454,12 +457,7 @@ class GatedMLP(Module):
         self.dropout = _residual_dropout(config) if site == "module" else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.tape.env.fused and self.act.startswith(("silu", "swish", "gelu")):
-            gated = ops.fused_gate(self.gate_proj.forward(x), self.up_proj.forward(x))
-            return ops.dropout(self.down_proj.forward(gated), self.dropout)
-        out = self.down_proj.forward(
-            ops.mul(activation(self.gate_proj.forward(x), self.act), self.up_proj.forward(x))
-        )
+        out = gated_mlp(x, self.gate_proj, self.up_proj, self.down_proj, self.act)
         return ops.dropout(out, self.dropout)
 
 
@@ -648,6 +646,7 @@ class Llama(Network):
             x = ops.scale(x)
         for name in self.layer_types:
             window = config.get("sliding_window") if name == "sliding_attention" else None
+            shared.windows[name] = window
             shared.masks[name] = make_mask(
                 tape, x.dtype, window=window, eager=heads_of(config).softcap
             )

@@ -1,9 +1,9 @@
 """Decoders whose modeling code is published beside their weights, and two of transformers.
 
-Qwen (first generation), InternLM 2 and EXAONE 3 are no classes of transformers: names and shapes
-are those of their repositories' modeling files (Qwen/Qwen-7B modeling_qwen.py,
-internlm/internlm2-7b modeling_internlm2.py, LGAI-EXAONE/EXAONE-3.0-7.8B modeling_exaone.py), the
-order of operations is Llama's, which all three follow. BitNet: transformers 5.23.0, models/bitnet.
+InternLM 2 and EXAONE 3 are no classes of transformers: names and shapes are those of their
+repositories' modeling files (internlm/internlm2-7b modeling_internlm2.py,
+LGAI-EXAONE/EXAONE-3.0-7.8B modeling_exaone.py), the order of operations is Llama's, which both
+follow. BitNet: transformers 5.23.0, models/bitnet.
 """
 
 from __future__ import annotations
@@ -38,40 +38,6 @@ class FusedAttention(Module):
         out = attend(q, k, v, self.heads, shared.masks.get(""), held=held)
         projected: Tensor = self.child(self.names[1]).forward(out)
         return projected
-
-
-class QwenMLP(MLP):
-    """``c_proj(w1(x) * silu(w2(x)))``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = (self.child(name) for name in self.names)
-        wide = up.forward(x)
-        wide = ops.mul(wide, activation(gate.forward(x), self.act))
-        out: Tensor = down.forward(wide)
-        return out
-
-
-def qwen(raw: Config) -> Network:
-    """``QWenLMHeadModel``: an ``intermediate_size`` of which each matrix has half."""
-    config = {
-        "vocab_size": 151936, "hidden_size": 4096, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "intermediate_size": 22016, "kv_channels": 128,
-        "tie_word_embeddings": False, "no_bias": True, **filled(raw),
-    }  # fmt: skip
-    config["head_dim"] = config["kv_channels"]
-    bias = not config["no_bias"]
-
-    def block(config: Config, _layer: int) -> Module:
-        attention = FusedAttention(config, ("c_attn", "c_proj"), bias=True, out_bias=bias)
-        mlp = QwenMLP(
-            config["hidden_size"], config["intermediate_size"] // 2, bias=bias,
-            names=("w2", "w1", "c_proj"),
-        )  # fmt: skip
-        return Block(config, attention, mlp, mixer_name="attn", norms=("ln_1", "ln_2"))
-
-    return Decoder(
-        config, block, path="transformer", embed_name="wte", layers_name="h", norm_name="ln_f"
-    )
 
 
 class InternDecoder(Decoder):
@@ -175,4 +141,4 @@ def bitnet(raw: Config) -> Network:
     return Decoder(filled(raw), block)
 
 
-MODEL_TYPES = {"qwen": qwen, "internlm2": internlm2, "exaone": exaone, "bitnet": bitnet}
+MODEL_TYPES = {"internlm2": internlm2, "exaone": exaone, "bitnet": bitnet}

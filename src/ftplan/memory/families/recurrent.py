@@ -118,6 +118,7 @@ def _loop(discrete: Tensor, inputs: Tensor, c: Tensor, inner: Tensor, width: int
     """A step for each token: keeps the states, and their casts that meet C."""
     tape = discrete.tape
     low = tape.env.autocast or inner.dtype
+    tape.multiply(TOKENS, width)
     out = tape.tensor(TOKENS, inner.width, low, "scan output")
     sources = [discrete, inputs, c]
     kept: list[Tensor] = []
@@ -131,6 +132,7 @@ def _loop(discrete: Tensor, inputs: Tensor, c: Tensor, inner: Tensor, width: int
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved
+        grad.tape.multiply(TOKENS, width, times=2)
         grads = tuple(make(grad) for make in makers)
         zeros = grad.tape.tensor(TOKENS, width, "fp32", "gradient")  # each step's slice in zeros
         del zeros

@@ -14,7 +14,7 @@ from typing import Any
 from ftplan.memory.families.native.base import Native
 from ftplan.memory.job import Job
 
-__all__ = ["Native", "checkpoints", "native", "runs"]
+__all__ = ["TASKS", "Native", "checkpoints", "native", "runs"]
 
 TASKS = ("sft", "pt")
 """Tasks whose loop and loss are walked."""
@@ -31,7 +31,7 @@ def runs(
     if task not in TASKS:
         return False
     file = _file(modules)
-    known: bool = config.get("model_type") in file.MODEL_TYPES
+    known: bool = config.get("model_type") in file.model_types(modules, method)
     known = known and method in file.METHODS and weights in file.WEIGHTS
     return known and loss in file.losses(modules, method)
 

@@ -11,8 +11,8 @@ from ftplan.memory.nn import Module, Network
 from ftplan.memory.tape import ITEM_BYTES, ONE, Grads, Parameter, Tensor
 
 __all__ = [
-    "PARTS", "Native", "cast_streamed", "learned", "parts_of", "repeated", "settle",
-    "streamed_loss", "targets",
+    "PARTS", "Native", "capped_streamed", "cast_streamed", "learned", "parts_of", "repeated",
+    "settle", "shifted", "streamed_loss", "targets", "without_bytes",
 ]  # fmt: skip
 
 PARTS: dict[str, tuple[str, ...]] = {
@@ -126,11 +126,40 @@ def cast_streamed(x: Tensor, dtype: str, *, alone: bool = False) -> Tensor:
     if x.dtype == dtype:
         return x
     if alone:
-        out = Tensor(x.tape, None, x.rows, x.width, dtype)
-    else:
-        out = x.tape.tensor(x.rows, x.width, dtype, "cast")
+        return without_bytes(x, dtype)
+    out = x.tape.tensor(x.rows, x.width, dtype, "cast")
     out.requires_grad, out.node, out.output_nr = x.requires_grad, x.node, x.output_nr
     return out
+
+
+def without_bytes(x: Tensor, dtype: str) -> Tensor:
+    """``x`` in the graph, of chunks that are made and let go of one after the other."""
+    out = Tensor(x.tape, None, x.rows, x.width, dtype)
+    out.requires_grad, out.node, out.output_nr = x.requires_grad, x.node, x.output_nr
+    return out
+
+
+def capped_streamed(logits: Tensor) -> Tensor:
+    """``tanh`` of many scaled chunks, scaled again, one after the other, as one node.
+
+    The chunks themselves have no bytes; each one's way back takes the place of its gradient.
+    """
+    tape = logits.tape
+    kept = [tape.tensor(logits.rows, logits.width, logits.dtype, "tanh")]
+    out = tape.tensor(logits.rows, logits.width, logits.dtype, "scale")
+
+    def apply(grad: Tensor) -> Grads:
+        kept.clear()
+        return (grad,)
+
+    ops.record([out], "caps", [logits], apply)
+    return out
+
+
+def shifted(logits: Tensor) -> Tensor:
+    """All logits but each sequence's last, as one block: a copy, but for a single sequence."""
+    rest = ops.part(logits, logits.width)
+    return rest if logits.tape.env.single else ops.copy(rest, "shifted logits")
 
 
 def streamed_loss(logits: Tensor, source_dtype: str) -> Tensor:

@@ -21,10 +21,13 @@ from ftplan.memory.attention import Heads, attend
 from ftplan.memory.families import complete
 from ftplan.memory.families.native.base import (
     Native,
+    capped_streamed,
     cast_streamed,
     repeated,
+    shifted,
     streamed_loss,
     targets,
+    without_bytes,
 )
 from ftplan.memory.job import Job
 from ftplan.memory.nn import (
@@ -43,11 +46,12 @@ __all__ = [
     "CHECKPOINTS",
     "ERAS",
     "METHODS",
-    "MODEL_TYPES",
     "WEIGHTS",
     "Era",
     "Shape",
     "build",
+    "losses",
+    "model_types",
     "shape_of",
 ]
 
@@ -58,6 +62,20 @@ HEAD_CHUNK = 128
 METHODS = ("full", "lora", "qlora", "llama_adapter", "llama_adapter_v2")
 WEIGHTS = ("bf16", "fp16", "fp32", "nf4", "nf4-dq", "fp4", "fp4-dq")
 CHECKPOINTS: tuple[str, ...] = ()
+
+
+_FIRST = ("llama", "mistral", "phi", "gpt_neox", "falcon", "stablelm")
+_KNOWN = {
+    "litgpt-2023": _FIRST,
+    "litgpt-0.3": (*_FIRST, "gemma"),
+    "litgpt-0.4": (*_FIRST, "gemma", "gemma2", "phi3"),
+    "litgpt": (*_FIRST, "gemma", "gemma2", "gemma3_text", "phi3", "qwen2", "qwen3", "olmo2"),
+}
+
+
+def model_types(modules: str, _method: str) -> tuple[str, ...]:
+    """Architectures in the ``config.py`` of the time."""
+    return _KNOWN[modules]
 
 
 def losses(_modules: str, method: str) -> tuple[str, ...]:
@@ -79,33 +97,42 @@ class Era:
     """Where ``zero_pad`` has its indices from: made anew, kept, or a copy of what is kept."""
     weight_after_cast: bool = False
     """RMSNorm casts back before it multiplies by its weight."""
-    windows: bool = True
-    """Layers with a sliding window make a mask."""
-    holds_inputs: bool = False
-    """bitsandbytes before 0.43.2: the graph holds the input of every 4-bit matmul until it goes
-    (autograd/_functions.py, ``MatMul4Bit``: an attribute, not a saved tensor)."""
+    windows: Literal["all", "interleaved", "none"] = "all"
+    """Layers with a sliding window make a mask: all of them, or those of Gemma 2 alone (Mistral's
+    and Phi-3's had none until be8b28da, 0.5.0)."""
     stable_embedding: bool = True
     """A quantised model gets a second embedding, which takes gradients that nothing clears."""
     longest_first: bool = False
     """The batch of the longest sample is the first: none of full length comes before it."""
 
+    def slides(self, shape: Shape, layer: int) -> bool:
+        """Whether a layer has a sliding window."""
+        indices = shape.sliding_window_indices
+        if (
+            not indices
+            or self.windows == "none"
+            or (self.windows == "interleaved" and all(indices))
+        ):
+            return False
+        return bool(indices[layer])
+
 
 ERAS = {
     "litgpt": Era(),
     "litgpt-0.4": Era(
-        interleaved=True, caps_chunks=False, index="kept", holds_inputs=True,
+        interleaved=True, caps_chunks=False, index="kept", windows="interleaved",
         stable_embedding=False,
     ),
     "litgpt-0.3": Era(
         interleaved=True, caps_chunks=False, pads_by_copy=True, index="made",
-        weight_after_cast=True, windows=False, holds_inputs=True, stable_embedding=False,
+        weight_after_cast=True, windows="none", stable_embedding=False,
     ),
     "litgpt-2023": Era(
         interleaved=True, caps_chunks=False, pads_by_copy=True, index="made",
-        windows=False, holds_inputs=True, stable_embedding=False, longest_first=True,
+        windows="none", stable_embedding=False, longest_first=True,
     ),
 }  # fmt: skip
-"""0.5.13; 0.4.0 to 0.5.0; March to May 2024 (commit 5895df10); lit-gpt of October 2023
+"""0.5.13; 0.4.0 to 0.4.13; March to May 2024 (commit 5895df10); lit-gpt of October 2023
 (commit 0cc02afa)."""
 
 
@@ -151,10 +178,6 @@ class Shape:
         """How much of a head is rotated."""
         return int(self.rotary_percentage * self.head_size)
 
-    def slides(self, layer: int) -> bool:
-        """Whether a layer has a sliding window."""
-        return bool(self.sliding_window_indices and self.sliding_window_indices[layer])
-
 
 _NEOX = {"norm_class_name": "LayerNorm", "mlp_class_name": "GptNeoxMLP"}
 _GEMMA = {"mlp_class_name": "GemmaMLP", "scale_embeddings": True}
@@ -195,12 +218,6 @@ def _fields(config: Config, kind: str) -> dict[str, Any]:
     if kind == "gemma3_text":
         return {**_GEMMA, **_SANDWICH, "norm_qk": True, "rope_local_base_freq": 10000.0}
     return {}
-
-
-MODEL_TYPES = (
-    "llama", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox", "falcon",
-    "stablelm", "qwen2", "qwen3", "olmo2",
-)  # fmt: skip
 
 
 def _windows(config: Config, kind: str, layers: int) -> tuple[int, ...] | None:
@@ -295,7 +312,7 @@ class CausalSelfAttention(Module):
             count=count, kv_count=count, size=size, value_size=size,
             softcap=shape.attention_logit_softcapping is not None,
         )  # fmt: skip
-        self.slides = era.windows and shape.slides(layer)
+        self.slides = era.slides(shape, layer)
         if shape.norm_qk:
             whole = shape.norm_qk_type == "olmo2"
             self.norm_q = _norm(shape, era, self.wide if whole else size)
@@ -462,7 +479,7 @@ class GPT(Native):
             "transformer.h",
             shape.n_layer,
             self.block,
-            lambda layer: era.windows and shape.slides(layer),
+            lambda layer: era.slides(shape, layer),
         )
         self.stages = [Stage(stack, self._enter, self._leave)]
 
@@ -485,19 +502,24 @@ class GPT(Native):
         out: Tensor = self.transformer.ln_f.forward(x)
         return out
 
-    def _head(self, x: Tensor) -> Tensor:
+    def _head(self, x: Tensor, *, streamed: bool = False) -> Tensor:
+        """``streamed``: x is many chunks, one after the other."""
         logits: Tensor = self.lm_head.forward(x)
         caps = self.era.caps_chunks or not self.chunks_head
-        if self.shape.final_logit_softcapping is not None and caps:
-            logits = ops.scale(ops.unary(ops.scale(logits), "tanh", "output"))
-        return logits
+        if self.shape.final_logit_softcapping is None or not caps:
+            return logits
+        if streamed:
+            logits = without_bytes(logits, logits.dtype)
+            return capped_streamed(logits)
+        return ops.scale(ops.unary(ops.scale(logits), "tanh", "output"))
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Logits: all chunks but one together, then that one; or all at once."""
         if not self.chunks_head:
             return [self._head(x)]
-        earlier, last = (self._head(piece) for piece in rows_apart(x))
-        return [self._casts_kept(earlier), last]
+        rest, piece = rows_apart(x)
+        earlier = self._casts_kept(self._head(rest, streamed=True))
+        return [earlier, self._head(piece)]
 
     def _casts_kept(self, earlier: Tensor) -> Tensor:
         """Autocast keeps no cast of a frozen weight for the next to use: every chunk has its own,
@@ -534,10 +556,8 @@ class GPT(Native):
         return ops.add(earlier, ops.cross_entropy(held[1], targets(held[1])))
 
     def _whole_loss(self, logits: Tensor) -> Tensor:
-        """All logits but each sequence's last, copied together; the gradients of the chunks are
-        joined again."""
-        shifted = ops.copy(ops.part(logits, logits.width), "shifted logits")
-        rest, last = rows_apart(shifted)
+        """All logits but each sequence's last; the gradients of the chunks are joined again."""
+        rest, last = rows_apart(shifted(logits))
         earlier = streamed_loss(rest, rest.dtype)
         return ops.add(earlier, ops.cross_entropy(last, targets(last)))
 

@@ -34,19 +34,20 @@ class FabricLinear(QuantizedLinear):
     """bitsandbytes' ``Linear4bit`` as Fabric makes it: quantised from fp16, so expanded to fp16
     and then cast to what is computed in. Every matrix is one, the output head too."""
 
-    def __init__(self, linear: Linear, job: Job, era: Era) -> None:
+    def __init__(self, linear: Linear, job: Job) -> None:
         super().__init__(linear, job.weights, job.compute_dtype)
-        self.holds_input = era.holds_inputs
 
     def forward(self, x: Tensor) -> Tensor:
         tape, rows, dtype = x.tape, x.rows, x.dtype
+        tape.multiply(rows, self.in_features, self.out_features)
         expanded = self._expanded(tape, dtype)
         out = tape.tensor(rows, self.out_features, dtype, "linear")
         del expanded
-        if self.holds_input and ops.records(x):
-            tape.graph.append(x.alias())
+        if tape.env.holds_4bit_inputs and ops.records(x):
+            tape.cached.append(x.alias())  # and the loop's names keep the graph
 
         def apply(grad: Tensor) -> Grads:
+            grad.tape.multiply(rows, self.in_features, self.out_features)
             weight = self._expanded(grad.tape, grad.dtype)
             result = grad.tape.tensor(rows, self.in_features, dtype, "gradient")
             del weight
@@ -201,7 +202,8 @@ class AdapterAttention(CausalSelfAttention):
 
     def _beside(self, q: Tensor, ak: Tensor, av: Tensor) -> Tensor:
         """The memory-efficient kernel over the prefix, under an additive mask."""
-        tape, heads = q.tape, self.heads
+        tape, heads, pairs = q.tape, self.heads, q.rows * PROMPT_LENGTH
+        tape.multiply(pairs, 2 * q.width, name="efficient", kind="attention")
         bias = tape.tensor(SEQ, -(-PROMPT_LENGTH // 16) * 16, q.dtype, "mask of the prefix")
         out = tape.tensor(q.rows, q.width, q.dtype, "efficient")
         log_sum_exp = tape.tensor(q.rows, heads.count, "fp32", "efficient log-sum-exp")
@@ -211,6 +213,8 @@ class AdapterAttention(CausalSelfAttention):
 
         def apply(grad: Tensor) -> Grads:
             _kept = saved
+            grad.tape.multiply(pairs, 4 * grad.width, name="efficient", kind="attention")
+            grad.tape.multiply(pairs, grad.width, name="efficient", kind="attention", again=True)
             result = make(grad)
             rows = grad.tape.tensor(grad.rows, heads.count, "fp32", "efficient row sums")
             sums = grad.tape.tensor(grad.rows, heads.count * spread, "fp32", "accumulator")
@@ -308,7 +312,7 @@ def build(job: Job) -> Native:
     for place in _matrices(network):
         linear = place.linear
         if quantised:
-            linear = FabricLinear(linear, job, era)
+            linear = FabricLinear(linear, job)
         changed: Module = linear
         if spec is not None and kind in ("lora", "qlora"):
             changed = _lora(network, spec, place, linear)

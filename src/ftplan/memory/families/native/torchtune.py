@@ -9,7 +9,7 @@ torchtune/models/*/_component_builders.py and recipes/{full,lora}_finetune_singl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ftplan.memory import ops
@@ -23,6 +23,7 @@ from ftplan.memory.families.native.base import (
     parts_of,
     repeated,
     settle,
+    shifted,
     streamed_loss,
     targets,
 )
@@ -46,20 +47,26 @@ __all__ = [
     "CHECKPOINTS",
     "ERAS",
     "METHODS",
-    "MODEL_TYPES",
     "WEIGHTS",
     "Era",
     "Shape",
     "build",
+    "losses",
+    "model_types",
     "shape_of",
 ]
 
 Config = Mapping[str, Any]
 
 METHODS = ("full", "lora", "qlora")
-WEIGHTS = ("bf16", "fp32", "nf4", "nf4-dq")
+WEIGHTS = ("bf16", "fp32", "nf4-dq")
 CHECKPOINTS = ("full",)
-MODEL_TYPES = ("llama", "mistral", "gemma", "gemma2", "phi3", "qwen2", "qwen3")
+_KNOWN = {
+    "torchtune-0.1": ("llama", "mistral"),
+    "torchtune-0.4": ("llama", "mistral", "gemma", "phi3", "qwen2"),
+    "torchtune-0.6": ("llama", "mistral", "gemma", "gemma2", "phi3", "qwen2"),
+    "torchtune": ("llama", "mistral", "gemma", "gemma2", "phi3", "qwen2", "qwen3"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +80,8 @@ class Era:
     """RMSNorm multiplies by its weight before it casts back (``F.rms_norm``)."""
     expands_first: bool = False
     """Keys are repeated before they are rotated."""
+    drops: bool = True
+    """LoRA's dropout reaches the layers: the first builders did not hand it on."""
     tables: bool = False
     """Layers are copies of one: each has a table of sines of its own."""
 
@@ -81,9 +90,15 @@ ERAS = {
     "torchtune": Era(),
     "torchtune-0.6": Era(loss="listed", weight_in_fp32=True),
     "torchtune-0.4": Era(loss="listed", tables=True),
-    "torchtune-0.1": Era(loss="shifted", expands_first=True, tables=True),
+    "torchtune-0.1": Era(loss="shifted", expands_first=True, drops=False, tables=True),
 }
 """0.7.0; 0.5.0 to 0.6.1; 0.3.0 to 0.4.0; 0.1.0 to 0.1.1."""
+
+
+def model_types(modules: str, method: str) -> tuple[str, ...]:
+    """Architectures that there were builders of; the first one of Gemma was without LoRA."""
+    whole = ("gemma",) if modules == "torchtune-0.1" and method == "full" else ()
+    return (*_KNOWN[modules], *whole)
 
 
 def losses(modules: str, _method: str) -> tuple[str, ...]:
@@ -339,7 +354,7 @@ class TransformerDecoder(Native):
     def _whole(self, held: list[Tensor]) -> Tensor:
         logits = held.pop()
         if self.era.loss == "shifted":
-            logits = ops.copy(ops.part(logits, logits.width), "shifted logits")
+            logits = shifted(logits)
             held.append(logits)
             # tokens last: the kernel copies what it is given before it reads it
             turned = logits.tape.tensor(logits.rows, logits.width, logits.dtype, "transposed")
@@ -378,14 +393,18 @@ def _entropy(logits: Tensor) -> Tensor:
 
 def _head_and_entropy(network: TransformerDecoder, x: Tensor) -> Tensor:
     """Head and entropy of all earlier chunks: each one's are let go of as its turn comes."""
-    tape = x.tape
+    tape, shape = x.tape, network.shape
+    rows, wide = x.rows, (shape.embed_dim, shape.vocab_size)
     weights = [tape.leaf(p) for p in network.head_parameters() if p.trainable]
-    kept = [tape.tensor(x.rows, network.shape.vocab_size, "fp32", "log-probabilities")]
+    tape.multiply(rows, *wide)
+    kept = [tape.tensor(rows, shape.vocab_size, "fp32", "log-probabilities")]
     out = tape.tensor(ONE, 1, "fp32", "loss")
     makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in (x, *weights)]
+    wanted = sum(t.requires_grad for t in (x, *weights))
 
     def apply(grad: Tensor) -> Grads:
         kept.clear()
+        grad.tape.multiply(rows, *wide, times=wanted)
         return tuple(make(grad) for make in makers)
 
     ops.record([out], "earlier chunks", [x, *weights], apply)
@@ -393,7 +412,7 @@ def _head_and_entropy(network: TransformerDecoder, x: Tensor) -> Tensor:
 
 
 class NF4Linear(QuantizedLinear):
-    """torchao's NF4: neither input nor expanded weight is kept.
+    """torchao's NF4, whose scales are always quantised: neither input nor expanded weight is kept.
 
     Expanding is elementwise: two 8-byte indices for each byte, what they stand for, the scales
     spread out, their products, and then the weight (``NF4Tensor.get_original_weight``).
@@ -401,11 +420,13 @@ class NF4Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         tape, rows, dtype = x.tape, x.rows, x.dtype
+        tape.multiply(rows, self.in_features, self.out_features)
         expanded = self._expanded(tape, dtype)
         out = tape.tensor(rows, self.out_features, dtype, "linear")
         del expanded
 
         def apply(grad: Tensor) -> Grads:
+            grad.tape.multiply(rows, self.in_features, self.out_features)
             weight = self._expanded(grad.tape, grad.dtype)
             result = grad.tape.tensor(rows, self.in_features, dtype, "gradient")
             del weight
@@ -469,7 +490,9 @@ def build(job: Job) -> Native:
             linear = module
             if quantised and part != "head" and (wrapped or shape.quantises_all):
                 linear = NF4Linear(module, job.weights, job.compute_dtype)
-            changed: Module = LoRALinear(linear, spec) if wrapped and spec is not None else linear
+            changed: Module = linear
+            if wrapped and spec is not None:
+                changed = LoRALinear(linear, spec if era.drops else replace(spec, dropout=0.0))
             if changed is not module:
                 root.replace(path, changed)
     own_tables = (era.tables or spec is not None) and not shape.shares_table

@@ -1,0 +1,215 @@
+"""The towers of vision-language models, one function for each class of transformers.
+
+Source: transformers 5.23.0, models/{clip,siglip,pixtral,qwen2_vl,qwen2_5_vl,qwen3_vl,internvl,
+llama4}/modeling_*.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ftplan.memory.families.decoder import Config
+from ftplan.memory.families.mixture import act
+from ftplan.memory.families.patches import (
+    Tower,
+    VisionBlock,
+    embed_patches,
+    plant,
+    stack_blocks,
+    weight,
+)
+from ftplan.memory.nn import Embedding, LayerNorm, Linear, Module, RMSNorm
+
+__all__ = ["llama4_tower", "vision_tower"]
+
+
+def clip(config: Mapping[str, Any]) -> Tower:
+    """``CLIPVisionModel``."""
+    tower, hidden = Tower(), config["hidden_size"]
+    patch, size = config["patch_size"], config["image_size"]
+    weight(tower, "embeddings.class_embedding", hidden)
+    embed_patches(
+        tower, "embeddings.patch_embedding", config.get("num_channels", 3), hidden, patch, patch,
+        bias=False,
+    )  # fmt: skip
+    tower.patches, tower.classed = (size // patch) ** 2 + 1, True
+    plant(tower, "embeddings.position_embedding", Embedding(tower.patches, hidden))
+    tower.before = [plant(tower, "pre_layrnorm", LayerNorm(hidden))]
+    stack_blocks(
+        tower, "encoder.layers", config["num_hidden_layers"],
+        lambda: VisionBlock(
+            hidden, config["intermediate_size"], config["num_attention_heads"], act=act(config)
+        ),
+    )  # fmt: skip
+    plant(tower, "post_layernorm", LayerNorm(hidden))
+    return tower
+
+
+def siglip(config: Mapping[str, Any], *, pooled: bool = True) -> Tower:
+    """``SiglipVisionModel`` and, without its pooling head, Idefics 3's."""
+    tower, hidden, inner = Tower(), config["hidden_size"], config["intermediate_size"]
+    patch, size = config["patch_size"], config["image_size"]
+    embed_patches(
+        tower, "embeddings.patch_embedding", config.get("num_channels", 3), hidden, patch, patch,
+        bias=True,
+    )  # fmt: skip
+    tower.patches = (size // patch) ** 2
+    plant(tower, "embeddings.position_embedding", Embedding(tower.patches, hidden))
+    stack_blocks(
+        tower, "encoder.layers", config["num_hidden_layers"],
+        lambda: VisionBlock(hidden, inner, config["num_attention_heads"], act=act(config)),
+    )  # fmt: skip
+    tower.after = [plant(tower, "post_layernorm", LayerNorm(hidden))]
+    if pooled and config.get("vision_use_head", True):
+        weight(tower, "head.probe", 1, 1, hidden)
+        weight(tower, "head.attention.in_proj_weight", 3 * hidden, hidden)
+        weight(tower, "head.attention.in_proj_bias", 3 * hidden)
+        plant(tower, "head.attention.out_proj", Linear(hidden, hidden, bias=True))
+        plant(tower, "head.layernorm", LayerNorm(hidden))
+        plant(tower, "head.mlp.fc1", Linear(hidden, inner, bias=True))
+        plant(tower, "head.mlp.fc2", Linear(inner, hidden, bias=True))
+    return tower
+
+
+def pixtral(config: Mapping[str, Any]) -> Tower:
+    """``PixtralVisionModel``."""
+    tower, hidden = Tower(), config["hidden_size"]
+    patch = config["patch_size"]
+    embed_patches(
+        tower, "patch_conv", config.get("num_channels", 3), hidden, patch, patch, bias=False
+    )
+    tower.before = [plant(tower, "ln_pre", RMSNorm(hidden))]
+    tower.patches = (config["image_size"] // patch) ** 2
+    stack_blocks(
+        tower, "transformer.layers", config["num_hidden_layers"],
+        lambda: VisionBlock(
+            hidden, config["intermediate_size"], config["num_attention_heads"], norm=RMSNorm,
+            norms=("attention_norm", "ffn_norm"), attn="attention", out="o_proj", qkv_bias=False,
+            out_bias=False, mlp="feed_forward", mlp_names=("gate_proj", "up_proj", "down_proj"),
+            mlp_bias=False, act=act(config),
+        ),
+    )  # fmt: skip
+    return tower
+
+
+def qwen_visual(config: Mapping[str, Any], kind: str) -> Tower:
+    """The towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5."""
+    tower = Tower()
+    new, gated = kind.startswith("qwen3"), kind == "qwen2_5_vl"
+    hidden = config["embed_dim"] if kind == "qwen2_vl" else config["hidden_size"]
+    out = config["hidden_size"] if kind == "qwen2_vl" else config["out_hidden_size"]
+    inner = int(hidden * config["mlp_ratio"]) if kind == "qwen2_vl" else config["intermediate_size"]
+    patch, merge = config["patch_size"], config["spatial_merge_size"] ** 2
+    channels = config.get("in_channels") or config.get("in_chans") or 3
+    embed_patches(
+        tower, "patch_embed.proj", channels, hidden, config["temporal_patch_size"], patch, patch,
+        bias=new,
+    )  # fmt: skip
+    if new:
+        plant(tower, "pos_embed", Embedding(config["num_position_embeddings"], hidden))
+    names = ("gate_proj", "up_proj", "down_proj") if gated else ("fc1", "fc2")
+    stack_blocks(
+        tower, "blocks", config["depth"],
+        lambda: VisionBlock(
+            hidden, inner, config["num_heads"], norm=RMSNorm if gated else LayerNorm,
+            norms=("norm1", "norm2"), attn="attn", fused=True, out="proj", act=act(config),
+            mlp_names=("linear_fc1", "linear_fc2") if new else names,
+        ),
+    )  # fmt: skip
+    for block in tower.in_order:
+        block.turns = block.pieces = True
+        if gated:  # all but a few blocks see one window
+            block.reach = (int(config.get("window_size") or 112) // patch) ** 2
+    tower.merge = merge
+    wide = hidden * merge
+    if not new:
+        plant(tower, "merger.ln_q", RMSNorm(hidden) if gated else LayerNorm(hidden))
+        plant(tower, "merger.mlp.0", Linear(wide, wide, bias=True))
+        plant(tower, "merger.mlp.2", Linear(wide, out, bias=True))
+        return tower
+    _merger(tower, "merger", hidden, wide, out)
+    tower.stacks = tuple(config.get("deepstack_visual_indexes") or ())
+    for number, _ in enumerate(tower.stacks):
+        _merger(tower, f"deepstack_merger_list.{number}", wide, wide, out)
+    return tower
+
+
+def _merger(tower: Tower, path: str, normed: int, wide: int, out: int) -> None:
+    plant(tower, f"{path}.norm", LayerNorm(normed))
+    plant(tower, f"{path}.linear_fc1", Linear(wide, wide, bias=True))
+    plant(tower, f"{path}.linear_fc2", Linear(wide, out, bias=True))
+
+
+def intern(config: Mapping[str, Any]) -> Tower:
+    """``InternVLVisionModel``."""
+    tower, hidden = Tower(), config["hidden_size"]
+    patch, size = (
+        value if isinstance(value, int) else value[0]
+        for value in (config.get("patch_size", 14), config.get("image_size", 448))
+    )
+    tower.patches, tower.classed = (size // patch) ** 2 + 1, True
+    weight(tower, "embeddings.cls_token", 1, 1, hidden)
+    if config.get("use_mask_token"):
+        weight(tower, "embeddings.mask_token", 1, 1, hidden)
+    if config.get("use_absolute_position_embeddings", True):
+        weight(tower, "embeddings.position_embeddings", 1, tower.patches, hidden)
+    embed_patches(
+        tower, "embeddings.patch_embeddings.projection", config.get("num_channels", 3), hidden,
+        patch, patch, bias=True,
+    )  # fmt: skip
+    norm = RMSNorm if config.get("norm_type") == "rms_norm" else LayerNorm
+
+    def block() -> VisionBlock:
+        made = VisionBlock(
+            hidden, config["intermediate_size"], config["num_attention_heads"], norm=norm,
+            norms=("layernorm_before", "layernorm_after"), attn="attention",
+            out="projection_layer", qkv_bias=bool(config.get("attention_bias")),
+            act=act(config), scales=("lambda_1", "lambda_2"),
+        )  # fmt: skip
+        if config.get("use_qk_norm"):
+            for name in ("q_norm", "k_norm"):
+                plant(made, f"attention.{name}", RMSNorm(hidden))
+        return made
+
+    stack_blocks(tower, "encoder.layer", config["num_hidden_layers"], block)
+    if not config.get("use_mean_pooling", True):
+        plant(tower, "layernorm", LayerNorm(hidden))
+    return tower
+
+
+def vision_tower(config: Config) -> Tower:
+    """The tower by the ``model_type`` of its config."""
+    kind = config["model_type"]
+    if kind == "clip_vision_model":
+        return clip(config)
+    if kind == "siglip_vision_model":
+        return siglip(config)
+    if kind in ("idefics3_vision", "smolvlm_vision"):
+        return siglip(config, pooled=False)
+    if kind == "pixtral":
+        return pixtral(config)
+    if kind == "internvl_vision":
+        return intern(config)
+    return qwen_visual(config, kind.removesuffix("_vision"))
+
+
+def llama4_tower(config: Mapping[str, Any]) -> Module:
+    """``Llama4VisionModel``: names and shapes."""
+    root, hidden, patch = Module(), config["hidden_size"], config["patch_size"]
+    inner, mlp_out = config["intermediate_size"], config["projector_output_dim"]
+    count = (config["image_size"] // patch) ** 2 + 1
+    weight(root, "class_embedding", hidden)
+    weight(root, "positional_embedding_vlm", count, hidden)
+    plant(root, "patch_embedding.linear", Linear(config["num_channels"] * patch**2, hidden))
+    for name in ("layernorm_pre", "layernorm_post"):
+        plant(root, name, LayerNorm(hidden))
+    for layer in range(config["num_hidden_layers"]):
+        block = VisionBlock(
+            hidden, inner, config["num_attention_heads"], out="o_proj",
+            norms=("input_layernorm", "post_attention_layernorm"),
+        )  # fmt: skip
+        plant(root, f"model.layers.{layer}", block)
+    plant(root, "vision_adapter.mlp.fc1", Linear(inner, config["projector_input_dim"]))
+    plant(root, "vision_adapter.mlp.fc2", Linear(config["projector_input_dim"], mlp_out))
+    return root

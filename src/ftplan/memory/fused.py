@@ -1,0 +1,74 @@
+"""Operations of fused kernels: several steps in one function, which keeps less and overwrites.
+
+What each one keeps and makes was read off the libraries' autograd functions, run with their
+launches left out (tests/cases/kernels.json, tools/kernel_cases.py): liger_kernel 0.8.5, unsloth
+2026.8.19, fms_acceleration_foak 0.7.4, axolotl 0.18.
+"""
+
+from __future__ import annotations
+
+from ftplan.memory import ops
+from ftplan.memory.tape import ONE, Grads, Tensor
+
+__all__ = ["cross_entropy", "gate", "rms_norm"]
+
+
+def rms_norm(x: Tensor, weight: Tensor | None) -> Tensor:
+    """Keeps its input and an fp32 number a row; see :class:`ftplan.memory.kernels.Kernels`."""
+    tape, kernels = x.tape, x.tape.env.kernels
+    out = tape.tensor(x.rows, x.width, x.dtype, "rms norm")
+    saved = (x, tape.tensor(x.rows, 1, "fp32", "rms norm statistics"))
+    trains = weight is not None and weight.requires_grad and kernels.norm_trains
+    inputs = [x] if weight is None else [x, weight]
+    make = ops.like(x.rows, x.width, x.dtype, True)
+    wants = x.requires_grad
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved
+        made = grad if kernels.norm_in_place else make(grad)
+        grads: list[Tensor | None] = [made if wants else None]
+        if weight is not None:
+            shape = weight.rows, weight.width, weight.dtype
+            grads.append(grad.tape.tensor(*shape, "gradient") if trains else None)
+        return tuple(grads)
+
+    ops.record([out], "rms norm", inputs, apply)
+    return out
+
+
+def gate(gate: Tensor, up: Tensor) -> Tensor:
+    """``act(gate) * up``: keeps both, and writes their gradients over them."""
+    out = gate.tape.tensor(gate.rows, gate.width, gate.dtype, "gated")
+    saved = (gate.alias(), up.alias())
+    wants = (gate.requires_grad, up.requires_grad)
+
+    def apply(_grad: Tensor) -> Grads:
+        return tuple(t if want else None for t, want in zip(saved, wants, strict=True))
+
+    ops.record([out], "gated", [gate, up], apply)
+    return out
+
+
+LARGEST_BLOCK = 65_536
+"""Columns of the vocabulary that one block of Unsloth's cross entropy takes (MAX_FUSED_SIZE)."""
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Keeps the logits, a log-sum-exp a row and the targets; the gradient replaces the logits."""
+    tape = logits.tape
+    losses = tape.tensor(logits.rows, 1, "fp32", "loss per token")
+    blocks = -(-logits.width // LARGEST_BLOCK)
+    sums = tape.tensor(logits.rows, blocks, "fp32", "log-sum-exp of blocks")
+    if blocks > 1:
+        sums = tape.tensor(logits.rows, 1, "fp32", "log-sum-exp")
+    saved = [logits.alias(), sums, targets]
+    loss = tape.tensor(ONE, 1, "fp32", "loss")
+    del losses
+
+    def apply(_grad: Tensor) -> Grads:
+        made = saved[0]
+        saved.clear()
+        return (made,)
+
+    ops.record([loss], "fused cross entropy", [logits], apply)
+    return loss

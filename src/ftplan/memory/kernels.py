@@ -1,0 +1,93 @@
+"""Which operations a library of fused kernels takes the place of, model by model.
+
+Values only: the operations themselves are in :mod:`fused`. What is not listed runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+__all__ = ["LIBRARIES", "NONE", "Kernels", "Lora", "kernels_of"]
+
+Lora = Literal["none", "unsloth", "axolotl", "foak"]
+"""Whose autograd functions run the projections of LoRA: each keeps its input once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """What is fused in one job."""
+
+    norm: bool = False
+    norm_in_place: bool = True
+    """The gradient of a norm's input is written over the gradient of its output."""
+    norm_trains: bool = True
+    """The norm's weight gets a gradient; Unsloth's kernel makes none."""
+    rope: bool = False
+    """Queries and keys are rotated where they are, forward and backward."""
+    gate: bool = False
+    """``act(gate) * up`` in one kernel."""
+    loss: bool = False
+    """A cross entropy that keeps the logits it was given and writes the gradient over them."""
+    lora: Lora = "none"
+
+
+NONE = Kernels()
+
+_ALL = Kernels(norm=True, rope=True, gate=True)
+_LIGER: Mapping[str, Kernels] = {
+    **dict.fromkeys(
+        (
+            "llama", "smollm3", "ministral", "mistral", "mixtral", "gemma", "qwen2", "qwen3",
+            "qwen3_moe", "phi3", "falcon_h1", "hunyuan_v1_dense", "hunyuan_v1_moe", "llama4_text",
+            "llama4", "qwen2_vl", "qwen2_5_vl", "paligemma", "mllama", "pixtral",
+        ),
+        _ALL,
+    ),
+    **dict.fromkeys(
+        ("gemma2", "gemma3_text", "gemma3", "olmo2", "olmo3", "exaone4"),
+        replace(_ALL, norm_in_place=False),
+    ),
+    **dict.fromkeys(
+        (
+            "deepseek_v2", "deepseek_v3", "gemma4_text", "gemma4", "glm4", "glm4v", "glm4v_moe",
+            "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
+        ),
+        replace(_ALL, norm_in_place=False, rope=False),
+    ),
+    **dict.fromkeys(("gpt_oss", "qwen3_vl", "qwen3_vl_moe"), replace(_ALL, gate=False)),
+    **dict.fromkeys(("internvl", "smolvlm", "deepseek_v4"), Kernels(norm=True)),
+    **dict.fromkeys(("nemotron", "llava"), NONE),
+    "granite": replace(_ALL, loss=True),
+}  # fmt: skip
+"""liger_kernel/transformers/monkey_patch.py 0.8.5: the defaults of ``apply_liger_kernel_to_*``,
+and ``in_place`` of the norm's class (rms_norm.py). Granite alone has no fused linear loss."""
+
+_FAST = Kernels(norm=True, norm_trains=False, rope=True)
+_UNSLOTH: Mapping[str, Kernels] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "granite"), _FAST),
+    **dict.fromkeys(("gemma", "gemma2"), replace(_FAST, norm_in_place=False)),
+    **dict.fromkeys(("cohere", "falcon_h1"), Kernels(rope=True)),
+}
+"""unsloth/models 2026.8.19: the architectures with a ``Fast*Model``. Others run transformers' code,
+compiled; their loss and their checkpointing are Unsloth's."""
+
+_FOAK: Mapping[str, Kernels] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "mixtral", "granite", "granitemoe", "granitemoeshared"),
+        replace(_FAST, loss=True),
+    ),
+    "gpt_bigcode": Kernels(loss=True),
+}
+"""fms_acceleration_foak/models 0.7.4, Unsloth's kernels of early 2024: ``fast_rms_layernorm``,
+``fast_rope_embeddings``, ``fast_loss``."""
+
+LIBRARIES: Mapping[str, Mapping[str, Kernels]] = {
+    "none": {}, "liger": _LIGER, "unsloth": _UNSLOTH, "foak": _FOAK,
+}  # fmt: skip
+
+
+def kernels_of(library: str, model_type: str, *, lora: Lora = "none") -> Kernels:
+    """What ``library`` fuses in a model of this type; ``lora``: whose functions adapters run in."""
+    return replace(LIBRARIES[library].get(model_type, NONE), lora=lora)

@@ -1,0 +1,134 @@
+"""The bench of vision-language jobs: real tensors, true widths, few layers, a small vocabulary.
+
+    python -m ftplan.trace.bench_images [--out validation/images.json] [--only NAME ...]
+
+Each job carries the config it was traced with: a catalogue model cut to two blocks and a tower of
+three. A job that is there already is not traced again (``--fresh`` does).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ftplan.trace.bench import AMP, BF16, BF16_AMP, FULL, Mapping, catalogue
+from ftplan.trace.bench_trainers import LORA
+
+__all__ = ["jobs", "main"]
+
+TEXT_ONLY: Mapping = {**LORA, "targets": ["gate_proj", "up_proj", "down_proj"]}
+"""Targets that no tower here has: it stays frozen, whole."""
+WAYS: dict[str, Mapping] = {
+    "full": {"method": FULL, "precision": BF16},
+    "full-autocast-checkpointed": {
+        "method": FULL, "precision": AMP, "gradient_checkpointing": True,
+    },
+    "lora": {"method": LORA, "precision": BF16},
+    "lora-checkpointed": {"method": LORA, "precision": BF16_AMP, "gradient_checkpointing": True},
+    "frozen-tower": {"method": TEXT_ONLY, "precision": BF16_AMP},
+}  # fmt: skip
+MODELS: dict[str, tuple[int, tuple[int, int] | None]] = {
+    "llava-1.5-7b": (640, None),
+    "gemma-3-4b": (512, None),
+    "paligemma-3b": (512, None),
+    "internvl3-1b": (512, None),
+    "qwen2-vl-2b": (512, (224, 336)),
+    "qwen2.5-vl-3b": (512, (224, 336)),
+    "qwen3-vl-2b": (512, (224, 320)),
+}
+"""Models with the sequence length and the size of an image, where there is a choice of it."""
+VOCABULARY, BLOCKS, TOWER = 8192, 2, 3
+_TOKEN, _OTHER = 100, 101
+_OTHERS = (
+    "video_token_id", "vision_start_token_id", "vision_end_token_id", "boi_token_index",
+    "eoi_token_index",
+)  # fmt: skip
+
+
+def cut(config: Mapping) -> Mapping:
+    """The config of a small model of the same widths, its special tokens inside the vocabulary."""
+    config = copy.deepcopy(config)
+    text, vision = config["text_config"], config["vision_config"]
+    text |= {"vocab_size": VOCABULARY, "num_hidden_layers": BLOCKS}
+    if "layer_types" in text:
+        text["layer_types"] = text["layer_types"][:BLOCKS]
+    vision |= {key: TOWER for key in ("depth", "num_hidden_layers") if key in vision}
+    if "fullatt_block_indexes" in vision:
+        vision["fullatt_block_indexes"] = [TOWER - 1]
+    if "deepstack_visual_indexes" in vision:
+        vision["deepstack_visual_indexes"] = [0, 1]
+    config |= {"image_token_id": _TOKEN, "image_token_index": _TOKEN}
+    if config["model_type"].startswith(("qwen", "gemma3")):
+        config |= dict.fromkeys(_OTHERS, _OTHER)
+    return config
+
+
+def jobs() -> Iterator[Mapping]:
+    """Every job, always the same ones."""
+    configs = catalogue()
+    for model, (seq_len, size) in MODELS.items():
+        for way, keys in WAYS.items():
+            batch: Mapping = {"micro": 2, "seq_len": seq_len, "images": 1}
+            if size is not None:
+                batch["image_size"] = list(size)
+            plan = {
+                "version": 1, "model": model, "stack": "transformers", "task": "sft", **keys,
+                "batch": batch, "optimizer": "adamw_torch_fused", "loss": "full",
+                "attention": "sdpa", "hardware": {"gpu": "a100-80gb", "count": 1},
+                "sharding": {"kind": "none"},
+            }  # fmt: skip
+            plan.setdefault("gradient_checkpointing", False)
+            yield {"name": f"{model} {way}", "plan": plan, "config": cut(configs[model])}
+
+
+def record(job: Mapping) -> Mapping:
+    """Trace one job; its line of the bench."""
+    from ftplan.trace.core import trace
+    from ftplan.trace.job import plan_from
+
+    result = trace(plan_from(job["plan"]), job["config"])
+    return {
+        **job,
+        "allocated_bytes": result.allocated_bytes,
+        "peak_phase": result.peak_phase,
+        "phases": result.phases,
+    }
+
+
+def write(out: Path, only: Sequence[str], *, fresh: bool) -> int:
+    """Trace what is missing; returns how many jobs there are now."""
+    from ftplan.trace.core import versions
+
+    kept: dict[str, Mapping] = {}
+    if out.exists() and not fresh:
+        kept = {job["name"]: job for job in json.loads(out.read_text("utf-8"))["jobs"]}
+    wanted = list(jobs())
+    for job in wanted:
+        if job["name"] in kept or (only and not any(word in job["name"] for word in only)):
+            continue
+        began = time.monotonic()
+        kept[job["name"]] = record(job)
+        print(f"{job['name']} {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+        lines = ",\n".join("  " + json.dumps(kept[j["name"]]) for j in wanted if j["name"] in kept)
+        text = f'{{"versions": {json.dumps(versions())}, "jobs": [\n{lines}\n]}}\n'
+        out.write_text(text, encoding="ascii")
+    return len(kept)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m ftplan.trace.bench_images")
+    parser.add_argument("--out", type=Path, default=Path("validation/images.json"))
+    parser.add_argument("--only", nargs="*", default=[], help="words of the names of jobs")
+    parser.add_argument("--fresh", action="store_true", help="trace every job again")
+    options = parser.parse_args()
+    print(f"{write(options.out, options.only, fresh=options.fresh)} jobs", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Batches with images, in the shapes that the real processors hand over.
+
+A vision-language model asks its batch for values (how many patches an image has, where its tokens
+are), so such a job is traced on real tensors: small, with memory, and with nothing else different.
+Source of the shapes: transformers 5.23, models/*/processing_*.py and image_processing_*.py.
+"""
+
+# torch is not installed where types are checked: its classes are Any there
+# mypy: disable-error-code="misc"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ftplan.errors import UnsupportedError
+
+__all__ = ["image_batch", "is_vision_language"]
+
+Batch = dict[str, Any]
+
+
+def is_vision_language(config: Any) -> bool:
+    """The config has a tower of its own."""
+    return hasattr(config, "vision_config")
+
+
+def image_batch(config: Any, ids: Any, images: int, size: tuple[int, int]) -> Batch:
+    """Pixel values for ``images`` in each sequence of ``ids``, whose first tokens become theirs.
+
+    ``size``: height and width in pixels, where the model takes any resolution.
+    """
+    maker = _MAKERS.get(config.model_type)
+    if maker is None:
+        raise UnsupportedError(f"tracing images of {config.model_type}")
+    vision = config.vision_config
+    tokens, batch = maker(config, vision, int(ids.shape[0]) * images, size)
+    token = getattr(config, "image_token_id", None)
+    token = config.image_token_index if token is None else token
+    if tokens:
+        ids[:, : images * tokens] = token
+    if config.model_type in ("gemma3", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        kind = "token_type_ids" if "gemma" in config.model_type else "mm_token_type_ids"
+        batch[kind] = (ids == token).to(torch.int64)
+    if config.model_type in ("idefics3", "smolvlm", "mllama"):
+        batch = {name: _by_sequence(value, images) for name, value in batch.items()}
+    if config.model_type == "mllama":
+        tiles = batch["pixel_values"].shape[2]
+        shape = (*ids.shape, images, tiles)
+        batch["cross_attention_mask"] = torch.ones(shape, dtype=torch.int64)
+    return batch
+
+
+def _by_sequence(value: Any, images: int) -> Any:
+    return value.reshape(-1, images, *value.shape[1:])
+
+
+def _side(value: Any) -> int:
+    return int(value if isinstance(value, int) else value[0])
+
+
+def _fixed(config: Any, vision: Any, count: int, _size: tuple[int, int]) -> tuple[int, Batch]:
+    """One size for all: CLIP, SigLIP, InternViT."""
+    side, patch = _side(vision.image_size), _side(vision.patch_size)
+    tokens = (side // patch) ** 2
+    if config.model_type == "gemma3":
+        tokens = config.mm_tokens_per_image
+    if config.model_type == "internvl":
+        tokens = int(tokens * config.downsample_ratio**2)
+    if config.model_type in ("idefics3", "smolvlm"):
+        tokens //= config.scale_factor**2
+    return tokens, {"pixel_values": torch.zeros(count, 3, side, side)}
+
+
+def _patched(config: Any, vision: Any, count: int, size: tuple[int, int]) -> tuple[int, Batch]:
+    """Qwen-VL: patches of all images in a row, and how many there are each way."""
+    patch, merge = vision.patch_size, vision.spatial_merge_size
+    high, wide = (extent // (patch * merge) * merge for extent in size)
+    channels = getattr(vision, "in_channels", None) or vision.in_chans
+    width = channels * vision.temporal_patch_size * patch * patch
+    return high * wide // merge**2, {
+        "pixel_values": torch.zeros(count * high * wide, width),
+        "image_grid_thw": torch.tensor([[1, high, wide]] * count),
+    }
+
+
+def _sized(config: Any, vision: Any, count: int, size: tuple[int, int]) -> tuple[int, Batch]:
+    """Pixtral's tower: any size, said beside the pixels."""
+    unit = vision.patch_size * getattr(config, "spatial_merge_size", 1)
+    high, wide = (extent // unit * unit for extent in size)
+    return high * wide // unit**2, {
+        "pixel_values": torch.zeros(count, 3, high, wide),
+        "image_sizes": torch.tensor([[high, wide]] * count),
+    }
+
+
+def _llava(config: Any, vision: Any, count: int, size: tuple[int, int]) -> tuple[int, Batch]:
+    return (_sized if vision.model_type == "pixtral" else _fixed)(config, vision, count, size)
+
+
+def _tiled(_config: Any, vision: Any, count: int, _size: tuple[int, int]) -> tuple[int, Batch]:
+    """Llama 3.2 Vision: four tiles an image, seen through cross attention, no tokens."""
+    tiles, side = vision.max_num_tiles, vision.image_size
+    return 0, {
+        "pixel_values": torch.zeros(count, tiles, 3, side, side),
+        "aspect_ratio_ids": torch.ones(count, dtype=torch.int64),
+        "aspect_ratio_mask": torch.ones(count, tiles, dtype=torch.int64),
+    }
+
+
+_MAKERS = {
+    **dict.fromkeys(("gemma3", "paligemma", "internvl", "idefics3", "smolvlm"), _fixed),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"), _patched),
+    "llava": _llava,
+    "mistral3": _sized,
+    "mllama": _tiled,
+}
