@@ -77,19 +77,14 @@ TORCHTUNE_MODELS = (
 )  # fmt: skip
 OLDER: dict[str, tuple[str, ...]] = {
     "litgpt-0.4": (
-        "llama-3.1-8b",
-        "gemma-2-2b",
-        "phi-2",
-        "pythia-1b",
-        "phi-3-mini",
-        "mistral-7b-v0.1",
-    ),  # fmt: skip
+        "llama-3.1-8b", "gemma-2-2b", "phi-2", "pythia-1b", "phi-3-mini", "mistral-7b-v0.1",
+    ),
     "litgpt-0.3": ("llama-2-7b", "gemma-2b", "phi-2", "pythia-1b", "falcon-7b", "mistral-7b-v0.1"),
     "litgpt-2023": ("llama-2-7b", "phi-1.5", "pythia-1b", "falcon-7b", "mistral-7b-v0.1"),
     "torchtune-0.6": ("llama-3.2-1b", "gemma-2-2b", "qwen2.5-1.5b", "phi-3-mini", "llama-3.1-8b"),
     "torchtune-0.4": ("llama-3.2-1b", "gemma-2b", "qwen2.5-1.5b", "phi-3-mini", "llama-3.1-8b"),
     "torchtune-0.1": ("llama-2-7b", "llama-3-8b", "mistral-7b-v0.1", "llama-2-13b"),
-}
+}  # fmt: skip
 """What a version of its time could be given."""
 SHAPES = ((2, 512), (1, 1024), (4, 256), (1, 2048), (2, 1024), (4, 512))
 """(micro batch, sequence length) that the jobs go through in turn."""
@@ -107,8 +102,7 @@ def jobs(stack: str) -> Iterator[Mapping]:
             number = row * WAYS_PER_MODEL + column
             way = names[number % len(names)]
             plan = _plan(stack, model, ways[way], SHAPES[(row + number) % len(SHAPES)])
-            if not own:
-                # the first torchtune had one loss
+            if not own:  # the first torchtune had one loss
                 chunked = stack != "torchtune-0.1" and plan.get("loss") != "full"
                 plan["loss"] = "chunked" if chunked else "full"
             # LLaMA-Adapter begins at the third layer

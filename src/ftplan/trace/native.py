@@ -12,7 +12,6 @@ from importlib import metadata
 from typing import Any
 
 from ftplan.errors import UnsupportedError
-from ftplan.memory.families.native import TASKS
 from ftplan.trace.job import Job
 from ftplan.trace.ledger import Ledger
 
@@ -68,11 +67,6 @@ def loop_of(job: Job, config: Mapping[str, Any], layers: int | None) -> Loop | N
     """The loop of a job whose stack has modules of its own; None where it runs transformers'."""
     if job.stack not in OWN:
         return None
-    if job.task not in TASKS or job.sharding != "none" or job.images or job.padding != "none":
-        raise UnsupportedError(
-            f"tracing {job.stack} but for finetuning on one GPU",
-            remedy="trace the task sft without sharding, images or padding",
-        )
     loop: Loop = importlib.import_module(OWN[job.stack]).LOOP(job, config, layers)
     return loop
 
