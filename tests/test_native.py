@@ -72,6 +72,9 @@ def test_a_trainers_own_modules_compute_what_transformers_do(stack: str) -> None
         ("litgpt", {"gradient_checkpointing": True}),
         ("litgpt", {"method": {"kind": "dora"}}),
         ("litgpt", {"task": "dpo"}),
+        ("litgpt", {"batch": {"micro": 1, "seq_len": 512, "eval_micro": 4}}),
+        ("torchtune", {"optimizer": {"name": "adamw_torch", "in_backward": True}}),
+        ("torchtune", {"gradient_checkpointing": True, "sharding": {"offload": "activations"}}),
         ("litgpt", {"hardware": {"gpu": "a100-80gb", "count": 2}, "sharding": {"kind": "fsdp"}}),
     ],
 )

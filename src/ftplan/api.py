@@ -424,7 +424,12 @@ def is_traced(resolved: Resolved) -> bool:
     from ftplan.assembling import modules_of
 
     modules, checkpointing = modules_of(resolved), plan.gradient_checkpointing
-    if not modules or plan.sharding.kind not in (None, "none") or plan.batch.packing:
+    sharded = plan.sharding.kind not in (None, "none") or plan.sharding.offload not in (
+        None,
+        "none",
+    )
+    in_backward = plan.optimizer is not None and plan.optimizer.in_backward
+    if not modules or sharded or in_backward or plan.batch.packing or plan.batch.eval_micro:
         return False
     from ftplan.memory.families.native import checkpoints
 

@@ -60,7 +60,8 @@ class Loop:
 
     def versions(self) -> dict[str, str]:
         """Versions of what was run."""
-        return {name: metadata.version(name) for name in (self.package, *self.runs_on)}
+        names = (self.package, *self.runs_on)
+        return {name: metadata.version(name).partition("+")[0] for name in names}
 
 
 def loop_of(job: Job, config: Mapping[str, Any], layers: int | None) -> Loop | None:
