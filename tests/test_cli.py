@@ -241,6 +241,21 @@ def test_explain_flag(ftplan_: Terminal, plan: Path) -> None:
         assert " ".join(term["formula"].split()) in page
 
 
+@pytest.mark.parametrize("command", ["memory", "check", "fit"])
+def test_explain_says_where_each_assumption_was_read(
+    ftplan_: Terminal, plan: Path, command: str
+) -> None:
+    """Sources of what was filled in come with --explain alone."""
+    report = ftplan_("memory", plan, "--format", "json").data
+    filled = {each["key"]: each["source"] for each in report["assumptions"]}
+    source = " ".join(filled["attention"].split())
+    short, full = (
+        " ".join(ftplan_(command, plan, *more).out.split()) for more in ((), ("--explain",))
+    )
+    assert source not in short
+    assert "attention = " in full and source in full
+
+
 @pytest.mark.parametrize(
     ("flags", "error", "remedy"),
     [

@@ -96,6 +96,7 @@ def played(network: Network, mode: str) -> list[int]:
             continue
         kinds = [copy.deepcopy(stage.stack.kinds[kind]) for kind in stage.stack.pattern]
         stage.stack.kinds, stage.stack.pattern = kinds, list(range(len(kinds)))
+    network.loaded_dtype = dtype
     for _, parameter in network.all_parameters():
         parameter.dtype = dtype
         parameter.trainable = parameter.trainable and precision != "frozen"
@@ -153,5 +154,7 @@ def _forward(tape: Tape, network: Network) -> Tensor:
 def _stage(stage: Stage, tape: Tape, shared: Shared) -> Tensor:
     x = stage.enter(tape, shared)
     for kind in stage.stack.pattern:
-        x = stage.stack.kinds[kind].forward(x, shared)
+        block = stage.stack.kinds[kind]
+        x = x if block.skipped else block.forward(x, shared)
+    shared.forget()
     return stage.leave(x, shared)

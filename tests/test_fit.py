@@ -24,7 +24,7 @@ from ftplan.catalog.gpus import find_gpu
 from ftplan.errors import FtplanError
 from ftplan.fit.changes import apply_change, merge
 from ftplan.fit.search import AS_GOOD, Cell, fastest
-from ftplan.fit.sizer import largest
+from ftplan.fit.sizer import GRAIN, largest
 from ftplan.fit.ways import free_settings, ways_to_train
 from ftplan.fitting import FitReport, FitRow
 from ftplan.resolve import resolve
@@ -198,7 +198,8 @@ def test_every_row_is_what_check_says(case: str) -> None:
         if row.longest_seq_len is not None:
             assert verdict(plan, answer.micro, row.longest_seq_len)[0] == "fits", row
             if row.longest_seq_len < 32768:
-                assert verdict(plan, answer.micro, row.longest_seq_len + 1)[0] != "fits", row
+                longer = (row.longest_seq_len // GRAIN + 1) * GRAIN
+                assert verdict(plan, answer.micro, longer)[0] != "fits", row
 
 
 MODELS = ("smollm2-135m", "qwen2.5-1.5b", "gemma-2-2b", "olmoe-1b-7b", "gpt2", "mistral-7b-v0.1")
@@ -269,7 +270,7 @@ def test_cards_that_are_enough_are(case: str) -> None:
 
 
 def test_solutions() -> None:
-    """--for answers with the limit of the plan's own way: it fits, and one more does not."""
+    """--for answers with the limit of the plan's own way: it fits, and one step more does not."""
     plan = Plan(
         model=Model(name="smollm2-135m"),
         method=Method(kind="lora"),
@@ -283,7 +284,8 @@ def test_solutions() -> None:
         assert isinstance(solution.value, int)
         (section,) = solution.change.values()
         (key,) = section
-        for value, expected in ((section[key], True), (section[key] + 1, False)):
+        step = GRAIN if of == "seq-len" else 1
+        for value, expected in ((section[key], True), (section[key] + step, False)):
             changed = apply_change(plan, {path: {key: value}})
             fits = ftplan.estimate(changed).verdict == "fits"
             capped = of == "rank" and value > 576

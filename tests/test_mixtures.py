@@ -19,7 +19,7 @@ RUNS = [(path.stem, mode) for path in CASES for mode in json.loads(path.read_tex
 # what a scan of chunks keeps under autocast is cast piece by piece: near, not exact
 NEAR = {
     "qwen3_next", "qwen3_next_lin", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
-    "mamba", "mamba2", "granitemoehybrid", "granitemoehybrid_dense",
+    "mamba",
 }  # fmt: skip
 
 

@@ -4,10 +4,12 @@ others do not, and where every key goes."""
 from __future__ import annotations
 
 import collections
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ftplan.api import estimate
 from ftplan.errors import FtplanError
 from ftplan.trainers import Imported, import_file
 
@@ -97,6 +99,24 @@ def test_what_decides_memory_is_understood(results: dict[Path, Imported | Ftplan
             open_lengths[one.trainer] += 1
             assert "batch.seq_len" in one.missing, path
     assert open_lengths == {"torchtune": 79, "litgpt": 1}
+
+
+def test_imported_files_are_sized(results: dict[Path, Imported | FtplanError]) -> None:
+    """Nineteen in twenty of those with a model get an answer, the rest a refusal that says why."""
+    sized, refused = 0, []
+    for path, one in results.items():
+        if isinstance(one, FtplanError) or one.plan.model.name is None:
+            continue
+        batch = replace(one.plan.batch, seq_len=one.plan.batch.seq_len or 2048)
+        try:
+            report = estimate(replace(one.plan, batch=batch), base=path.parent, with_remedies=False)
+        except FtplanError as error:
+            refused.append((path.name, error.message))
+            continue
+        sized += 1
+        for counter in (report.allocated_bytes, report.reserved_bytes, report.device_bytes):
+            assert counter is None or 0 < counter.low <= counter.expected <= counter.high, path
+    assert sized >= 0.95 * (sized + len(refused)), refused
 
 
 def test_findings_point_into_the_file(results: dict[Path, Imported | FtplanError]) -> None:

@@ -33,7 +33,10 @@ PUBLISHED = ROOT / "validation" / "published.json"
 OUT_OF_MEMORY = ROOT / "validation" / "oom.json"
 KNOWN = ROOT / "validation" / "known_residuals.json"
 LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
-LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers")
+LAYER_KEYS = (
+    "num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers",
+    "encoder_layers", "decoder_layers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,11 +156,15 @@ def predict(case: Case) -> Row:
 def _cut(config: Mapping[str, Any], layers: int | None) -> dict[str, Any]:
     """The config of the same model with fewer layers, as the trace cuts it."""
     cut = dict(config)
-    if layers is not None:
+    if layers is not None and isinstance(cut.get("text_config"), Mapping):
+        cut["text_config"] = _cut(cut["text_config"], layers)
+    elif layers is not None:
         cut.update({key: layers for key in LAYER_KEYS if key in cut})
         cut.update(
             {key: cut[key][:layers] for key in LAYER_LISTS if isinstance(cut.get(key), list)}
         )
+        if cut.get("num_kv_shared_layers"):
+            cut["num_kv_shared_layers"] = min(cut["num_kv_shared_layers"], layers // 2)
     return cut
 
 

@@ -61,7 +61,7 @@ def traced(config: dict[str, Any], mode: str) -> list[int]:
     amp = torch.autocast("cpu", dtype=torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         build.materialize(model)
-        with cuda.as_on_cuda(ledger, (8, 0)):
+        with cuda.as_on_cuda(ledger, (8, 0), padded=False):
             ids = torch.zeros((MICRO, SEQ_LEN), dtype=torch.int64)
             start, first = ledger.live_bytes, ledger.clock
             with amp if precision == "amp" else contextlib.nullcontext():

@@ -21,13 +21,16 @@ TARGET = Path(__file__).parents[1] / "src/ftplan/memory/families/defaults.py"
 TYPES = """
 llama mistral ministral ministral3 qwen2 qwen3 smollm3 gemma gemma2 gemma3_text phi phi3 olmo olmo2
 olmo3 granite stablelm starcoder2 internlm3 glm glm4 cohere cohere2 exaone4 nemotron arcee seed_oss
-helium persimmon ernie4_5 hunyuan_v1_dense apertus falcon gpt2 gptj gpt_neo gpt_neox gpt_bigcode
+helium persimmon ernie4_5 hunyuan_v1_dense cwm iquestcoder jais2 vaultgemma youtu
+minicpm3 apertus falcon gpt2 gptj gpt_neo gpt_neox gpt_bigcode
 opt bloom mpt codegen xglm biogpt bert roberta xlm-roberta camembert distilbert electra albert
-deberta-v2 modernbert mpnet t5 mt5 umt5 bart mbart pegasus
+deberta-v2 modernbert mpnet t5 mt5 umt5 bart mbart pegasus marian m2m_100 blenderbot plbart
 mixtral qwen2_moe qwen3_moe olmoe flex_olmo deepseek_v2 deepseek_v3 gpt_oss llama4_text granitemoe
 granitemoehybrid granitemoeshared qwen3_next qwen3_5_text qwen3_5_moe_text dbrx phimoe glm4_moe
 glm4_moe_lite minimax minimax_m2 jamba mamba mamba2 falcon_mamba falcon_h1 bamba nemotron_h
-ernie4_5_moe hunyuan_v1_moe lfm2 lfm2_moe recurrent_gemma bitnet gemma3n_text gemma4_text dots1
+ernie4_5_moe hunyuan_v1_moe lfm2 lfm2_moe recurrent_gemma bitnet gemma3n_text gemma4_text
+gemma4 gemma4_vision gemma4_audio
+deepseek_v32 glm_moe_dsa dots1
 clip_vision_model siglip_vision_model pixtral qwen2_vl qwen2_vl_text qwen2_vl_vision qwen2_5_vl
 qwen2_5_vl_text qwen2_5_vl_vision qwen3_vl qwen3_vl_text qwen3_vl_vision qwen3_vl_moe
 qwen3_vl_moe_text qwen3_vl_moe_vision qwen3_5 qwen3_5_moe qwen3_5_vision qwen3_5_moe_vision llama4

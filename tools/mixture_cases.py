@@ -1,8 +1,8 @@
 """Write what transformers builds and keeps for the small configs in tests/cases/mixtures.
 
 As tools/family_cases.py does for its own, with three things said to the trace: a vision-language
-wrapper is an image-text model; a model without SDPA is eager; and outside of tensor subclasses the
-gradient of an index is added in place (torch/csrc/autograd/FunctionsManual.cpp,
+wrapper is an image-text model; SDPA is used where a part has it; and outside of tensor subclasses
+the gradient of an index is added in place (torch/csrc/autograd/FunctionsManual.cpp,
 ``index_backward``), where fake tensors take a copy.
 
     python tools/mixture_cases.py [name ...]           # write (all, or the named files)
@@ -72,11 +72,9 @@ def real_model(config: dict[str, Any], dtype: torch.dtype, attention: str) -> An
     auto = transformers.AutoModelForCausalLM
     if "vision_config" in config:
         auto = transformers.AutoModelForImageTextToText
+    wanted = None if attention == "sdpa" else attention  # by default, and where a part has it
     with torch.device("meta"):
-        try:
-            return auto.from_config(settings, dtype=dtype, attn_implementation=attention)
-        except ValueError:
-            return auto.from_config(settings, dtype=dtype, attn_implementation="eager")
+        return auto.from_config(settings, dtype=dtype, attn_implementation=wanted)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def job_of(resolved: Resolved) -> Job:
         keep_outputs=stack.keeps_outputs,
         outputs_to_fp32=autocast is not None and stack.outputs_to_fp32,
         seq_len=local_seq_len(batch.seq_len, sharding),
-        single=batch.micro == 1,
+        one_sequence=batch.micro == 1,
         returns_cache=checkpointing.kind == "none",
         holds_4bit_inputs=stack.holds_4bit_inputs,
         unpacks_gptq=stack.unpacks_gptq,

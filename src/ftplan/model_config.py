@@ -32,7 +32,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
             remedy="pass the path of a Hugging Face config.json or of a folder that holds one",
         ) from None
     try:
-        config = json.loads(text, parse_constant=_refused_number, object_pairs_hook=_once)
+        config = json.loads(text, parse_constant=_number, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         where = replace(where, line=error.lineno, column=error.colno)
         raise InputError(f"not JSON: {error.msg}", location=where) from None
@@ -54,6 +54,7 @@ _HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model", "dim", "model_dim")
 _LAYERS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
 )  # fmt: skip
+_LAYER_LISTS = ("layers_block_type", "layer_types")
 _VOCABULARY = ("vocab_size", "padded_vocab_size")
 _SIZES = (
     *_HIDDEN, *_LAYERS, *_VOCABULARY, "num_decoder_layers", "intermediate_size", "ffn_dim",
@@ -67,8 +68,11 @@ class _BadConfigError(Exception):
     """What a config.json cannot say."""
 
 
-def _refused_number(text: str) -> float:
-    raise _BadConfigError(f"{text} is no size")
+def _number(text: str) -> float:
+    """Limits may be infinite (Mamba 2's ``time_step_limit``); no size is."""
+    if text == "NaN":
+        raise _BadConfigError("NaN is no size")
+    return float(text)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -94,7 +98,7 @@ def _check_sizes(config: Mapping[str, Any], where: Location) -> None:
                 )
     if any(isinstance(value, dict) and key.endswith("_config") for key, value in config.items()):
         return  # the parts have sizes of their own, or their class's
-    for names in (_HIDDEN, _LAYERS, _VOCABULARY):
+    for names in (_HIDDEN, (*_LAYERS, *_LAYER_LISTS), _VOCABULARY):
         if not any(config.get(name) for name in names):
             raise InputError(
                 f"it has no {names[0]}",

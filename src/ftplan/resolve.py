@@ -96,6 +96,7 @@ def resolve(plan: Plan, *, base: Path | None = None) -> Resolved:
     task = filler.fill("task", plan.task, "sft" if plan.method else "serve")
     plan = replace(plan, stack=stack.name, task=task)
     if plan.method is not None and task != "serve":
+        config = _loaded(config, stack, plan, filler)
         plan = _with_task(_training(plan, stack, config, filler), config, filler)
     else:
         plan = _serving(plan, config, filler)
@@ -109,6 +110,21 @@ def resolve(plan: Plan, *, base: Path | None = None) -> Resolved:
         stack=stack,
         gpu=gpu,
     )
+
+
+def _loaded(
+    config: Mapping[str, Any] | None, stack: Stack, plan: Plan, filler: _Filler
+) -> Mapping[str, Any] | None:
+    """What the stack's class makes of a config where no image is in the batch."""
+    from ftplan.memory.families import text_alone
+
+    if config is None or plan.batch.images or not stack.text_class:
+        return config
+    text = text_alone(config)
+    if text is None:
+        return config
+    filler.fill("model", None, "its language model alone", stack.sources["text_class"])
+    return text
 
 
 def native_dtype(config: Mapping[str, Any] | None) -> str | None:

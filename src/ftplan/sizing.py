@@ -158,6 +158,7 @@ class _Fit:
         sizer = sizer_for(resolved, way.plan, self.base)
         self.most = _longest(resolved.config)
         device = sizer.counters(self.micro, self.seq_len).device
+        structure = sizer.structure(self.seq_len, self.micro)
         micro = longest = 0
         if self.gpu is not None:
             micro = sizer.largest_micro(self.seq_len)
@@ -168,7 +169,7 @@ class _Fit:
             verdict=sizer.verdict(self.micro, self.seq_len) if self.gpu else "unknown",
             peak_bytes=device.expected,
             headroom_bytes=sizer.room.usable_bytes - device.high if self.gpu else None,
-            trainable_params=sizer.structure(self.seq_len).trainable_params,
+            trainable_params=structure.trainable_params,
             largest_micro=micro or None,
             longest_seq_len=longest or None,
         )

@@ -146,6 +146,9 @@ class Stack:
     """Whether batches differ in length when nothing is said."""
     loss_columns: int | None = None
     """`chunked`: columns of the vocabulary that are met at a time; None: all."""
+    text_class: bool = False
+    """Whether a model is loaded by `AutoModelForCausalLM`, which leaves the tower of some
+    vision-language models out."""
     notes: tuple[str, ...]
     """What no field can say, and what differs between versions."""
     sources: Mapping[str, str]

@@ -73,6 +73,9 @@ def fit(
             "--watts", min=1, help="What one card draws.", rich_help_panel=_DATA, show_default=False
         ),
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say where each assumption was read.")
+    ] = False,
     format: FormatOption = "table",
     output: OutputOption = None,
 ) -> int:
@@ -113,7 +116,8 @@ def fit(
 
         plan_file = output if output and output.suffix.lower() in (".yaml", ".yml") else None
         target = None if plan_file else output
-        emit(render(answer, width=screen_width(target), colour=use_colour(target)), target)
+        width, colour = screen_width(target), use_colour(target)
+        emit(render(answer, width=width, colour=colour, explain=explain), target)
         if plan_file is not None:
             _write_plan(job, answer, plan_file)
     if solve is not None:

@@ -24,6 +24,11 @@ from ftplan.report import Verdict
 __all__ = ["Records", "Room", "Sizer", "largest"]
 
 
+GRAIN = 128
+"""Kernels fill sequences up to multiples of at most so many tokens: a record holds for lengths that
+leave the same remainder."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
     """The card a job has to fit."""
@@ -61,7 +66,7 @@ def largest(fits: Callable[[int], bool], *, most: int) -> int:
 class Records:
     """What was recorded of one job: it holds on every card that is alike to the calculator."""
 
-    structures: dict[tuple[int, bool], Structure] = field(default_factory=dict)
+    structures: dict[tuple[int, int, bool], Structure] = field(default_factory=dict)
     """By side of the model's attention window, and for one sequence or several."""
     demands: dict[int, Demand] = field(default_factory=dict)
     """By the identity of their record, which lives as long."""
@@ -93,17 +98,16 @@ class Sizer:
         self.evaluated = 0
         """How many sizes were asked of a record."""
 
-    def structure(self, seq_len: int, micro: int = 1) -> Structure:
-        """The record that holds for a sequence length, and for one sequence or several."""
-        side, single = sum(edge <= seq_len for edge in self._edges), micro == 1
+    def structure(self, seq_len: int, micro: int | None = None) -> Structure:
+        """The record that holds for a sequence length, and for one sequence or for several."""
+        side = sum(edge <= seq_len for edge in self._edges)
+        alone = (self.job.micro if micro is None else micro) == 1
+        key = side, seq_len % GRAIN, alone
         structures = self._records.structures
-        if (side, single) not in structures:
-            environment = replace(self.job.environment, seq_len=seq_len, single=single)
-            structure = structure_of(replace(self.job, environment=environment))
-            structures[side, single] = structure
-            if (structure.network.loss_shifts or environment.loss_shifts) == "labels":
-                structures[side, not single] = structure
-        return structures[side, single]
+        if key not in structures:
+            environment = replace(self.job.environment, seq_len=seq_len, one_sequence=alone)
+            structures[key] = structure_of(replace(self.job, environment=environment))
+        return structures[key]
 
     def record(self, micro: int, seq_len: int) -> Structure:
         """The record that holds for a batch."""
@@ -174,18 +178,21 @@ class Sizer:
         return largest(lambda micro: self.fits(micro, seq_len), most=most)
 
     def longest(self, micro: int, *, most: int) -> int:
-        """Longest sequence that fits, in tokens; 0: not even one token does."""
+        """Longest sequence that fits, in tokens: ``most``, or a multiple of :data:`GRAIN`, or less
+        than that; 0: not even one token does."""
+        if self.fits(micro, most):
+            return most
         # Beyond a window the record is another one: each side is searched by itself, the
         # longest first.
-        edges = [1, *(edge for edge in self._edges if 1 < edge <= most), most + 1]
-        for start, stop in reversed(list(pairwise(edges))):
+        edges = {-(-edge // GRAIN) for edge in (1, *self._edges, most) if edge <= most}
+        for start, stop in reversed(list(pairwise(sorted(edges)))):
             found = largest(partial(self._fits_from, micro, start), most=stop - start)
             if found:
-                return start + found - 1
-        return 0
+                return (start + found - 1) * GRAIN
+        return largest(partial(self.fits, micro), most=min(GRAIN, most) - 1)
 
     def _fits_from(self, micro: int, start: int, count: int) -> bool:
-        return self.fits(micro, start + count - 1)
+        return self.fits(micro, (start + count - 1) * GRAIN)
 
 
 def _windows(config: Mapping[str, object]) -> list[int]:
@@ -195,7 +202,7 @@ def _windows(config: Mapping[str, object]) -> list[int]:
         if isinstance(value, Mapping):
             edges |= set(_windows(value))
         elif isinstance(value, int) and not isinstance(value, bool) and value > 1:
-            if "window" in name or "chunk" in name or "block_size" in name:
+            if any(word in name for word in ("window", "chunk", "block_size", "topk")):
                 edges.add(value)
         elif isinstance(value, list) and "window" in name:
             edges |= {item for item in value if isinstance(item, int) and item > 1}

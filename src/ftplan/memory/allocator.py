@@ -46,9 +46,6 @@ class Block:
         self.before: Block | None = None
         self.after: Block | None = None
 
-    def __lt__(self, other: Block) -> bool:
-        return (self.size, self.address) < (other.size, other.address)
-
 
 class Allocator:
     """One GPU's segments. ``capacity``: bytes that the driver has; None: no end to them."""
@@ -60,8 +57,8 @@ class Allocator:
         self._large = 0
         self._small = 0
         self._small_segments = 0
-        self._free: list[Block] = []
-        self._wanted = Block(0, -1)
+        self._free: list[tuple[int, int, Block]] = []
+        """By size, then by address."""
         self._next = 0
 
     @property
@@ -82,10 +79,9 @@ class Allocator:
                 self._small_segments += SMALL_SEGMENT
                 self.peak_bytes = max(self.peak_bytes, self.reserved_bytes)
             return size
-        free, wanted = self._free, self._wanted
-        wanted.size = size
-        at = bisect_left(free, wanted)
-        block = free.pop(at) if at < len(free) else self._segment(size)
+        free = self._free
+        at = bisect_left(free, (size,))
+        block = free.pop(at)[2] if at < len(free) else self._segment(size)
         rest = block.size - size
         if rest > SMALL:
             block.size = size
@@ -114,7 +110,7 @@ class Allocator:
                 block.after.before = before
             block = before
         block.free = True
-        insort(self._free, block)
+        insort(self._free, (block.size, block.address, block))
 
     def _segment(self, size: int) -> Block:
         whole = LARGE_SEGMENT if size < LEAST_OWN else -(-size // ROUNDING) * ROUNDING
@@ -135,19 +131,19 @@ class Allocator:
         if block.after is not None:
             block.after.before = part
         block.after = part
-        insort(self._free, part)
+        insort(self._free, (part.size, part.address, part))
 
     def _take(self, block: Block) -> None:
-        self._free.pop(bisect_left(self._free, block))
+        self._free.pop(bisect_left(self._free, (block.size, block.address)))
 
     def _give_back(self) -> None:
         """Segments that are free as a whole return to the driver."""
-        kept: list[Block] = []
-        for block in self._free:
+        kept: list[tuple[int, int, Block]] = []
+        for size, address, block in self._free:
             if block.before is None and block.after is None:
-                self._large -= block.size
+                self._large -= size
             else:
-                kept.append(block)
+                kept.append((size, address, block))
         self._free = kept
 
 

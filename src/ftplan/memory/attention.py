@@ -15,6 +15,7 @@ from ftplan.memory.tape import (
     BATCH,
     ONE,
     SCORES,
+    SEQ,
     SQUARE,
     TOKENS,
     Grads,
@@ -31,7 +32,10 @@ __all__ = [
     "attend_broadcast",
     "kernel",
     "make_mask",
+    "operand",
     "pairs",
+    "sequence_rows",
+    "spread",
     "with_prefix",
 ]
 
@@ -70,7 +74,8 @@ def kernel(env: Environment, heads: Heads, dtype: str, *, masked: bool) -> str:
     half = dtype in ("bf16", "fp16")
     if half and env.modern and not masked and heads.size == heads.value_size and heads.size <= 256:
         return "flash"
-    return "math" if heads.groups > 1 and not masked else "efficient"
+    shared = heads.groups > 1 and not masked and heads.size == heads.value_size <= 256
+    return "math" if shared else "efficient"
 
 
 def make_mask(
@@ -86,13 +91,13 @@ def make_mask(
 
     ``dtype``: of the embeddings. A sliding ``window`` needs a mask from that length on. Eager
     attention has an additive one, (b, 1, s, s); SDPA a boolean one, shared by the sequences
-    unless they are padded. ``eager``: the model has no other implementation. ``always``: the
+    unless they are padded. ``eager``: the model has no SDPA, and is eager instead. ``always``: the
     model asks for a mask even where a flag would do (Falcon).
     """
     env = tape.env
-    eager = eager or env.attention == "eager"
+    eager = env.attention == "eager" or (eager and env.attention == "sdpa")
     cut = window is not None and env.seq_len is not None and env.seq_len >= window
-    if env.attention == "flash" and not eager:
+    if env.attention == "flash":
         return None
     if not (env.padding_mask or cut or always) and not (eager and causal):
         return None
@@ -121,7 +126,7 @@ def attend(
     ``by_head``: the queries lie in memory head by head (a ``cat`` made them so); flash lays out
     its output like its queries, and the output is copied to lie token by token.
     ``bias``: added to the scores of every sequence alike (T5's positions), heads x s x s; what
-    SDPA takes for a mask has it in already. ``eager``: the model has no other implementation.
+    SDPA takes for a mask has it in already. ``eager``: the model has no SDPA, and is eager instead.
     ``held`` receives the attention weights that eager attention returns beside its output, for
     blocks that hold them until they return. ``window``: tokens that each one sees, which flash
     knows without a mask. ``reach``: keys that a query sees where rows are no tokens (patches).
@@ -155,23 +160,44 @@ def _attend(
     seen: tuple[int | None, int],
 ) -> Tensor:
     env = q.tape.env
-    if eager or env.attention == "eager":
-        return _eager(q, k, v, heads, mask, bias, held)
-    given = (k.dtype, v.dtype)
-    q, k, v = (ops.autocast(t) for t in (q, k, v))
+    if env.attention == "eager" or (eager and env.attention == "sdpa"):
+        return _eager(q, k, v, heads, mask, bias, held, by_head=by_head)
     masked = mask is not None or env.padding_mask
-    choice = kernel(env, heads, q.dtype, masked=masked)
+    choice = kernel(env, heads, env.autocast or q.dtype, masked=masked)
+    if choice == "efficient":  # transformers repeats the heads; one head by a view
+        k, v = (ops.expand_heads(t, heads.groups, copied=heads.kv_count > 1) for t in (k, v))
+    q, k, v = (ops.autocast(t) for t in (q, k, v))
     if choice == "math":
-        return ops.copy(_math(q, k, v, heads))
-    if masked and choice != "flash":
-        # one head is repeated by a view, unless autocast then casts what was repeated
-        if heads.kv_count > 1 or k.dtype != given[0]:
-            k = ops.expand_heads(k, heads.groups)
-        if heads.kv_count > 1 or v.dtype != given[1]:
-            v = ops.expand_heads(v, heads.groups)
-        mask = ops.autocast(additive(mask, q.tape, q.dtype))
+        return ops.copy(_math(q, k, v, heads, by_head=by_head))
+    if choice == "flash" and masked:
+        return _without_padding(q, k, v, heads, seen, by_head=by_head)
+    if masked and choice == "efficient":
+        mask = _padded(ops.autocast(additive(mask, q.tape, q.dtype)), q.tape)
     out = _fused(q, k, v, heads, mask, choice, seen)
     return ops.copy(out) if by_head and choice == "flash" else out
+
+
+def _without_padding(
+    q: Tensor, k: Tensor, v: Tensor, heads: Heads, seen: tuple[int | None, int], *, by_head: bool
+) -> Tensor:
+    """FlashAttention 2 of the tokens that no mask hides: gathered, attended to and put back.
+
+    All tokens are taken for such. Source: transformers, ``modeling_flash_attention_utils.py``.
+    """
+    index = q.tape.tensor(TOKENS, 1, "int64", "token index")
+    if by_head:
+        q, k = ops.copy(q), ops.copy(k)
+    q, k, v = (ops.gather(t, index=index) for t in (q, k, v))
+    out = _fused(q, k, v, heads, None, "flash", seen)
+    back = q.tape.tensor(out.rows, out.width, out.dtype, "padded")
+    make = ops.like(out.rows, out.width, out.dtype, out.requires_grad)
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = index
+        return (make(grad),)
+
+    ops.record([back], "index_put", [out], apply)
+    return back
 
 
 def with_prefix(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -197,9 +223,6 @@ def additive(mask: Tensor | None, tape: Tape, dtype: str) -> Tensor:
     inverse = tape.tensor(pairs(tape), 1, "bool", "inverted mask")
     bias = tape.tensor(pairs(tape), 1, dtype, "additive mask")
     del inverse
-    if tape.prefix is not None and tape.prefix.tokens % 16:  # rows are padded to 16 numbers
-        width = -(-tape.prefix.tokens // 16) * 16
-        bias = tape.tensor(SCORES + TOKENS * width, 1, dtype, "additive mask")
     return bias
 
 
@@ -230,6 +253,24 @@ def _hidden(tape: Tape, every: Size, heads: Heads, window: int | None, *, masked
     return SCORES * 2 + TOKENS * (-2 * window) + BATCH * (window * (window - 1))
 
 
+def _padded(mask: Tensor, tape: Tape) -> Tensor:
+    """Rows of a mask are padded to 16 numbers for the kernel (``pad_bias``)."""
+    keys = (tape.env.seq_len or 0) + (tape.prefix.tokens if tape.prefix else 0)
+    if keys % 16 == 0:
+        return mask
+    return ops.pad(mask, mask.rows + _lines(mask) * (-keys % 16))
+
+
+def _lines(mask: Tensor) -> Size:
+    """Queries of a mask: of every sequence, or of all alike."""
+    return TOKENS if mask.rows[SCORES.index(1)] else SEQ
+
+
+def sequence_rows(tape: Tape, multiple: int, rows: Size = TOKENS) -> Size:
+    """Rows of tokens, where each sequence is rounded up to a multiple; others as they are."""
+    return rows + BATCH * (-(tape.env.seq_len or 0) % multiple) if rows == TOKENS else rows
+
+
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, heads: Heads, mask: Tensor | None, choice: str,
     seen: tuple[int | None, int],
@@ -245,24 +286,21 @@ def _fused(
     skipped = _hidden(tape, every, heads, window, masked=mask is not None)
     _count(tape, every, skipped, heads, choice, backward=False)
     out = tape.kept(q.rows, heads.count * heads.value_size, q.dtype, choice)
-    log_sum_exp = tape.kept(q.rows, heads.count, "fp32", f"{choice} log-sum-exp")
+    rows = sequence_rows(tape, 32, q.rows) if choice == "efficient" else q.rows
+    log_sum_exp = tape.kept(rows, heads.count, "fp32", f"{choice} log-sum-exp")
     random_state = [tape.allocate(ONE * 16, choice), tape.allocate(ONE * 8, choice)]
+    if choice == "efficient" and heads.value_size > 128 and q.dtype != "fp32":
+        accumulator = tape.tensor(q.rows, heads.count * heads.value_size, "fp32", "accumulator")
+        del accumulator
     saved = (q, k, v, mask, out.alias(), log_sum_exp, random_state)
     inputs = [q, k, v]
-    shapes = [(t.rows, t.width, t.dtype) for t in inputs]
-    single = choice == "efficient" and heads.kv_count == 1
-    full = heads.count * heads.size
-    repeats = [1] + [heads.groups if single and t.width < full else 1 for t in (k, v)]
-    makers = [
-        ops.like(t.rows, t.width * times, t.dtype, True)
-        for t, times in zip(inputs, repeats, strict=True)
-    ]
+    makers = [ops.like(t.rows, t.width, t.dtype, True) for t in inputs]
     wants = [t.requires_grad for t in inputs]
     if mask is not None and mask.requires_grad:
         inputs.append(mask)
         makers.append(ops.like(SCORES * heads.count, 1, mask.dtype, True))
         wants.append(True)
-    rows, dtype = q.rows, q.dtype
+    queries, dtype = q.rows, q.dtype
     shape = None if mask is None else (mask.rows, mask.width, mask.dtype)
 
     def apply(grad: Tensor) -> Grads:
@@ -270,10 +308,7 @@ def _fused(
         tape = grad.tape
         _count(tape, every, skipped, heads, choice, backward=True)
         grads: list[Tensor | None] = [make(grad) for make in makers]
-        _workspace(tape, rows, dtype, heads, choice)
-        for number in (1, 2):  # one gradient for the head that all share
-            if repeats[number] > 1:
-                grads[number] = ops.fit(grads[number], *shapes[number])
+        _workspace(tape, queries, dtype, heads, choice)
         if len(grads) > 3 and shape is not None:  # one gradient for all sequences
             grads[3] = ops.fit(grads[3], *shape)
         return tuple(g if wanted else None for g, wanted in zip(grads, wants, strict=True))
@@ -282,58 +317,82 @@ def _fused(
     return out
 
 
-def _workspace(tape: Tape, rows: Size, dtype: str, heads: Heads, choice: str) -> None:
+def _workspace(tape: Tape, queries: Size, dtype: str, heads: Heads, choice: str) -> None:
     """What the kernel's backward needs for a moment: row sums and an fp32 query gradient."""
-    count = heads.count
+    count, flash = heads.count, choice == "flash"
+    rows = sequence_rows(tape, 128 if flash else 32, queries)
     held = [tape.tensor(rows, count, "fp32", f"{choice} row sums")]
+    rows = rows if flash else sequence_rows(tape, 64, queries)
     if choice == "flash" or dtype != "fp32":
         size = -(-heads.size // 32) * 32
         size = 256 if choice == "flash" and size > 192 else size
         held.append(tape.tensor(rows, count * size, "fp32", f"{choice} accumulator"))
     if choice == "flash" and heads.groups > 1:
         for name in ("key", "value"):
-            held.append(tape.tensor(rows, count * heads.size, dtype, f"flash {name} gradient"))
+            held.append(tape.tensor(queries, count * heads.size, dtype, f"flash {name} gradient"))
 
 
 def attend_broadcast(q: Tensor, k: Tensor, v: Tensor, heads: Heads, mask: Tensor) -> Tensor:
     """SDPA over one key-value head that nobody expanded: no fused kernel takes it."""
     q, k, v = (ops.autocast(t) for t in (q, k, v))
     bias = additive(mask, q.tape, q.dtype)
-    out = ops.copy(_math(q, k, v, heads))
+    out = ops.copy(_math(q, k, v, heads, broadcast=True))
     del bias
     return out
 
 
-def _dense(x: Tensor) -> Tensor:
-    """A product of batches copies an operand that is a part of a wider matrix."""
-    return _part_copied(ops.autocast(x))
+def operand(x: Tensor, *, by_head: bool = False) -> Tensor:
+    """An operand of a product of batches, which are the heads of all sequences.
+
+    It is copied where heads lie token by token in memory, but for those of a single sequence
+    (``at::matmul`` folds the batch dimensions by ``reshape``).
+    """
+    return x if by_head or x.tape.env.one_sequence else ops.copy(x)
 
 
-def _part_copied(x: Tensor) -> Tensor:
-    if x.storage is None:
-        return x
-    whole = x.tape.sizes[x.storage.index - 1]
-    return x if whole == x.numel * ops.item_bytes(x.dtype) else ops.copy(x)
-
-
-def _math(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
+def _math(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: Heads,
+    *,
+    by_head: bool = False,
+    broadcast: bool = False,
+) -> Tensor:
     """The quadratic fallback inside SDPA: scaled operands, scores, softmax, product, in fp32.
 
-    Source: aten/src/ATen/native/transformers/attention.cpp, ``_scaled_dot_product_attention_math``.
+    ``broadcast``: the products spread one key-value head over all queries', else it is repeated
+    before anything else. What is cast and scaled is held until the function returns. Source:
+    aten/src/ATen/native/transformers/attention.cpp, ``_scaled_dot_product_attention_math``.
     """
-    rows = SCORES * heads.count
+    rows, width = SCORES * heads.count, heads.count * heads.value_size
     tape, dtype = q.tape, q.dtype
-    q, k, v = (ops.to(t, "fp32") for t in (q, k, v))
-    k, v = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
-    q, k, v = ops.scale(q), ops.scale(k), _part_copied(v)
-    weights = _safe_softmax(ops.matmul(q, k, rows, 1, "scores", exact=True))
+    accurate = [ops.to(t, "fp32") for t in (q, k, v)]
+    scaled = ops.scale(accurate[0])
+    keys, values = accurate[1:]
+    if not broadcast:
+        keys, values = (ops.expand_heads(t, heads.groups) for t in (keys, values))
+    alone = by_head or heads.groups > 1
+    left = operand(scaled, by_head=by_head)
+    right = ops.scale(keys)
+    right = spread(right, heads) if broadcast else operand(right, by_head=alone)
+    scores = ops.matmul(left, right, rows, 1, "scores", exact=True)
+    del left, right
+    weights = _safe_softmax(scores)
+    del scores
     weights = ops.dropout(weights, heads.dropout)
-    width = heads.count * heads.value_size
-    out = ops.to(ops.matmul(weights, v, q.rows, width, "attention", exact=True), dtype)
+    values = spread(values, heads) if broadcast else operand(values, by_head=heads.groups > 1)
+    out = ops.matmul(weights, values, q.rows, width, "attention", exact=True)
     if dtype != "fp32":  # the weights are cast too, for nobody
         unused = tape.tensor(rows, 1, dtype, "weights")
+        out = ops.to(out, dtype)
         del unused
     return out
+
+
+def spread(x: Tensor, heads: Heads) -> Tensor:
+    """One head as an operand beside many: a copy, or a view where there is but one sequence."""
+    return ops.expand_heads(x, heads.groups, copied=not x.tape.env.one_sequence)
 
 
 def _safe_softmax(scores: Tensor) -> Tensor:
@@ -357,12 +416,18 @@ def _eager(
     mask: Tensor | None,
     bias: Tensor | None,
     held: list[Tensor] | None,
+    *,
+    by_head: bool,
 ) -> Tensor:
     """transformers' ``eager_attention_forward``."""
     rows = pairs(q.tape) * heads.count
     dtype = q.dtype
-    keys, values = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
-    weights = ops.scale(ops.matmul(_dense(q), _dense(keys), rows, 1, "scores"))
+    alone = heads.groups > 1 and heads.kv_count > 1  # one head is repeated by a view
+    keys, values = (ops.expand_heads(t, heads.groups, copied=alone) for t in (k, v))
+    left = operand(ops.autocast(q), by_head=by_head)
+    right = operand(ops.autocast(keys), by_head=alone or (by_head and heads.groups == 1))
+    weights = ops.scale(ops.matmul(left, right, rows, 1, "scores"))
+    del left, right
     if heads.softcap:
         weights = ops.scale(weights)
         weights = ops.unary(weights, "tanh", "output")
@@ -382,4 +447,5 @@ def _eager(
     if held is not None:
         held.append(weights)
     width = heads.count * heads.value_size
-    return ops.copy(ops.matmul(weights, _dense(values), q.rows, width, "attention"))
+    values = operand(ops.autocast(values), by_head=alone)
+    return ops.copy(ops.matmul(weights, values, q.rows, width, "attention"))

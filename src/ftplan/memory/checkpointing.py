@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ftplan.memory import ops
-from ftplan.memory.tape import Node, Selected, Tape, Tensor
+from ftplan.memory.tape import Node, Rerun, Selected, Tensor
 
-__all__ = ["checkpoint"]
+__all__ = ["checkpoint", "checkpoint_all"]
 
 
 def checkpoint(
@@ -20,88 +20,68 @@ def checkpoint(
 ) -> Tensor:
     """``torch.utils.checkpoint``: ``function(x)``, of which autograd keeps ``x`` alone.
 
-    ``others`` are further inputs that may ask for a gradient; ``trains`` says whether the function
-    has weights that do. ``offload``: ``x`` waits in host memory.
+    ``others`` are further inputs that may ask for a gradient, which the function holds; ``trains``
+    says whether it has weights that do. ``offload``: ``x`` waits in host memory.
     """
+    return checkpoint_all(lambda x: [function(x)], x, others, trains=trains, offload=offload)[0]
+
+
+def checkpoint_all(
+    function: Callable[[Tensor], list[Tensor]],
+    x: Tensor,
+    others: Sequence[Tensor] = (),
+    *,
+    trains: bool,
+    offload: bool = False,
+) -> list[Tensor]:
+    """:func:`checkpoint` of a function with several outputs that may have a gradient."""
     tape = x.tape
     inputs = [x, *others]
     if not tape.grad_enabled or not (trains or any(t.requires_grad for t in inputs)):
         return function(x)
+    if tape.rerun is not None:
+        tape.rerun.stop = len(tape.events)  # a checkpoint in a checkpoint saves its inputs
     held: list[Tensor] = []
     selected = Selected() if tape.env.keeps_products else None
     inputs_edges = [ops.edge(t) for t in inputs]
-    with tape.no_grad():
-        tape.escaped = None if tape.env.reentrant else held
-        tape.selected = selected
-        out = function(x)
-        tape.escaped = tape.selected = None
+    tape.escaped = None if tape.env.reentrant else held
+    tape.selected = selected
+    with tape.unsaved():
+        outputs = function(x)
+    tape.escaped = tape.selected = None
 
     stored: Callable[[], Tensor] = _host_copy(x) if offload else lambda: x
 
-    def forward_again(grad: Tensor | None) -> Tensor:
+    def forward_again(grads: list[Tensor | None]) -> Rerun:
         casts, cached = tape.weight_cache, tape.cached
         tape.weight_cache, tape.cached = {}, []
-        before, tape.again = tape.again, True
-        counted = len(tape.products)
+        before, tape.rerun = tape.rerun, Rerun(
+            start=len(tape.events), first=tape.sequence, counted=len(tape.products),
+            deferred=not tape.env.reentrant,
+        )  # fmt: skip
+        run = tape.rerun
         with tape.scoped("recomputed"):
             start = stored()
-            kept: list[Tensor | None] = [start]
+            kept: list[object] = [start, function]
             tape.recalled = held if held else None
             tape.selected = None if selected is None else Selected(selected.held, again=True)
-            again = function(_entry(start, kept))
+            # with reentry the graph made now is gone back through, else it is dropped at once
+            graph, tape.attributes = tape.attributes, kept if tape.env.reentrant else []
+            run.outputs = function(_entry(start, kept))
+            tape.attributes = graph
             del start
             tape.recalled = tape.selected = None
-        tape.weight_cache, tape.cached = casts, cached
-        tape.again = before
+        tape.weight_cache, tape.cached, tape.rerun = casts, cached, before
         if tape.env.reentrant:  # its backward holds the gradient and the output on the stack
-            kept += [grad, again]
-        else:
-            _stop_early(tape, counted, again)
-        return again
+            kept += [*grads, *run.outputs]
+        return run
 
-    node = Node(tape, "checkpoint", inputs_edges, _never)
+    node = Node(tape, "checkpoint", inputs_edges, _never, len(outputs))
     node.recompute = forward_again
-    out.requires_grad, out.node = True, node
-    return out
-
-
-_RUNS_AFTER_SAVING = ("linear", "matmul", "grouped_mm", "bmm", "scores", "attention", "einsum")
-"""Products: they save their operands before they run. Others save what they have made."""
-_UNSEEN = ("checkpoint input", "int8 matmul")
-"""Nodes that hold tensors by themselves, where saved-tensor hooks do not see them."""
-
-
-def _stop_early(tape: Tape, counted: int, out: Tensor) -> None:
-    """Recomputing ends when the last tensor is saved: products from there on are not computed.
-
-    Source: torch/utils/checkpoint.py 2.13, ``_StopRecomputationError``.
-    """
-    last = _last_to_save(out)
-    if last is not None:
-        end = last.sequence - (last.name in _RUNS_AFTER_SAVING)
-        tape.products[counted:] = [p for p in tape.products[counted:] if p.sequence < end]
-
-
-def _last_to_save(out: Tensor) -> Node | None:
-    """The latest node that keeps a tensor: what a node keeps is what its function closes over."""
-    nodes = {out.node.sequence: out.node} if isinstance(out.node, Node) else {}
-    while nodes:
-        latest = nodes.pop(max(nodes))
-        if latest.name not in _UNSEEN and _keeps(latest.apply):
-            return latest
-        nodes |= {edge[0].sequence: edge[0] for edge in latest.edges if isinstance(edge, tuple)}
-    return None
-
-
-def _keeps(apply: Callable[..., object] | None) -> bool:
-    cells = getattr(apply, "__closure__", None) or ()
-    return any(_holds_tensor(cell.cell_contents) for cell in cells)
-
-
-def _holds_tensor(value: object) -> bool:
-    if isinstance(value, tuple | list):
-        return any(map(_holds_tensor, value))
-    return isinstance(value, Tensor)
+    for number, out in enumerate(outputs):
+        if out.requires_grad and isinstance(out.node, Node):
+            out.node, out.output_nr = node, number
+    return outputs
 
 
 def _host_copy(x: Tensor) -> Callable[[], Tensor]:
@@ -121,13 +101,14 @@ def _host_copy(x: Tensor) -> Callable[[], Tensor]:
     return back
 
 
-def _entry(x: Tensor, kept: list[Tensor | None]) -> Tensor:
+def _entry(x: Tensor, kept: list[object]) -> Tensor:
     """The input as the recomputed function sees it; what is ``kept`` lives until its gradient."""
     seen = x.alias()
 
     def apply(grad: Tensor) -> tuple[Tensor | None, ...]:
         if grad.tape.env.hooks_hold_inputs:
-            grad.tape.cached += [tensor.alias() for tensor in (kept[0], grad) if tensor]
+            held = [value for value in (kept[0], grad) if isinstance(value, Tensor)]
+            grad.tape.cached += [tensor.alias() for tensor in held]
         kept.clear()
         return (grad,)
 

@@ -71,8 +71,8 @@ class Environment:
     """GPTQ weights are unpacked by elementwise steps, and autograd keeps what comes out."""
     returns_cache: bool = False
     """Models whose code returns keys and values as tensors do so: nothing is checkpointed."""
-    single: bool = False
-    """One sequence in a batch: slices of it lie in one piece, and are not copied."""
+    one_sequence: bool = False
+    """The micro batch is a single sequence: views that mix its heads and tokens need no copy."""
     reentrant: bool = False
     """Which implementation of checkpointing recomputes a block."""
     training: bool = True

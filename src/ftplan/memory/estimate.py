@@ -95,6 +95,7 @@ def static_terms(
     """Weights, adapters and optimizer states. ``whole``: before anything was sharded."""
     frozen = [entry for entry in counted if not entry[0].trainable]
     learned = [entry for entry in counted if entry[0].trainable]
+    stepped = [entry for entry in learned if entry[0].reached and not entry[0].idle]
     own = "adapters/parameters" if job.method == "adapter" else "weights/trainable"
     terms = [
         weights_term(frozen, "weights/frozen", "shapes from config.json"),
@@ -105,7 +106,7 @@ def static_terms(
         terms = []  # they wait on the host, or on NVMe
     trained = sum(parameter.numel * times for parameter, times, _ in learned)
     states = " + ".join(f"{s.name} ({s.dtype}, {s.shape})" for s in job.optimizer.states)
-    updated, parts = [entry for entry in learned if not entry[0].idle], ""
+    updated, parts = stepped, ""
     if layout is not None:
         ranks = job.sharding.data_ranks
         updated = [(partition(p, ranks), times, m) for p, times, m in whole if p.trainable]
@@ -114,7 +115,7 @@ def static_terms(
     elif job.main_weights:
         # Megatron's distributed optimizer: main weights and states over the data parallel ranks
         ranks = job.sharding.data_ranks if job.sharding.kind == "zero1" else 1
-        updated = [(partition(p, ranks), times, m) for p, times, m in learned]
+        updated = [(partition(p, ranks), times, m) for p, times, m in stepped]
         terms.append(main_weights(updated))
         terms.append(
             weights_term(
@@ -224,15 +225,21 @@ class Structure:
         counted = own + (counted_parameters(objective.critic) if objective.critic else [])
         ranks = shard_ranks(job.sharding)
         local = [(_shard(p, ranks), times, matrix) for p, times, matrix in counted]
-        learned = [entry for entry in local if entry[0].trainable]
         layout = layout_of(network, job.sharding) if job.sharding.is_zero else None
+        if job.stage is not None:
+            one_chunk(network, job.stage)
+        self.program = program_of(job, network, objective)
+        for (part, *_), (whole, *_) in zip(local, counted, strict=True):
+            part.reached = whole.reached or job.stage is not None
+        learned = [entry for entry in local if entry[0].trainable and entry[0].reached]
         static = static_terms(job, local, counted, layout)
-        if network.buffer_bytes:
+        buffers = network.buffer_bytes + network.buffer_elements * ITEM_BYTES[network.loaded_dtype]
+        if buffers:
             static.append(
                 StaticTerm(
                     name="weights/buffers",
-                    bytes=network.buffer_bytes,
-                    formula=f"{network.buffer_bytes:,}",
+                    bytes=buffers,
+                    formula=f"{buffers:,}",
                     source="masks, tables and buffers that are kept beside the weights",
                 )
             )
@@ -270,13 +277,10 @@ class Structure:
             parts = [(partition(p, ranks), n, m) for p, n, m in counted if p.trainable]
             needs = step_bytes(job.optimizer, parts)
             self.step_bytes = step_temporaries(job.sharding, layout, needs)
-        if job.stage is not None:
-            one_chunk(network, job.stage)
         self.learned = learned
         self.network = network
         self.counted = counted
         self._fused = _fused_chunk(job, network, self.static_bytes)
-        self.program = program_of(job, network, objective)
         self.eval_micro = job.eval_micro
         evaluated = job.eval_micro and job.stage is None
         self.evaluation = _evaluation_of(job, network, objective) if evaluated else None
@@ -488,9 +492,14 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
             f"the task {job.task!r} under pipeline parallelism",
             remedy="use tensor parallelism, fsdp or zero3",
         )
+    environment = job.environment
+    if objective.sequences > 1 and environment.one_sequence:
+        environment = replace(environment, one_sequence=False)
+    if network.virtual_tokens and environment.seq_len:
+        environment = replace(environment, seq_len=environment.seq_len + network.virtual_tokens)
     recording = record_step(
         network,
-        job.environment,
+        environment,
         checkpoint_every=job.checkpoint_every,
         input_grads=job.checkpoint_every > 0 and not job.modules,
         share=stage,

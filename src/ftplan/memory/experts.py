@@ -182,7 +182,11 @@ def normalize_(x: Tensor) -> Tensor:
 class Folded(Protocol):
     """An adapter whose update is added to a weight in each forward."""
 
-    def fold(self, tape: Tape) -> Tensor:
+    def update(self, tape: Tape) -> tuple[Tensor, ...]:
+        """What the update is made of, before the module runs."""
+        ...
+
+    def fold(self, update: tuple[Tensor, ...]) -> Tensor:
         """The weight with its update."""
         ...
 
@@ -256,7 +260,10 @@ class Router(Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         adapted = self.folded.get("weight")
-        weight = adapted.fold(x.tape) if adapted else x.tape.leaf(self.weight)
+        if adapted:
+            weight = adapted.fold(adapted.update(x.tape))
+        else:
+            weight = x.tape.leaf(self.weight)
         bias = x.tape.leaf(self.bias) if self.bias else None
         if self.upcast:
             return ops.linear(ops.to(x, "fp32"), ops.to(weight, "fp32"), bias)
@@ -326,6 +333,9 @@ class Experts(Module):
         if self.expands_to is not None:
             return self._one_by_one(x, routing, top_k, self.expands_to)
         rows = TOKENS * top_k
+        # wrappers lie in each other: that of the last parameter is outside
+        adapted = [name for name in reversed(self.names) if name in self.folded]
+        updates = {name: self.folded[name].update(tape) for name in adapted}
         index = _index(routing.index, rows, "sorted experts")
         order = _index(routing.index, rows, "sort order")
         picked = gather_rows(x, _index(routing.index, rows, "token order"), rows, x.width)
@@ -334,10 +344,10 @@ class Experts(Module):
         offsets = tape.tensor(ONE, self.count, "int32", "expert offsets")
         bias = self._bias(self.names[0], index)
         folded: list[Tensor] = []  # ``parametrize.cached``: alive until the experts return
-        out = self._linear(picked, self.names[0], bias, offsets, folded)
+        out = self._linear(picked, self.names[0], bias, offsets, updates, folded)
         out = self.gate(out) if self.gated else activation(out, self.act)
         bias = self._bias(self.names[1], index)
-        out = self._linear(out, self.names[1], bias, offsets, folded)
+        out = self._linear(out, self.names[1], bias, offsets, updates, folded)
         weighted = ops.mul(out, weights, "weighted experts")
         back = _index(routing.index, rows, "inverse order")
         weighted = gather_rows(weighted, back, rows, weighted.width)
@@ -378,14 +388,15 @@ class Experts(Module):
 
     def _linear(
         self, x: Tensor, name: str, bias: Tensor | None, offsets: Tensor,
-        folded: list[Tensor] | None = None,
+        updates: dict[str, tuple[Tensor, ...]], folded: list[Tensor],
     ) -> Tensor:  # fmt: skip
         weight = self.parameters[name]
         width = weight.shape[2 if self.transposed else 1]
-        adapted = self.folded.get(name)
-        operand = adapted.fold(x.tape) if adapted else x.tape.leaf(weight)
-        if adapted and folded is not None:
+        if name in updates:
+            operand = self.folded[name].fold(updates[name])
             folded.append(operand)
+        else:
+            operand = x.tape.leaf(weight)
         return grouped_linear(x, operand, offsets, width, bias)
 
 

@@ -8,6 +8,7 @@ there: a tensor that a forward still names is a tensor that still occupies memor
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,10 +37,22 @@ class Module:
     """A named tree of parameters. Subclasses define ``forward``."""
 
     forward: Callable[..., Any]
+    skipped = False
+    """The model's forward passes this block over."""
 
     def __init__(self) -> None:
         self.children: dict[str, Module] = {}
         self.parameters: dict[str, Parameter] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Module:
+        """A module like this one, with weights of its own; what is neither is shared."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            vars(twin)[name] = _twin(value, memo)
+        twin.children = _twin_values(self.children, memo)
+        twin.parameters = _twin_values(self.parameters, memo)
+        return twin
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Module):
@@ -77,6 +90,22 @@ class Module:
         """Put ``module`` where another one is."""
         parent, _, name = path.rpartition(".")
         setattr(self.child(parent) if parent else self, name, module)
+
+
+def _twin(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, (Module, Parameter)):
+        return copy.deepcopy(value, memo)
+    if isinstance(value, list):
+        return [_twin(item, memo) for item in value]
+    if isinstance(value, tuple):
+        return tuple(_twin(item, memo) for item in value)
+    if isinstance(value, dict) and isinstance(next(iter(value.values()), None), Module):
+        return _twin_values(value, memo)
+    return value
+
+
+def _twin_values(values: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
+    return {name: copy.deepcopy(value, memo) for name, value in values.items()}
 
 
 class Linear(Module):
@@ -227,9 +256,9 @@ def _gelu_new(x: Tensor) -> Tensor:
     Autocast runs the power in fp32, and everything after it follows.
     """
     half = ops.scale(x)
-    cube = ops.unary(ops.autocast_fp32(x), "pow", "input")
-    inner = ops.scale(ops.add(x, ops.scale(cube)))
-    return ops.mul(half, ops.shift(ops.unary(inner, "tanh", "output")))
+    inner = ops.scale(ops.add(x, ops.scale(ops.power(ops.autocast_fp32(x)))))
+    inner = ops.shift(ops.unary(inner, "tanh", "output"))
+    return ops.mul(half, inner)
 
 
 def _gelu_fast(x: Tensor) -> Tensor:
@@ -255,16 +284,38 @@ class Shared:
     """A position bias with a gradient (T5)."""
     cross_bias: Tensor | None = None
     """The same for cross attention: zeros."""
+    zeros: list[tuple[Tensor, Parameter]] = field(default_factory=list)
+    """The first of these zeros, and what collects a gradient of them that nobody asks for: under
+    checkpointing."""
     memory: Tensor | None = None
     """The encoder's output, for cross attention."""
     held: list[Tensor] = field(default_factory=list)
-    """What the model's forward has names for until it ends (what a tower returned)."""
+    """What the model's forward has names for until it returns: what came out of the embeddings, or
+    of a tower."""
+    kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Keys and values that later layers use too, by layer type: one place for all layers, also
+    when they run again (Gemma 4)."""
+    picked: Tensor | None = None
+    """Which tokens the layer before looked at (GLM-5)."""
+    layer_inputs: list[Tensor] = field(default_factory=list)
+    """A tensor of which each layer is given a part (Gemma 4)."""
+    checkpointed: bool = False
+    """Gradient checkpointing is on, in every block or in some."""
 
-    def let_go(self) -> None:
-        """The last block of the real model that holds these has gone."""
-        self.rope.clear()
-        self.masks.clear()
-        self.mask = self.bias = self.cross_bias = self.memory = None
+    def made(self) -> list[Tensor]:
+        """What blocks make for others."""
+        kept = [tensor for pair in self.kept.values() for tensor in pair]
+        return [t for t in (self.bias, self.cross_bias, *kept) if t is not None]
+
+    def given(self) -> list[Tensor]:
+        """What blocks are handed that may ask for a gradient, beside their input."""
+        whole = [] if self.memory is None else [self.memory]
+        return [*whole, *self.made(), *self.layer_inputs]
+
+    def forget(self) -> None:
+        """What is local to the model's forward; only a checkpoint keeps it."""
+        self.mask = self.bias = self.cross_bias = self.picked = None
+        self.rope, self.masks, self.kept, self.layer_inputs = {}, {}, {}, []
 
 
 class Stack:
@@ -284,6 +335,8 @@ class Stack:
     ) -> None:
         self.name = name
         self.shared = shared
+        self.hands_on = False
+        """Blocks make things that later ones use: the last of a kind is first to give back."""
         self.count = count
         self._build = build
         self._kind = kind
@@ -348,10 +401,16 @@ class Network(Module):
     def __init__(self) -> None:
         super().__init__()
         self.stages: list[Stage] = []
+        self.checkpoints = True
+        """Its class has gradient checkpointing (``supports_gradient_checkpointing``)."""
         self.tied: dict[str, str] = {}
         """Names of weights that are another weight: no bytes of their own."""
         self.buffer_bytes = 0
         """Large buffers that are no weights (causal masks of older models), static."""
+        self.loaded_dtype = "fp32"
+        """The dtype that the model is loaded in: its buffers keep it, whatever weights become."""
+        self.buffer_elements = 0
+        """The same for buffers of that dtype, in elements."""
         self.loss_in_fp32 = True
         """The loss casts logits to fp32 first (``ForCausalLMLoss``); else it takes them as is."""
         self.loss_shifts: str | None = None
@@ -365,8 +424,6 @@ class Network(Module):
         """Linear layers that transformers keeps as they are (``_keep_in_fp32_modules``)."""
         self.virtual_tokens = 0
         """Learned tokens before each sequence, in tokens of a sequence (prompt tuning)."""
-        self.names_embeddings = True
-        """The model's forward names what the embedding returned (`inputs_embeds`) until it ends."""
 
     def tie(self, name: str, to: str) -> None:
         """Make the weight ``name`` the same one as ``to``."""
@@ -451,9 +508,9 @@ def _as_it_is(x: Tensor) -> Tensor:
     return x
 
 
-def rope_table(tape: Tape, width: int, dtype: str) -> tuple[Tensor, Tensor]:
+def rope_table(tape: Tape, width: int, dtype: str, rows: Size = SEQ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of ``width`` for each position, computed in fp32 and cast."""
-    angles = tape.tensor(SEQ, width, "fp32", "rope")
+    angles = tape.tensor(rows, width, "fp32", "rope")
     cos, sin = (
         ops.to(ops.scale(angles, "rope"), dtype),
         ops.to(ops.scale(angles, "rope"), dtype),

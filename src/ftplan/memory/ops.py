@@ -28,6 +28,7 @@ from ftplan.memory.tape import (
     Size,
     Tape,
     Tensor,
+    fit,
 )
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "dropout",
     "embedding",
     "expand_heads",
+    "fit",
     "layer_norm",
     "linear",
     "matmul",
@@ -44,6 +46,7 @@ __all__ = [
     "mean_square",
     "mul",
     "neg",
+    "power",
     "scale",
     "softmax",
     "split",
@@ -80,6 +83,12 @@ def record(
     if not tape.grad_enabled or not any(tensor.requires_grad for tensor in inputs):
         return
     node = Node(tape, name, [edge(tensor) for tensor in inputs], apply, len(outputs))
+    node.shapes = tuple((tensor.rows, tensor.width, tensor.dtype) for tensor in inputs)
+    if not tape.saves:
+        node.apply, node.edges = None, ()
+    if tape.rerun is not None:
+        node.unpacks = tape.rerun.deferred
+        tape.rerun.note(apply, outputs[0])
     for number, output in enumerate(outputs):
         output.requires_grad = True
         output.node = node
@@ -91,20 +100,11 @@ def records(*inputs: Tensor) -> bool:
     return inputs[0].tape.grad_enabled and any(tensor.requires_grad for tensor in inputs)
 
 
-def like(rows: Size, width: int, dtype: str, needed: bool) -> Callable[[Tensor], Tensor | None]:
+def like(
+    rows: Size, width: int, dtype: str, needed: bool, name: str = "gradient"
+) -> Callable[[Tensor], Tensor | None]:
     """A maker of gradients for an input of this shape; it must not hold the input itself."""
-    return lambda grad: grad.tape.tensor(rows, width, dtype, "gradient") if needed else None
-
-
-def fit(grad: Tensor | None, rows: Size, width: int, dtype: str) -> Tensor | None:
-    """A gradient brought to the shape and dtype of its input: summed where it was broadcast."""
-    if grad is None or (grad.rows == rows and grad.width == width and grad.dtype == dtype):
-        return grad
-    if grad.rows != rows or grad.width != width:
-        grad = grad.tape.tensor(rows, width, grad.dtype, "gradient sum")
-    if grad.dtype != dtype:
-        grad = grad.tape.tensor(rows, width, dtype, "gradient cast")
-    return grad
+    return lambda grad: grad.tape.tensor(rows, width, dtype, name) if needed else None
 
 
 def view(x: Tensor, rows: Size, width: int) -> Tensor:
@@ -161,32 +161,36 @@ def autocast_fp32(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "linear") -> Tensor:
     """``x`` (rows x in) times a weight (out x in), plus a bias (out)."""
-    x, weight = autocast(x), autocast(weight)
+    # operands are cast from the last to the first, as compilers evaluate autocast's arguments
     bias = None if bias is None else autocast(bias)
+    weight = autocast(weight)
+    x = autocast(x)
     out_features = weight.rows[0]
     counted = x.tape.multiply(x.rows, x.width, out_features)
     make = x.tape.product if bias is None else x.tape.tensor
     out = make(x.rows, out_features, x.dtype, name)
     saved_x = x if records(weight) and weight.requires_grad else None
     saved_weight = weight if x.requires_grad else None
-    rows, width, dtype = x.rows, x.width, x.dtype
-    weight_rows = weight.rows
-    wants = (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+    width, dtype = x.width, x.dtype
+    wants = x.requires_grad + weight.requires_grad
+    make_x = like(x.rows, x.width, dtype, x.requires_grad)
+    make_weight = like(weight.rows, x.width, dtype, weight.requires_grad, "weight gradient")
+    wants_bias = bias is not None and bias.requires_grad
 
     def apply(grad: Tensor) -> Grads:
-        tape = grad.tape
         _kept = saved_x, saved_weight
-        tape.multiply(counted, width, out_features, times=wants[0] + wants[1])
-        grad_x = tape.tensor(rows, width, dtype, "gradient") if wants[0] else None
-        grad_weight = (
-            tape.tensor(weight_rows, width, dtype, "weight gradient") if wants[1] else None
-        )
+        grad.tape.multiply(counted, width, out_features, times=wants)
+        # autograd's order is that of the operands' names: mm(self, mat2), addmm(mat1, mat2, self)
+        grad_x = make_x(grad) if has_bias else None
+        grad_weight = make_weight(grad)
+        grad_x = grad_x if has_bias else make_x(grad)
         for product in (grad_x, grad_weight):
             if product is not None:
                 product.based = True  # seen through a view or a transpose
         if not has_bias:
             return grad_x, grad_weight
-        grad_bias = tape.tensor(ONE, bias_width, dtype, "bias gradient") if wants[2] else None
+        tape = grad.tape
+        grad_bias = tape.tensor(ONE, bias_width, dtype, "bias gradient") if wants_bias else None
         return grad_x, grad_weight, grad_bias
 
     has_bias, bias_width = bias is not None, 0 if bias is None else bias.width
@@ -197,16 +201,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
 
 def matmul(
     a: Tensor, b: Tensor, rows: Size, width: int, name: str = "matmul", *, exact: bool = False,
-    inner: int | None = None,
+    inner: int | None = None, counted: Size | None = None,
 ) -> Tensor:  # fmt: skip
     """A batched product of two activations; ``rows`` x ``width`` is the shape of the result.
 
     ``exact``: inside a kernel, where autocast does not reach. ``inner``: over how many numbers
     each of the result is summed; left out where a table of scores, made or used, tells it.
+    ``counted``: rows of such sums, where they are not those of the result.
     """
     if not exact:
-        a, b = autocast(a), autocast(b)
-    summed = _summed(a, rows, width) if inner is None else (rows, inner, width)
+        b = autocast(b)
+        a = autocast(a)
+    summed = _summed(a, rows, width) if inner is None else (counted or rows, inner, width)
     kind: Kind = "attention" if inner is None else "linear"
     a.tape.multiply(*summed, name, kind=kind)
     out = a.tape.tensor(rows, width, a.dtype, name)
@@ -220,7 +226,8 @@ def matmul(
     def apply(grad: Tensor) -> Grads:
         _kept = saved_a, saved_b
         grad.tape.multiply(*summed, name, times=wants, kind=kind)
-        return make_a(grad), make_b(grad)
+        grad_b = make_b(grad)  # mat2 before self
+        return make_a(grad), grad_b
 
     record([out], name, [a, b], apply)
     return out
@@ -248,14 +255,7 @@ def add(a: Tensor, b: Tensor, name: str = "add") -> Tensor:
     dtype = promote(a.dtype, b.dtype)
     rows, width = _broadcast(a, b)
     out = a.tape.tensor(rows, width, dtype, name)
-    shape_a = (a.rows, a.width, a.dtype)
-    shape_b = (b.rows, b.width, b.dtype)
-    wants_a, wants_b = a.requires_grad, b.requires_grad
-
-    def apply(grad: Tensor) -> Grads:
-        return fit(grad, *shape_a) if wants_a else None, fit(grad, *shape_b) if wants_b else None
-
-    record([out], name, [a, b], apply)
+    record([out], name, [a, b], lambda grad: (grad, grad))
     return out
 
 
@@ -266,16 +266,12 @@ def mul(a: Tensor, b: Tensor, name: str = "mul") -> Tensor:
     out = a.tape.tensor(rows, width, dtype, name)
     saved_a = a if b.requires_grad else None
     saved_b = b if a.requires_grad else None
-    shape_a = (a.rows, a.width, a.dtype)
-    shape_b = (b.rows, b.width, b.dtype)
-    wants_a, wants_b = a.requires_grad, b.requires_grad
+    make_a, make_b = (like(rows, width, dtype, t.requires_grad) for t in (a, b))
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved_a, saved_b
-        tape = grad.tape
-        grad_a = tape.tensor(rows, width, dtype, "gradient") if wants_a else None
-        grad_b = tape.tensor(rows, width, dtype, "gradient") if wants_b else None
-        return fit(grad_a, *shape_a), fit(grad_b, *shape_b)
+        grad_b = make_b(grad)  # other before self
+        return make_a(grad), grad_b
 
     record([out], name, [a, b], apply)
     return out
@@ -286,6 +282,20 @@ def scale(x: Tensor, name: str = "scale") -> Tensor:
     out = x.tape.tensor(x.rows, x.width, x.dtype, name)
     make = like(x.rows, x.width, x.dtype, x.requires_grad)
     record([out], name, [x], lambda grad: (make(grad),))
+    return out
+
+
+def mul_(x: Tensor, constant: Tensor) -> Tensor:
+    """A product in place, with what asks for no gradient and is kept."""
+    out = x.alias()
+    saved = constant
+    make = like(x.rows, x.width, x.dtype, x.requires_grad)
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved
+        return (make(grad),)
+
+    record([out], "mul", [x], apply)
     return out
 
 
@@ -313,22 +323,26 @@ def unary(x: Tensor, name: str, keeps: Literal["input", "output"]) -> Tensor:
     return out
 
 
+def power(x: Tensor) -> Tensor:
+    """``x.pow(n)``: keeps x."""
+    out = x.tape.tensor(x.rows, x.width, x.dtype, "pow")
+    saved = x
+    make = like(x.rows, x.width, x.dtype, x.requires_grad)
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved
+        # grad * (n * x.pow(n - 1)): each step a tensor, all of them alive until the last
+        steps = [make(grad) for _ in range(3)]
+        return (steps.pop(),)
+
+    record([out], "pow", [x], apply)
+    return out
+
+
 def mean_square(x: Tensor) -> Tensor:
     """``x.pow(2).mean(-1)``: keeps x, one number a row comes out."""
-    square = x.tape.tensor(x.rows, x.width, x.dtype, "pow")
+    square = power(x)
     rows, width, dtype = x.rows, x.width, x.dtype
-    saved = x
-
-    def apply_pow(grad: Tensor) -> Grads:
-        _kept = saved
-        # grad * (exponent * x.pow(1)): each step a tensor, all of them alive until the last
-        power = grad.tape.tensor(rows, width, dtype, "gradient")
-        scaled = grad.tape.tensor(rows, width, dtype, "gradient")
-        result = grad.tape.tensor(rows, width, dtype, "gradient")
-        del power, scaled
-        return (result,)
-
-    record([square], "pow", [x], apply_pow)
     out = x.tape.tensor(x.rows, 1, x.dtype, "mean")
 
     def apply_mean(grad: Tensor) -> Grads:
@@ -455,11 +469,14 @@ def cat(parts: Sequence[Tensor], name: str = "cat") -> Tensor:
     return out
 
 
-def expand_heads(x: Tensor, repeats: int) -> Tensor:
-    """``repeat_kv``: keys or values copied to all query heads."""
+def expand_heads(x: Tensor, repeats: int, *, copied: bool = True) -> Tensor:
+    """``repeat_kv``: keys or values copied to all query heads; ``expand`` where not ``copied``."""
     if repeats == 1:
         return x
-    out = x.tape.tensor(x.rows, x.width * repeats, x.dtype, "expanded heads")
+    if copied:
+        out = x.tape.tensor(x.rows, x.width * repeats, x.dtype, "expanded heads")
+    else:
+        out = x.alias(width=x.width * repeats)
     make = like(x.rows, x.width, x.dtype, x.requires_grad)
     record([out], "expand", [x], lambda grad: (make(grad),))
     return out
@@ -497,11 +514,12 @@ def nll_loss(log_probs: Tensor, *kept: Tensor) -> Tensor:
     return loss
 
 
-def gather(x: Tensor, rows: Size | None = None) -> Tensor:
+def gather(x: Tensor, rows: Size | None = None, index: Tensor | None = None) -> Tensor:
     """Rows picked by an index, which is kept; backward makes a whole tensor of zeros."""
     rows = x.rows if rows is None else rows
     out = x.tape.tensor(rows, x.width, x.dtype, "gather")
-    index = x.tape.tensor(rows, 1, "int64", "row index")
+    if index is None:
+        index = x.tape.tensor(rows, 1, "int64", "row index")
     make = like(x.rows, x.width, x.dtype, x.requires_grad)
 
     def apply(grad: Tensor) -> Grads:
@@ -509,6 +527,14 @@ def gather(x: Tensor, rows: Size | None = None) -> Tensor:
         return (make(grad),)
 
     record([out], "gather", [x], apply)
+    return out
+
+
+def pad(x: Tensor, rows: Size) -> Tensor:
+    """``constant_pad_nd``: a longer copy; the way back copies a slice of the gradient."""
+    out = x.tape.tensor(rows, x.width, x.dtype, "pad")
+    make = like(x.rows, x.width, x.dtype, x.requires_grad)
+    record([out], "pad", [x], lambda grad: (make(grad),))
     return out
 
 

@@ -12,7 +12,7 @@ from ftplan.memory.tape import BLOCK_BYTES, ITEM_BYTES, Parameter
 __all__ = ["OptimizerSpec", "State", "Step", "rounded", "state_bytes", "step_bytes"]
 
 PAGED_ELEMENTS = 100_000
-"""bitsandbytes pages the states of tensors of at least so many elements."""
+"""bitsandbytes pages the states of tensors of at least so many elements, but never their scales."""
 
 
 def rounded(size: int) -> int:
@@ -68,7 +68,7 @@ class OptimizerSpec:
     step_counter_on_gpu: bool = False
     """A 4-byte counter per tensor lives on the GPU."""
     paged: bool = False
-    """States are unified memory: not in PyTorch's allocator, and may leave the GPU."""
+    """Values are unified memory: not in PyTorch's allocator, and may leave the GPU."""
     in_backward: bool = False
     """Gradients are used as they arrive and never all alive."""
     keeps_embeddings_fp32: bool = False
@@ -107,28 +107,24 @@ def _elements(state: State, shape: tuple[int, ...], rank: int) -> list[int]:
     }[state.shape]
 
 
-def _storage(
-    state: State, count: int, item: int, *, whole: bool = False, paged: bool = False
-) -> int:
-    """Bytes of ``count`` elements of a state of a parameter of ``item`` bytes a value.
+def _storage(state: State, count: int, item: int, *, whole: bool = False) -> tuple[int, int]:
+    """Bytes of the values and of the scales of a state of ``count`` elements.
 
-    ``whole``: a state that would be quantised stays in fp32. ``paged``: the values are elsewhere,
-    what scales them is not (bitsandbytes/optim/optimizer.py, ``init_state``: ``absmax``).
+    ``item``: bytes of a value of the parameter. ``whole``: a state that would be quantised stays
+    in fp32.
     """
-    if state.dtype in ("param", *ITEM_BYTES) or whole:
-        return 0 if paged else rounded(count * _item(state, item, whole))
+    if state.dtype == "param":
+        return rounded(count * item), 0
+    if state.dtype in ITEM_BYTES:
+        return rounded(count * ITEM_BYTES[state.dtype]), 0
+    if whole:
+        return rounded(count * 4), 0
     bits, *scale, block = state.dtype.split("-")
     if count < state.min_elements or (state.block_multiple and count % state.block_multiple):
-        return rounded(count * (item if state.block_multiple else 4))
+        return rounded(count * (item if state.block_multiple else 4)), 0
     values = rounded(-(-count * int(bits.removesuffix("bit")) // 8))
     scales = rounded(-(-count // int(block)) * (2 if scale else 4))
-    return (0 if paged else values) + scales + rounded(state.table_bytes)
-
-
-def _item(state: State, item: int, whole: bool) -> int:
-    if whole and state.dtype not in ITEM_BYTES:
-        return 4
-    return ITEM_BYTES.get(state.dtype, item)
+    return values, scales + rounded(state.table_bytes)
 
 
 def tensor_state_bytes(optimizer: OptimizerSpec, parameter: Parameter, on: str = "gpu") -> int:
@@ -140,10 +136,9 @@ def tensor_state_bytes(optimizer: OptimizerSpec, parameter: Parameter, on: str =
             continue
         paged = optimizer.paged and parameter.numel >= PAGED_ELEMENTS
         whole = optimizer.keeps_embeddings_fp32 and parameter.embedding
-        total += sum(
-            _storage(state, count, item, whole=whole, paged=paged)
-            for count in _elements(state, parameter.shape, optimizer.rank)
-        )
+        for count in _elements(state, parameter.shape, optimizer.rank):
+            values, scales = _storage(state, count, item, whole=whole)
+            total += scales if paged else values + scales
     return total
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ftplan.errors import InputError
+from ftplan.errors import InputError, UnsupportedError
 from ftplan.memory.adapters import adapt, distinguish
 from ftplan.memory.adapters.lora import LoraLinear
 from ftplan.memory.families import build
@@ -17,7 +17,7 @@ from ftplan.memory.tape import ITEM_BYTES, Parameter
 
 __all__ = ["counted_parameters", "prepare"]
 
-HEADS = ("lm_head", "score", "classifier")
+HEADS = ("score", "classifier")
 """Linear layers outside the blocks that are never quantised."""
 
 
@@ -27,12 +27,22 @@ def prepare(job: Job) -> Network:
         return native(job)
     labels = {"rm": 1, "classify": job.labels}.get(job.task)
     network = build(job.config, labels=labels)
+    if job.checkpoint_every and not network.checkpoints:
+        raise UnsupportedError(
+            f"gradient checkpointing of model_type {job.config.get('model_type')!r}",
+            remedy="set gradient_checkpointing: false; transformers has none for its class",
+        )
     if job.images:
         network.show(job.images, job.image_tokens, checkpointed=job.checkpoint_every > 0)
     if job.task == "embed":
         network.drop_head()
     if job.method == "partial":
         last = network.stages[-1].stack
+        if last.shared:
+            raise UnsupportedError(
+                "partial finetuning of layers that share their weights",
+                remedy="use the method full or lora",
+            )
         if job.last_layers > last.count:
             raise InputError(
                 f"last_layers is {job.last_layers}, the model has {last.count}",
@@ -45,6 +55,7 @@ def prepare(job: Job) -> Network:
     quantized = job.weights.name not in ITEM_BYTES
     casts = job.prepare_kbit and not job.weights.name.startswith(KEPT_BY_PREPARATION)
     plain = ("fp32" if casts else job.base_dtype) if quantized else job.weights.name
+    network.loaded_dtype = job.base_dtype
     for parameter in _everything(network):
         parameter.dtype = plain
         parameter.trainable = job.method == "full" and not parameter.fixed

@@ -11,7 +11,7 @@ from ftplan.dtypes import Format
 from ftplan.memory import ops
 from ftplan.memory.experts import Experts
 from ftplan.memory.nn import Linear, Module
-from ftplan.memory.tape import ONE, Grads, Parameter, Tensor
+from ftplan.memory.tape import ONE, Grads, Held, Parameter, Tensor
 
 __all__ = ["KEPT_BY_PREPARATION", "QuantizedLinear", "dequantized", "quantize"]
 
@@ -91,7 +91,9 @@ class QuantizedLinear(Linear):
         )
 
 
-def _matmul(x: Tensor, in_features: int, out_features: int, *, saved: Tensor | None) -> Tensor:
+def _matmul(
+    x: Tensor, in_features: int, out_features: int, *, saved: Tensor | Held | None
+) -> Tensor:
     tape = x.tape
     tape.multiply(x.rows, in_features, out_features)
     expanded = tape.tensor(ONE * out_features, in_features, x.dtype, "dequantised weight")
@@ -129,7 +131,7 @@ def _matmul_int8(x: Tensor, in_features: int, out_features: int, *, adds: bool) 
         if adds:
             result = tape.tensor(rows, out_features, "fp32" if dtype == "fp32" else dtype, "bias")
         result = ops.to(result, dtype)
-    saved = tape.hold(x)
+    saved = tape.hold(x) if ops.records(x) else None
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftplan.memory import ops
-from ftplan.memory.checkpointing import checkpoint
+from ftplan.memory.checkpointing import checkpoint_all
 from ftplan.memory.env import Environment
 from ftplan.memory.families.native import Native
 from ftplan.memory.flat import Flat
@@ -85,16 +85,16 @@ class Recording:
     """What the loop holds until the step has ended: the batch, and those fetched with it."""
     outputs: list[Tensor] = field(default_factory=list)
     """The model's outputs, where the caller keeps them until backward has ended."""
-    cache_exit: list[Segment] = field(default_factory=list)
-    """Per forward segment: what is held of it until backward has ended, by a caller that keeps the
-    model's cache, or by hooks."""
+    dropped: list[Segment] = field(default_factory=list)
+    """Per forward segment: what dies when backward has ended: with the graph, with hooks, or with
+    the model's cache, where the caller keeps that."""
     after: Segment = Segment("", 0, 0)
-    """What dies when backward has ended."""
+    """What else dies then."""
     saved: set[int] = field(default_factory=set)
     """Storages that are alive between forward and backward."""
     carried: list[Segment] = field(default_factory=list)
     """Per forward segment: what of it the loop still holds when the next batch enters."""
-    dropped: list[Segment] = field(default_factory=list)
+    replaced: list[Segment] = field(default_factory=list)
     """The same, where the next batch's outputs take its place."""
 
     def phases(self, *, under_way: int = 0) -> list[tuple[str, list[Segment]]]:
@@ -108,18 +108,19 @@ class Recording:
         forward = [self.carried[index] for index in everything]
         forward += [self.forward[index] for index in order]
         forward += [self.autocast_exit[index] for index in order]
-        forward += [self.dropped[index] for index in everything]
+        forward += [self.replaced[index] for index in everything]
         forward += [self.forward[index] for index in self.tail_order]
         phases = [("forward", forward)]
         if self.before_order:
             phases.insert(0, ("scoring", [self.forward[index] for index in self.before_order]))
         if self.backward:
             backward: list[Segment] = []
-            for index in reversed(order + self.tail_order):
+            order = list(reversed(order + self.tail_order))
+            for index in order:
                 backward.append(self.backward[index])
                 if index in self.regained:
                     backward.append(self.regained[index])
-            dropped = [self.cache_exit[index] for index in order]
+            dropped = [self.dropped[index] for index in order]
             phases.append(("backward", [*backward, *dropped, self.after]))
         if under_way:
             phases.insert(0, ("warm-up", forward * under_way))
@@ -148,11 +149,15 @@ class _Recorder:
         self.casts: list[dict[int, Tensor]] = []
         self.caches: list[list[Tensor]] = []
         """Per forward segment: what is held beside the graph."""
+        self.attributes: list[list[object]] = []
+        """The same of what the graph's functions hold as attributes."""
         self.start = 0
         self.fsdp: Fsdp | None = None
         self.units: list[Unit] = []
         self.place: int | str | None = None
         """Of the block that is recorded next (:meth:`Fsdp.place`)."""
+        self.blocks = 0
+        """Blocks of the stages before: every n-th of all is checkpointed, not of a stage's."""
         self.states: _States | None = None
         """Every hidden state, where the caller asked for them."""
         self.critic_states: _States | None = None
@@ -181,12 +186,14 @@ class _Recorder:
         first one with its adapters off, whose root may still be gathered.
         """
         before = (self.network, self.fsdp, self.units)
+        blocks, self.blocks = self.blocks, 0
         self.network = network
         if self.fsdp is not None:
             order = list(self.fsdp.order)
             self.units = [Unit("root", [])] if beside else self.units[:1]
         yield
         self.network, fsdp, self.units = before
+        self.blocks = blocks
         if fsdp is not None:
             fsdp.order = order
 
@@ -224,20 +231,20 @@ class _Recorder:
         self.regions.append(_Region(name, self.tape.sequence, index))
         self.casts.append(self.tape.weight_cache)
         self.caches.append(self.tape.cached)
-        self.tape.weight_cache, self.tape.cached = {}, []
+        self.attributes.append(self.tape.attributes)
+        self.tape.weight_cache, self.tape.cached, self.tape.attributes = {}, [], []
         return index
 
     def end_step(self, shared: Shared) -> None:
         """The caller lets go of what the model returned, and of what every block was handed."""
         own = self.network if isinstance(self.network, Native) else None
         outlive = own is not None and own.outputs_outlive_step
-        self.recording.cache_exit = [
-            self._drop() if outlive else self._drop(cached) for cached in self.caches
-        ]
+        both = zip(self.caches, self.attributes, strict=True)
+        self.recording.dropped = [self._drop() if outlive else self._drop(*held) for held in both]
         start = len(self.tape.events)
         if not outlive:
             self.recording.outputs.clear()
-        shared.let_go()
+        shared.zeros.clear()
         self.recording.after = Segment("outputs dropped", start, len(self.tape.events))
         if own is not None and own.meets_previous:
             self._carry()
@@ -245,11 +252,12 @@ class _Recorder:
     def _carry(self) -> None:
         """What the loop holds of this batch is there when the next one enters."""
         recording, tape = self.recording, self.tape
-        self.caches[-1] += recording.outputs
+        self.attributes[-1] += recording.outputs
         copies: list[list[Storage]] = []
-        for held in self.caches:
+        for held in self.attributes:
             start = len(tape.events)
-            storages = {t.storage.index: t.storage for t in held if t.storage is not None}
+            tensors = [t for t in held if isinstance(t, Tensor)]
+            storages = {t.storage.index: t.storage for t in tensors if t.storage is not None}
             copies.append([])
             for index in storages:
                 copies[-1].append(tape.allocate(tape.sizes[index - 1], "previous batch"))
@@ -258,7 +266,7 @@ class _Recorder:
         for storages_of in copies:
             start = len(tape.events)
             storages_of.clear()
-            recording.dropped.append(Segment("previous batch goes", start, len(tape.events)))
+            recording.replaced.append(Segment("previous batch goes", start, len(tape.events)))
 
     def end_autocast(self) -> None:
         """Autocast drops its casts of weights, those of each block when the model is deep.
@@ -271,7 +279,7 @@ class _Recorder:
             self.recording.autocast_exit.append(self._drop(casts, held))
         self.start = len(tape.events)
 
-    def _drop(self, *held: dict[int, Tensor] | list[Tensor]) -> Segment:
+    def _drop(self, *held: dict[int, Tensor] | list[Tensor] | list[object]) -> Segment:
         start = len(self.tape.events)
         for tensors in held:
             tensors.clear()
@@ -326,7 +334,7 @@ def record_step(
     input_grads = input_grads or received
     recorder.begin_root()
     recorder.order.append(recorder.cut("inputs"))
-    shared = Shared()
+    shared = Shared(checkpointed=checkpoint_every > 0)
     x: Tensor | None = None
     if objective is not None and objective.all_states:
         recorder.states = _States(recorder)
@@ -344,6 +352,7 @@ def record_step(
         states = [x]
         del x
         root = _loss(recorder, states, objective)
+        shared.memory = None
         root = recorder.end_root(root)
         recorder.order.append(recorder.cut("the model returns"))
         recorder.end_autocast()
@@ -351,6 +360,7 @@ def record_step(
         held = [x]
         del x
         held = _outputs(recorder, held, objective)
+        shared.memory = None
         held.append(recorder.end_root(held.pop()))
         held += values
         values.clear()
@@ -400,13 +410,11 @@ def record_serving(network: Network, env: Environment) -> Recording:
         order.append(recorder.cut("inputs"))
         shared = Shared()
         x: Tensor | None = None
-        held: list[Tensor] = []
         for stage in network.stages:
             if x is not None:
                 shared.memory = x
-            x = _run_stage(recorder, stage, shared, 0, False, held)
+            x = _run_stage(recorder, stage, shared, 0, False)
         assert x is not None
-        held.clear()
         with tape.scoped("logits"):
             logits = network.head(x.alias(rows=BATCH))
             del logits, x
@@ -547,33 +555,41 @@ def _run_stage(
     shared: Shared,
     checkpoint_every: int,
     input_grads: bool,
-    held: list[Tensor] | None = None,
 ) -> Tensor:
-    """Blocks with what stands around them. ``held`` receives what the model's forward names until
-    it returns: the embeddings, which no block needs after the first (it gets them twice)."""
+    """Blocks with what stands around them."""
     order = recorder.order
     x = stage.enter(recorder.tape, shared)
-    if held is not None:
-        held.append(recorder.tape.tensor(x.rows, x.width, x.dtype, "embeddings"))
     if input_grads and not x.requires_grad:
         _ask_for_gradient(x)
     for held in recorder.tape.collecting:
         if held and held[0].storage is x.storage:
             held.clear()
     _name_boundary(x)
+    if recorder.states is None:  # else the outputs hold it longer
+        shared.held.append(x.alias())
     order.append(recorder.cut("embedding"))
     if stage.stack.shared:
         x = _run_shared(recorder, stage.stack, x, shared)
         x = stage.leave(x, shared)
+        shared.held.clear()
         order.append(recorder.cut("final norm"))
         return x
     seen: dict[tuple[Hashable, ...], int] = {}
-    entered = _Entered(recorder, x)
     for layer, kind in enumerate(stage.stack.pattern):
-        checkpointed = checkpoint_every > 0 and layer % checkpoint_every == 0
+        if stage.stack.kinds[kind].skipped:
+            continue
+        number = recorder.blocks + layer
+        checkpointed = checkpoint_every > 0 and number % checkpoint_every == 0
         recorder.place = recorder.fsdp.place(layer, stage.stack.count) if recorder.fsdp else None
-        key = (kind, x.requires_grad, checkpointed, recorder.place)
-        last = len(recorder.network.stages) > 1 and _is_last(stage.stack, layer)
+        # the model's forward has a name for the first block's input; what it hands to all blocks
+        # of a kind dies with the first of them, which runs last on the way back; and the last
+        # block to use what the first one made for all is the second
+        alike = (kind, x.requires_grad)
+        first = all(known[:2] != alike for known in seen)
+        place = min(layer, 1 if shared.bias is None else 2)
+        key = (*alike, first, checkpointed, place, recorder.place)
+        handed_on = stage.stack.hands_on or len(recorder.network.stages) > 1
+        last = handed_on and _is_last(stage.stack, layer)
         if key in seen and not last:
             order.append(seen[key])
             if recorder.states is not None:
@@ -591,41 +607,16 @@ def _run_stage(
         _name_boundary(x)
         seen[key] = recorder.cut("block")
         order.append(seen[key])
-        if recorder.states is None:
-            entered.hold()
-        else:
+        if recorder.states is not None:
             recorder.states.keep(seen[key], entering, x)
+    recorder.blocks += stage.stack.count
+    shared.forget()
     if not checkpoint_every:
-        _forget(recorder.tape, shared)
+        recorder.tape.prefix = None
     x = stage.leave(x, shared)
-    del entered
     shared.held.clear()
     order.append(recorder.cut("final norm"))
     return x
-
-
-class _Entered:
-    """What the embedding returned, which a model's forward has a name for until it ends.
-
-    The first block is recorded as the others are, so it lets go of its input as they do; where
-    nothing else keeps it, it comes alive again after that block.
-    """
-
-    def __init__(self, recorder: _Recorder, x: Tensor) -> None:
-        self._recorder = recorder
-        self._rows, self._width, self._dtype = x.rows, x.width, x.dtype
-        self._index = 0
-        if recorder.network.names_embeddings and x.storage is not None:
-            self._index = x.storage.index
-        self._held: Tensor | None = None
-
-    def hold(self) -> None:
-        """The first block has run."""
-        index, self._index = self._index, 0
-        tape = self._recorder.tape
-        if index and -index in tape.events:
-            self._held = tape.tensor(self._rows, self._width, self._dtype, "input embeddings")
-            self._recorder.order.append(self._recorder.cut("input embeddings"))
 
 
 class _States:
@@ -743,12 +734,6 @@ def _run_critic(recorder: _Recorder, objective: Objective, accumulated: bool) ->
     return [values]
 
 
-def _forget(tape: Tape, shared: Shared) -> None:
-    """Masks and biases are local to the model's forward; only a checkpoint keeps them."""
-    shared.mask = shared.bias = shared.cross_bias = tape.prefix = None
-    shared.masks = dict.fromkeys(shared.masks)
-
-
 def _run_shared(recorder: _Recorder, stack: Stack, x: Tensor, shared: Shared) -> Tensor:
     """Every layer as it is: gradients of one weight meet, and its cast is made once."""
     for block in stack.kinds:
@@ -794,14 +779,17 @@ def _run(block: Module, x: Tensor, shared: Shared) -> Tensor:
 
 
 def _checkpoint(block: Module, x: Tensor, shared: Shared) -> Tensor:
-    others = [t for t in (shared.memory, shared.bias) if t is not None]
-    return checkpoint(
-        lambda x: _run(block, x, shared),
-        x,
-        others,
-        trains=_trains(block),
-        offload=x.tape.env.offload_checkpoints,
-    )
+    given = copy.copy(shared)
+
+    def run(x: Tensor) -> list[Tensor]:
+        handed = shared if x.tape.rerun is None else copy.copy(given)
+        before = {id(tensor) for tensor in handed.made()}
+        out = _run(block, x, handed)
+        return [out, *(tensor for tensor in handed.made() if id(tensor) not in before)]
+
+    offload = x.tape.env.offload_checkpoints
+    out, *_ = checkpoint_all(run, x, given.given(), trains=_trains(block), offload=offload)
+    return out
 
 
 def _trains(block: Module) -> bool:

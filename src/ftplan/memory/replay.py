@@ -184,7 +184,7 @@ class Program:
         what outlives them or was alive before: their other tensors find places that are there.
         """
         if events not in self._scripts:
-            unrolled = _Unrolled(self._events, self._storage_size)
+            unrolled = _Unrolled(self._events, self._storage_size, self._labels)
             self._scripts[events] = unrolled.script(self.phases, self._in_full(events))
         return self._scripts[events]
 
@@ -276,15 +276,17 @@ class Program:
         return self._alive_at(where, table)
 
     def _alive_at(self, where: tuple[int, int, int, int], table: list[int]) -> dict[Label, Alive]:
-        alive: dict[Label, list[Any]] = {}
+        copies = [0] * len(self._storage_size)
         for events, times in self._until(where):
             for event in events:
-                storage = abs(event) - 1
+                copies[abs(event) - 1] += times if event > 0 else -times
+        alive: dict[Label, list[Any]] = {}
+        for storage, times in enumerate(copies):
+            if times:
                 index = self._storage_size[storage]
-                sign = times if event > 0 else -times
                 entry = alive.setdefault(self._labels[storage], [0, NOTHING])
-                entry[0] += table[index] * sign
-                entry[1] = entry[1] + self._sizes[index] * sign
+                entry[0] += table[index] * times
+                entry[1] = entry[1] + self._sizes[index] * times
         return {
             label: Alive(entry[0], per_sample(entry[1], self.sequences))
             for label, entry in alive.items()
@@ -308,12 +310,16 @@ class _Unrolled:
 
     A segment that is played for many blocks has one set of storages, so a death names what was
     born in the same place last; what came from another place (the block before) is the youngest
-    of the same size.
+    of the same size, or of the same name: where blocks of several kinds alternate, one that is
+    played for many gathers the weights of the block that it was recorded before.
     """
 
-    def __init__(self, events: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> None:
+    def __init__(
+        self, events: Sequence[tuple[int, ...]], sizes: Sequence[int], labels: Sequence[Label]
+    ) -> None:
         self._events = events
         self._sizes = sizes
+        self._labels = labels
         self._born = {event for segment in events for event in segment if event > 0}
         """What dies and was never born was there before: it is static, and stays in its place."""
         self._alive: dict[int, list[int]] = {}
@@ -339,15 +345,18 @@ class _Unrolled:
                 self._played.append(len(self._slots))
                 self._slots.append(self._sizes[event - 1])
             elif -event in self._born:
-                self._played.append(~self._last_of(-event))
+                self._played += [~slot for slot in self._last_of(-event)]
 
-    def _last_of(self, storage: int) -> int:
+    def _last_of(self, storage: int) -> list[int]:
+        """The slot that dies; none: it has died before."""
         slots = self._alive.get(storage)
-        if slots:
-            return slots.pop()
-        size = self._sizes[storage - 1]
-        others = [s for s in self._alive.values() if s and self._slots[s[-1]] == size]
-        return max(others, key=lambda slots: slots[-1]).pop()
+        if not slots:
+            size, label = self._sizes[storage - 1], self._labels[storage - 1]
+            others = [(other, slots) for other, slots in self._alive.items() if slots]
+            alike = [slots for _, slots in others if self._slots[slots[-1]] == size]
+            alike = alike or [slots for other, slots in others if self._labels[other - 1] == label]
+            slots = max(alike, key=lambda slots: slots[-1], default=[])
+        return [slots.pop()] if slots else []
 
 
 def _lasting(events: Sequence[int]) -> list[int]:

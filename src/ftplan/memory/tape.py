@@ -36,11 +36,13 @@ __all__ = [
     "Node",
     "Parameter",
     "Product",
+    "Rerun",
     "Size",
     "Storage",
     "Tape",
     "Tensor",
     "backward",
+    "fit",
 ]
 
 BLOCK_BYTES = 512
@@ -75,6 +77,11 @@ class Size(tuple[int, ...]):
         )
 
     __rmul__ = __mul__
+
+    def alone(self) -> Size:
+        """The same for a batch of one sequence: b is 1."""
+        one, s, b, bs, bss, ss, c = self
+        return Size((one + b, s + bs, 0, 0, 0, bss + ss, c))
 
     def at(self, point: Sequence[int]) -> int:
         """The value where the basis has the values ``point`` (see :func:`basis`)."""
@@ -112,8 +119,6 @@ class Product(NamedTuple):
 
     event: int
     """How many events were on the tape before it."""
-    sequence: int
-    """Of the last node before it."""
     rows: Size
     each: int | None
     """Floating point operations for each of the rows; None: nobody said."""
@@ -153,19 +158,22 @@ class Tape:
     sizes: list[Size] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     grad_enabled: bool = True
+    saves: bool = True
+    """Whether the graph keeps what it needs for the way back."""
     scope: str = "activations"
     module: str = ""
     """The part of the block that is running; empty: events are named by operation."""
     weight_cache: dict[int, Tensor] = field(default_factory=dict)
     """Autocast's casts of weights, by the weight: alive until autocast ends."""
     cached: list[Tensor] = field(default_factory=list)
-    """What is held beside the graph: keys and values in the model's cache, inputs in hooks; or as
-    long as the graph, though its node has run: what a Python function has as an attribute."""
+    """What is held beside the graph: keys and values in the model's cache, inputs in hooks."""
     sequence: int = 0
     prefix: Joins | None = None
     """Learned keys and values before those of every layer (prefix tuning)."""
     escaped: list[Tensor] | None = None
     """Inside a checkpoint: what its functions hold by themselves, out of the checkpoint's sight."""
+    attributes: list[object] = field(default_factory=list)
+    """What functions keep as attributes: alive as long as the graph."""
     step_of: Callable[[Parameter], int | None] | None = None
     """A hook that takes each gradient as it arrives (an optimizer in backward, ZeRO): the bytes
     that it needs for a moment; None: it leaves the gradient where it is."""
@@ -173,17 +181,16 @@ class Tape:
     """Tensors that are leaves of the graph, held until their gradient arrives."""
     recalled: list[Tensor] | None = None
     """While a checkpoint runs again: what escaped the first time, in order."""
+    rerun: Rerun | None = None
+    """The checkpoint that runs again now, and stops where nothing more is saved."""
     known: dict[tuple[str, str], Label] = field(default_factory=dict)
     """Labels that were made before."""
     products: list[Product] = field(default_factory=list)
-    again: bool = False
-    """A checkpoint runs again."""
     stands_for: dict[Size, Size] = field(default_factory=dict)
     """Rows that are played for others beside themselves (chunks of a loss that are all alike)."""
     chunks_played: int = 1
     """How many chunks of the loss are on the tape for all there are; 0: the others are there too,
     as one."""
-
     selected: Selected | None = None
     """Inside a block that is checkpointed by operation."""
 
@@ -205,17 +212,21 @@ class Tape:
         self.labels.append(label)
         return Storage(self, len(self.sizes))
 
-    def hold(self, x: Tensor) -> Tensor | None:
+    def hold(self, x: Tensor) -> Held | None:
         """What a Python function keeps as an attribute instead of ``save_for_backward``.
 
-        Checkpointing without reentry sees only the latter: the first forward's tensor stays.
+        Checkpointing without reentry sees only the latter: the first forward's tensor stays. The
+        function is a node of the graph, and keeps its attributes until the graph is gone.
         """
+        if not self.saves and self.escaped is None:  # a checkpoint with reentry makes no graph
+            return None
+        self.attributes.append(x.alias())
+        if self.recalled is not None:
+            return Held(self.recalled.pop(0))
         if self.escaped is not None:
             self.escaped.append(x.alias())
             return None
-        if self.recalled is not None:
-            return self.recalled.pop(0)
-        return x
+        return Held(x)
 
     def tensor(self, rows: Size, width: int, dtype: str, name: str) -> Tensor:
         """A fresh tensor of ``rows`` x ``width`` elements."""
@@ -235,9 +246,8 @@ class Tape:
             return rows
         each = None if inner is None else (1 if kind == "hidden" else 2) * inner * width * times
         rows = self.stands_for.get(rows, rows) if self.stands_for else rows
-        self.products.append(
-            Product(len(self.events), self.sequence, rows, each, kind, again or self.again, name)
-        )
+        again = again or self.rerun is not None
+        self.products.append(Product(len(self.events), rows, each, kind, again, name))
         return rows
 
     def product(self, rows: Size, width: int, dtype: str, name: str) -> Tensor:
@@ -276,6 +286,15 @@ class Tape:
             yield
         finally:
             self.grad_enabled = before
+
+    @contextmanager
+    def unsaved(self) -> Iterator[None]:
+        """Run with a graph that keeps nothing (inside a checkpoint)."""
+        before, self.saves = self.saves, False
+        try:
+            yield
+        finally:
+            self.saves = before
 
     @contextmanager
     def counting(self, stands_for: dict[Size, Size]) -> Iterator[None]:
@@ -362,6 +381,7 @@ class Parameter:
         "idle",
         "name",
         "pending",
+        "reached",
         "shape",
         "stored",
         "sum",
@@ -381,6 +401,8 @@ class Parameter:
         """Gradients that are still to come in this backward."""
         self.sum: Tensor | None = None
         """Gradients that have come and wait for the others."""
+        self.reached = False
+        """A gradient of it has come: an optimizer makes states for no other weight."""
         self.added = False
         """An adapter's: not counted as the model's own."""
         self.embedding = False
@@ -392,6 +414,13 @@ class Parameter:
         self.idle = False
         """It takes gradients that no optimizer uses and nothing clears."""
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Parameter:
+        twin = object.__new__(Parameter)
+        memo[id(self)] = twin
+        for name in self.__slots__:
+            setattr(twin, name, getattr(self, name))
+        return twin
+
     @property
     def numel(self) -> int:
         """Number of elements."""
@@ -401,13 +430,38 @@ class Parameter:
         return count
 
 
+@dataclass(slots=True)
+class Held:
+    """A tensor that is kept out of autograd's sight."""
+
+    tensor: Tensor
+
+
 Grads = tuple["Tensor | None", ...]
+Shape = tuple[Size, int, str]
+"""Rows, width and dtype of a tensor."""
+
+
+def saved(apply: Callable[..., Grads]) -> list[Tensor]:
+    """What a step of the way back saves: the tensors that its function closes over."""
+    found: list[Tensor] = []
+    pending = [cell.cell_contents for cell in apply.__closure__ or ()]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            pending += value
+    return found
 
 
 class Node:
     """One step of the way back: what it keeps, and what it does with the gradient."""
 
-    __slots__ = ("apply", "buffers", "edges", "name", "pending", "recompute", "sequence")
+    __slots__ = (
+        "apply", "buffers", "edges", "name", "pending", "recompute", "sequence", "shapes",
+        "unpacks",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -424,15 +478,73 @@ class Node:
         self.apply: Callable[..., Grads] | None = apply
         self.buffers: list[Tensor | None] = [None] * outputs
         self.pending = 0
-        self.recompute: Callable[[Tensor | None], Tensor] | None = None
+        self.shapes: tuple[Shape, ...] = ()
+        """Of its inputs: what their gradients are brought to."""
+        self.unpacks = False
+        """What it saved is made again by a checkpoint, and dies as soon as it has been used."""
+        self.recompute: Callable[[list[Tensor | None]], Rerun] | None = None
         """A checkpoint: builds the graph that stands in for this node."""
 
+    @property
+    def saves(self) -> bool:
+        """Whether it asks for something that was saved."""
+        return self.apply is not None and bool(saved(self.apply))
 
-def _count_dependencies(root: Node, since: int = 0) -> None:
+
+@dataclass(slots=True)
+class Rerun:
+    """A checkpointed function that is run again: its outputs with a graph, and when it runs.
+
+    Without reentry it runs when a node of that graph first asks for what it saved, and it stops
+    as soon as the last of that is there (torch/utils/checkpoint.py, ``_checkpoint_hook`` and
+    ``_recomputation_hook``). The graph is recorded at once all the same: ``events`` of the run
+    are set aside until then.
+    """
+
+    start: int
+    """Where on the tape its events begin."""
+    first: int
+    """Its nodes have larger sequence numbers than this."""
+    counted: int
+    """Products that were counted before it."""
+    deferred: bool
+    stop: int = 0
+    """Where on the tape the last tensor was saved."""
+    outputs: list[Tensor] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)
+
+    def note(self, apply: Callable[..., Grads], output: Tensor) -> None:
+        """An operation was recorded: inputs are saved before it runs, what it makes after."""
+        kept = [t.storage.index if t.storage else 0 for t in saved(apply)]
+        if not kept:
+            return
+        events = output.tape.events
+        self.stop = len(events)
+        if output.storage is None or max(kept) >= output.storage.index:
+            return
+        born = output.storage.index
+        if born in events[self.start :]:
+            self.stop = self.start + events[self.start :].index(born)
+
+    def end(self, tape: Tape) -> None:
+        """Take the run's events off the tape: those until the last tensor is saved, and deaths."""
+        tail = tape.events[self.stop :]
+        late = {event for event in tail if event > 0 and -event in tail}
+        self.events = tape.events[self.start : self.stop]
+        self.events += [event for event in tail if abs(event) not in late]
+        del tape.events[self.start :]
+        made, tape.products[self.counted :] = tape.products[self.counted :], []
+        for product in made:
+            if product.event < self.stop:
+                tape.products.append(product._replace(event=self.start))
+
+
+def _count_dependencies(roots: Sequence[Node], since: int = 0) -> None:
     """How many gradients each node waits for, in the part of the graph made after ``since``."""
-    seen = {id(root)}
-    stack = [root]
-    root.pending = 0
+    seen = {id(root) for root in roots}
+    stack = list(roots)
+    for root in roots:
+        root.pending = 0
     while stack:
         node = stack.pop()
         for edge in node.edges:
@@ -447,27 +559,41 @@ def _count_dependencies(root: Node, since: int = 0) -> None:
                 child.pending += 1
 
 
-def _expand(node: Node, tape_sequence: int) -> Node:
-    """Recompute a checkpointed block: its graph takes the place of ``node``."""
+def _expand(node: Node, tape: Tape) -> tuple[list[Node], Rerun]:
+    """Run a checkpointed function again: the graph that it leaves takes the place of ``node``.
+
+    Returns the nodes of that graph whose gradients are all there.
+    """
     assert node.recompute is not None
-    output = node.recompute(node.buffers[0])
-    root = output.node
-    assert isinstance(root, Node), "a checkpointed block whose output asks for no gradient"
-    _count_dependencies(root, tape_sequence)
+    run = node.recompute(node.buffers)
+    roots: list[Node] = []
+    for output, grad in zip(run.outputs, node.buffers, strict=True):
+        if grad is None:
+            continue
+        root = output.node
+        assert isinstance(root, Node), "a checkpointed block whose output asks for no gradient"
+        root.buffers[output.output_nr] = grad
+        roots.append(root)
+    _count_dependencies(roots, run.first)
     for edge in node.edges:
-        if isinstance(edge, tuple):
+        if isinstance(edge, Parameter):
+            edge.pending -= 1
+        elif edge is not None:
             edge[0].pending -= 1
-    root.buffers[output.output_nr] = node.buffers[0]
     node.buffers = []
     node.recompute = None
-    return root
+    run.outputs = []
+    del output, grad
+    if run.deferred:
+        run.end(tape)
+    return [root for root in roots if root.pending == 0], run
 
 
 def _arrive(parameter: Parameter, grad: Tensor | None) -> None:
     """Gradients of one parameter are summed; the last one to come makes ``.grad``."""
     held = parameter.sum
     if grad is not None:
-        parameter.sum = grad if held is None else _sum(held, grad)
+        parameter.sum = _own(grad) if held is None else _sum(held, grad)
     held = grad = None
     parameter.pending -= 1
     if parameter.pending == 0 and parameter.sum is not None:
@@ -478,6 +604,7 @@ def _arrive(parameter: Parameter, grad: Tensor | None) -> None:
 def _accumulate(parameter: Parameter, grad: Tensor) -> None:
     """A parameter's gradient is the incoming buffer; an earlier one is added to in place."""
     tape = grad.tape
+    parameter.reached = True
     if tape.step_of is not None:
         taken = tape.step_of(parameter) if parameter.name else 0
         if taken is not None:  # the hook lets go of the gradient
@@ -488,6 +615,42 @@ def _accumulate(parameter: Parameter, grad: Tensor) -> None:
         parameter.grad = grad
         if grad.storage is not None and parameter.name:
             grad.tape.labels[grad.storage.index - 1] = Label("gradients", parameter.name)
+
+
+def _validate(node: Node, results: list[Tensor | None]) -> None:
+    """Gradients are summed where an input was broadcast, then cast (``validate_outputs``)."""
+    for place, shape in enumerate(node.shapes):
+        if node.edges[place] is not None:
+            results[place] = fit(results[place], *shape)
+
+
+def fit(grad: Tensor | None, rows: Size, width: int, dtype: str) -> Tensor | None:
+    """A gradient brought to the shape and dtype of its input: summed where it was broadcast."""
+    if grad is None:
+        return None
+    if not _as_many(grad, rows, width):
+        grad = grad.tape.tensor(rows, width, grad.dtype, "gradient sum")
+    if grad.dtype != dtype:
+        grad = grad.tape.tensor(rows, width, dtype, "gradient cast")
+    return grad
+
+
+def _as_many(grad: Tensor, rows: Size, width: int) -> bool:
+    if grad.width == width and grad.rows == rows:
+        return True
+    if grad.tape.env.one_sequence:
+        return grad.numel.alone() == (rows * width).alone()
+    return grad.numel == rows * width
+
+
+def _own(grad: Tensor) -> Tensor:
+    """A gradient that somebody else holds too is copied (``AccumulateGrad::accumulateGrad``)."""
+    # references here: backward's results, its zip, its variable, two arguments, getrefcount's own
+    return (
+        grad
+        if getrefcount(grad) <= 6
+        else grad.tape.tensor(grad.rows, grad.width, grad.dtype, "gradient copy")
+    )
 
 
 def _sum(old: Tensor, new: Tensor) -> Tensor:
@@ -509,19 +672,29 @@ def backward(
     """
     start, tape = root.node, root.tape
     assert isinstance(start, Node), "backward from something without a graph"
-    _count_dependencies(start)
+    _count_dependencies([start])
     start.buffers[root.output_nr] = grad
     del grad, root
     ready = [(-start.sequence, start)]
+    waiting: Rerun | None = None
     while ready:
         _, node = heapq.heappop(ready)
         on_node(node)
+        if waiting and (node.recompute or (node.sequence > waiting.first and node.saves)):
+            tape.events += waiting.events
+            waiting = None
         if node.recompute is not None:
-            node = _expand(node, tape.sequence)
+            roots, waiting = _expand(node, tape)
+            for root_node in roots:
+                heapq.heappush(ready, (-root_node.sequence, root_node))
+            continue
         grads = node.buffers
         node.buffers = []
         assert node.apply is not None, f"{node.name} ran backward twice"
-        results = node.apply(*grads)
+        results = list(node.apply(*grads))
+        if node.unpacks:
+            node.apply = None
+        _validate(node, results)
         del grads
         node.apply = None  # what was saved for this node is released
         edges, node.edges = node.edges, ()
@@ -539,5 +712,5 @@ def backward(
             child.pending -= 1
             if child.pending == 0:
                 heapq.heappush(ready, (-child.sequence, child))
-        results = ()
+        results = []
         result = None

@@ -204,8 +204,10 @@ def _notes(answer: FitReport) -> list[str]:
 # --- Screen and Markdown ------------------------------------------------------------------------
 
 
-def render(answer: FitReport, *, width: int = 80, colour: bool = False) -> str:
-    """The answer on the screen."""
+def render(
+    answer: FitReport, *, width: int = 80, colour: bool = False, explain: bool = False
+) -> str:
+    """The answer on the screen. ``explain`` adds where each assumption was read."""
     page = Page(width, colour)
     page.line((_title(answer), "bold"))
     if answer.solution is not None:
@@ -239,7 +241,7 @@ def render(answer: FitReport, *, width: int = 80, colour: bool = False) -> str:
             page.line((text, "dim"), indent=2)
     show_remedies(page, answer.remedies)
     show_findings(page, answer.findings)
-    show_assumptions(page, answer.assumptions, explain=True)
+    show_assumptions(page, answer.assumptions, explain=explain)
     return page.text()
 
 

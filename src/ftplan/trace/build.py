@@ -68,12 +68,7 @@ def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
         data.pop(key, None)
     model_type = data.pop("model_type")
     if layers is not None:
-        for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers"):
-            if key in data:
-                data[key] = layers
-        for key in ("layer_types", "mlp_layer_types", "no_rope_layers"):
-            if isinstance(data.get(key), list):
-                data[key] = data[key][:layers]
+        data = cut_depth(data, layers)
     made = AutoConfig.for_model(model_type, **data)
     if getattr(made, "is_encoder_decoder", False):
         if getattr(made, "decoder_start_token_id", None) is None:
@@ -81,6 +76,29 @@ def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
         if getattr(made, "pad_token_id", None) is None:
             made.pad_token_id = 0
     return made
+
+
+DEPTHS = (
+    "num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers",
+    "encoder_layers", "decoder_layers",
+)  # fmt: skip
+"""Names of a config for how many layers there are."""
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Names of lists with an entry for each layer."""
+
+
+def cut_depth(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The config with fewer layers, in its text model where it has one inside."""
+    if isinstance(config.get("text_config"), dict):
+        return {**config, "text_config": cut_depth(config["text_config"], layers)}
+    if isinstance(config.get("attention_types"), list):  # GPT-Neo: [[["global", "local"], n]]
+        config = {**config, "attention_types": [[["global", "local"], -(-layers // 2)]]}
+        layers = 2 * -(-layers // 2)
+    lists = {k: config[k][:layers] for k in PER_LAYER if isinstance(config.get(k), list)}
+    cut = {**config, **{key: layers for key in DEPTHS if key in config}, **lists}
+    if cut.get("num_kv_shared_layers"):  # Gemma 4: of its last layers
+        cut["num_kv_shared_layers"] = min(cut["num_kv_shared_layers"], layers // 2)
+    return cut
 
 
 def family_of(config: Any) -> str:
@@ -97,29 +115,33 @@ def family_of(config: Any) -> str:
         "xlm-roberta", "modernbert", "camembert", "mpnet", "xlm-roberta-xl", "eurobert",
         "nomic_bert",
     }  # fmt: skip
-    if not named and config.model_type in encoders:
+    if config.model_type in encoders and "CausalLM" not in named:
         return "masked"
     return "causal"
 
 
-def auto_class(family: str, task: str) -> Any:
+def auto_class(config: Any, job: Job) -> Any:
+    """The auto class that a script would load the model with."""
     import transformers
 
-    if task in ("classify", "rm"):
+    if job.task in ("classify", "rm"):
         return transformers.AutoModelForSequenceClassification
-    return {
+    found = {
         "causal": transformers.AutoModelForCausalLM,
         "masked": transformers.AutoModelForMaskedLM,
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
-        "vision": transformers.AutoModelForImageTextToText,
-    }[family]
+        "vision": transformers.AutoModelForCausalLM,
+    }[family_of(config)]
+    known = not job.images and type(config) in found._model_mapping
+    return found if known else transformers.AutoModelForImageTextToText
 
 
 def build_model(job: Job, config: Any) -> Any:
     """The model on the meta device, as it is loaded; nothing is allocated."""
     dtype = getattr(torch, job.compute_dtype if job.quantized else job.weights)
-    kind = auto_class(family_of(config), job.task)
-    attention = attention_of(job, config)
+    kind = auto_class(config, job)
+    attention: str | None = attention_of(job, config)
+    attention = None if attention == "sdpa" else attention  # by default, and where a part has it
     if job.task in ("classify", "rm"):
         config.num_labels = 1 if job.task == "rm" else config.num_labels
         config.pad_token_id = config.pad_token_id if config.pad_token_id is not None else 0
@@ -153,7 +175,7 @@ def attention_of(job: Job, config: Any) -> str:
 
     from ftplan.trace import cuda
 
-    kind = auto_class(family_of(config), job.task)
+    kind = auto_class(config, job)
     classes = kind._model_mapping[type(config)]
     model_class = classes[0] if isinstance(classes, (list, tuple)) else classes
     if job.attention == "flash":
@@ -227,6 +249,10 @@ def adapt(model: Any, job: Job, *, quantized_already: bool = False) -> Any:
     adapted = peft.get_peft_model(
         model, configuration, autocast_adapter_dtype=job.adapter_dtype == "fp32"
     )
+    if job.adapter_dtype == "bf16":  # over any base, as TRL casts them
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
     adapted.train()
     return adapted
 

@@ -180,7 +180,8 @@ def trace_job(
             if reference is not None:
                 build.materialize(reference)
             total = _count(model)
-            with cuda.as_on_cuda(ledger, job.capability), emulated(job, ledger):
+            padded = job.padding != "none"
+            with cuda.as_on_cuda(ledger, job.capability, padded=padded), emulated(job, ledger):
                 if job.images:
                     ledger.scalar_answer = None  # these tensors know
                 with (
@@ -208,7 +209,10 @@ def trace_job(
                     return _result(model, ledger, forward_end, total, trainable)
                 _mark_model(ledger, model, offloaded=job.offload == "params")
                 with around(model) if around else contextlib.nullcontext():
-                    forward_end = _run(job, model, reference, loop, ledger, say, full)
+                    forward_end, whole = _run(job, model, reference, loop, ledger, say, full)
+    if not whole and around is None:
+        # a weight that no gradient reaches (a tower without images) has no optimizer states
+        return trace_job(job, config, layers=layers, full=True, progress=progress)
     result = _result(model, ledger, forward_end, total, trainable)
     return replace(result, versions=loop.versions()) if loop is not None else result
 
@@ -273,8 +277,9 @@ def _run(
     ledger: Ledger,
     say: Callable[[str], None],
     full: bool,
-) -> int:
-    """Two steps; returns the clock at the end of the second step's (last) forward."""
+) -> tuple[int, bool]:
+    """Two steps: the clock at the end of the second one's (last) forward, and whether its
+    optimizer had the states that a first step would have made."""
     if loop is not None:
         optimizer = make_optimizer(job, loop.optimised(), model)
     else:
@@ -291,11 +296,17 @@ def _run(
     else:
         forward = loss_of(job, model, _forward_of(job, model), reference)
     gc.freeze()
-    if full or ledger.sharded:
+    reached: set[int] = set()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(lambda p: reached.add(id(p)))
+    full = full or ledger.sharded
+    if full:
         _one_step(job, model, optimizer, forward, ledger, say, 1)
     else:
         _prime(job, model, optimizer, ledger)
-    return _one_step(job, model, optimizer, forward, ledger, say, 2)
+    end = _one_step(job, model, optimizer, forward, ledger, say, 2)
+    return end, full or len(reached) == len({id(p) for p in trained})
 
 
 def _prime(job: Job, model: Any, optimizer: Any, ledger: Ledger) -> None:

@@ -15,6 +15,7 @@ Kernel workspaces of cuBLAS are left out: ``max_memory_allocated`` shows them as
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from types import FrameType
@@ -187,29 +188,42 @@ def _math(
     other branches when a dispatch mode is on.
     """
     origin = query.dtype
+    mask = _additive(mask, origin)
+    accurate = (query, key, value)  # held until the function returns, as all that follows
     if origin in LOW_PRECISION:
-        query, key, value = (t.to(torch.float32) for t in (query, key, value))
+        accurate = tuple(t.to(torch.float32) for t in accurate)
+    query, key, value = accurate
     if causal:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.where(mask.logical_not(), float("-inf"), torch.zeros((), dtype=query.dtype))
+        mask = _additive(mask, query.dtype)
     root = (scale if scale is not None else query.shape[-1] ** -0.5) ** 0.5
-    query = query * root
+    scaled = query * root
     if grouped and key.shape[1] != query.shape[1]:
         repeats = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(repeats, 1)
         value = value.repeat_interleave(repeats, 1)
-    scores = torch.matmul(query, key.transpose(-2, -1) * root)
+    scores = torch.matmul(scaled, key.transpose(-2, -1) * root)
     if mask is not None:
         if mask.requires_grad:
             scores = scores + mask
         else:
-            scores.add_(mask.to(scores.dtype))
+            scores.add_(mask)
     weights = _SafeSoftmax.apply(scores, ledger)
     del scores
     if dropout > 0.0:
         weights = torch.native_dropout(weights, dropout, True)[0]
-    return torch.matmul(weights, value).to(origin)
+    out = torch.matmul(weights, value)
+    second = weights.to(origin)  # the function's other result, which nobody takes
+    result = out.to(origin)
+    del second
+    return result
+
+
+def _additive(mask: Any, dtype: Any) -> Any:
+    """``convert_boolean_attn_mask`` (ATen/native/transformers/attention.cpp)."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask.logical_not(), float("-inf"), torch.zeros((), dtype=dtype))
 
 
 def _sdpa(ledger: Ledger, capability: tuple[int, int]) -> Any:
@@ -238,12 +252,8 @@ def _sdpa(ledger: Ledger, capability: tuple[int, int]) -> Any:
                 query, key, value = (F.pad(t, (0, 8 - head % 8)) for t in (query, key, value))
             out = _Flash.apply(query, key, value, ledger)
             return out[..., :head] if head % 8 else out
-        bias = attn_mask
+        bias = _additive(attn_mask, query.dtype)
         if bias is not None:
-            if bias.dtype == torch.bool:
-                bias = torch.where(
-                    bias.logical_not(), float("-inf"), torch.zeros((), dtype=query.dtype)
-                )
             if bias.shape[-1] % 16:
                 last = bias.shape[-1]
                 bias = F.pad(bias, (0, 16 - last % 16))[..., :last]
@@ -338,8 +348,8 @@ def flash_attention(ledger: Ledger) -> Any:
         out = _Flash.apply(query, key, value, ledger)[..., :head].transpose(1, 2)
         if attention_mask is not None:
             flat = torch.zeros(batch * length, heads, head, dtype=out.dtype)
-            out = flat.index_put((index,), out.reshape(batch * length, heads, head))
-            out = out.view(batch, length, heads, head)
+            flat[index] = out.reshape(batch * length, heads, head)
+            out = flat.view(batch, length, heads, head)
         return out, None
 
     return forward
@@ -438,15 +448,20 @@ def _flash_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def as_on_cuda(ledger: Ledger, capability: tuple[int, int] = (8, 0)) -> Iterator[None]:
-    """Run the block as if the fake CPU tensors were on a CUDA device of that capability."""
+def as_on_cuda(
+    ledger: Ledger, capability: tuple[int, int] = (8, 0), *, padded: bool = True
+) -> Iterator[None]:
+    """Run the block as if the fake CPU tensors were on a CUDA device of that capability.
+
+    ``padded``: a mask that is passed hides something; masks that models make themselves do not.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
     from transformers.utils import import_utils
 
     AttentionInterface.register(FLASH, flash_attention(ledger))
     AttentionMaskInterface.register(FLASH, _flash_mask)
 
-    ledger.scalar_answer = _scalar
+    ledger.scalar_answer = functools.partial(_scalar, padded=padded)
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(patched(F, "scaled_dot_product_attention", _sdpa(ledger, capability)))
@@ -471,24 +486,28 @@ def _autocast_enabled(device_type: str = "cuda") -> bool:
     return bool(_is_autocast_enabled("cpu" if device_type == "cuda" else device_type))
 
 
-def _scalar(tensor: Any, phase: str) -> Any:
+def _scalar(tensor: Any, phase: str, *, padded: bool) -> Any:
     """What ``tensor.item()`` says: no value is known, and zero (false) is the useful answer.
 
-    It makes 'is nothing padded?' false, so that a mask is built whenever one is passed. In the
-    optimizer's step it is one: the counter of steps. peft asks whether a random number is above
-    its module dropout, which is zero: true; its VB-LoRA, whether a logit is infinite: false.
+    Whether a mask hides nothing is known of the job. In the optimizer's step the answer is one:
+    the counter of steps. peft asks whether a random number is above its module dropout, which is
+    zero: true; its VB-LoRA, whether a logit is infinite: false.
     """
     if tensor.dtype == torch.bool:
-        return _asked_by_peft()
+        asker = _asker()
+        return asker == "peft" or (asker == "mask" and not padded)
     value = 1 if phase == "step" else 0
     return float(value) if tensor.dtype.is_floating_point else value
 
 
-def _asked_by_peft() -> bool:
+def _asker() -> str:
+    """Who asks for a truth value: ``peft``, ``mask`` (transformers' masks) or somebody else."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
+        if "masking_utils" in name:
+            return "mask"
         if "peft" in name or "transformers" in name:
-            return "transformers" not in name and "vblora" not in name
+            return "peft" if "transformers" not in name and "vblora" not in name else ""
         frame = frame.f_back
-    return False
+    return ""

@@ -70,6 +70,22 @@ def _sums_in_place(old: Any, new: Any) -> bool:
     return bool(torch._C._storage_Use_Count(storage._cdata) <= 2)
 
 
+_WRITES_IN_PLACE = ("index_put", "scatter_add", "scatter", "index_add")
+
+
+def _writes_in_place(func: Any) -> bool:
+    """Whether this is a gradient written into zeros that were made for it.
+
+    Autograd's formulas write in place, but make another tensor where a tensor subclass, as fake
+    tensors are, is among the operands (torch/csrc/autograd/FunctionsManual.cpp,
+    ``index_backward``, ``gather_backward``, ``value_selecting_reduction_backward`` ...).
+    """
+    node = torch._C._current_autograd_node()
+    if node is None or torch.is_grad_enabled() or func._opname not in _WRITES_IN_PLACE:
+        return False
+    return not isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
 class Ledger(TorchDispatchMode):
     """Account for every storage that passes through the dispatcher while the mode is on.
 
@@ -203,6 +219,8 @@ class Ledger(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and self.scalar_answer is not None:
             return self.scalar_answer(args[0], self.phase)
         if func is torch.ops.aten.add.Tensor and not kwargs and _sums_in_place(*args):
+            return args[0]
+        if _writes_in_place(func):
             return args[0]
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):

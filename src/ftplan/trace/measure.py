@@ -97,7 +97,7 @@ def _built(job: Any, build: Any, config: Any, device: Any) -> tuple[Any, Any]:
         attention = "flash_attention_2"
     else:
         attention = build.attention_of(job, config)
-    kind = build.auto_class(build.family_of(config), job.task)
+    kind = build.auto_class(config, job.task)
     dtype = getattr(torch, job.compute_dtype if job.quantized else job.weights)
     with torch.device("cpu" if job.quantized else device):
         model = kind.from_config(config, dtype=dtype, attn_implementation=attention)

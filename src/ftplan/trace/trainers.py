@@ -13,6 +13,7 @@ the wanted length, everything after it (scoring, rewards, loss) is the trainer's
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import os
@@ -22,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -479,18 +479,8 @@ def _other(
 
 
 def _answer(job: Job) -> Callable[[Any, str], Any]:
-    """``item()`` without values: as in :mod:`cuda`, and a mask of full samples is all ones."""
-
-    def answer(tensor: Any, phase: str) -> Any:
-        if tensor.dtype == torch.bool and job.padding == "none":
-            frame: FrameType | None = sys._getframe(2)
-            while frame is not None:
-                if frame.f_code.co_filename.endswith("masking_utils.py"):
-                    return True
-                frame = frame.f_back
-        return cuda._scalar(tensor, phase)
-
-    return answer
+    """``item()`` without values: as in :mod:`cuda`."""
+    return functools.partial(cuda._scalar, padded=job.padding != "none")
 
 
 def _project(

@@ -260,43 +260,67 @@ class FoldedParameter(Module):
             first, second = second, first
         object.__setattr__(self, "folded", parameter)
         self.folded: Parameter
+        self.transposed = transposed
         self.lora_A = Named(thin(first, rank * self.count, spec.dtype))
         self.lora_B = Named(thin(rank * self.count, second, spec.dtype))
 
-    def fold(self, tape: Tape) -> Tensor:
-        """The parameter with its update: ``baddbmm``, outside autocast."""
-        weight = tape.leaf(self.folded)
-        factors = []
-        for name in ("lora_A", "lora_B"):
-            matrix = self.children[name].children["default"].parameters["weight"]
-            factors.append(ops.to(tape.leaf(matrix), self.folded.dtype))
+    def update(self, tape: Tape) -> tuple[Tensor, ...]:
+        """What the update is made of: the two factors of all experts, or a matrix's whole update.
+
+        ``register_parametrization`` folds them once for a check.
+        """
         if self.count == 1:
-            return self._fold_matrix(tape, weight)
-        whole, rank, across = weight.rows, factors[0].rows[0] // self.count, weight.width
-        tape.multiply(whole, rank, across, times=2)  # once for ``register_parametrization``'s check
+            down = tape.leaf(self.lora_A.default.parameters["weight"])
+            up = tape.leaf(self.lora_B.default.parameters["weight"])
+            rows, width = ONE * self.folded.shape[0], self.folded.shape[-1]
+            delta = ops.scale(ops.matmul(up, down, rows, width, "update", inner=up.width))
+            made: tuple[Tensor, ...] = (ops.to(delta, self.folded.dtype),)
+        else:
+            names = ("lora_A", "lora_B") if self.transposed else ("lora_B", "lora_A")
+            made = tuple(self._factor(tape, name) for name in names)
+        _checked = self.fold(made)
+        return made
+
+    def _factor(self, tape: Tape, name: str) -> Tensor:
+        """One factor as (expert, out, rank): its gradient is copied into its weight's order."""
+        matrix = tape.leaf(self.children[name].children["default"].parameters["weight"])
+        turned = self.transposed or name == "lora_B"
+        factor = _turned(matrix) if turned else matrix
+        return ops.to(factor, self.folded.dtype)
+
+    def fold(self, update: tuple[Tensor, ...]) -> Tensor:
+        """The parameter with its update: ``baddbmm``, outside autocast."""
+        tape = update[0].tape
+        weight = tape.leaf(self.folded)
+        if self.count == 1:
+            return ops.add(weight, update[0])
+        rank = self.lora_A.default.parameters["weight"].shape[0] // self.count
+        whole, across = weight.rows, weight.width
+        tape.multiply(whole, rank, across)
         out = tape.tensor(whole, across, weight.dtype, "folded experts")
-        shapes = [(f.rows, f.width, f.dtype) for f in factors]
-        saved = tuple(factors)
+        makers = [ops.like(f.rows, f.width, f.dtype, True) for f in update]
+        saved = update
 
         def apply(grad: Tensor) -> Grads:
             _kept = saved
             made = []
             grad.tape.multiply(whole, rank, across, times=2)
-            for rows, width, dtype in reversed(shapes):
-                product = grad.tape.tensor(rows, width, dtype, "gradient")
-                made.append(grad.tape.tensor(rows, width, dtype, "gradient"))
+            for make in makers:
+                product = make(grad)
+                made.append(make(grad))
                 del product
-            return tuple(reversed(made))
+            return tuple(made)
 
-        ops.record([out], "baddbmm", factors, apply)
+        ops.record([out], "baddbmm", update, apply)
         return out
 
-    def _fold_matrix(self, tape: Tape, weight: Tensor) -> Tensor:
-        """A single matrix: the update is made first, then cast, then added."""
-        down = tape.leaf(self.lora_A.default.parameters["weight"])
-        up = tape.leaf(self.lora_B.default.parameters["weight"])
-        delta = ops.matmul(up, down, weight.rows, weight.width, "update", inner=up.width)
-        return ops.add(weight, ops.to(ops.scale(delta), weight.dtype))
+
+def _turned(x: Tensor) -> Tensor:
+    """A view whose gradient is not laid out as ``x``: it is copied on its way."""
+    out = x.alias()
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+    ops.record([out], "permute", [x], lambda grad: (make(grad),))
+    return out
 
 
 class FoldedLinear(Adapted):
@@ -308,6 +332,6 @@ class FoldedLinear(Adapted):
 
     def forward(self, x: Tensor) -> Tensor:
         tape = x.tape
-        weight = self.weight_lora.fold(tape)
+        weight = self.weight_lora.fold(self.weight_lora.update(tape))
         bias = self.base_layer.bias
         return ops.linear(x, weight, tape.leaf(bias) if bias else None)

@@ -14,14 +14,15 @@ from ftplan.errors import UnsupportedError
 from ftplan.memory.families.defaults import ALIASES, DEFAULTS
 from ftplan.memory.nn import Network
 
-__all__ = ["build", "complete", "model_types"]
+__all__ = ["TEXT_ALONE", "build", "complete", "model_types", "text_alone"]
 
 _FILES: dict[str, tuple[str, ...]] = {
     "llama": (
         "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3", "granite",
         "internlm3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo", "olmo2", "olmo3",
         "starcoder2", "glm", "glm4", "cohere", "cohere2", "exaone4", "nemotron", "arcee", "apertus",
-        "seed_oss", "helium", "ernie4_5", "hunyuan_v1_dense",
+        "seed_oss", "helium", "ernie4_5", "hunyuan_v1_dense", "cwm", "iquestcoder", "jais2",
+        "vaultgemma",
     ),
     "gpt2": ("gpt2", "gpt_bigcode"),
     "neox": ("gpt_neox", "phi", "stablelm", "persimmon"),
@@ -34,7 +35,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "modernbert": ("modernbert",),
     "mpt": ("mpt",),
     "t5": ("t5", "mt5", "umt5"),
-    "bart": ("bart", "mbart", "pegasus"),
+    "bart": ("bart", "plbart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot"),
     "mixture": (
         "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared",
     ),
@@ -50,11 +51,35 @@ _FILES: dict[str, tuple[str, ...]] = {
     "recurrent": ("mamba", "falcon_mamba", "lfm2", "lfm2_moe"),
     "published": ("internlm2", "exaone", "bitnet"),
     "qwen": ("qwen",),
-    "counted": ("glm_moe_dsa", "kimi_linear", "mllama", "glm4v", "glm46v", "deberta-v2"),
+    "indexed": ("deepseek_v32", "glm_moe_dsa"),
+    "counted": ("kimi_linear",),
+    "mllama": ("mllama", "mllama_text_model"),
+    "glm4v": ("glm4v", "glm46v", "glm4v_moe"),
+    "deberta": ("deberta-v2",),
+    "gemma4": ("gemma4_text", "gemma4"),
+    "mpnet": ("mpnet",),
     "states": ("falcon_h1", "jamba", "bamba", "nemotron_h"),
     "hybrid": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
-    "latent": ("mistral4", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm4_moe", "dots1"),
+    "latent": (
+        "mistral4", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm4_moe", "dots1", "youtu",
+        "minicpm3",
+    ),
 }  # fmt: skip
+
+
+TEXT_ALONE = {
+    "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text", "llama4": "llama4_text",
+    "mllama": "mllama_text_model",
+}  # fmt: skip
+"""Vision-language types of which ``AutoModelForCausalLM`` builds the language model alone, and its
+type (transformers 5.23, ``MODEL_FOR_CAUSAL_LM_MAPPING_NAMES``)."""
+
+
+def text_alone(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The config of what ``AutoModelForCausalLM`` builds, where that is a part of the model."""
+    kind = TEXT_ALONE.get(str(config.get("model_type")))
+    text = config.get("text_config")
+    return {**text, "model_type": kind} if kind and isinstance(text, Mapping) else None
 
 
 def model_types() -> tuple[str, ...]:

@@ -99,6 +99,7 @@ class Albert(Network):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        self.checkpoints = False
         self.config = config
         self.albert = Module()
         self.albert.replace("embeddings", Embeddings(config))

@@ -1,6 +1,9 @@
-"""BART, mBART and Pegasus: encoder and decoder with norms behind or before each part."""
+"""BART and its line (mBART, Pegasus, Marian, NLLB, Blenderbot): norms behind parts, or before."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend, make_mask
@@ -16,7 +19,35 @@ from ftplan.memory.nn import (
     Stage,
     activation,
 )
-from ftplan.memory.tape import SEQ, Parameter, Size, Tape, Tensor
+from ftplan.memory.tape import ONE, SEQ, TOKENS, Size, Tape, Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What one model of the line does differently."""
+
+    before: bool = False
+    """A norm stands before each part, and one after the last block."""
+    last: bool = False
+    positions: Literal["learnt", "table", "buffer"] = "learnt"
+    """A table that is learnt, one that is stored and never trained, or none among the weights."""
+    offset: int = 2
+    """Rows of the learnt table beyond the positions."""
+    normed: bool = True
+    """A norm follows the sum of embeddings."""
+    biased: bool = True
+    """``final_logits_bias`` is added to the logits."""
+
+
+TRAITS = {
+    "bart": Traits(),
+    "plbart": Traits(),
+    "mbart": Traits(before=True, last=True),
+    "pegasus": Traits(before=True, last=True, positions="table", normed=False),
+    "marian": Traits(positions="table", normed=False),
+    "m2m_100": Traits(before=True, last=True, positions="buffer", normed=False, biased=False),
+    "blenderbot": Traits(before=True, last=True, offset=0, normed=False),
+}
 
 
 class Attention(Module):
@@ -49,7 +80,7 @@ class Attention(Module):
 
 
 class Block(Module):
-    """One layer; mBART and Pegasus norm before each part, BART after."""
+    """One layer; BART norms after each part, others before it."""
 
     def __init__(self, config: Config, side: str) -> None:
         super().__init__()
@@ -64,7 +95,7 @@ class Block(Module):
         self.fc1 = Linear(hidden, inner, bias=True)
         self.fc2 = Linear(inner, hidden, bias=True)
         self.final_layer_norm = LayerNorm(hidden)
-        self.before = config["model_type"] in ("mbart", "pegasus")
+        self.before = TRAITS[config["model_type"]].before
         self.act = config["activation_function"]
         self.dropout = config.get("dropout") or 0.0
         self.inner_dropout = config.get("activation_dropout") or 0.0
@@ -96,7 +127,7 @@ class Block(Module):
 
 
 class Sinusoids(Embedding):
-    """Pegasus' positions: a table that is never trained."""
+    """Positions in a table that is never trained."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__(count, width)
@@ -107,6 +138,17 @@ class Sinusoids(Embedding):
             return super().forward(tape, rows)
 
 
+class Waves(Module):
+    """NLLB's positions: picked for every token out of a table that is no weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, tape: Tape, _rows: Size = SEQ, dtype: str = "fp32") -> Tensor:
+        return tape.tensor(TOKENS, self.width, dtype, "positions")
+
+
 class Bart(Network):
     """``BartForConditionalGeneration``: decoder as long as the encoder."""
 
@@ -114,7 +156,7 @@ class Bart(Network):
         super().__init__()
         self.config = config
         hidden, vocabulary = config["d_model"], config["vocab_size"]
-        name = config["model_type"]
+        self.traits = traits = TRAITS[config["model_type"]]
         self.model = Module()
         self.model.replace("shared", ScaledEmbedding(vocabulary, hidden))
         for side in ("encoder", "decoder"):
@@ -123,13 +165,10 @@ class Bart(Network):
             part.replace("embed_tokens", ScaledEmbedding(vocabulary, hidden))
             self.tie(f"model.{side}.embed_tokens.weight", "model.shared.weight")
             count = config["max_position_embeddings"]
-            positions = (
-                Sinusoids(count, hidden) if name == "pegasus" else Embedding(count + 2, hidden)
-            )
-            part.replace("embed_positions", positions)
-            if name != "pegasus":
+            part.replace("embed_positions", self._positions(count, hidden))
+            if traits.normed:
                 part.replace("layernorm_embedding", LayerNorm(hidden))
-            if name != "bart":
+            if traits.last:
                 part.replace("layer_norm", LayerNorm(hidden))
         self.lm_head = Linear(hidden, vocabulary)
         if config.get("tie_word_embeddings", True):
@@ -143,6 +182,14 @@ class Bart(Network):
         self.dropout = config.get("dropout") or 0.0
         self.stages = [self._stage("encoder"), self._stage("decoder")]
 
+    def _positions(self, count: int, hidden: int) -> Module:
+        if self.traits.positions == "buffer":
+            self.buffer_elements += (count + self.traits.offset) * hidden
+            return Waves(hidden)
+        if self.traits.positions == "table":
+            return Sinusoids(count, hidden)
+        return Embedding(count + self.traits.offset, hidden)
+
     def _stage(self, side: str) -> Stage:
         config = self.config
         stack = Stack(
@@ -155,7 +202,11 @@ class Bart(Network):
 
         def enter(tape: Tape, shared: Shared) -> Tensor:
             embedded: Tensor = part.child("embed_tokens").forward(tape)
-            positions: Tensor = part.child("embed_positions").forward(tape, SEQ)
+            kind = part.child("embed_positions")
+            if isinstance(kind, Waves):
+                positions: Tensor = kind.forward(tape, SEQ, embedded.dtype)
+            else:
+                positions = kind.forward(tape, SEQ)
             shared.mask = make_mask(tape, embedded.dtype, causal=decoder)
             if decoder:
                 shared.masks["cross"] = make_mask(tape, embedded.dtype, causal=False)
@@ -173,10 +224,11 @@ class Bart(Network):
 
     def head(self, x: Tensor) -> Tensor:
         logits = self.lm_head.forward(x)
-        # a buffer in the weights' dtype: fp32 logits under autocast of fp32 weights
-        dtype = self.lm_head.weight.dtype
-        bias = Parameter("final_logits_bias", (1, logits.width), dtype, trainable=False)
-        return ops.add(logits, x.tape.leaf(bias))
+        if not self.traits.biased:
+            return logits
+        tape = x.tape
+        bias = Tensor(tape, None, ONE, logits.width, self.loaded_dtype)
+        return ops.add(logits, bias)
 
 
-MODEL_TYPES = dict.fromkeys(("bart", "mbart", "pegasus"), Bart)
+MODEL_TYPES = dict.fromkeys(TRAITS, Bart)

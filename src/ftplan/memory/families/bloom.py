@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ftplan.memory import ops
-from ftplan.memory.attention import make_mask, pairs, with_prefix
+from ftplan.memory.attention import make_mask, operand, pairs, with_prefix
 from ftplan.memory.families.llama import Config
 from ftplan.memory.nn import (
     Embedding,
@@ -73,7 +73,7 @@ class Attention(Module):
     def forward(self, x: Tensor, residual: Tensor, shared: Shared, held: list[Tensor]) -> Tensor:
         fused = self.query_key_value.forward(x)
         width = fused.width // 3
-        q, k, v = (ops.copy(ops.part(fused, width)) for _ in range(3))
+        q, k, v = (operand(ops.part(fused, width)) for _ in range(3))
         k, v, mask = with_prefix(k, v, shared.mask)
         rows = pairs(x.tape) * self.count
         alibi = shared.bias

@@ -9,6 +9,7 @@ Source: transformers 5.23.0, models/mamba2, granitemoehybrid.
 from __future__ import annotations
 
 from ftplan.memory import ops
+from ftplan.memory.attention import sequence_rows
 from ftplan.memory.families.decoder import (
     Attention,
     Block,
@@ -18,10 +19,10 @@ from ftplan.memory.families.decoder import (
     filled,
     head_size,
 )
-from ftplan.memory.families.hybrid import Conv1d
+from ftplan.memory.families.hybrid import Conv1d, without_padding
 from ftplan.memory.families.mixture import SharedBlock, fused_mlp, granite_mixture
 from ftplan.memory.nn import Linear, Module, Network, RMSNorm, Shared
-from ftplan.memory.tape import BATCH, SCORES, TOKENS, Grads, Tensor
+from ftplan.memory.tape import BATCH, SCORES, TOKENS, Grads, Size, Tensor
 
 
 class GroupNorm(Module):
@@ -66,52 +67,82 @@ class Mamba2Mixer(Module):
         self, x: Tensor, _shared: Shared | None = None, _held: list[Tensor] | None = None
     ) -> Tensor:
         dtype, tape = x.dtype, x.tape
+        x = without_padding(x)
         projected = self.in_proj.forward(x)
         rate = ops.neg(ops.unary(ops.to(tape.leaf(self.A_log), "fp32"), "exp", "output"))
         gate, mixed, step = ops.split(projected, [self.inner, self.channels, self.heads])
-        mixed = self.conv1d.forward(mixed)
+        mixed = without_padding(self.conv1d.forward(mixed))
         narrow = self.groups * self.states
-        inner, b, c = ops.split(mixed, [self.inner, narrow, narrow])
-        del mixed
-        out = self.scan(inner, step, rate, b, c)
+        x, b, c = ops.split(mixed, [self.inner, narrow, narrow])
+        out = self.scan(x, step, rate, b, c)
         out = self.norm.forward(out, gate)
         return self.out_proj.forward(ops.to(out, dtype))
 
     def scan(self, x: Tensor, step: Tensor, rate: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        """``mamba2_chunk_scan``: chunks of ``chunk`` tokens, ``pairs`` scores a token."""
+        """``mamba2_chunk_scan``: sequences are filled up to whole chunks of ``chunk`` tokens."""
         tape = x.tape
+        padded = sequence_rows(tape, self.chunk)
         pairs, repeats = self.heads * self.chunk, self.heads // self.groups
         step = ops.add(step, ops.to(tape.leaf(self.dt_bias), step.dtype))
         step = ops.unary(ops.autocast_fp32(step), "softplus", "input")
         step = ops.unary(step, "clamp", "input")
-        x, b, c = ops.to(x, "fp32"), ops.to(b, "fp32"), ops.to(c, "fp32")
-        b, c = ops.expand_heads(b, repeats), ops.expand_heads(c, repeats)
-        residual = ops.mul(tape.leaf(self.D), ops.copy(x, "pad"))
+        x = ops.to(x, "fp32")
+        b = ops.expand_heads(ops.to(b, "fp32"), repeats)
+        c = ops.expand_heads(ops.to(c, "fp32"), repeats)
+        residual = ops.mul(tape.leaf(self.D), ops.pad(x, padded))
         x = ops.mul(x, ops.to(step, "fp32"))
         decay = ops.mul(rate, ops.to(step, "fp32"))
-        x, decay, b, c = (ops.copy(t, "pad") for t in (x, decay, b, c))
+        x, decay, b, c = (ops.pad(t, padded) for t in (x, decay, b, c))
         total = ops.scale(decay, "cumsum")
         within = ops.unary(_segments(decay, pairs), "exp", "output")
-        scores = _einsum(c, b, pairs, self.states)
-        scores = ops.mul(scores, within)
-        diagonal = _einsum(scores, x, self.inner, self.chunk)
+        scores = _einsum(ops.copy(c), ops.copy(b), padded, pairs, self.states)
+        weighed = ops.mul(scores, within)
+        # where a chunk is all tokens, x and its states lie head by head already
+        several = (tape.env.seq_len or 0) > self.chunk
+        operand = ops.copy(x) if several else x
+        diagonal = _einsum(weighed, operand, padded, self.inner, self.chunk)
+        del operand
         late = ops.unary(ops.scale(total), "exp", "output")
-        weighed = ops.mul(b, late)
-        states = _states(weighed, x, self.inner, self.states, self.chunk)
+        faded = ops.mul(b, late)
+        state = self.inner * self.states // self.chunk
+        operand = ops.copy(x) if several else x
+        states = _einsum(operand, ops.copy(faded), padded, state, self.chunk)
+        del operand
+        states, _first, _new = self._passed_on(total, states)
         early = ops.unary(total, "exp", "output")
-        across = _read(c, states, self.inner, self.states)
-        across = ops.mul(across, early)
+        states = ops.copy(states) if several else states
+        read = _einsum(ops.copy(c), states, padded, self.inner, self.states)
+        across = ops.mul(read, early)
         out = ops.copy(ops.add(diagonal, across), "contiguous")
-        return ops.add(out, residual)
+        out = ops.add(out, residual)
+        return out if padded == TOKENS else ops.rows_slice(out, TOKENS)
+
+    def _passed_on(self, total: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+        """States at the start of each chunk: of those before it, and of a first one of zeros."""
+        tape, one = states.tape, BATCH * (self.inner * self.states)
+        first = tape.tensor(one, 1, states.dtype, "first states")
+        every = states.rows * states.width + one
+        joined = _behind(states, every)
+        chunks = -(-(tape.env.seq_len or 0) // self.chunk)
+        ends = ops.rows_slice(total, BATCH * chunks)
+        ends = ops.pad(ends, BATCH * (chunks + 1))
+        between = ops.unary(_segments(ends, self.heads * (chunks + 1)), "exp", "output")
+        # a first state and one for each chunk, by as many: (s / chunk + 1)^2 for a sequence
+        filled = self.chunk + -(tape.env.seq_len or 0) % self.chunk
+        by_pairs = SCORES + TOKENS * (2 * filled) + BATCH * filled**2
+        each = -(-self.inner * self.states // self.chunk**2)
+        new = _einsum(between, ops.copy(joined), every, 1, each, by_pairs)
+        shown = ops.view(ops.rows_slice(new, states.rows * states.width), states.rows, states.width)
+        return shown, first, new
 
 
 def _segments(x: Tensor, width: int) -> Tensor:
     """``segment_sum``: masked, summed, masked again; keeps the small masks only."""
     tape = x.tape
-    first = tape.tensor(TOKENS, width, x.dtype, "masked_fill")
-    second = tape.tensor(TOKENS, width, x.dtype, "cumsum")
+    first = tape.tensor(x.rows, width, x.dtype, "masked_fill")
+    second = tape.tensor(x.rows, width, x.dtype, "cumsum")
     del first
-    out = tape.tensor(TOKENS, width, x.dtype, "masked_fill")
+    out = tape.tensor(x.rows, width, x.dtype, "masked_fill")
     del second
     make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
     rows, dtype = x.rows, x.dtype
@@ -126,51 +157,19 @@ def _segments(x: Tensor, width: int) -> Tensor:
     return out
 
 
-def _einsum(a: Tensor, b: Tensor, width: int, inner: int) -> Tensor:
-    """A batched product over heads: both operands are copied head by head, and kept."""
-    a, b = ops.copy(a, "permuted"), ops.copy(b, "permuted")
-    return ops.matmul(a, b, TOKENS, width, "einsum", inner=inner)
+def _einsum(
+    a: Tensor, b: Tensor, rows: Size, width: int, inner: int, counted: Size | None = None
+) -> Tensor:
+    """A batched product over heads; operands that were copied to lie head by head live on."""
+    return ops.matmul(a, b, rows, width, "einsum", inner=inner, counted=counted)
 
 
-def _states(b: Tensor, x: Tensor, inner: int, states: int, chunk: int) -> Tensor:
-    """One state of heads x head size x states for each chunk."""
-    b, x = ops.copy(b, "permuted"), ops.copy(x, "permuted")
-    size = max(1, inner * states // chunk)
-    made = ops.matmul(b, x, TOKENS, size, "chunk states", inner=chunk)
-    return _passed_on(made, inner * states, chunk)
-
-
-def _passed_on(states: Tensor, size: int, chunk: int) -> Tensor:
-    """States summed over the chunks before: joined with a first one, copied, and kept."""
-    tape, dtype = states.tape, states.dtype
-    every = states.rows * states.width + BATCH * size
-    joined = tape.tensor(every, 1, dtype, "cat")
-    operand = tape.tensor(every, 1, dtype, "permuted")
-    del joined
-    # a first state and one for each chunk, by as many: (s / chunk + 1)^2 for a sequence
-    every_pair = SCORES + TOKENS * (2 * chunk) + BATCH * (chunk * chunk)
-    each = -(-size // (chunk * chunk))
-    tape.multiply(every_pair, each)
-    out = tape.tensor(every, 1, dtype, "einsum")
-    shown = out.alias(states.rows, states.width)
-    make = ops.like(states.rows, states.width, dtype, states.requires_grad)
-    saved = operand
-
-    def apply(grad: Tensor) -> Grads:
-        _kept = saved
-        grad.tape.multiply(every_pair, each, times=2)
-        whole = grad.tape.tensor(every, 1, dtype, "gradient")
-        again = grad.tape.tensor(every, 1, dtype, "gradient")
-        del whole, again
-        return (make(grad),)
-
-    ops.record([shown], "pass states", [states], apply)
-    return shown
-
-
-def _read(c: Tensor, states: Tensor, width: int, inner: int) -> Tensor:
-    c, states = ops.copy(c, "permuted"), ops.copy(states, "permuted")
-    return ops.matmul(c, states, TOKENS, width, "einsum", inner=inner)
+def _behind(states: Tensor, every: Size) -> Tensor:
+    """``cat`` with a first state that asks for no gradient."""
+    out = states.tape.tensor(every, 1, states.dtype, "cat")
+    rows, width = states.rows, states.width
+    ops.record([out], "cat", [states], lambda grad: (grad.alias(rows, width),))
+    return out
 
 
 class Mamba2Block(Module):

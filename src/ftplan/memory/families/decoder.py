@@ -244,11 +244,12 @@ class Body(Module):
     """The table before the blocks and the norm after them."""
 
     def __init__(
-        self, config: Config, norm: Callable[[int], Module], norm_name: str, embed_name: str
-    ) -> None:
+        self, config: Config, norm: Callable[[int], Module], norm_name: str, embed_name: str,
+        table: type[Embedding],
+    ) -> None:  # fmt: skip
         super().__init__()
         self.norm_name, self.embed_name = norm_name, embed_name
-        setattr(self, embed_name, Embedding(config["vocab_size"], config["hidden_size"]))
+        setattr(self, embed_name, table(config["vocab_size"], config["hidden_size"]))
         setattr(self, norm_name, norm(config["hidden_size"]))
 
     def embed(self, tape: Tape) -> Tensor:
@@ -277,6 +278,7 @@ class Decoder(Network):
         embed_scaled: bool = False, logits_scaled: bool = False, softcap: bool = False,
         path: str = "model", embed_name: str = "embed_tokens",
         layers_name: str = "layers", eager_only: bool = False,
+        table: type[Embedding] = Embedding, states_scaled: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
@@ -285,7 +287,8 @@ class Decoder(Network):
         self.windows: Mapping[str, int | None] = {"": None} if windows is None else windows
         self.eager_only = eager_only
         self.embed_scaled, self.logits_scaled, self.softcap = embed_scaled, logits_scaled, softcap
-        self.body = Body(config, norm, norm_name, embed_name)
+        self.states_scaled = states_scaled
+        self.body = Body(config, norm, norm_name, embed_name, table)
         del self.children["body"]
         parent: Module = self
         *above, last = path.split(".")
@@ -339,7 +342,7 @@ class Decoder(Network):
         return self.body.last(x)
 
     def head(self, x: Tensor) -> Tensor:
-        logits = self.lm_head.forward(x)
+        logits = self.lm_head.forward(ops.scale(x) if self.states_scaled else x)
         if self.softcap:
             logits = ops.scale(ops.unary(ops.scale(logits), "tanh", "output"))
         return ops.scale(logits) if self.logits_scaled else logits

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
-from ftplan.memory.attention import Heads, attend, attend_broadcast, make_mask
+from ftplan.memory.attention import (
+    Heads,
+    attend,
+    attend_broadcast,
+    make_mask,
+    operand,
+    spread,
+)
 from ftplan.memory.families.llama import Config, rotate
 from ftplan.memory.nn import (
     Embedding,
@@ -71,8 +78,7 @@ class Attention(Module):
         self.query_key_value = FalconLinear(hidden, width, bias=bias)
         self.dense = FalconLinear(hidden, hidden, bias=bias)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        fused = self.query_key_value.forward(x)
+    def _split(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         narrow = self.kv_count * self.size
         q = ops.part(fused, self.heads.count * self.size)
         k, v = ops.part(fused, narrow), ops.part(fused, narrow)
@@ -86,7 +92,8 @@ class Attention(Module):
         return q, k, v
 
     def forward(self, x: Tensor, shared: Shared, held: list[Tensor]) -> Tensor:
-        q, k, v = self._project(x)
+        fused = self.query_key_value.forward(x)
+        q, k, v = self._split(fused)
         if not self.alibi:
             cos, sin = shared.rope[""]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -117,8 +124,9 @@ class Attention(Module):
         held: list[Tensor],
     ) -> Tensor:
         heads = self.heads
-        k, v = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
-        scores = ops.matmul(q, k, SCORES * heads.count, 1, "scores")
+        left, right = operand(ops.autocast(q)), self._operand(k)
+        scores = ops.matmul(left, right, SCORES * heads.count, 1, "scores")
+        del left, right
         if self.alibi:
             assert shared.bias is not None
             scores = ops.shift(ops.to(scores, "fp32"))
@@ -126,7 +134,12 @@ class Attention(Module):
         if self.alibi:
             weights = ops.dropout(weights, heads.dropout)
         held.append(weights)
+        v = self._operand(v)
         return ops.copy(ops.matmul(weights, v, q.rows, q.width, "attention"))
+
+    def _operand(self, x: Tensor) -> Tensor:
+        x = ops.autocast(x)
+        return spread(x, self.heads) if self.single else operand(x)
 
 
 def _spread(x: Tensor, repeats: int) -> Tensor:

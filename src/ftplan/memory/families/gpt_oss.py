@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 from ftplan.memory import ops
-from ftplan.memory.attention import attend, pairs, with_prefix
+from ftplan.memory.attention import attend, operand, pairs, with_prefix
 from ftplan.memory.experts import Experts, Router
 from ftplan.memory.families.decoder import (
     Attention,
@@ -63,6 +63,8 @@ class SinkAttention(Attention):
         heads, dtype = self.heads, v.dtype
         k, v, mask = with_prefix(k, v, mask)
         keys, values = ops.expand_heads(k, heads.groups), ops.expand_heads(v, heads.groups)
+        alone = heads.groups > 1
+        keys, values = (operand(ops.autocast(t), by_head=alone) for t in (keys, values))
         weights = ops.scale(ops.matmul(q, keys, pairs(q.tape) * heads.count, 1, "scores"))
         if mask is not None:
             weights = ops.add(weights, mask)

@@ -7,7 +7,7 @@ positions and a causal mask of its own in every layer.
 from __future__ import annotations
 
 from ftplan.memory import ops
-from ftplan.memory.attention import make_mask, pairs, with_prefix
+from ftplan.memory.attention import make_mask, operand, pairs, with_prefix
 from ftplan.memory.families.llama import Config, rotate_part
 from ftplan.memory.families.neox import PlainMLP
 from ftplan.memory.nn import Embedding, LayerNorm, Linear, Module, Network, Shared, Stack, Stage
@@ -64,7 +64,9 @@ class Attention(Module):
     ) -> Tensor:
         k, v, mask = with_prefix(k, v, shared.mask)
         q, k = ops.to(q, "fp32"), ops.to(k, "fp32")
-        weights = ops.matmul(q, k, pairs(q.tape) * self.count, 1, "scores")
+        left, right = operand(ops.autocast(q)), operand(ops.autocast(k))
+        weights = ops.matmul(left, right, pairs(q.tape) * self.count, 1, "scores")
+        del left, right
         if self.name == "gptj":
             weights = ops.scale(weights)
         if self.name == "gpt_neo":
@@ -77,6 +79,7 @@ class Attention(Module):
         weights = ops.to(weights, v.dtype)
         weights = ops.dropout(weights, self.attention_dropout)
         held.append(weights)
+        v = operand(ops.autocast(v))
         out = ops.matmul(weights, v, q.rows, v.width, "attention")
         return ops.copy(out)
 

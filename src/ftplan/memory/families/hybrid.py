@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 from ftplan.memory import ops
-from ftplan.memory.attention import attend
+from ftplan.memory.attention import attend, sequence_rows
 from ftplan.memory.families.decoder import (
     MLP,
     Attention,
@@ -24,7 +24,7 @@ from ftplan.memory.families.decoder import (
 )
 from ftplan.memory.families.mixture import act, qwen_kind, qwen_mixture
 from ftplan.memory.nn import Linear, Module, Network, RMSNorm, Shared
-from ftplan.memory.tape import BATCH, TOKENS, Grads, Size, Tensor
+from ftplan.memory.tape import BATCH, TOKENS, Grads, Tensor
 
 CHUNK_TOKENS = 64
 
@@ -101,7 +101,7 @@ class Conv1d(Module):
             return tuple(make(grad) for make in makers)
 
         ops.record([out], "conv1d", inputs, apply)
-        out = _cut(out, x.rows)
+        out = ops.rows_slice(out, x.rows)
         return ops.to(ops.unary(out, "silu", "input"), dtype) if self.act else out
 
 
@@ -109,11 +109,9 @@ def _wanted(x: Tensor) -> bool:
     return x.requires_grad
 
 
-def _cut(x: Tensor, rows: Size) -> Tensor:
-    out = x.alias(rows)
-    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
-    ops.record([out], "slice", [x], lambda grad: (make(grad),))
-    return out
+def without_padding(x: Tensor) -> Tensor:
+    """``apply_mask_to_padding_states``: times zero where a batch is padded."""
+    return ops.scale(x, "without padding") if x.tape.env.padding_mask else x
 
 
 def _l2norm(x: Tensor, heads: int) -> Tensor:
@@ -141,8 +139,9 @@ def delta_rule(
     q, k, v, beta, decay = (_contiguous_fp32(t) for t in (q, k, v, beta, decay))
     q, k = _l2norm(q, heads), _l2norm(k, heads)
     q = ops.scale(q)
-    q, k, v = (ops.copy(t, "pad") for t in (q, k, v))
-    beta, decay = (ops.copy(t, "pad") for t in (beta, decay))
+    padded = sequence_rows(q.tape, CHUNK_TOKENS)  # even what is long enough is copied
+    q, k, v = (ops.pad(t, padded) for t in (q, k, v))
+    beta, decay = (ops.pad(t, padded) for t in (beta, decay))
     v_beta, k_beta = ops.mul(v, beta), ops.mul(k, beta)
     cumulated = _cumulated(decay)
     pairs = heads * CHUNK_TOKENS
@@ -154,11 +153,11 @@ def delta_rule(
     decayed = ops.mul(k_beta, ops.unary(cumulated, "exp", "output"))
     values = _solved(system, v_beta)
     k_cumulated = _solved(system, decayed)
-    out = v.tape.tensor(TOKENS, v.width, "fp32", "delta rule output")
+    out = v.tape.tensor(padded, v.width, "fp32", "delta rule output")
     q = ops.mul(q, ops.unary(cumulated, "exp", "output"))
     k = ops.mul(k, ops.unary(ops.scale(cumulated), "exp", "output"))
     out = _scan(out, values, k_cumulated, q, intra, k, heads)
-    return _to_copy(out, dtype)
+    return _to_copy(out if padded == TOKENS else ops.rows_slice(out, TOKENS), dtype)
 
 
 def _contiguous_fp32(x: Tensor) -> Tensor:
@@ -174,19 +173,20 @@ def _cumulated(x: Tensor) -> Tensor:
 
 
 def _pairwise(x: Tensor, width: int) -> Tensor:
-    out = x.tape.tensor(TOKENS, width, x.dtype, "pairwise decay")
+    out = x.tape.tensor(x.rows, width, x.dtype, "pairwise decay")
     make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
     ops.record([out], "sub", [x], lambda grad: (make(grad),))
     return out
 
 
 def _product(a: Tensor, b: Tensor, width: int, heads: int) -> Tensor:
-    return ops.matmul(a, b, TOKENS, width, "chunk scores", inner=a.width // heads)
+    return ops.matmul(a, b, a.rows, width, "chunk scores", inner=a.width // heads)
 
 
 def _solved(system: Tensor, right: Tensor) -> Tensor:
     """``solve_triangular``: keeps the system and the solution."""
-    out = right.tape.tensor(TOKENS, right.width, right.dtype, "solve_triangular")
+    rows = right.rows
+    out = right.tape.tensor(rows, right.width, right.dtype, "solve_triangular")
     saved = (system, out.alias())
     make_system = ops.like(system.rows, system.width, system.dtype, system.requires_grad)
     make_right = ops.like(right.rows, right.width, right.dtype, right.requires_grad)
@@ -195,7 +195,7 @@ def _solved(system: Tensor, right: Tensor) -> Tensor:
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved
-        grad.tape.multiply(TOKENS, CHUNK_TOKENS, width)
+        grad.tape.multiply(rows, CHUNK_TOKENS, width)
         grad_right = make_right(grad)
         return make_system(grad), grad_right
 
@@ -211,22 +211,26 @@ def _scan(
     tape = values.tape
     state = q.width // heads * values.width  # numbers of one state: heads x key size x value size
     per_token = max(1, state // CHUNK_TOKENS)
+    rows = values.rows
     inputs = [values, k_cumulated, q, intra, k]
     each = 3 * state + CHUNK_TOKENS * values.width  # two products read the state, one makes it
     # no gradient goes to the first state, and none comes from the last
     edges = BATCH * (-4 * CHUNK_TOKENS * state)
-    tape.multiply(TOKENS, each, name="delta rule")
+    tape.multiply(rows, each, name="delta rule")
     kept: list[Tensor] = []
     if ops.records(*inputs):
-        kept = [tape.tensor(TOKENS, per_token, "fp32", "chunk states")]
         low = tape.env.autocast
         if low is None:
+            kept = [tape.tensor(rows, per_token, "fp32", "chunk states")]
             kept += [k_cumulated, q, intra, k]
-            kept.append(tape.tensor(TOKENS, values.width, "fp32", "corrected values"))
-        else:  # each operand of a product is cast on its own
-            widths = [t.width for t in (k_cumulated, q, intra, k)]
-            widths += [values.width] * 2 + [per_token] * 2
-            kept += [tape.tensor(TOKENS, width, low, "scan operands") for width in widths]
+            kept.append(tape.tensor(rows, values.width, "fp32", "corrected values"))
+        else:  # each operand of a product is cast on its own; nothing comes of the last state
+            before = rows + BATCH * -CHUNK_TOKENS
+            kept = [tape.tensor(before, per_token, "fp32", "chunk states")]
+            widths = [t.width for t in (k_cumulated, q, intra, values)] + [per_token] * 2
+            kept += [tape.tensor(rows, width, low, "scan operands") for width in widths]
+            widths = [k.width, values.width]
+            kept += [tape.tensor(before, width, low, "scan operands") for width in widths]
     saved = tuple(kept)
     del kept
     makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in inputs]
@@ -235,11 +239,11 @@ def _scan(
     def apply(grad: Tensor) -> Grads:
         _kept = saved
         tape = grad.tape
-        tape.multiply(TOKENS * (2 * each) + edges, 1, name="delta rule")
+        tape.multiply(rows * (2 * each) + edges, 1, name="delta rule")
         grads = tuple(make(grad) for make in makers)
         # each chunk's slice is put into zeros of the whole and added
-        zeros = tape.tensor(TOKENS, width, "fp32", "gradient")
-        added = tape.tensor(TOKENS, width, "fp32", "gradient")
+        zeros = tape.tensor(rows, width, "fp32", "gradient")
+        added = tape.tensor(rows, width, "fp32", "gradient")
         del zeros, added
         return grads
 
@@ -291,6 +295,7 @@ class DeltaNet(Module):
 
     def forward(self, x: Tensor, _shared: Shared, _held: list[Tensor] | None = None) -> Tensor:
         tape = x.tape
+        x = without_padding(x)
         mixed, z, b, a = self.project(x)
         mixed = self.conv1d.forward(mixed)
         q, k, v = ops.split(mixed, [self.key, self.key, self.value])

@@ -20,9 +20,9 @@ from ftplan.memory.families.decoder import (
     head_size,
     rotate_complex,
 )
-from ftplan.memory.families.llama import rotate
+from ftplan.memory.families.llama import ScaledEmbedding, rotate
 from ftplan.memory.families.mixture import Mixture, act
-from ftplan.memory.nn import Linear, Module, Network, RMSNorm, Shared
+from ftplan.memory.nn import Embedding, Linear, Module, Network, RMSNorm, Shared
 from ftplan.memory.tape import SEQ, TOKENS, Grads, Tensor
 
 
@@ -74,7 +74,7 @@ class LatentAttention(Module):
         if self.scaled:  # by position, beyond the trained length (Mistral 4)
             query = ops.mul(query, x.tape.tensor(SEQ, 1, query.dtype, "attention scales"))
         key, value = self.expand(kv, k_turned)
-        out = attend(query, key, value, self.heads, shared.masks[""], held=held)
+        out = attend(query, key, value, self.heads, shared.masks[""], by_head=True, held=held)
         return self.o_proj.forward(out)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -195,11 +195,35 @@ def deepseek(raw: Config) -> Network:
     )  # fmt: skip
 
 
+def dense(raw: Config) -> Network:
+    """``YoutuForCausalLM`` and ``MiniCPM3ForCausalLM``: latent attention, an MLP in every layer."""
+    config = filled(raw)
+    mini = config["model_type"] == "minicpm3"
+    if mini:
+        config["v_head_dim"] = config.get("v_head_dim") or (
+            config["hidden_size"] // config["num_attention_heads"]
+        )
+    rotation = "pairs" if not mini and config.get("rope_interleave", True) else "half"
+
+    def block(config: Config, _layer: int) -> Module:
+        mlp = MLP(
+            config["hidden_size"], config["intermediate_size"], act(config),
+            bias=bool(config.get("mlp_bias")),
+        )  # fmt: skip
+        return Block(config, LatentAttention(config, rotation), mlp, scaled=mini)
+
+    return Decoder(
+        config, block, ropes={"": Rope(width=config["qk_rope_head_dim"])},
+        table=ScaledEmbedding if mini else Embedding, states_scaled=mini,
+    )  # fmt: skip
+
+
 def grouped(raw: Config) -> Network:
     """``Glm4MoeForCausalLM``, ``Dots1ForCausalLM``: the same router, ordinary attention."""
     config = filled(raw)
     sparse = sparse_layers(config)
-    glm = config["model_type"] == "glm4_moe"
+    vision = config["model_type"] == "glm4v_moe_text"
+    glm = vision or config["model_type"] == "glm4_moe"
     types = [""] * config["num_hidden_layers"]
     windows: dict[str, int | None] = {"": None}
     if not glm and "sliding_attention" in (config.get("layer_types") or ()):
@@ -209,7 +233,7 @@ def grouped(raw: Config) -> Network:
     turned = int(size * (config.get("partial_rotary_factor") or 1.0))
 
     def block(config: Config, layer: int) -> Module:
-        normed = not glm or config.get("use_qk_norm")
+        normed = not glm or (config.get("use_qk_norm") and not vision)
         attention = Attention(
             config, qk_norm="head" if normed else None, out_bias=False if glm else None,
             turned=turned, mask=types[layer],
@@ -222,7 +246,7 @@ def grouped(raw: Config) -> Network:
 
     return Decoder(
         config, block, kind=lambda layer: (sparse[layer], types[layer]),
-        ropes={"": Rope(width=turned)}, windows=windows,
+        ropes={"": Rope(width=turned, per_sequence=vision)}, windows=windows,
     )  # fmt: skip
 
 
@@ -230,6 +254,8 @@ MODEL_TYPES = {
     "deepseek_v2": deepseek,
     "deepseek_v3": deepseek,
     "mistral4": deepseek,
+    "youtu": dense,
+    "minicpm3": dense,
     "glm4_moe_lite": deepseek,
     "glm4_moe": grouped,
     "dots1": grouped,

@@ -28,7 +28,7 @@ from ftplan.memory.nn import (
     project,
     rope_table,
 )
-from ftplan.memory.tape import SEQ, Tape, Tensor
+from ftplan.memory.tape import SEQ, TOKENS, Tape, Tensor
 
 Config = Mapping[str, Any]
 
@@ -62,6 +62,10 @@ class Traits:
     """The config's field for the dropout of what is added to the residual stream."""
     dropout_site: Literal["block", "module", "mlp"] = "block"
     embedding_dropout: str | None = None
+    rope_per_sequence: bool = False
+    """Positions differ between the sequences of a batch."""
+    no_sdpa: bool = False
+    """Eager attention takes the place of SDPA, which knows no soft cap (Gemma 2)."""
     scaled_embedding: bool = False
     """The embedding module multiplies its output (Gemma)."""
 
@@ -71,6 +75,12 @@ _GEMMA_NORMS = (
     "post_attention_layernorm",
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
+)
+_GLM_NORMS = (
+    "input_layernorm",
+    "post_self_attn_layernorm",
+    "post_attention_layernorm",
+    "post_mlp_layernorm",
 )
 _POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
@@ -86,7 +96,11 @@ TRAITS: dict[str, Traits] = {
     "internlm3": Traits(out_bias="mlp_bias", mlp_bias="mlp_bias"),
     "gemma": Traits(norm="offset", scaled_embedding=True),
     "gemma2": Traits(
-        norm="offset", scaled_embedding=True, block="sandwich", norm_names=_GEMMA_NORMS
+        norm="offset",
+        scaled_embedding=True,
+        no_sdpa=True,
+        block="sandwich",
+        norm_names=_GEMMA_NORMS,
     ),
     "gemma3_text": Traits(
         norm="offset",
@@ -137,12 +151,16 @@ TRAITS: dict[str, Traits] = {
         rotation="pairs",
         rejoins=True,
         block="sandwich",
-        norm_names=(
-            "input_layernorm",
-            "post_self_attn_layernorm",
-            "post_attention_layernorm",
-            "post_mlp_layernorm",
-        ),
+        norm_names=_GLM_NORMS,
+    ),
+    "glm4v_text": Traits(
+        qkv_bias=True,
+        out_bias=False,
+        mlp="fused",
+        rejoins=True,
+        rope_per_sequence=True,
+        block="sandwich",
+        norm_names=_GLM_NORMS,
     ),
     "cohere": Traits(
         norm="cohere",
@@ -173,10 +191,21 @@ TRAITS: dict[str, Traits] = {
         qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", rotation="pairs_fp32"
     ),
     "hunyuan_v1_dense": Traits(qk_norm="rotated"),
+    "cwm": Traits(qkv_bias=False, out_bias=False),
+    "iquestcoder": Traits(mlp_bias="mlp_bias"),
+    "jais2": Traits(norm="layer", mlp="plain", mlp_bias="mlp_bias"),
+    "vaultgemma": Traits(
+        norm="offset",
+        scaled_embedding=True,
+        no_sdpa=True,
+        norm_names=("input_layernorm", "pre_feedforward_layernorm"),
+    ),
 }
+SOFTCAPPED = ("gemma2", "gemma3_text", "vaultgemma")
+"""Types whose logits, and in part scores, go through a tanh."""
 
 _ALL_SLIDING = ("mistral", "ministral", "ministral3", "phi3", "starcoder2")
-_PERIOD = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "olmo3": 4, "exaone4": 4}
+_PERIOD = {"gemma2": 2, "vaultgemma": 2, "gemma3_text": 6, "cohere2": 4, "olmo3": 4, "exaone4": 4}
 
 
 def traits_of(config: Config) -> Traits:
@@ -195,6 +224,8 @@ def layer_type(config: Config, layer: int) -> str:
     elif name in _PERIOD:
         period = config.get("sliding_window_pattern") or _PERIOD[name]
         sliding = (layer + 1) % int(period) != 0 and window is not None
+    elif name == "cwm":
+        sliding = layer % 4 != 0 and window is not None
     elif name in ("qwen2", "qwen3"):
         used = bool(config.get("use_sliding_window")) and window is not None
         sliding = used and layer >= int(config.get("max_window_layers", 28))
@@ -228,7 +259,7 @@ def heads_of(config: Config) -> Heads:
         size=size,
         value_size=size,
         dropout=config.get("attention_dropout") or 0.0,
-        softcap=bool(config.get("attn_logit_softcapping")) and config["model_type"] == "gemma2",
+        softcap=bool(config.get("attn_logit_softcapping")) and traits_of(config).no_sdpa,
     )
 
 
@@ -423,7 +454,7 @@ class Attention(Module):
             v,
             self.heads,
             mask,
-            eager=self.heads.softcap,
+            eager=self.traits.no_sdpa,
             by_head=self.traits.rejoins,
             held=held,
             window=shared.windows.get(self.layer_type),
@@ -522,10 +553,15 @@ class XIELU(Module):
         negative = ops.shift(ops.unary(alphas[1], "softplus", "input"))
         above = tape.tensor(x.rows, x.width, "bool", "sign")
         high = ops.add(ops.mul(ops.mul(positive, x), x), ops.scale(x))
-        low = ops.autocast_fp32(ops.unary(x, "minimum", "input"))
-        low = ops.add(ops.unary(low, "expm1", "output"), x)
-        low = ops.add(ops.mul(low, negative), ops.scale(x))
+        low = _expm1(ops.unary(x, "minimum", "input"))
+        low = ops.add(low, x)
+        low = ops.mul(low, negative)
+        low = ops.add(low, ops.scale(x))
         return ops.where(above, high, low)
+
+
+def _expm1(x: Tensor) -> Tensor:
+    return ops.unary(ops.autocast_fp32(x), "expm1", "output")
 
 
 def mlp_of(config: Config) -> Module:
@@ -647,14 +683,13 @@ class Llama(Network):
         for name in self.layer_types:
             window = config.get("sliding_window") if name == "sliding_attention" else None
             shared.windows[name] = window
-            shared.masks[name] = make_mask(
-                tape, x.dtype, window=window, eager=heads_of(config).softcap
-            )
+            shared.masks[name] = make_mask(tape, x.dtype, window=window, eager=traits.no_sdpa)
         if traits.embedding_dropout:
             x = ops.dropout(x, config.get(traits.embedding_dropout) or 0.0)
         dtype = "fp32" if traits.rotation in ("table_fp32", "pairs_fp32") else x.dtype
         for name in self.layer_types if traits.ropes_by_type else ("",):
-            shared.rope[name] = rope_table(tape, self.rope_width, dtype)
+            rows = TOKENS if traits.rope_per_sequence else SEQ
+            shared.rope[name] = rope_table(tape, self.rope_width, dtype, rows)
         return x
 
     def _leave(self, x: Tensor, shared: Shared) -> Tensor:
@@ -666,7 +701,7 @@ class Llama(Network):
         name = self.config.get("model_type")
         if name in ("granite", "cohere", "cohere2"):
             logits = ops.scale(logits)
-        if self.config.get("final_logit_softcapping") and name in ("gemma2", "gemma3_text"):
+        if self.config.get("final_logit_softcapping") and name in SOFTCAPPED:
             logits = ops.scale(logits)
             logits = ops.unary(logits, "tanh", "output")
             logits = ops.scale(logits)

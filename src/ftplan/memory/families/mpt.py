@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ftplan.memory import ops
-from ftplan.memory.attention import make_mask
+from ftplan.memory.attention import make_mask, operand
 from ftplan.memory.families.llama import Config
 from ftplan.memory.nn import (
     Embedding,
@@ -57,7 +57,7 @@ class Attention(Module):
         if self.clipped:
             mixed = ops.unary(mixed, "clamp", "input")
         q, k, v = ops.split(mixed, [x.width] * 3)
-        operands = [ops.copy(ops.autocast(t)) for t in (q, k)]
+        operands = [operand(ops.autocast(t)) for t in (q, k)]
         scores = ops.scale(ops.matmul(operands[0], operands[1], SCORES * self.count, 1, "scores"))
         del operands
         scores = ops.to(scores, "fp32")  # the fp32 positions are added
@@ -66,7 +66,7 @@ class Attention(Module):
         weights = ops.to(ops.softmax(scores, "fp32"), v.dtype)
         weights = ops.dropout(weights, self.dropout)
         held.append(weights)
-        out = ops.matmul(weights, ops.copy(ops.autocast(v)), x.rows, x.width, "attention")
+        out = ops.matmul(weights, operand(ops.autocast(v)), x.rows, x.width, "attention")
         return self.out_proj.forward(ops.copy(out))
 
 
@@ -115,8 +115,8 @@ class Mpt(Network):
 
     def _enter(self, tape: Tape, shared: Shared) -> Tensor:
         x: Tensor = self.transformer.child("wte").forward(tape)
-        mask = make_mask(tape, x.dtype, eager=True)
-        assert mask is not None
+        mask = make_mask(tape, x.dtype, eager=True)  # cast, for a moment
+        del mask
         shared.mask = tape.tensor(SCORES, 1, "bool", "mask")
         return x
 

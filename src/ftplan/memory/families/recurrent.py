@@ -11,7 +11,7 @@ from __future__ import annotations
 from ftplan.memory import ops
 from ftplan.memory.experts import Experts, Router
 from ftplan.memory.families.decoder import MLP, Attention, Block, Config, Decoder, filled
-from ftplan.memory.families.hybrid import Conv1d
+from ftplan.memory.families.hybrid import Conv1d, without_padding
 from ftplan.memory.families.mixture import Mixture
 from ftplan.memory.nn import Linear, Module, Network, RMSNorm, Shared
 from ftplan.memory.tape import TOKENS, Grads, Tensor
@@ -41,10 +41,11 @@ class MambaMixer(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tape, dtype = x.tape, x.dtype
+        x = without_padding(x)
         projected = self.in_proj.forward(x)
         rate = ops.neg(ops.unary(ops.to(tape.leaf(self.A_log), "fp32"), "exp", "output"))
         inner, gate = ops.split(projected, [self.inner, self.inner])
-        inner = self.conv1d.forward(inner)
+        inner = without_padding(self.conv1d.forward(inner))
         selected = self.x_proj.forward(ops.copy(inner, "contiguous"))
         step, b, c = ops.split(selected, [self.rank, self.states, self.states])
         del selected
@@ -188,6 +189,7 @@ class ShortConv(Module):
         self.out_proj = Linear(hidden, hidden, bias=bias)
 
     def forward(self, x: Tensor, _shared: Shared, _held: list[Tensor] | None = None) -> Tensor:
+        x = without_padding(x)
         both = self.in_proj.forward(x)
         b, c, x = ops.split(both, [both.width // 3] * 3)
         del both

@@ -22,6 +22,7 @@ from ftplan.memory.families.decoder import (
     filled,
     head_size,
 )
+from ftplan.memory.families.hybrid import without_padding
 from ftplan.memory.families.mixture import Mixture, act
 from ftplan.memory.families.recurrent import MambaMixer
 from ftplan.memory.nn import Linear, Module, Network, RMSNorm, Shared, activation
@@ -84,18 +85,17 @@ class ScaledMixer(Mamba2Mixer):
         self, x: Tensor, _shared: Shared | None = None, _held: list[Tensor] | None = None
     ) -> Tensor:
         dtype, tape = x.dtype, x.tape
-        x = ops.scale(x)
+        x = ops.scale(without_padding(x))
         projected = self.in_proj.forward(x)
         # the multipliers are a buffer of the weights' dtype
         factors = Tensor(tape, None, ONE, projected.width, self.A_log.dtype)
         projected = ops.mul(projected, factors)
         rate = ops.neg(ops.unary(ops.to(tape.leaf(self.A_log), "fp32"), "exp", "output"))
         gate, mixed, step = ops.split(projected, [self.inner, self.channels, self.heads])
-        mixed = self.conv1d.forward(mixed)
+        mixed = without_padding(self.conv1d.forward(mixed))
         narrow = self.groups * self.states
-        inner, b, c = ops.split(mixed, [self.inner, narrow, narrow])
-        del mixed
-        out = self.scan(inner, step, rate, b, c)
+        x, b, c = ops.split(mixed, [self.inner, narrow, narrow])
+        out = self.scan(x, step, rate, b, c)
         out = self.gated.forward(out, gate)
         return self.out_proj.forward(ops.to(out, dtype))
 

@@ -15,7 +15,7 @@ from ftplan.memory.nn import (
     Stage,
     activation,
 )
-from ftplan.memory.tape import SQUARE, TOKENS, Grads, Tape, Tensor
+from ftplan.memory.tape import SQUARE, TOKENS, Grads, Parameter, Tape, Tensor
 
 
 class Norm(Module):
@@ -69,6 +69,11 @@ class Attention(Module):
             bias = self._positions(tape)
         else:
             bias = tape.tensor(SQUARE, self.heads.count, dtype, "position bias")
+            if shared.checkpointed:
+                if not shared.zeros:
+                    leaf = Parameter("", (self.heads.count,), dtype, True)
+                    shared.zeros.append((bias.alias(), leaf))
+                bias.requires_grad, bias.node = True, shared.zeros[0][1]
         if self.cross:
             shared.cross_bias = bias
         else:
@@ -77,7 +82,7 @@ class Attention(Module):
 
     def _positions(self, tape: Tape) -> Tensor:
         """Rows of the table for each pair of positions; the buckets are kept."""
-        buckets = tape.tensor(SQUARE, 1, "int64", "position buckets")
+        buckets = self._buckets(tape)
         weight = tape.leaf(self.relative_attention_bias.weight)
         out = tape.tensor(SQUARE, weight.width, weight.dtype, "position bias")
         make = ops.like(weight.rows, weight.width, weight.dtype, weight.requires_grad)
@@ -88,6 +93,47 @@ class Attention(Module):
 
         ops.record([out], "embedding", [weight], apply)
         return out
+
+    def _buckets(self, tape: Tape) -> Tensor:
+        """``compute_bias`` and ``_relative_position_bucket``: a number for each pair."""
+
+        def made(dtype: str = "int64") -> Tensor:
+            return tape.tensor(SQUARE, 1, dtype, "position buckets")
+
+        distance = made()
+        if self.heads.causal:
+            zeros = made()
+            smaller = made()
+            del zeros
+            positive = made()
+            del smaller
+            buckets = None
+        else:
+            above = made("bool")
+            cast = made()
+            del above
+            scaled = made()
+            del cast
+            buckets = made()
+            del scaled
+            positive = made()
+        small = made("bool")
+        steps = [made("fp32")]
+        for _ in range(4):  # divided, logarithm, divided, multiplied
+            steps.append(made("fp32"))
+            del steps[0]
+        large = made()
+        del steps[0]
+        shifted = made()
+        del large
+        most = made()
+        large = made()
+        del most, shifted
+        chosen = made()
+        del small
+        buckets = chosen if buckets is None else buckets
+        del distance, positive, large, chosen
+        return buckets
 
     def forward(self, x: Tensor, shared: Shared, held: list[Tensor]) -> Tensor:
         source = shared.memory if self.cross else x
@@ -191,6 +237,7 @@ class Block(Module):
         x = self._attend("0", "SelfAttention", x, shared, held)
         if self.crossed:
             x = self._attend("1", "EncDecAttention", x, shared, held)
+            del held[:-1]  # one name for the weights of both
         part = self.layer.child(self.last)
         fed = part.child("layer_norm").forward(x)
         fed = part.child("DenseReluDense").forward(fed)

@@ -44,7 +44,7 @@ class FabricLinear(QuantizedLinear):
         out = tape.tensor(rows, self.out_features, dtype, "linear")
         del expanded
         if tape.env.holds_4bit_inputs and ops.records(x):
-            tape.cached.append(x.alias())  # and the loop's names keep the graph
+            tape.hold(x)  # and the loop's names keep the graph
 
         def apply(grad: Tensor) -> Grads:
             grad.tape.multiply(rows, self.in_features, self.out_features)
