@@ -20,14 +20,17 @@ def _usual(comparison: StackComparison) -> dict[str, str]:
             of_key = counts.setdefault(key, {})
             word = plain_value(value)
             of_key[word] = of_key.get(word, 0) + 1
-    return {key: max(words, key=lambda word: words[word]) for key, words in counts.items()}
+    most = len(comparison.rows) / 2
+    return {
+        key: word for key, words in counts.items() for word, count in words.items() if count > most
+    }
 
 
 def _differs(row: StackRow, usual: Mapping[str, str]) -> str:
     if row.allocated_bytes is None:
         return row.note
     own = {key: plain_value(value) for key, value in row.defaults.items()}
-    return ", ".join(f"{key} {word}" for key, word in own.items() if word != usual[key])
+    return ", ".join(f"{key} {word}" for key, word in own.items() if word != usual.get(key))
 
 
 def _peak(row: StackRow) -> str:
@@ -62,9 +65,8 @@ def render(comparison: StackComparison, *, width: int = 80, colour: bool = False
 def render_markdown(comparison: StackComparison) -> str:
     """The same as a Markdown table."""
     head = ("stack", "GiB", "worst in", "verdict", "what it fills in, where stacks differ")
-    usual = dict.fromkeys(_usual(comparison), "")
     rows = [
-        (code(row.stack), _peak(row), row.peak_phase or "", row.verdict or "", _differs(row, usual))
+        (code(row.stack), _peak(row), row.peak_phase or "", row.verdict or "", _differs(row, {}))
         for row in comparison.rows
     ]
     return f"## {comparison.model}\n\n" + table(head, rows, right=(1,))
