@@ -45,6 +45,7 @@ ROOMS = {
     "render": "render",
     # the front: joins shelves and reasoning for the library's verbs
     "resolve": "front",
+    "unused": "front",
     "assembling": "front",
     "model_config": "front",
     "folder": "front",

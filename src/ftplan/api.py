@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftplan import __version__
-from ftplan.errors import FtplanError
+from ftplan.errors import FtplanError, InputError
 from ftplan.report import (
     Finding,
     GpuSummary,
@@ -22,6 +22,7 @@ from ftplan.report import (
 from ftplan.resolve import Resolved, resolve
 from ftplan.spec import Plan
 from ftplan.units import format_bytes
+from ftplan.unused import TRAINING_TASKS
 
 if TYPE_CHECKING:  # the walk is loaded only for a model whose shape is known
     from ftplan.fit.remedies import Judged
@@ -37,14 +38,26 @@ NETWORK_BYTES_PER_S = 50 * 10**9
 """One direction of a 400 Gb/s port for each GPU, which large clusters have: a lower bound."""
 
 
-def estimate(plan: Plan, *, base: Path | None = None, with_remedies: bool = True) -> Report:
+def estimate(
+    plan: Plan,
+    *,
+    base: Path | None = None,
+    with_remedies: bool = True,
+    stated: Collection[str] | None = None,
+) -> Report:
     """How much memory a job takes, and whether it fits when the plan names a GPU.
 
     ``base`` is the folder that relative paths in the plan start at. Without ``with_remedies`` a
     job that does not fit is not searched for a way out, which is what a search itself asks for.
+    ``stated`` are the keys that somebody wrote (None: all): of them those without a use are named.
     Raises FtplanError (with a remedy) for names that are unknown and jobs that are not modelled.
     """
-    resolved = resolve(plan, base=base)
+    resolved = resolve(plan, base=base, stated=stated)
+    if resolved.plan.method is None and plan.task in TRAINING_TASKS:
+        raise InputError(
+            f"the task {plan.task!r} trains the model, but no method says how",
+            remedy="add a method (--method full, lora, qlora, ...)",
+        )
     report = _sized(resolved)
     over = report.verdict in ("over", "tight") and resolved.config is not None
     if over and with_remedies:

@@ -287,10 +287,19 @@ def _stored(name: str, *, double_quant: bool) -> Format:
     return find_format(name)
 
 
+_NOT_SERVED = {"pipeline": "pp", "context": "cp", "expert": "ep"}
+
+
 def serving_job_of(resolved: Resolved) -> ServingJob:
     """The calculator's job of a model that is served."""
     plan = resolved.plan
     assert resolved.config is not None and plan.batch.micro and plan.batch.seq_len
+    for way, degree in _NOT_SERVED.items():
+        if (getattr(plan.sharding, degree) or 1) > 1:
+            raise UnsupportedError(
+                f"a model served under {way} parallelism ({degree})",
+                remedy="use tensor parallelism (tp)",
+            )
     storage = _stored(plan.precision.weights or "bf16", double_quant=False)
     native = native_dtype(resolved.config) or "bf16"
     base = native if storage.name not in ITEM_BYTES else storage.name

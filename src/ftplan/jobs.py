@@ -43,6 +43,9 @@ class JobInput:
     locate: Callable[[str], Location | None] = lambda key: None
     """Where the file says a plan key (``batch.micro``), when it does."""
     document: Document | None = None
+    stated: frozenset[str] | None = None
+    """Plan keys that a trainer's config or a flag says, its reader's defaults left out; None: all
+    of the plan's."""
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -96,6 +99,7 @@ def read_job(
         assumptions=overrides + kept,
         findings=findings,
         missing=tuple(key for key in job.missing if key not in given),
+        stated=None if job.stated is None else job.stated | changed,
     )
 
 
@@ -131,6 +135,7 @@ def _read(
         missing=imported.missing,
         locate=imported.places.get,
         document=document,
+        stated=frozenset(imported.places),
     )
 
 
@@ -172,7 +177,7 @@ def estimate_job(job: JobInput) -> Report:
             remedy="pass --model NAME, --config PATH or --params COUNT",
         )
     try:
-        report = api.estimate(job.plan, base=job.base)
+        report = api.estimate(job.plan, base=job.base, stated=job.stated)
     except FtplanError as error:
         raise placed(error, job) from error.__cause__
     return replace(

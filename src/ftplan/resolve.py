@@ -6,15 +6,14 @@ are looked up in the catalogues; a config.json is read from beside the plan, nev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ftplan.adapting import OPTIONS, RANKS, check_options
+from ftplan.adapting import RANKS, check_options
 from ftplan.catalog.gpus import GpuRow, find_gpu
 from ftplan.catalog.models import resolve_model
-from ftplan.catalog.optimizers import find_optimizer
 from ftplan.catalog.stacks import Stack, find_stack
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
@@ -29,9 +28,7 @@ from ftplan.spec import (
     Plan,
     Rollout,
 )
-
-if TYPE_CHECKING:
-    pass
+from ftplan.unused import idle_keys, sentence, shapeless_keys, without
 
 __all__ = ["Resolved", "native_dtype", "resolve"]
 
@@ -55,6 +52,8 @@ class Resolved:
     """The model's config.json; None for a bare parameter count."""
     stack: Stack
     gpu: GpuRow | None
+    shapeless: tuple[str, ...] = ()
+    """Keys that were given and that need the shape which a bare parameter count has not."""
 
 
 class _Filler:
@@ -73,24 +72,63 @@ class _Filler:
         return default
 
 
-def _model(plan: Plan, base: Path, filler: _Filler) -> tuple[str, Mapping[str, Any] | None]:
+def _model(plan: Plan, base: Path) -> tuple[str, Mapping[str, Any] | None, tuple[Finding, ...]]:
     model = plan.model
     if model.config is not None:
         from ftplan.model_config import read_model
 
         config, findings = read_model(base / model.config)
-        filler.findings += findings
-        return model.config, config
+        return model.config, config, tuple(findings)
     if model.name is not None:
         row = resolve_model(model.name).row
-        return row.name, row.config
-    return f"{model.params:,} parameters", None
+        return row.name, row.config, ()
+    return f"{model.params:,} parameters", None, ()
 
 
-def resolve(plan: Plan, *, base: Path | None = None) -> Resolved:
-    """Fill every default and look up every name. Relative paths start at ``base``."""
+def resolve(
+    plan: Plan, *, base: Path | None = None, stated: Collection[str] | None = None
+) -> Resolved:
+    """Fill every default and look up every name. Relative paths start at ``base``.
+
+    Keys that this job has no use for are taken out, and named when they are among those that
+    somebody has ``stated`` (None: all were).
+    """
+    name, config, findings = _model(plan, base or Path())
+    resolved = _filled(plan, name, config)
+    idle = idle_keys(plan, resolved.plan, resolved.stack, config)
+    kept = without(plan, idle)
+    shapeless = shapeless_keys(kept) if config is None else []
+    spread = [key for key in shapeless if key.startswith("sharding.")]
+    if idle or spread:
+        resolved = _filled(without(kept, spread), name, config)
+    said = {key: why for key, why in idle.items() if _stated(key, stated)}
+    return replace(
+        resolved,
+        findings=(*findings, *resolved.findings, *([_idle_finding(said)] if said else [])),
+        shapeless=tuple(key for key in shapeless if _stated(key, stated)),
+    )
+
+
+def _stated(key: str, stated: Collection[str] | None) -> bool:
+    """Whether somebody wrote the key, one within it, or the section it is in."""
+    return stated is None or any(
+        f"{one}.".startswith(f"{key}.") or key.startswith(f"{one}.") for one in stated
+    )
+
+
+def _idle_finding(idle: Mapping[str, str]) -> Finding:
+    one = len(idle) == 1
+    return Finding(
+        code="MEM005",
+        severity="info",
+        message=f"nothing here depends on {sentence(idle)}",
+        help=f"leave {'it' if one else 'them'} out, or change what "
+        f"{'it goes' if one else 'they go'} with",
+    )
+
+
+def _filled(plan: Plan, name: str, config: Mapping[str, Any] | None) -> Resolved:
     filler = _Filler()
-    name, config = _model(plan, base or Path(), filler)
     stack = find_stack(filler.fill("stack", plan.stack, "transformers"))
     gpu = find_gpu(plan.hardware.gpu) if plan.hardware.gpu else None
     task = filler.fill("task", plan.task, "sft" if plan.method else "serve")
@@ -398,89 +436,6 @@ def _lengths(batch: Batch, stack: Stack, filler: _Filler, source: str) -> Length
 
 
 _REFERRED = ("dpo", "kto", "grpo", "ppo")
-_NEEDS = {
-    "alpha": None, "use_rslora": None,  # move no memory in any method
-    "rank": (
-        "lora", "qlora", "dora", "vera", "loha", "lokr", "oft", "boft", "adalora", "miss", "hra",
-        "randlora", "shira", "vblora", "delora", "pvera", "hira", "gralora", "glora", "peanut",
-        "psoft",
-    ),
-    "last_layers": ("partial",),
-    "trainable": ("partial",),
-    "virtual_tokens": ("prompt_tuning", "prefix_tuning", "p_tuning"),
-    "bottleneck": ("houlsby", "pfeiffer"),
-    "rank_pattern": ("lora", "qlora", "dora", "loha", "lokr"),
-    "use_dora": ("lora", "qlora", "dora"),
-    "fused_lora": ("lora", "qlora"),
-    "target_parameters": ("lora", "qlora", "dora"),
-}  # fmt: skip
-"""Keys of a method and the kinds that have a use for them."""
-
-
-def idle_keys(plan: Plan) -> list[str]:
-    """Keys that were given and that this job has no use for."""
-    method, optimizer = plan.method, plan.optimizer
-    assert method is not None
-    idle = [
-        f"method.{key}"
-        for key, kinds in _NEEDS.items()
-        if kinds is not None and getattr(method, key) is not None and method.kind not in kinds
-    ]
-    known = OPTIONS.get(method.kind, ())
-    idle += [f"method.options.{name}" for name in method.options or () if name not in known]
-    quantised = find_format(plan.precision.weights or "bf16").layout != "plain"
-    if not quantised:
-        keys = ("double_quant", "prepare_kbit", "compute_dtype")
-        idle += [f"method.{key}" for key in keys if getattr(method, key)]
-    if method.dropout and method.kind in ("full", "partial"):
-        idle.append("method.dropout")
-    if plan.precision.kv_cache is not None:
-        idle.append("precision.kv_cache")
-    if plan.batch.prompt_len is not None:
-        idle.append("batch.prompt_len")
-    loss = plan.loss
-    if loss is not None and loss.kind == "full" and loss.chunk is not None:
-        idle.append("loss.chunk")
-    checkpointing = plan.gradient_checkpointing
-    if checkpointing is not None and checkpointing.kind == "none" and checkpointing.every != 1:
-        idle.append("gradient_checkpointing.every")
-    if optimizer is not None:
-        row = find_optimizer(optimizer.name)
-        if optimizer.momentum and row.name != "sgd":
-            idle.append("optimizer.momentum")
-        if optimizer.rank is not None and row.rank is None:
-            idle.append("optimizer.rank")
-    if (plan.sharding.pp or 1) == 1:
-        stages = ("schedule", "virtual_stages")
-        idle += [f"sharding.{key}" for key in stages if getattr(plan.sharding, key) is not None]
-    idle += [
-        f"sharding.{key}"
-        for key, kinds in _SHARDED.items()
-        if getattr(plan.sharding, key) is not None and plan.sharding.kind not in kinds
-    ]
-    return idle
-
-
-_ZERO = ("zero1", "zero2", "zero3")
-_SHARDED: dict[str, tuple[str, ...]] = {
-    "version": ("fsdp",),
-    "wrap": ("fsdp",),
-    "param_dtype": ("fsdp",),
-    "reduce_dtype": ("fsdp",),
-    "reshard_after_forward": ("fsdp",),
-    "no_sync": ("fsdp",),
-    "use_orig_params": ("fsdp",),
-    "bucket_elements": _ZERO,
-    "auto_buckets": _ZERO,
-    "overlap_comm": _ZERO,
-    "sub_group_elements": ("zero3",),
-    "prefetch_elements": ("zero3",),
-    "max_live_elements": ("zero3",),
-    "persistence_elements": ("zero3",),
-    # DDP's buckets hold every gradient once, however large each is
-    "bucket_bytes": (),
-}
-"""Keys of sharding and the kinds that have a use for them."""
 
 
 def _with_task(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) -> Plan:
@@ -488,16 +443,6 @@ def _with_task(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) ->
     task, method = plan.task or "sft", plan.method
     assert method is not None
     _refuse_unused(plan, task)
-    idle = idle_keys(plan)
-    if idle:
-        filler.findings.append(
-            Finding(
-                code="MEM005",
-                severity="info",
-                message=f"nothing here depends on {', '.join(idle)}",
-                help="leave it out, or change what it goes with",
-            )
-        )
     if task in _REFERRED:
         adapted = method.kind not in ("full", "partial")
         default = "adapter" if adapted else "model"

@@ -5,7 +5,7 @@ Part of the library's front: names from the catalogues in, answers out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,15 @@ def fit(
     workload: Workload | None = None,
     solve: Question | None = None,
     prices: Mapping[str, float] | None = None,
+    stated: Collection[str] | None = None,
 ) -> FitReport:
     """What fits: the ways of finetuning the plan's model x how far each goes on the plan's GPU.
 
     Each way that fits comes with the fastest of its plans: settings that lose nothing x micro
     batches. Without a GPU in the plan: the smallest cards that fit; with prices the cheapest for
     the data, and how many. ``solve`` asks for one thing. A plan that serves is searched for its
-    batch and context. Raises :class:`ftplan.errors.FtplanError` for names that are unknown.
+    batch and context. ``stated``: keys that somebody wrote, as for :func:`ftplan.api.estimate`.
+    Raises :class:`ftplan.errors.FtplanError` for names that are unknown.
     """
     if plan.model.params is not None:
         raise InputError(
@@ -61,14 +63,20 @@ def fit(
     workload = workload or Workload()
     if prices:
         workload = replace(workload, prices=prices)
-    return _Fit(plan, base, workload, solve).answer()
+    return _Fit(plan, base, workload, solve, stated).answer()
 
 
 class _Fit:
     def __init__(
-        self, plan: Plan, base: Path | None, workload: Workload, solve: Question | None
+        self,
+        plan: Plan,
+        base: Path | None,
+        workload: Workload,
+        solve: Question | None,
+        stated: Collection[str] | None,
     ) -> None:
         self.base = base
+        self.stated = stated
         self.solve = solve
         self.micro = plan.batch.micro or 1
         self.seq_len = plan.batch.seq_len or _shortened(plan, base)
@@ -101,7 +109,7 @@ class _Fit:
         report = None
         if asked is not None:
             plan = sized(asked.way.plan, self.micro, self.seq_len)
-            report = api.estimate(plan, base=self.base)
+            report = api.estimate(plan, base=self.base, stated=self.stated)
         resolved = best.resolved
         assert resolved is not None
         many = self.offering.fewest(best.way, gpu)

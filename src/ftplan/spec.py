@@ -257,7 +257,7 @@ class Sharding:
     no_sync: bool | None = None
     """FSDP: reduce gradients with the last micro batch alone; until then each GPU holds all."""
     use_orig_params: bool | None = None
-    """FSDP1: keep the original parameters beside the flat one."""
+    """FSDP1: show the original parameters as views of the flat one. Moves no memory."""
     offload: Offload | None = None
     """What waits in host memory or on NVMe."""
     tp: int | None = None

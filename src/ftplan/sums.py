@@ -22,12 +22,6 @@ __all__ = ["sum_of"]
 
 _LOOKED_AT = ("task", "precision.weights", "optimizer", "sharding.kind", "budget.headroom")
 """Defaults that a sum depends on: the others are not listed as assumptions."""
-_NEEDS_SHAPE = (
-    "batch.micro", "batch.seq_len", "batch.accumulation", "batch.eval_micro", "precision.mixed",
-    "precision.kv_cache", "gradient_checkpointing", "attention", "loss", "kernels",
-    "method.rank", "method.targets", "sharding.cp", "sharding.ep",
-)  # fmt: skip
-"""Keys that act on a model's shape alone."""
 
 
 def sum_of(resolved: Resolved) -> Report:
@@ -73,9 +67,7 @@ def sum_of(resolved: Resolved) -> Report:
 
 def _left_out(resolved: Resolved) -> tuple[Finding, ...]:
     """Activations are not in a sum of training, and what was said of them does nothing."""
-    plan = resolved.plan
-    assumed = {assumption.key for assumption in resolved.assumptions}
-    idle = [key for key in _NEEDS_SHAPE if key not in assumed and _given(plan, key)]
+    plan, idle = resolved.plan, resolved.shapeless
     if plan.method is None and not idle:
         return ()
     said = "activations are not in this sum: they need the model's shape"
@@ -91,13 +83,6 @@ def _left_out(resolved: Resolved) -> tuple[Finding, ...]:
             help="pass --model NAME or --config config.json for the exact sum",
         ),
     )
-
-
-def _given(plan: Plan, key: str) -> bool:
-    section, _, name = key.partition(".")
-    value = getattr(plan, section)
-    value = getattr(value, name) if name and value is not None else value
-    return value is not None and not (key == "precision.mixed" and value == "no")
 
 
 def _split(plan: Plan) -> Split:
@@ -130,12 +115,13 @@ def _state_bits(plan: Plan, trained: Format) -> list[int]:
                 f"what {row.name} keeps by rows and columns, on a bare parameter count,",
                 remedy="pass --model NAME or --config config.json",
             )
-        if state.dtype == "param":
+        dtype = plan.optimizer.state_dtype or state.dtype
+        if dtype == "param":
             bits.append(trained.bits)
-        elif "bit-" in state.dtype:
-            bits.append(int(state.dtype.partition("bit-")[0]))
+        elif "bit-" in dtype:
+            bits.append(int(dtype.partition("bit-")[0]))
         else:
-            bits.append(find_format(state.dtype).bits)
+            bits.append(find_format(dtype).bits)
     return [int(count) for count in bits]
 
 

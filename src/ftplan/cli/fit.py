@@ -95,7 +95,9 @@ def fit(
     job, asked = _with_data(job, data, tokens, epochs)
     workload = sizing.Workload(**asked, prices=_prices(price or []), watts=watts, slice_share=share)
     try:
-        answer = sizing.fit(job.plan, base=job.base, workload=workload, solve=solve)
+        answer = sizing.fit(
+            job.plan, base=job.base, workload=workload, solve=solve, stated=job.stated
+        )
     except FtplanError as error:
         raise placed(error, job) from error.__cause__
     answer = replace(

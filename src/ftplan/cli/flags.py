@@ -262,8 +262,6 @@ _ADAPTER_FLAGS = ("rank", "targets", "modules_to_save", "adapter_dtype")
 _TRAINING_FLAGS = ("optimizer", "grad_accum", "gradient_checkpointing", "loss")
 _FULL_PRECISION = {"fp32", "float32", "tf32", "fp16", "float16", "half", "bf16", "bfloat16", "fp64"}
 _SERVING = ("serve",)
-_NEEDS_METHOD = ("pt", "rm", "dpo", "kto", "orpo", "ppo", "grpo", "distill")
-"""Tasks that say nothing about a model that is only run; the others are what it was made for."""
 
 
 def apply_flags(
@@ -334,12 +332,6 @@ def _refuse_idle(plan: Plan, given: dict[str, Any]) -> None:
         if idle:
             raise InputError(
                 f"{_flag(idle[0])} acts on training, and this job has no method: it is inference",
-                remedy="add --method full, lora, qlora, ...",
-            )
-        task = given.get("task")
-        if task in _NEEDS_METHOD and plan.method is None:
-            raise InputError(
-                f"--task {task} trains the model, but no method says how",
                 remedy="add --method full, lora, qlora, ...",
             )
     elif "kv_dtype" in given and plan.task not in ("serve", "grpo", "ppo"):

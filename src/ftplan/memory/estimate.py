@@ -383,7 +383,8 @@ class Structure:
 
 def _fused_chunk(job: Job, network: Network, static_bytes: int) -> Callable[[int], int] | None:
     """Tokens of a chunk of a fused loss as a function of all tokens; None: the loss is another."""
-    if job.environment.loss != "fused":
+    headless = job.stage is not None and not job.stage.last
+    if job.environment.loss != "fused" or headless:
         return None
     vocabulary, hidden = head_weight(network)[0].shape
     free = max(1, job.card_bytes - static_bytes) if job.card_bytes else 0
@@ -399,6 +400,7 @@ def structure_of(job: Job) -> Structure:
     """The record of a job; of a pipeline, that of its worst rank at the job's own batch."""
     if job.sharding.pp == 1:
         return Structure(job)
+    _refuse_stages(job)
     layers = prepare(job).stages[0].stack.count
     ranks = [
         Structure(replace(job, stage=stage))
@@ -453,6 +455,21 @@ def shard_ranks(sharding: ShardingSpec) -> int:
     return sharding.shard_ranks
 
 
+_SHARED = ("vera", "pvera", "trainable_tokens")
+"""Adapters whose layers share parameters: what a stage without their owner holds is not known."""
+
+
+def _refuse_stages(job: Job) -> None:
+    """Tasks and adapters that no pipeline of ours can cut."""
+    shared = job.adapter is not None and job.adapter.kind in _SHARED
+    if shared or job.task not in ("sft", "pt", "classify"):
+        what = f"the adapter {job.adapter.kind!r}" if shared and job.adapter else ""
+        raise UnsupportedError(
+            f"{what or f'the task {job.task!r}'} under pipeline parallelism",
+            remedy="use tensor parallelism, fsdp or zero3",
+        )
+
+
 def _shard(parameter: Parameter, ranks: int) -> Parameter:
     """Rank 0's part of a weight."""
     if parameter.dtype.startswith(BUFFERS):
@@ -487,11 +504,6 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
         for each in (network, *((objective.other,) if objective.other else ())):
             _gathered_as(each, sharding.param_dtype)
     stage = job.stage
-    if stage is not None and not objective.inside:
-        raise UnsupportedError(
-            f"the task {job.task!r} under pipeline parallelism",
-            remedy="use tensor parallelism, fsdp or zero3",
-        )
     environment = job.environment
     if objective.sequences > 1 and environment.one_sequence:
         environment = replace(environment, one_sequence=False)
