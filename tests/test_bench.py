@@ -126,6 +126,19 @@ def test_every_published_reading_is_compared_or_left_out_with_a_reason() -> None
     assert widths[len(widths) // 2] < 0.15
 
 
+def test_readings_of_litgpt_are_where_its_own_modules_are_walked() -> None:
+    """Two tables of LitGPT (2023: LoRA and both adapters on 40 GB; 2024: its config hub), each row
+    at the stack of its time: all within 1 % of what their authors read."""
+    compared, _ = accuracy.published()
+    readings = [r for r in compared if r.source == "litgpt" and r.gpus == 1]
+    assert len(readings) >= 60 and all(r.walked and r.inside for r in readings)
+    assert all(abs(r.error) <= 0.01 for r in readings), _named_readings(readings)
+
+
+def _named_readings(readings: Iterable[Any]) -> str:
+    return "\n".join(f"{100 * r.error:+.2f} % {r.identity}" for r in readings)
+
+
 def test_no_job_that_ran_out_of_memory_is_called_fits() -> None:
     """Jobs that ran out, for a stated cause, are over or tight."""
     judged, left_out = accuracy.out_of_memory()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_bench import accuracy
 
-LEAST_TRAINED, LEAST_SHOWN = 80, 30
+LEAST_TRAINED, LEAST_SHOWN = 290, 30
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +33,13 @@ def test_every_job_of_a_real_trainer_is_answered(trained: list[Any]) -> None:
 
 
 def test_real_trainers_peak_where_the_walk_says(trained: list[Any]) -> None:
-    """Each task's median is within 0.1 %, every job within 1 %: the trainer adds nothing else."""
+    """Each task's median is within 0.1 %, and each trainer's with modules of its own, every job
+    within 1 %: the trainer adds nothing else."""
     tasks = defaultdict(list)
     for row in trained:
         tasks[row.case.regime.split()[0]].append(row)
     assert {"transformers", "sft", "dpo", "kto", "reward", "orpo", "grpo", "ppo"} <= set(tasks)
+    assert {"litgpt", "litgpt-2023", "torchtune", "torchtune-0.1"} <= set(tasks)
     for task, rows in tasks.items():
         assert accuracy.summary(row.error for row in rows).median <= 0.001, task
     far = [row for row in trained if abs(row.error) > 0.01]

@@ -225,7 +225,9 @@ def test_the_witness_agreed() -> None:
 
 REFUSED: list[dict[str, Any]] = [
     {"method": None},
-    {"stack": "torchtune"},
+    {"stack": "nemo"},
+    {"stack": "torchtune", "sharding": {"kind": "fsdp"}},
+    {"stack": "litgpt", "task": "dpo"},
     {"kernels": "liger"},
     {"sharding": {"kind": "fsdp", "tp": 2}},
     {"sharding": {"kind": "none", "pp": 2}},

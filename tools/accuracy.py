@@ -235,7 +235,7 @@ class Reading:
     quality: str
     """A: every knob is known. B: nearly."""
     walked: bool
-    """Whether its software runs transformers' modules, which the calculator walks."""
+    """Whether its software runs modules that the calculator walks."""
     gpus: int
     training: bool
 

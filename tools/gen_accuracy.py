@@ -64,6 +64,10 @@ TRAINERS = """
 on tensors without memory (`python -m ftplan.trace.bench_trainers`; versions in each file of
 `validation/trainers`). Triton's kernels, TRL's and Liger's, were launched into the void; sampling
 was answered with completions of the wanted length. PPO is in no TRL after 1.12.
+
+LitGPT and torchtune run model code of their own: their packages' models, adapters and losses were
+traced as their loops call them, one version for each stack of its time
+(`python -m ftplan.trace.bench_native`).
 """
 IMAGES = """
 ## Vision-language jobs
@@ -75,8 +79,9 @@ READINGS = """\
 Read by others on real GPUs, each with its source in `validation/published.json`. All were made with
 older software than the calculator mirrors; its versions stand beside each reading there, and a
 plan names the stack of that time where there is a profile of it (`transformers-4.46`,
-`ms-swift-2`). LitGPT, torchtune and Megatron run modules of their own, which are not what the
-calculator walks: their errors are what a plan that names such a stack must expect. Where batches
+`ms-swift-2`, `litgpt-0.3`). Of LitGPT and torchtune their own modules are walked; Megatron runs
+modules of its own that are not: its errors are what a plan that names such a stack must expect.
+Readings of LitGPT's config hub are of the time at which the number first stood there. Where batches
 differ in length (ms-swift 1.6), what is reserved depends on the order of the samples: their mean
 and deviation are known, no more. Comments in ms-swift's example scripts are rounded, and do not
 say which version was read.
@@ -197,9 +202,9 @@ def _slices(compared: Sequence[Reading]) -> list[tuple[str, list[Reading]]]:
     walked = [r for r in one if r.walked]
     return [
         ("quality A, one GPU, allocated", [r for r in one if r.counter == "allocated"]),
-        ("the same, transformers' modules", [r for r in walked if r.counter == "allocated"]),
+        ("the same, modules that are walked", [r for r in walked if r.counter == "allocated"]),
         ("quality A, one GPU, reserved", [r for r in one if r.counter == "reserved"]),
-        ("the same, transformers' modules", [r for r in walked if r.counter == "reserved"]),
+        ("the same, modules that are walked", [r for r in walked if r.counter == "reserved"]),
         ("all", list(compared)),
     ]
 
@@ -258,7 +263,9 @@ def page() -> str:
     rows = accuracy.predict_all(accuracy.cases())
     parts = [HEAD, bench_tables(rows), worst_ten(rows)]
     trained = accuracy.predict_all(accuracy.trainer_cases())
-    parts.append(extra_table(TRAINERS, trained, "task", lambda row: row.case.regime.split()[0]))
+    parts.append(
+        extra_table(TRAINERS, trained, "task or trainer", lambda row: row.case.regime.split()[0])
+    )
     shown = accuracy.predict_all(accuracy.image_cases())
     if shown:
         parts.append(extra_table(IMAGES, shown, "model", lambda row: row.case.architecture))

@@ -431,7 +431,24 @@ def _report(resolved: Resolved, result: Estimate, held: Interval | None = None) 
 
 def is_traced(resolved: Resolved) -> bool:
     """Whether the stack's modules are those that the walk was held against."""
-    return not (resolved.stack.own_modules and resolved.plan.method is not None)
+    plan = resolved.plan
+    if not resolved.stack.own_modules or plan.method is None:
+        return True
+    from ftplan.assembling import modules_of
+
+    modules, checkpointing = modules_of(resolved), plan.gradient_checkpointing
+    sharded = plan.sharding.kind not in (None, "none") or plan.sharding.offload not in (
+        None,
+        "none",
+    )
+    in_backward = plan.optimizer is not None and plan.optimizer.in_backward
+    if not modules or sharded or in_backward or plan.batch.packing or plan.batch.eval_micro:
+        return False
+    from ftplan.memory.families.native import checkpoints
+
+    if checkpointing is None or checkpointing.kind == "none":
+        return True
+    return checkpointing.kind in checkpoints(modules) and checkpointing.every == 1
 
 
 def capability_of(resolved: Resolved) -> tuple[int, int] | None:

@@ -27,7 +27,7 @@ from ftplan.memory.tasks import HEADS
 from ftplan.resolve import Resolved, image_tokens, native_dtype
 from ftplan.spec import Checkpointing, Method, OptimizerChoice, Plan
 
-__all__ = ["job_of", "lengths_of", "serving_job_of"]
+__all__ = ["job_of", "lengths_of", "modules_of", "serving_job_of"]
 
 
 def job_of(resolved: Resolved) -> Job:
@@ -87,8 +87,10 @@ def job_of(resolved: Resolved) -> Job:
         dropout=plan.task not in stack.dropout_off,
     )
     native = native_dtype(resolved.config) or "bf16"
+    modules = modules_of(resolved)
     return Job(
         config=local_config(resolved.config, sharding),
+        modules=modules,
         task=plan.task or "sft",
         method="full"
         if method.kind == "full"
@@ -117,11 +119,11 @@ def job_of(resolved: Resolved) -> Job:
         checkpoint_every=0
         if checkpointing.kind == "none" or environment.checkpoint_attention or plan.task == "ppo"
         else checkpointing.every,
-        loss_chunk=plan.loss.chunk or 0,
+        loss_chunk=plan.loss.chunk or (stack.loss_chunk if modules else None) or 0,
         card_bytes=gpu.usable_bytes if gpu is not None else 0,
         images=batch.images or 0,
         image_tokens=image_tokens(batch, resolved.config),
-        optimizer=_optimizer(plan.optimizer),
+        optimizer=_optimizer(plan.optimizer, stack),
         main_weights=stack.main_weights and storage.name in ("bf16", "fp16"),
         sharding=sharding,
         labels=_labels(resolved.config),
@@ -131,6 +133,33 @@ def job_of(resolved: Resolved) -> Job:
         generates=plan.rollout is not None and plan.rollout.sampler == "trainer",
         sampler_bytes=_sampler_bytes(plan, gpu),
     )
+
+
+def modules_of(resolved: Resolved) -> str:
+    """The stack's own model code, where this job of it is walked; empty: transformers' is."""
+    plan, modules = resolved.plan, resolved.stack.modules
+    if modules is None or plan.method is None or resolved.config is None:
+        return ""
+    from ftplan.memory.families.native import runs
+
+    method = plan.method
+    weights = _stored(plan.precision.weights or "bf16", double_quant=bool(method.double_quant))
+    parallel = max(getattr(plan.sharding, name) or 1 for name in ("tp", "pp", "cp", "ep"))
+    others = (
+        method.modules_to_save, method.rank_pattern, method.layers_to_transform,
+        method.target_parameters, method.use_dora, method.fused_lora, method.options,
+        plan.batch.images, parallel > 1, plan.batch.padding == "right",
+        plan.attention not in (None, "sdpa"), plan.kernels not in (None, "none"),
+        weights.layout != "plain" and plan.precision.mixed != "no",
+    )  # fmt: skip
+    if any(others):
+        return ""
+    loss = plan.loss.kind if plan.loss is not None else "full"
+    known = runs(
+        modules, resolved.config, task=plan.task or "sft", method=method.kind,
+        weights=weights.name, loss=loss,
+    )  # fmt: skip
+    return modules if known else ""
 
 
 def _engine_dtype(plan: Plan, storage: Format, mixed: str | None) -> str | None:
@@ -222,7 +251,8 @@ def _core_alone(checkpointing: Checkpointing, stack: Stack) -> bool:
     """``selective``: Megatron's, of attention's core; torchtune's is of every n-th block, and
     torchtitan's of every block, by operation."""
     selective = checkpointing.kind == "selective" and checkpointing.every == 1
-    return selective and stack.name not in ("torchtune", "torchtitan")
+    own = (stack.modules or stack.name).partition("-")[0]
+    return selective and own not in ("torchtune", "torchtitan")
 
 
 def _labels(config: Mapping[str, Any]) -> int:
@@ -323,7 +353,9 @@ def _adapter(method: Method, task: str | None, engine: str | None) -> AdapterSpe
     )
 
 
-def _optimizer(choice: OptimizerChoice) -> OptimizerSpec:
+def _optimizer(choice: OptimizerChoice, stack: Stack) -> OptimizerSpec:
+    # the Trainer of transformers registers fp32 states for embeddings; other loops do not
+    trainer = stack.modules is None and stack.name != "pytorch"
     row = find_optimizer(choice.name)
     implementation = choice.implementation or row.implementation
     if implementation not in row.steps:
@@ -344,9 +376,9 @@ def _optimizer(choice: OptimizerChoice) -> OptimizerSpec:
         step=row.steps[implementation],
         step_counter_on_gpu=implementation in row.step_counter_on_gpu,
         paged=row.paged,
-        keeps_embeddings_fp32="embeddings" in row.keeps_fp32,
+        keeps_embeddings_fp32=trainer and "embeddings" in row.keeps_fp32,
         in_backward=row.in_backward if choice.in_backward is None else choice.in_backward,
-        others=_optimizer(OptimizerChoice(name=others)) if others else None,
+        others=_optimizer(OptimizerChoice(name=others), stack) if others else None,
         rank=choice.rank or row.rank or 0,
         source=row.source,
     )

@@ -35,6 +35,7 @@ MethodKind = Literal[
     "ln_tuning", "prompt_tuning", "prefix_tuning", "p_tuning", "houlsby", "pfeiffer", "bitfit",
     "adalora", "miss", "c3a", "fourierft", "hra", "randlora", "road", "shira", "vblora", "delora",
     "pvera", "hira", "trainable_tokens", "beft", "gralora", "glora", "peanut", "psoft",
+    "llama_adapter", "llama_adapter_v2",
 ]  # fmt: skip
 Task = Literal[
     "serve", "sft", "pt", "rm", "dpo", "kto", "orpo", "ppo", "grpo", "distill", "classify", "embed"

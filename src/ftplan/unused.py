@@ -72,7 +72,7 @@ def _of_sharding(*names: str) -> tuple[str, ...]:
 
 _ZERO = ("zero1", "zero2", "zero3")
 _TOKENS = ("prompt_tuning", "prefix_tuning", "p_tuning")
-_INSERTED = (*_TOKENS, "houlsby", "pfeiffer", "bitfit")
+_INSERTED = (*_TOKENS, "houlsby", "pfeiffer", "bitfit", "llama_adapter", "llama_adapter_v2")
 """Adapters that take no target modules."""
 _LORA = ("lora", "qlora", "dora")
 _DROPPING = (*_LORA, "vera", "adalora", "miss", "randlora", "vblora", "pvera", "hira", "gralora",

@@ -134,6 +134,8 @@ class Stack:
     """Whether a padding mask reaches attention in a batch of samples of full length."""
     pad_rule: str
     """To what length a batch is padded."""
+    modules: str | None = None
+    """Model code of its own that is walked, and of which time; None: transformers' is."""
     no_sync: bool = False
     """Whether FSDP reduces gradients with the last micro batch alone; whole ones until then."""
     holds_4bit_inputs: bool = False
@@ -155,7 +157,7 @@ class Stack:
     @property
     def own_modules(self) -> bool:
         """It runs its own model code instead of transformers'."""
-        return self.name in OWN_MODULES
+        return self.name in OWN_MODULES or self.modules is not None
 
     def chunk_tokens(self, tokens: int) -> int | None:
         """Tokens of one chunk of the loss when ``tokens`` go through it; None: not chunked."""

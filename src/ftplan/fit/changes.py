@@ -8,7 +8,7 @@ from typing import Any
 
 from ftplan.spec import Checkpointing, Loss, Method, OptimizerChoice, Plan
 
-__all__ = ["Change", "apply_change", "merge"]
+__all__ = ["Change", "apply_change", "merge", "trainer_of"]
 
 Change = Mapping[str, Any]
 """A fragment of a plan file: ``{"batch": {"micro": 1}, "loss": "fused"}``."""
@@ -55,3 +55,8 @@ def merge(first: Change, second: Change) -> Change:
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
         merged[key] = {**old, **value} if both else value  # type: ignore[dict-item]
     return merged
+
+
+def trainer_of(plan: Plan) -> str:
+    """The plan's stack, whatever its version: ``litgpt`` of ``litgpt-0.4``."""
+    return (plan.stack or "").partition("-")[0]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from ftplan.fit.changes import Change, apply_change
+from ftplan.fit.changes import Change, apply_change, trainer_of
 from ftplan.report import Remedy, Verdict
 from ftplan.spec import Plan
 
@@ -81,15 +81,18 @@ class _Taken:
 def _fused_loss(plan: Plan, card: Card) -> Iterator[Change]:
     if plan.loss is None or plan.loss.kind == "fused" or (card.capability or (8, 0)) < (7, 0):
         return
-    # torchtune has a chunked loss of its own and no fused one
-    if plan.stack != "torchtune":
+    # torchtune has a chunked loss of its own and no fused one, LitGPT none to choose
+    if trainer_of(plan) == "torchtune":
+        if plan.loss.kind == "full" and plan.stack != "torchtune-0.1":
+            yield {"loss": "chunked"}
+    elif trainer_of(plan) != "litgpt":
         yield {"loss": "fused"}
-    elif plan.loss.kind == "full":
-        yield {"loss": "chunked"}
 
 
 def _checkpointing(plan: Plan, card: Card) -> Iterator[Change]:
     checkpointing = plan.gradient_checkpointing
+    if trainer_of(plan) == "litgpt" and plan.sharding.kind in (None, "none"):
+        return  # it checkpoints under FSDP alone
     if checkpointing is None or checkpointing.kind in ("none", "selective"):
         yield {"gradient_checkpointing": True}
     elif checkpointing.every > 1:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ftplan.fit.changes import Change, apply_change, merge
+from ftplan.fit.changes import Change, apply_change, merge, trainer_of
 from ftplan.spec import Plan
 
 __all__ = ["Way", "free_settings", "lean_settings", "ways_to_train"]
@@ -99,10 +99,10 @@ def _losses(plan: Plan) -> tuple[Change, ...]:
     """How to meet the logits, and run norms and gates, with the same result: as the plan lets."""
     if plan.loss is not None:
         return ({},)
-    if plan.stack == "torchtune":
-        return ({}, {"loss": "chunked"})
-    if plan.stack in _OWN_KERNELS:
+    if plan.stack == "torchtune-0.1" or trainer_of(plan) in _OWN_KERNELS:
         return ({},)
+    if trainer_of(plan) == "torchtune":
+        return ({}, {"loss": "chunked"})
     return ({}, _FUSED) if plan.kernels is not None else ({}, _FUSED, _LIGER)
 
 

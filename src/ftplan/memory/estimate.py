@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ftplan.errors import UnsupportedError
+from ftplan.memory.families.native import Native
 from ftplan.memory.fsdp import BUFFERS, shard_shape
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.loss import chunk_tokens, head_weight
@@ -94,7 +95,7 @@ def static_terms(
     """Weights, adapters and optimizer states. ``whole``: before anything was sharded."""
     frozen = [entry for entry in counted if not entry[0].trainable]
     learned = [entry for entry in counted if entry[0].trainable]
-    stepped = [entry for entry in learned if entry[0].reached]
+    stepped = [entry for entry in learned if entry[0].reached and not entry[0].idle]
     own = "adapters/parameters" if job.method == "adapter" else "weights/trainable"
     terms = [
         weights_term(frozen, "weights/frozen", "shapes from config.json"),
@@ -242,6 +243,10 @@ class Structure:
                     source="masks, tables and buffers that are kept beside the weights",
                 )
             )
+        idle = [entry for entry in learned if entry[0].idle]
+        if idle and job.accumulation == 1:
+            why = "gradients that nothing clears"
+            static.append(weights_term(idle, "gradients/idle", why))
         for model in objective.resident:
             static += resident_terms(model, job.sharding)
         if job.sampler_bytes:
@@ -261,7 +266,8 @@ class Structure:
         self.static = tuple(static)
         self.static_bytes = sum(term.bytes for term in static)
         in_backward = job.optimizer.in_backward
-        self.step_bytes = 0 if in_backward else step_bytes(job.optimizer, learned)
+        stepped = [entry for entry in learned if not entry[0].idle]
+        self.step_bytes = 0 if in_backward else step_bytes(job.optimizer, stepped)
         if job.sharding.tp > 1 and not job.sharding.megatron and self.step_bytes == 0:
             # a rank's rows of the table's gradient are a view, which is copied to be stepped with
             tables = [weight_bytes(p) for p, _, _ in learned if p.embedding]
@@ -283,7 +289,9 @@ class Structure:
             parameter.numel * times for parameter, times, _ in own if _is_base(parameter)
         )
         self.trainable_params = sum(
-            parameter.numel * times for parameter, times, _ in counted if parameter.trainable
+            parameter.numel * times
+            for parameter, times, _ in counted
+            if parameter.trainable and not parameter.idle
         )
 
     def _chunk(self, micro: int, seq_len: int, given: int) -> int:
@@ -469,6 +477,7 @@ def _shard(parameter: Parameter, ranks: int) -> Parameter:
     shape = shard_shape(parameter.shape, ranks)
     part = Parameter(parameter.name, shape, parameter.dtype, parameter.trainable)
     part.added, part.embedding = parameter.added, parameter.embedding
+    part.idle = parameter.idle
     part.whole = parameter.shape
     return part
 
@@ -504,7 +513,7 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
         network,
         environment,
         checkpoint_every=job.checkpoint_every,
-        input_grads=job.checkpoint_every > 0,
+        input_grads=job.checkpoint_every > 0 and not job.modules,
         share=stage,
         accumulated=job.accumulation > 1 and not (stage is not None and stage.fresh),
         ahead=job.accumulation - 1 if job.fetches_ahead else 0,
@@ -516,6 +525,7 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
     program = Program(recording, recording.phases(under_way=under_way))
     program.virtual_tokens = network.virtual_tokens
     program.sequences = objective.sequences
+    program.chunked_by_sequence = isinstance(network, Native) and network.chunked_by_sequence
     program.completion = objective.completion
     program.shifted = job.environment.loss_columns > 0
     return program

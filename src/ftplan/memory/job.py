@@ -99,6 +99,8 @@ class Job:
 
     config: Mapping[str, Any]
     """The model's config.json."""
+    modules: str = ""
+    """Whose modules run, where they are not transformers' (`litgpt`, `torchtune-0.4`)."""
     task: str
     method: Literal["full", "partial", "adapter"]
     last_layers: int = 0

@@ -8,6 +8,7 @@ from ftplan.errors import InputError, UnsupportedError
 from ftplan.memory.adapters import adapt, distinguish
 from ftplan.memory.adapters.lora import LoraLinear
 from ftplan.memory.families import build
+from ftplan.memory.families.native import native
 from ftplan.memory.job import Job
 from ftplan.memory.nn import Network
 from ftplan.memory.parallel import split_vocabulary
@@ -22,6 +23,8 @@ HEADS = ("score", "classifier")
 
 def prepare(job: Job) -> Network:
     """Build the model of the job and bring every weight to the state it is trained in."""
+    if job.modules:
+        return native(job)
     labels = {"rm": 1, "classify": job.labels}.get(job.task)
     network = build(job.config, labels=labels)
     if job.checkpoint_every and not network.checkpoints:

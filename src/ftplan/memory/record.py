@@ -16,6 +16,7 @@ from typing import Any
 from ftplan.memory import ops
 from ftplan.memory.checkpointing import checkpoint_all
 from ftplan.memory.env import Environment
+from ftplan.memory.families.native import Native
 from ftplan.memory.flat import Flat
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.job import ShardingSpec
@@ -46,6 +47,7 @@ __all__ = [
 
 BOUNDARY = Label("activations", "block inputs")
 BORDER = Label("temporary", "gradient between blocks")
+PREVIOUS = Label("logits", "the batch before")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,10 @@ class Recording:
     """What else dies then."""
     saved: set[int] = field(default_factory=set)
     """Storages that are alive between forward and backward."""
+    carried: list[Segment] = field(default_factory=list)
+    """Per forward segment: what of it the loop still holds when the next batch enters."""
+    replaced: list[Segment] = field(default_factory=list)
+    """The same, where the next batch's outputs take its place."""
 
     def phases(self, *, under_way: int = 0) -> list[tuple[str, list[Segment]]]:
         """Forward and backward of the model at full depth, as segments in order.
@@ -98,8 +104,11 @@ class Recording:
         backward comes after.
         """
         order = self.forward_order
-        forward = [self.forward[index] for index in order]
+        everything = [*order, *self.tail_order] if self.carried else []
+        forward = [self.carried[index] for index in everything]
+        forward += [self.forward[index] for index in order]
         forward += [self.autocast_exit[index] for index in order]
+        forward += [self.replaced[index] for index in everything]
         forward += [self.forward[index] for index in self.tail_order]
         phases = [("forward", forward)]
         if self.before_order:
@@ -228,12 +237,36 @@ class _Recorder:
 
     def end_step(self, shared: Shared) -> None:
         """The caller lets go of what the model returned, and of what every block was handed."""
+        own = self.network if isinstance(self.network, Native) else None
+        outlive = own is not None and own.outputs_outlive_step
         both = zip(self.caches, self.attributes, strict=True)
-        self.recording.dropped = [self._drop(*held) for held in both]
+        self.recording.dropped = [self._drop() if outlive else self._drop(*held) for held in both]
         start = len(self.tape.events)
-        self.recording.outputs.clear()
+        if not outlive:
+            self.recording.outputs.clear()
         shared.zeros.clear()
         self.recording.after = Segment("outputs dropped", start, len(self.tape.events))
+        if own is not None and own.meets_previous:
+            self._carry()
+
+    def _carry(self) -> None:
+        """What the loop holds of this batch is there when the next one enters."""
+        recording, tape = self.recording, self.tape
+        self.attributes[-1] += recording.outputs
+        copies: list[list[Storage]] = []
+        for held in self.attributes:
+            start = len(tape.events)
+            tensors = [t for t in held if isinstance(t, Tensor)]
+            storages = {t.storage.index: t.storage for t in tensors if t.storage is not None}
+            copies.append([])
+            for index in storages:
+                copies[-1].append(tape.allocate(tape.sizes[index - 1], "previous batch"))
+                tape.labels[-1] = PREVIOUS
+            recording.carried.append(Segment("previous batch", start, len(tape.events)))
+        for storages_of in copies:
+            start = len(tape.events)
+            storages_of.clear()
+            recording.replaced.append(Segment("previous batch goes", start, len(tape.events)))
 
     def end_autocast(self) -> None:
         """Autocast drops its casts of weights, those of each block when the model is deep.
@@ -282,8 +315,8 @@ def record_step(
     tape.step_of = step_of
     if sharding is not None:
         recorder.shard(_sharded(network, tape, sharding, accumulated=accumulated))
-    elif accumulated:
-        _hold_gradients(network, tape)
+    elif isinstance(network, Native) or accumulated:
+        _hold_gradients(network, tape, idle=not accumulated)
     if objective is not None and objective.before:
         _score_before(recorder, objective)
     if share is not None and share.buffered:
@@ -324,8 +357,9 @@ def record_step(
         recorder.order.append(recorder.cut("the model returns"))
         recorder.end_autocast()
     else:
-        held = [_outputs(recorder, x, objective)]
+        held = [x]
         del x
+        held = _outputs(recorder, held, objective)
         shared.memory = None
         held.append(recorder.end_root(held.pop()))
         held += values
@@ -490,10 +524,13 @@ def _ask_for_gradient(x: Tensor) -> None:
     x.requires_grad, x.node = True, Node(x.tape, "input gradient", [], apply)
 
 
-def _hold_gradients(network: Network, tape: Tape) -> None:
-    """Gradients of earlier micro batches: static bytes, added to in place."""
+def _hold_gradients(network: Network, tape: Tape, *, idle: bool = False) -> None:
+    """Gradients of earlier micro batches: static bytes, added to in place.
+
+    ``idle``: only those that nothing clears.
+    """
     for _, parameter in network.all_parameters():
-        if parameter.trainable:
+        if parameter.trainable and (parameter.idle or not idle):
             parameter.grad = tape.leaf(parameter)
 
 
@@ -789,11 +826,17 @@ def _loss(recorder: _Recorder, states: list[Tensor], objective: Objective | None
     return loss
 
 
-def _outputs(recorder: _Recorder, x: Tensor, objective: Objective) -> Tensor:
-    """What the model returns where the loss is computed outside it."""
+def _outputs(recorder: _Recorder, states: list[Tensor], objective: Objective) -> list[Tensor]:
+    """What the model returns where the loss is computed outside it; it empties ``states``."""
+    network = recorder.network
     with recorder.tape.scoped("logits"):
-        scored = 0 if objective.all_states else objective.completion
-        outputs = model_outputs(recorder.network, x, scored, states=objective.states)
+        if isinstance(network, Native):
+            outputs = network.returned(network.outputs(states.pop()))
+        else:
+            scored = 0 if objective.all_states else objective.completion
+            x = states.pop()
+            outputs = [model_outputs(network, x, scored, states=objective.states)]
+            del x
     recorder.order.append(recorder.cut("logits"))
     return outputs
 

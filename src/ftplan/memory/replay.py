@@ -119,6 +119,8 @@ class Program:
         """Tokens of each sequence that the loss looks at; 0: all."""
         self.shifted = False
         """The loss drops the last position of each sequence before it cuts chunks."""
+        self.chunked_by_sequence = False
+        """A chunk of the loss is so many tokens of each sequence."""
         count = len(self._sizes)
         segments: dict[tuple[int, int], int] = {}
         self.phases: list[Phase] = []
@@ -146,6 +148,7 @@ class Program:
         """The basis of sizes for a batch: a chunk is no more than the rows that are scored."""
         sequences, length = micro * self.sequences, seq_len + self.virtual_tokens
         scored = self.completion or length - self.shifted
+        chunk *= micro if self.chunked_by_sequence else 1
         return basis(sequences, length, min(chunk, sequences * scored))
 
     def _bytes(self, micro: int, seq_len: int, chunk: int) -> list[int]:

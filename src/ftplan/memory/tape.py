@@ -378,6 +378,7 @@ class Parameter:
         "embedding",
         "fixed",
         "grad",
+        "idle",
         "name",
         "pending",
         "reached",
@@ -410,6 +411,8 @@ class Parameter:
         """Never trained, whatever the method: the real class asks for no gradient of it."""
         self.whole = shape
         """The shape before it was sharded."""
+        self.idle = False
+        """It takes gradients that no optimizer uses and nothing clears."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> Parameter:
         twin = object.__new__(Parameter)

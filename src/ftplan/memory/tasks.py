@@ -30,6 +30,7 @@ from typing import Literal
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
+from ftplan.memory.families.native import Native
 from ftplan.memory.job import Job
 from ftplan.memory.log_probs import (
     divergence,
@@ -54,7 +55,7 @@ __all__ = [
 ]
 
 Kind = Literal["tokens", "labels", "rewards", "pairs", "unpaired", "odds", "policy", "teacher",
-               "contrast", "clipped"]  # fmt: skip
+               "contrast", "clipped", "native"]  # fmt: skip
 
 _KINDS: dict[str, Kind] = {
     "sft": "tokens", "pt": "tokens", "classify": "labels", "rm": "rewards", "dpo": "pairs",
@@ -125,6 +126,8 @@ class Objective:
 
         ``held`` is what the caller keeps: the policy's logits (or states, or log-probabilities).
         """
+        if isinstance(network, Native):
+            return network.loss(held)
         if _taken_whole(held[0]) and self.kind in ("pairs", "unpaired", "odds"):
             held[0] = ops.to(held[0], "fp32")  # the trainer holds no other copy
         outputs = held[0]
@@ -189,6 +192,8 @@ def objective_of(job: Job) -> Objective:
             f"the task {job.task!r}",
             remedy=f"size one of {', '.join(MODELLED)}; its policy's step is that of grpo",
         )
+    if job.modules:
+        return Objective(kind="native")
     other: Network | None = None
     resident: tuple[Resident, ...] = ()
     if job.task in ("dpo", "kto", "grpo", "ppo") and job.reference in ("model", "adapter"):

@@ -39,7 +39,8 @@ from ftplan.trace.images import image_batch
 from ftplan.trace.job import Job, resolve
 from ftplan.trace.ledger import Entry, Ledger
 from ftplan.trace.losses import loss_of
-from ftplan.trace.optimizers import host_scalars
+from ftplan.trace.native import OWN, Loop, loop_of
+from ftplan.trace.optimizers import host_scalars, make_optimizer
 from ftplan.trace.quantized import emulated
 from ftplan.trace.shard import distributed, local, shard
 
@@ -164,9 +165,12 @@ def trace_job(
         ledger.sharded = job.sharding == "fsdp" or job.tp > 1
         mesh = stack.enter_context(distributed(job, ledger))
         say("building the model")
-        model_config = build.model_config(config, layers)
-        model = build.build_model(job, model_config)
-        reference = _reference(job, config, layers)
+        loop = loop_of(job, config, layers)
+        if loop is not None:
+            model, reference = loop.model, None
+        else:
+            model = build.build_model(job, build.model_config(config, layers))
+            reference = _reference(job, config, layers)
         # images ask for values: such a job runs on real tensors
         mode = (
             contextlib.nullcontext() if job.images else FakeTensorMode(allow_non_fake_inputs=True)
@@ -184,10 +188,16 @@ def trace_job(
                     cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors),
                     cuda.patched(torch.Tensor, "__deepcopy__", build.copy_tensor),
                 ):
-                    model = build.adapt(model, job)
-                    build.train_in_fp32(job, model)
-                build.checkpoint(job, model)
+                    if loop is not None:
+                        loop.prepare(ledger)
+                    else:
+                        model = build.adapt(model, job)
+                        build.train_in_fp32(job, model)
+                if loop is None:
+                    build.checkpoint(job, model)
                 trainable = _count(model, trained=True)
+                if loop is not None:
+                    trainable = sum(p.numel() for p in loop.optimised())
                 model = shard(model, job, mesh)
                 if reference is not None and job.sharding == "fsdp":
                     reference = shard(reference, job, mesh)
@@ -199,11 +209,12 @@ def trace_job(
                     return _result(model, ledger, forward_end, total, trainable)
                 _mark_model(ledger, model, offloaded=job.offload == "params")
                 with around(model) if around else contextlib.nullcontext():
-                    forward_end, whole = _run(job, model, reference, ledger, say, full)
+                    forward_end, whole = _run(job, model, reference, loop, ledger, say, full)
     if not whole and around is None:
         # a weight that no gradient reaches (a tower without images) has no optimizer states
         return trace_job(job, config, layers=layers, full=True, progress=progress)
-    return _result(model, ledger, forward_end, total, trainable)
+    result = _result(model, ledger, forward_end, total, trainable)
+    return replace(result, versions=loop.versions()) if loop is not None else result
 
 
 def _reference(job: Job, config: dict[str, Any], layers: int | None) -> Any:
@@ -262,20 +273,28 @@ def _run(
     job: Job,
     model: Any,
     reference: Any,
+    loop: Loop | None,
     ledger: Ledger,
     say: Callable[[str], None],
     full: bool,
 ) -> tuple[int, bool]:
     """Two steps: the clock at the end of the second one's (last) forward, and whether its
     optimizer had the states that a first step would have made."""
-    optimizer = build.build_optimizer(job, model)
+    if loop is not None:
+        optimizer = make_optimizer(job, loop.optimised(), model)
+    else:
+        optimizer = build.build_optimizer(job, model)
     for parameter in model.parameters():
         if parameter.requires_grad and local(parameter) is parameter:
             parameter.register_post_accumulate_grad_hook(
                 lambda p: ledger.mark([p.grad], "gradients")
             )
     ledger.watch_modules(model)
-    forward = loss_of(job, model, _forward_of(job, model), reference)
+    forward: Callable[..., Any]
+    if loop is not None:
+        forward, full = loop.forward, True
+    else:
+        forward = loss_of(job, model, _forward_of(job, model), reference)
     gc.freeze()
     reached: set[int] = set()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -377,7 +396,8 @@ def _backward(loss: Any) -> None:
 
 def _update(job: Job, model: Any, optimizer: Any, ledger: Ledger) -> None:
     ledger.mark((local(p.grad) for p in model.parameters() if p.grad is not None), "gradients")
-    if job.stack != "pytorch" and job.tp == 1:  # its norm mixes DTensors and others
+    clips = job.stack != "pytorch" and job.stack not in OWN
+    if clips and job.tp == 1:  # its norm mixes DTensors and others
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
     ledger.mark((local(t) for t in _state_tensors(optimizer)), "optimizer")

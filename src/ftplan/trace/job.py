@@ -8,7 +8,9 @@ from functools import cache
 from typing import Any
 
 from ftplan.adapting import RANKS
+from ftplan.catalog.stacks import find_stack
 from ftplan.errors import UnsupportedError
+from ftplan.memory.families.native import TASKS
 from ftplan.spec import Plan, Sharding
 
 __all__ = ["HF_STACKS", "Job", "plan_from", "resolve"]
@@ -114,10 +116,15 @@ def _refuse(plan: Plan) -> None:
     """Name what the plan asks for and a trace cannot run."""
     sharding, choice = plan.sharding, plan.optimizer
     stack = plan.stack or "transformers"
-    if stack not in HF_STACKS:
+    if stack not in HF_STACKS and not find_stack(stack).modules:
         raise UnsupportedError(
             f"tracing the stack {stack!r}, whose model code is its own,",
             remedy=f"trace one of {', '.join(HF_STACKS)}",
+        )
+    if find_stack(stack).modules and _beyond_its_loop(plan):
+        raise UnsupportedError(
+            f"tracing {stack} but for supervised finetuning on one GPU",
+            remedy="trace the task sft without sharding, images, padding or packing",
         )
     for name in ("pp", "cp", "ep"):
         if (getattr(sharding, name) or 1) > 1:
@@ -139,6 +146,14 @@ def _refuse(plan: Plan) -> None:
         raise UnsupportedError(
             "tracing an optimizer that steps in backward or stores its states in another dtype"
         )
+
+
+def _beyond_its_loop(plan: Plan) -> bool:
+    """Whether a job asks for more than the walked loop of a trainer with modules of its own."""
+    sharded = plan.sharding.kind not in (None, "none") or (plan.sharding.tp or 1) > 1
+    batch = plan.batch
+    other = batch.images or batch.packing or (batch.padding or "none") != "none"
+    return bool(sharded or other or plan.task not in (None, *TASKS))
 
 
 _IMPLEMENTATIONS = {
@@ -177,7 +192,8 @@ def resolve(plan: Plan) -> Job:
     checkpointing = plan.gradient_checkpointing
     weights = precision.weights or ("nf4" if kind == "qlora" else "bf16")
     mixed = precision.mixed or "no"
-    loss = plan.loss
+    own, loss = find_stack(stack), plan.loss
+    usual = own.loss_kind(method=kind, task=plan.task or "sft") if own.modules else "full"
     world = (plan.hardware.count or 1) * (plan.hardware.nodes or 1)
     param_dtype = sharding.param_dtype or (mixed if mixed != "no" else "")
     return Job(
@@ -219,7 +235,7 @@ def resolve(plan: Plan) -> Job:
         every=checkpointing.every if checkpointing else 1,
         reentrant=bool(checkpointing and checkpointing.reentrant),
         attention=plan.attention or "sdpa",
-        loss=loss.kind if loss else "full",
+        loss=loss.kind if loss else usual,
         chunk=(loss.chunk if loss else None) or 256,
         kernels=plan.kernels or "none",
         capability=_capability(plan.hardware.gpu),

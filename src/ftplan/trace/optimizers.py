@@ -14,6 +14,7 @@ from torch import nn
 
 from ftplan.errors import UnsupportedError
 from ftplan.trace.job import Job
+from ftplan.trace.native import OWN
 
 __all__ = ["BlockwiseStandIn", "host_scalars", "make_optimizer"]
 
@@ -107,7 +108,7 @@ def _bitsandbytes(
 ) -> Callable[..., Any]:
     def make(job: Job, groups: Any, model: Any) -> Any:
         keep: set[int] = set()
-        if job.stack != "pytorch" and bits == 8:
+        if job.stack not in ("pytorch", *OWN) and bits == 8:
             # Trainer registers 32-bit states for every embedding
             for module in model.modules():
                 if isinstance(module, nn.Embedding):

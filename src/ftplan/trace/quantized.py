@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ftplan.catalog.stacks import find_stack
 from ftplan.errors import UnsupportedError
 from ftplan.trace.job import Job
 from ftplan.trace.ledger import Ledger
 
-__all__ = ["emulated", "prepare_kbit", "quantize", "quantize_for_real"]
+__all__ = ["emulated", "four_bit", "prepare_kbit", "quantize", "quantize_for_real"]
 
 BLOCK = 64
 """Elements that share one scale (bitsandbytes' default for 4 bits)."""
@@ -57,7 +58,7 @@ def quantize(model: Any, job: Job) -> None:
             continue
         parent = model.get_submodule(path.rpartition(".")[0])
         rows, columns = module.weight.shape[::-1] if conv1d else module.weight.shape
-        make = _four_bit if job.weights in ("nf4", "fp4", "int4") else _eight_bit
+        make = four_bit if job.weights in ("nf4", "fp4", "int4") else _eight_bit
         new = make(bnb, job, rows, columns, module.bias, shared)
         new.train(module.training)
         setattr(parent, path.rpartition(".")[2], new)
@@ -107,7 +108,8 @@ def quantize_for_real(model: Any, job: Job, device: Any) -> None:
     model.is_quantized = True
 
 
-def _four_bit(bnb: Any, job: Job, rows: int, columns: int, bias: Any, shared: Any) -> Any:
+def four_bit(bnb: Any, job: Job, rows: int, columns: int, bias: Any, shared: Any) -> Any:
+    """A ``Linear4bit`` whose weight is expanded to the job's compute dtype."""
     dtype = getattr(torch, job.compute_dtype)
     kind = "fp4" if job.weights == "fp4" else "nf4"
     module = _bare(bnb.nn.Linear4bit, columns, rows)
@@ -193,19 +195,23 @@ class _Matmul4Bit(torch.autograd.Function):
     """bitsandbytes' MatMul4Bit where CUDA expands the weight and calls a dense matmul."""
 
     @staticmethod
-    def forward(ctx: Any, input: Any, packed: Any, bias: Any, state: Any, ledger: Ledger) -> Any:
+    def forward(
+        ctx: Any, input: Any, packed: Any, bias: Any, state: Any, ledger: Ledger, holds: bool
+    ) -> Any:
         with ledger.named_op("dequantize_4bit"):
             dense = _expand(state).to(input.dtype)
         out = F.linear(input, dense, bias)
         del dense
         ctx.state, ctx.ledger = state, ledger
+        if holds and ctx.needs_input_grad[0]:
+            ctx.tensors = input  # an attribute: it goes with the graph
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         with ctx.ledger.named_op("dequantize_4bit"):
             dense = _expand(ctx.state).to(grad.dtype)
-        return torch.matmul(grad, dense), None, None, None, None
+        return torch.matmul(grad, dense), None, None, None, None, None
 
 
 def _expand(state: Any) -> Any:
@@ -249,18 +255,18 @@ class _Matmul8Bit(torch.autograd.Function):
 
 @contextlib.contextmanager
 def emulated(job: Job, ledger: Ledger) -> Iterator[None]:
-    """bitsandbytes' matmuls as on CUDA while the block runs."""
+    """bitsandbytes' matmuls as on CUDA while the block runs, those of the stack's time."""
     if not job.quantized:
         yield
         return
     from ftplan.trace.cuda import patched
 
-    bnb = _bitsandbytes()
+    bnb, holds = _bitsandbytes(), find_stack(job.stack).holds_4bit_inputs
 
     def matmul_4bit(
         input: Any, packed: Any, quant_state: Any, out: Any = None, bias: Any = None
     ) -> Any:
-        return _Matmul4Bit.apply(input, packed, bias, quant_state, ledger)
+        return _Matmul4Bit.apply(input, packed, bias, quant_state, ledger, holds)
 
     def matmul(
         input: Any, weight: Any, out: Any = None, state: Any = None, threshold: float = 0.0,

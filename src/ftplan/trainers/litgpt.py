@@ -26,6 +26,7 @@ _QUANT = {
     "bnb.nf4": ("nf4", False), "bnb.nf4-dq": ("nf4", True), "bnb.fp4": ("fp4", False),
     "bnb.fp4-dq": ("fp4", True), "bnb.int8": ("int8", None), "bnb.int8-training": ("int8", None),
 }  # fmt: skip
+_ADAPTERS = {"finetune_adapter": "llama_adapter", "finetune_adapter_v2": "llama_adapter_v2"}
 
 
 def matches(data: dict[str, Any]) -> bool:
@@ -67,6 +68,7 @@ def read(context: Context, keys: Keys, verb: str | None = None) -> None:
         draft.put("precision.weights", stored, keys.at("quantize"))
         if draft.get("method.kind") == "lora":
             draft.put("method.kind", "qlora", keys.at("quantize"))
+        if draft.get("method.kind") != "full":
             draft.put("method.double_quant", double, keys.at("quantize"))
         else:
             draft.find(
@@ -77,7 +79,7 @@ def read(context: Context, keys: Keys, verb: str | None = None) -> None:
             )
     else:
         draft.put("precision.weights", weights, keys.at("precision"))
-    if draft.get("method.kind") in ("lora", "qlora"):
+    if draft.get("method.kind") != "full":
         draft.put(
             "method.adapter_dtype", "fp32" if weights == "fp32" else "bf16", keys.at("precision")
         )
@@ -114,13 +116,9 @@ def _model(draft: Draft, keys: Keys) -> None:
 
 
 def _method(draft: Draft, keys: Keys, kind: str, verb: str | None) -> None:
-    if verb in ("finetune_adapter", "finetune_adapter_v2"):
-        draft.find(
-            "IMP002", f"{verb} (LLaMA-Adapter) is not modelled; it is sized as LoRA", keys.at()
-        )
-        kind = "lora"
+    kind = _ADAPTERS.get(verb or "", kind)
     draft.put("method.kind", kind)
-    if kind == "full":
+    if kind != "lora":
         return
     draft.put("method.rank", keys.count("lora_r"), keys.at("lora_r"))
     draft.put("method.alpha", keys.whole("lora_alpha"), keys.at("lora_alpha"))

@@ -1,0 +1,48 @@
+"""Trainers that run model code of their own: LitGPT and torchtune.
+
+A :class:`Native` network is complete: its weights have their dtypes, what is frozen is frozen, and
+the trainer's own adapters are in place. ``job.modules`` says whose code runs, and of which time
+(``litgpt``, ``litgpt-0.4``); one file per trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from ftplan.memory.families.native.base import Native
+from ftplan.memory.job import Job
+
+__all__ = ["TASKS", "Native", "checkpoints", "native", "runs"]
+
+TASKS = ("sft", "pt")
+"""Tasks whose loop and loss are walked."""
+
+
+def _file(modules: str) -> Any:
+    return import_module(f"ftplan.memory.families.native.{modules.partition('-')[0]}")
+
+
+def runs(
+    modules: str, config: Mapping[str, Any], *, task: str, method: str, weights: str, loss: str
+) -> bool:
+    """Whether the trainer's code is walked for this model, task, method, storage and loss."""
+    if task not in TASKS:
+        return False
+    file = _file(modules)
+    known: bool = config.get("model_type") in file.model_types(modules, method)
+    known = known and method in file.METHODS and weights in file.WEIGHTS
+    return known and loss in file.losses(modules, method)
+
+
+def checkpoints(modules: str) -> tuple[str, ...]:
+    """Kinds of gradient checkpointing that the trainer has on one GPU, and that were traced."""
+    kinds: tuple[str, ...] = _file(modules).CHECKPOINTS
+    return kinds
+
+
+def native(job: Job) -> Native:
+    """The network of a job whose stack runs its own modules, as it is trained."""
+    network: Native = _file(job.modules).build(job)
+    return network
