@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-from ftplan.assembling import job_of
+from ftplan.front.assembling import job_of
+from ftplan.front.resolve import resolve
 from ftplan.memory.estimate import Structure
 from ftplan.memory.terms import all_terms
-from ftplan.resolve import resolve
 from ftplan.spec import Batch, Checkpointing, Method, Model, Plan, Precision
 
 PLAN = Plan(

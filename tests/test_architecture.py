@@ -44,21 +44,7 @@ ROOMS = {
     # windows
     "render": "render",
     # the front: joins shelves and reasoning for the library's verbs
-    "resolve": "front",
-    "unused": "front",
-    "assembling": "front",
-    "model_config": "front",
-    "folder": "front",
-    "api": "front",
-    "sizing": "front",
-    "sums": "front",
-    "searching": "front",
-    "offering": "front",
-    "solving": "front",
-    "comparing": "front",
-    "explaining": "front",
-    "jobs": "front",
-    "checking": "front",
+    "front": "front",
     # the door, and the annex that only the door opens
     "cli": "door",
     "__main__": "door",

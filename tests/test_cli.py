@@ -90,7 +90,7 @@ def test_our_own_faults_are_exit_2(
     ftplan_: Terminal, monkeypatch: pytest.MonkeyPatch, plan: Path
 ) -> None:
     """An exception that nobody expected never reads as "does not fit"."""
-    from ftplan import api
+    from ftplan.front import api
 
     def broken(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("by mistake")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cli_helpers import PLAN, Terminal
 
-from ftplan.checking import exit_code, worst
+from ftplan.front.checking import exit_code, worst
 from ftplan.report import CheckReport, Report, Verdict
 
 SMALL = PLAN.replace("a100-80gb", "t4-16gb")  # does not fit there

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ftplan import api
 from ftplan.catalog.models import MODELS
 from ftplan.errors import FtplanError, UnsupportedError
+from ftplan.front import api
 from ftplan.memory.env import Environment
 from ftplan.memory.families import build
 from ftplan.memory.nn import Shared

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ftplan.comparing import steps_between
 from ftplan.difference import difference
-from ftplan.jobs import diff
+from ftplan.front.comparing import steps_between
+from ftplan.front.jobs import diff
 from ftplan.render.difference import render, render_markdown
 from ftplan.spec import Batch, Method, Model, Plan, Precision
 

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ftplan
-from ftplan import api, searching
 from ftplan.catalog.gpus import find_gpu
 from ftplan.errors import FtplanError
 from ftplan.fit.changes import apply_change, merge
@@ -27,9 +26,10 @@ from ftplan.fit.search import AS_GOOD, Cell, fastest
 from ftplan.fit.sizer import GRAIN, largest
 from ftplan.fit.ways import free_settings, ways_to_train
 from ftplan.fitting import FitReport, FitRow
-from ftplan.resolve import resolve
-from ftplan.searching import Search, sizer_for
-from ftplan.sizing import Workload, sizer_of
+from ftplan.front import api, searching
+from ftplan.front.resolve import resolve
+from ftplan.front.searching import Search, sizer_for
+from ftplan.front.sizing import Workload, sizer_of
 from ftplan.spec import (
     Batch,
     Checkpointing,

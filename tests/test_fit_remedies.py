@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 import ftplan
-from ftplan import api
 from ftplan.errors import FtplanError
 from ftplan.files.document import parse_document
 from ftplan.files.plan import dump_plan, parse_plan
 from ftplan.fit.changes import apply_change
+from ftplan.front import api
 from ftplan.report import Remedy, Report
 from ftplan.spec import (
     Batch,

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from ftplan.assembling import job_of
 from ftplan.catalog.gpus import find_gpu
 from ftplan.catalog.models import search_models
 from ftplan.catalog.throughput import Reading, link_of, readings, speed_of, utilisation_of
 from ftplan.fit.flops import Compute, Work
 from ftplan.fit.sizer import Room, Sizer
 from ftplan.fit.time import Load, Speed, micro_step, tokens_per_second
+from ftplan.front.assembling import job_of
+from ftplan.front.resolve import resolve
 from ftplan.memory.estimate import Structure
 from ftplan.memory.families import build, model_types
 from ftplan.memory.job import Job
-from ftplan.resolve import resolve
 from ftplan.spec import Batch, Checkpointing, Method, Model, Plan, Precision
 from ftplan.trace.job import plan_from
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftplan.api import estimate
+from ftplan.front.api import estimate
 from ftplan.spec import (
     Batch,
     Checkpointing,

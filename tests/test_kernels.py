@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from ftplan.api import estimate
 from ftplan.dtypes import find_format
 from ftplan.files.document import parse_document
 from ftplan.files.plan import parse_plan
+from ftplan.front.api import estimate
 from ftplan.memory import fused
 from ftplan.memory.adapters.lora import LoraLinear
 from ftplan.memory.env import Environment

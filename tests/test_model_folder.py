@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from ftplan.api import estimate
 from ftplan.catalog.models import resolve_model
 from ftplan.errors import FtplanError, InputError
 from ftplan.files.weights import read_headers
-from ftplan.folder import reconciled
+from ftplan.front.api import estimate
+from ftplan.front.folder import reconciled
+from ftplan.front.model_config import read_config
 from ftplan.memory.families import build
-from ftplan.model_config import read_config
 from ftplan.report import Report
 from ftplan.spec import Model, Plan
 

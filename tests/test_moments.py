@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftplan.api import estimate
-from ftplan.assembling import job_of
+from ftplan.front.api import estimate
+from ftplan.front.assembling import job_of
+from ftplan.front.resolve import resolve
 from ftplan.memory.estimate import Structure
 from ftplan.memory.moments import WorstMoments, chains_of, undominated
 from ftplan.memory.replay import rounded
 from ftplan.memory.tape import Size, basis
-from ftplan.resolve import resolve
 from ftplan.spec import Batch, Checkpointing, Loss, Method, Model, Plan, Precision
 
 PLANS = [

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from ftplan import api
-from ftplan.assembling import job_of
 from ftplan.errors import UnsupportedError
 from ftplan.files.document import parse_document
 from ftplan.files.plan import parse_plan
 from ftplan.fit.changes import Change
 from ftplan.fit.remedies import LADDER, Card
+from ftplan.front import api
+from ftplan.front.assembling import job_of
+from ftplan.front.resolve import resolve
 from ftplan.memory.estimate import Structure
 from ftplan.report import Report
-from ftplan.resolve import resolve
 from ftplan.spec import Plan
 from ftplan.trainers import import_text
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from ftplan.assembling import job_of
 from ftplan.catalog.models import resolve_model
 from ftplan.errors import FtplanError
+from ftplan.front.assembling import job_of
+from ftplan.front.resolve import resolve
 from ftplan.memory.estimate import Structure, structure_of
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.pipeline import candidates, stages_of
-from ftplan.resolve import resolve
 from ftplan.spec import Batch, Checkpointing, Hardware, Method, Model, Plan, Sharding
 
 TRACED = Path(__file__).parents[1] / "validation" / "pipeline.json"

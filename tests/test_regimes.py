@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from ftplan.api import estimate
-from ftplan.assembling import job_of
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.files.document import parse_document
 from ftplan.files.plan import parse_plan
+from ftplan.front.api import estimate
+from ftplan.front.assembling import job_of
+from ftplan.front.resolve import resolve
 from ftplan.memory.estimate import Structure
 from ftplan.report import Report
-from ftplan.resolve import resolve
 from ftplan.spec import Batch, Hardware, Method, Model, Plan, Precision, Sharding
 
 QLORA = {"kind": "qlora", "double_quant": True}

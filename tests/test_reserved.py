@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftplan.api import estimate
-from ftplan.assembling import job_of
 from ftplan.errors import InputError
+from ftplan.front.api import estimate
+from ftplan.front.assembling import job_of
+from ftplan.front.resolve import resolve
 from ftplan.memory.allocator import Allocator, Block, OutOfSegmentsError
 from ftplan.memory.estimate import Structure
 from ftplan.memory.lengths import Lengths
 from ftplan.memory.reserved import reserved
 from ftplan.report import Interval
-from ftplan.resolve import resolve
 from ftplan.spec import Batch, Checkpointing, Hardware, Method, Model, Plan
 from ftplan.spec import Lengths as Told
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ftplan.api import estimate
+from ftplan.front.api import estimate
 from ftplan.spec import Batch, Hardware, Model, Plan, Precision
 
 

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftplan.api import estimate
-from ftplan.assembling import job_of
+from ftplan.front.api import estimate
+from ftplan.front.assembling import job_of
+from ftplan.front.resolve import resolve
 from ftplan.memory.estimate import Structure
 from ftplan.memory.host import pinned, wire_of
 from ftplan.memory.zero import layout_of
 from ftplan.report import Report
-from ftplan.resolve import resolve
 from ftplan.spec import (
     Batch,
     Checkpointing,

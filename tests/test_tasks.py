@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from ftplan import api
-from ftplan.assembling import job_of
 from ftplan.catalog.stacks import stack_names
-from ftplan.comparing import compare_stacks
 from ftplan.errors import FtplanError, InputError, UnsupportedError
+from ftplan.front import api
+from ftplan.front.assembling import job_of
+from ftplan.front.comparing import compare_stacks
+from ftplan.front.resolve import resolve
 from ftplan.memory.estimate import Estimate, estimate
-from ftplan.resolve import resolve
 from ftplan.spec import Plan
 
 CASES = Path(__file__).parent / "cases" / "tasks"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ftplan.api import estimate
 from ftplan.errors import FtplanError
+from ftplan.front.api import estimate
 from ftplan.trainers import Imported, import_file
 
 CORPUS = Path(__file__).resolve().parents[2] / "shared" / "data" / "trainer-configs"

@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 
-from ftplan import api
 from ftplan.errors import FtplanError, InputError, UnsupportedError
-from ftplan.jobs import read_job
-from ftplan.resolve import resolve
+from ftplan.front import api
+from ftplan.front.jobs import read_job
+from ftplan.front.resolve import resolve
+from ftplan.front.unused import TRAINING_TASKS
 from ftplan.spec import (
     Batch,
     Checkpointing,
@@ -36,7 +37,6 @@ from ftplan.spec import (
     Rollout,
     Sharding,
 )
-from ftplan.unused import TRAINING_TASKS
 
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048,

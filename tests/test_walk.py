@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from ftplan.api import estimate
-from ftplan.assembling import job_of
 from ftplan.errors import UnsupportedError
 from ftplan.files.document import parse_document
 from ftplan.files.plan import parse_plan
+from ftplan.front.api import estimate
+from ftplan.front.assembling import job_of
+from ftplan.front.resolve import resolve
 from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend, kernel
 from ftplan.memory.checkpointing import checkpoint
@@ -24,7 +25,6 @@ from ftplan.memory.estimate import Structure
 from ftplan.memory.families import TEXT_ALONE, build, text_alone
 from ftplan.memory.tape import ONE, TOKENS, Parameter, Tape, Tensor, backward
 from ftplan.report import Report
-from ftplan.resolve import resolve
 
 WIDTH = 64
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ftplan.api import estimate
-from ftplan.assembling import job_of
 from ftplan.errors import FtplanError
 from ftplan.files.document import parse_document
 from ftplan.files.plan import parse_plan
+from ftplan.front.api import estimate
+from ftplan.front.assembling import job_of
+from ftplan.front.resolve import resolve
 from ftplan.memory.estimate import estimate as walk
 from ftplan.report import Interval, Verdict
-from ftplan.resolve import resolve
 from ftplan.spec import Plan
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,12 +25,12 @@ from pathlib import Path
 from statistics import fmean, median, variance
 from typing import Any
 
-from ftplan.assembling import job_of
 from ftplan.catalog.gpus import find_gpu
 from ftplan.catalog.throughput import Reading, readings, speed_of, utilisation_of
 from ftplan.fit.sizer import Room, Sizer
 from ftplan.fit.time import Load, Speed, Utilisation, micro_step, tokens_per_second
-from ftplan.resolve import resolve
+from ftplan.front.assembling import job_of
+from ftplan.front.resolve import resolve
 from ftplan.trace.job import plan_from
 
 ROOT = Path(__file__).parents[1]

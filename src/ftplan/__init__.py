@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ftplan.advise import advise
-    from ftplan.api import estimate
     from ftplan.catalog.gpus import find_gpu
     from ftplan.catalog.models import find_model
     from ftplan.catalog.optimizers import find_optimizer
-    from ftplan.checking import check
     from ftplan.errors import FtplanError
-    from ftplan.explaining import explain
     from ftplan.files.failures import read_failures as load_failures
-    from ftplan.jobs import diff, load_plan
-    from ftplan.sizing import fit
+    from ftplan.front.api import estimate
+    from ftplan.front.checking import check
+    from ftplan.front.explaining import explain
+    from ftplan.front.jobs import diff, load_plan
+    from ftplan.front.sizing import fit
     from ftplan.spec import Plan
     from ftplan.trainers import export_plan, import_file
 
@@ -60,19 +60,19 @@ _PLACES = {
     "FtplanError": ("ftplan.errors", "FtplanError"),
     "Plan": ("ftplan.spec", "Plan"),
     "advise": ("ftplan.advise", "advise"),
-    "check": ("ftplan.checking", "check"),
-    "compare_stacks": ("ftplan.comparing", "compare_stacks"),
-    "diff": ("ftplan.jobs", "diff"),
-    "estimate": ("ftplan.api", "estimate"),
-    "explain": ("ftplan.explaining", "explain"),
+    "check": ("ftplan.front.checking", "check"),
+    "compare_stacks": ("ftplan.front.comparing", "compare_stacks"),
+    "diff": ("ftplan.front.jobs", "diff"),
+    "estimate": ("ftplan.front.api", "estimate"),
+    "explain": ("ftplan.front.explaining", "explain"),
     "export_plan": ("ftplan.trainers", "export_plan"),
     "find_gpu": ("ftplan.catalog.gpus", "find_gpu"),
     "find_model": ("ftplan.catalog.models", "find_model"),
     "find_optimizer": ("ftplan.catalog.optimizers", "find_optimizer"),
-    "fit": ("ftplan.sizing", "fit"),
+    "fit": ("ftplan.front.sizing", "fit"),
     "import_file": ("ftplan.trainers", "import_file"),
     "load_failures": ("ftplan.files.failures", "read_failures"),
-    "load_plan": ("ftplan.jobs", "load_plan"),
+    "load_plan": ("ftplan.front.jobs", "load_plan"),
 }
 
 

@@ -56,8 +56,8 @@ def check(
     output: OutputOption = None,
 ) -> int:
     """Does each planned job fit its GPU? Reads plans and trainers' own configs."""
-    from ftplan.checking import check as check_files
-    from ftplan.checking import exit_code
+    from ftplan.front.checking import check as check_files
+    from ftplan.front.checking import exit_code
 
     failing = [part for text in fail_on or () for part in text.split(",")]
     for verdict in failing:

@@ -31,8 +31,8 @@ def compare(
 ) -> int:
     """One job on many stacks: what each fills in where the plan is silent, and what it takes."""
     from ftplan.cli.reading import read_with_flags
-    from ftplan.comparing import compare_stacks
-    from ftplan.jobs import explicit
+    from ftplan.front.comparing import compare_stacks
+    from ftplan.front.jobs import explicit
 
     job = read_with_flags(file, flags)
     names = None if stacks == "all" else [name for name in stacks.split(",") if name.strip()]

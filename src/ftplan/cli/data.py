@@ -54,7 +54,7 @@ def data(
     if plan is not None:
         if seq_len is not None:
             raise InputError("--seq-len and --plan both give the length", remedy="give one")
-        from ftplan.jobs import load_plan
+        from ftplan.front.jobs import load_plan
 
         batch = load_plan(plan).batch
         seq_len, together = batch.seq_len or 2048, batch.micro or together

@@ -12,7 +12,7 @@ from ftplan.cli.flags import JobFlags, with_job_flags
 from ftplan.cli.output import FormatOption, OutputOption, emit, screen_width, use_colour
 
 if TYPE_CHECKING:
-    from ftplan.jobs import JobInput
+    from ftplan.front.jobs import JobInput
 
 
 @with_job_flags
@@ -29,9 +29,9 @@ def diff(
     """What changed between two plans, term by term. Flags are laid over both."""
     from ftplan.catalog.stacks import is_stack
     from ftplan.cli.reading import read_with_flags
-    from ftplan.comparing import steps_between
     from ftplan.difference import difference
-    from ftplan.jobs import estimate_job
+    from ftplan.front.comparing import steps_between
+    from ftplan.front.jobs import estimate_job
 
     def job_of(name: Path) -> JobInput:
         """A file with the flags over it; a stack's name stands for the flags on that stack."""

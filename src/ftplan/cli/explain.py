@@ -31,8 +31,8 @@ def explain(
     output: OutputOption = None,
 ) -> int:
     """What a rule, a finding, a term or a format means: formula, why, source."""
-    from ftplan.explaining import contents
-    from ftplan.explaining import explain as explain_page
+    from ftplan.front.explaining import contents
+    from ftplan.front.explaining import explain as explain_page
 
     sections = explain_page(name) if name else contents()
     if format in ("json", "yaml"):
@@ -46,7 +46,7 @@ def explain(
 
 
 def _text(sections: list[tuple[str, str]], markdown: bool, output: Path | None) -> str:
-    from ftplan.explaining import FENCE
+    from ftplan.front.explaining import FENCE
 
     found = dict(sections)
     title = " - ".join(part for part in (found.get("Name"), found.get("Title")) if part)
@@ -83,7 +83,7 @@ def _text(sections: list[tuple[str, str]], markdown: bool, output: Path | None) 
 def rule_texts(codes: Iterable[str]) -> Mapping[str, RuleText]:
     """What each code means, for formats that list their rules."""
     from ftplan.errors import UnknownNameError
-    from ftplan.explaining import explain as explain_page
+    from ftplan.front.explaining import explain as explain_page
     from ftplan.render.findings import RuleText
 
     texts: dict[str, Any] = {}

@@ -33,7 +33,7 @@ def export(
     """A plan as a trainer's config. table and markdown give the config itself."""
     from ftplan import trainers
     from ftplan.cli.reading import read_with_flags
-    from ftplan.jobs import explicit
+    from ftplan.front.jobs import explicit
 
     job = read_with_flags(file, flags)
     exported = trainers.export_plan(explicit(job.plan), to=to)

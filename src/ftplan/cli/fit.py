@@ -16,7 +16,7 @@ from ftplan.errors import FtplanError, InputError
 if TYPE_CHECKING:
     from ftplan.catalog.gpus import GpuRow
     from ftplan.fitting import FitReport
-    from ftplan.jobs import JobInput
+    from ftplan.front.jobs import JobInput
 
 _DATA = "Data, time and cost"
 
@@ -83,9 +83,9 @@ def fit(
 
     -o FILE.yaml with the table writes the plan to take: the recommended way, or the mended plan.
     """
-    from ftplan import sizing
     from ftplan.cli.reading import read_with_flags
-    from ftplan.jobs import placed
+    from ftplan.front import sizing
+    from ftplan.front.jobs import placed
 
     flags, reserved, share = _card(flags)
     job = read_with_flags(file, flags, any_method=True)

@@ -11,7 +11,7 @@ from ftplan.cli.flags import JobFlags, with_job_flags
 from ftplan.cli.output import Format, OutputOption, emit, note, screen_width, use_colour
 
 if TYPE_CHECKING:
-    from ftplan.jobs import JobInput
+    from ftplan.front.jobs import JobInput
 
 
 @with_job_flags

@@ -31,7 +31,7 @@ def memory(
 ) -> int:
     """How much memory serving or finetuning takes, term by term."""
     from ftplan.cli.reading import read_with_flags
-    from ftplan.jobs import estimate_job
+    from ftplan.front.jobs import estimate_job
 
     report = estimate_job(read_with_flags(file, flags))
     if format == "json":

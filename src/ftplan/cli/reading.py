@@ -10,14 +10,14 @@ from ftplan.cli.flags import JobFlags, apply_flags
 from ftplan.errors import InputError
 
 if TYPE_CHECKING:
-    from ftplan.jobs import JobInput
+    from ftplan.front.jobs import JobInput
 
 __all__ = ["read_with_flags"]
 
 
 def read_with_flags(file: Path | None, flags: JobFlags, *, any_method: bool = False) -> JobInput:
     """The job of ``file`` (``-``: standard input) with the flags over it, or of flags alone."""
-    from ftplan.jobs import read_job
+    from ftplan.front.jobs import read_job
 
     if file is None and (flags.trainer is not None or flags.overlay):
         raise InputError("--from and --overlay say how FILE is read, and there is none")

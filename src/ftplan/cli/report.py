@@ -90,6 +90,6 @@ def _advise(files: list[Path]) -> Advice:
 
 def _estimate(file: Path, flags: JobFlags) -> Report:
     from ftplan.cli.reading import read_with_flags
-    from ftplan.jobs import estimate_job
+    from ftplan.front.jobs import estimate_job
 
     return estimate_job(read_with_flags(file, flags))

@@ -1,7 +1,7 @@
 """A job with every choice made: what the calculator is asked.
 
-The door resolves names and defaults (:mod:`ftplan.resolve`); nothing in here is optional unless
-``None`` means "there is none".
+The front resolves names and defaults (:mod:`ftplan.front.resolve`); nothing in here is optional
+unless ``None`` means "there is none".
 """
 
 from __future__ import annotations

@@ -149,11 +149,11 @@ def truth(plan: Draw, config: Draw, layers: int) -> int:
 
 def predict(plan: Draw, config: Draw, layers: int) -> int:
     """The walk's peak in bytes."""
-    from ftplan.assembling import job_of
     from ftplan.files.document import parse_document
     from ftplan.files.plan import parse_plan
+    from ftplan.front.assembling import job_of
+    from ftplan.front.resolve import resolve
     from ftplan.memory.estimate import Structure
-    from ftplan.resolve import resolve
     from ftplan.trace.build import cut_depth
 
     with TemporaryDirectory() as folder:

@@ -36,9 +36,9 @@ def require_gpu() -> None:
 
 
 def measure_job(job: Any, *, steps: int = 4, progress: Progress | None = None) -> Reading:
-    """Measure a job as :func:`ftplan.jobs.read_job` returns it."""
-    from ftplan.api import job_mapping
-    from ftplan.resolve import resolve
+    """Measure a job as :func:`ftplan.front.jobs.read_job` returns it."""
+    from ftplan.front.api import job_mapping
+    from ftplan.front.resolve import resolve
 
     resolved = resolve(job.plan, base=job.base)
     if resolved.config is None:
@@ -237,7 +237,7 @@ def measure_suite(
     """
     import yaml
 
-    from ftplan.resolve import resolve
+    from ftplan.front.resolve import resolve
     from ftplan.trace.job import plan_from
 
     try:

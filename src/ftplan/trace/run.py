@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ftplan.errors import FtplanError, UnsupportedError
-from ftplan.jobs import JobInput, estimate_job
-from ftplan.resolve import resolve
+from ftplan.front.jobs import JobInput, estimate_job
+from ftplan.front.resolve import resolve
 from ftplan.trace.core import TraceResult, trace
 from ftplan.trace.summary import summary
 
@@ -35,7 +35,7 @@ def traced_job(
             report = estimate_job(job)
         except FtplanError as error:
             reason = f"no prediction: {error.message}"
-    from ftplan.api import job_mapping
+    from ftplan.front.api import job_mapping
 
     data = summary(result, report, job_mapping(resolved.plan))
     if reason:

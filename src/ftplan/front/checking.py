@@ -20,7 +20,7 @@ from ftplan.errors import (
     describe_fault,
 )
 from ftplan.files.document import read_document
-from ftplan.jobs import Change, JobInput, estimate_job, read_job
+from ftplan.front.jobs import Change, JobInput, estimate_job, read_job
 from ftplan.report import CheckReport, Finding, Report, Verdict
 from ftplan.units import GIB
 

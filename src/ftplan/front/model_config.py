@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftplan.errors import FtplanError, InputError, Location
-from ftplan.folder import reconciled
+from ftplan.front.folder import reconciled
 from ftplan.memory.families import build, model_types
 from ftplan.report import Finding
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ftplan import __version__, api
+from ftplan import __version__
 from ftplan.catalog.gpus import GpuRow, find_gpu
 from ftplan.catalog.models import resolve_model
 from ftplan.errors import FtplanError, InputError, describe_fault
@@ -18,11 +18,12 @@ from ftplan.fit.changes import apply_change, merge
 from ftplan.fit.sizer import Sizer, largest
 from ftplan.fit.ways import Way, lean_settings
 from ftplan.fitting import FitReport, FitRow, GpuOption
-from ftplan.offering import Offering, cost_of
+from ftplan.front import api
+from ftplan.front.offering import Offering, cost_of
+from ftplan.front.resolve import resolve
+from ftplan.front.searching import Search, Workload, sized, sizer_for
+from ftplan.front.solving import Question, Tried, solution_of
 from ftplan.report import Report, Verdict
-from ftplan.resolve import resolve
-from ftplan.searching import Search, Workload, sized, sizer_for
-from ftplan.solving import Question, Tried, solution_of
 from ftplan.spec import Plan
 
 __all__ = ["Question", "Workload", "fit", "sizer_of"]
@@ -50,7 +51,7 @@ def fit(
     Each way that fits comes with the fastest of its plans: settings that lose nothing x micro
     batches. Without a GPU in the plan: the smallest cards that fit; with prices the cheapest for
     the data, and how many. ``solve`` asks for one thing. A plan that serves is searched for its
-    batch and context. ``stated``: keys that somebody wrote, as for :func:`ftplan.api.estimate`.
+    batch and context. ``stated``: keys that somebody wrote, as for ``estimate``.
     Raises :class:`ftplan.errors.FtplanError` for names that are unknown.
     """
     if plan.model.params is not None:

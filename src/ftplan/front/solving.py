@@ -15,8 +15,8 @@ from ftplan.fit.flops import hidden_of
 from ftplan.fit.sizer import Sizer, largest
 from ftplan.fit.ways import Way
 from ftplan.fitting import FitRow, GpuOption, Solution
-from ftplan.resolve import Resolved, resolve
-from ftplan.searching import sized, sizer_for
+from ftplan.front.resolve import Resolved, resolve
+from ftplan.front.searching import sized, sizer_for
 
 __all__ = ["Question", "Tried", "solution_of"]
 

@@ -11,8 +11,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from ftplan import api
-from ftplan.assembling import job_of, lengths_of
 from ftplan.catalog.gpus import GpuRow, find_gpu
 from ftplan.catalog.throughput import speed_of, utilisation_of
 from ftplan.errors import FtplanError
@@ -23,8 +21,10 @@ from ftplan.fit.sizer import Records, Room, Sizer
 from ftplan.fit.time import Amount, data_time, micro_step
 from ftplan.fit.ways import Way, free_settings
 from ftplan.fitting import FastestPlan, Spread, TimeEstimate
+from ftplan.front import api
+from ftplan.front.assembling import job_of, lengths_of
+from ftplan.front.resolve import Resolved, resolve
 from ftplan.memory.job import Job
-from ftplan.resolve import Resolved, resolve
 from ftplan.spec import Plan
 
 __all__ = ["MOST_MICRO", "Search", "Workload", "sized", "sizer_for"]

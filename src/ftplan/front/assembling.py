@@ -1,6 +1,7 @@
 """From a resolved plan to the calculator's job: formats, optimizer, adapter, environment, sharding.
 
-Nothing is decided here that a user could see as a default: :mod:`ftplan.resolve` has done that.
+Nothing is decided here that a user could see as a default: :mod:`ftplan.front.resolve` has done
+that.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ftplan.catalog.optimizers import find_optimizer
 from ftplan.catalog.stacks import Stack
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
+from ftplan.front.resolve import Resolved, image_tokens, native_dtype
 from ftplan.memory.env import Environment
 from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
 from ftplan.memory.kernels import LIBRARIES, Kernels, Lora, kernels_of
@@ -24,7 +26,6 @@ from ftplan.memory.parallel import local_config, local_seq_len
 from ftplan.memory.serving import ServingJob
 from ftplan.memory.tape import ITEM_BYTES
 from ftplan.memory.tasks import HEADS
-from ftplan.resolve import Resolved, image_tokens, native_dtype
 from ftplan.spec import Checkpointing, Method, OptimizerChoice, Plan
 
 __all__ = ["job_of", "lengths_of", "modules_of", "serving_job_of"]

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftplan import __version__, api, trainers
+from ftplan import __version__, trainers
 from ftplan.errors import FtplanError, InputError, Location
+from ftplan.front import api
 from ftplan.report import Assumption, Finding, Report
 from ftplan.spec import Model, Plan
 
@@ -211,8 +212,8 @@ def explicit(plan: Plan) -> Plan:
 def diff(before: Plan, after: Plan, *, base: Path | None = None) -> Difference:
     """What changed between two plans: their keys after defaults, the answers' terms, and what
     each change does."""
-    from ftplan.comparing import steps_between
     from ftplan.difference import difference
+    from ftplan.front.comparing import steps_between
 
     change = difference(*(api.estimate(plan, base=base) for plan in (before, after)))
     return replace(change, steps=steps_between(before, after, bases=(base, base)))

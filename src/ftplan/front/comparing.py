@@ -10,12 +10,13 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ftplan import __version__, api
+from ftplan import __version__
 from ftplan.catalog.stacks import find_stack, stack_names
 from ftplan.difference import KeyChange, Step
 from ftplan.errors import FtplanError, InputError
+from ftplan.front import api
+from ftplan.front.resolve import resolve
 from ftplan.report import Report
-from ftplan.resolve import resolve
 from ftplan.spec import Plan
 from ftplan.stacks import StackComparison, StackRow
 

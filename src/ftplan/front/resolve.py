@@ -17,6 +17,7 @@ from ftplan.catalog.models import resolve_model
 from ftplan.catalog.stacks import Stack, find_stack
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
+from ftplan.front.unused import idle_keys, sentence, shapeless_keys, without
 from ftplan.report import Assumption, Finding
 from ftplan.spec import (
     Batch,
@@ -28,7 +29,6 @@ from ftplan.spec import (
     Plan,
     Rollout,
 )
-from ftplan.unused import idle_keys, sentence, shapeless_keys, without
 
 __all__ = ["Resolved", "native_dtype", "resolve"]
 
@@ -75,7 +75,7 @@ class _Filler:
 def _model(plan: Plan, base: Path) -> tuple[str, Mapping[str, Any] | None, tuple[Finding, ...]]:
     model = plan.model
     if model.config is not None:
-        from ftplan.model_config import read_model
+        from ftplan.front.model_config import read_model
 
         config, findings = read_model(base / model.config)
         return model.config, config, tuple(findings)

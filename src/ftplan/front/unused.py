@@ -1,8 +1,8 @@
 """Which keys of a plan count, and why the others do nothing: the table behind MEM005 and MEM001.
 
 A key that cannot change the answer is named, never dropped in silence. The table below says of
-each key when it is idle; :func:`ftplan.resolve.resolve` names what it finds and takes it out of the
-plan, so that what is named has no effect by construction.
+each key when it is idle; :func:`ftplan.front.resolve.resolve` names what it finds and takes it out
+of the plan, so that what is named has no effect by construction.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Job:
 
     @property
     def engine_casts(self) -> bool:
-        """DeepSpeed's engine casts the whole model: see :func:`ftplan.assembling.job_of`."""
+        """DeepSpeed's engine casts the whole model: see :func:`ftplan.front.assembling.job_of`."""
         zero = self.sharding in _ZERO and self.stack.name != "megatron"
         return zero and (self.mixed or self.weights.name in ("bf16", "fp16"))
 

@@ -1,21 +1,22 @@
 """The report of a bare parameter count: the textbook's sums, and what they cannot look at.
 
-Part of the library's front, beside :mod:`ftplan.api`, which answers for models of known shape.
+Beside :mod:`ftplan.front.api`, which answers for models of known shape.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
 
-from ftplan import __version__, api
+from ftplan import __version__
 from ftplan.catalog.optimizers import find_optimizer
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import UnsupportedError
+from ftplan.front import api
+from ftplan.front.resolve import Resolved
 from ftplan.memory import textbook
 from ftplan.memory.textbook import Split
 from ftplan.memory.ways import ways
 from ftplan.report import Finding, Interval, ModelSummary, Report
-from ftplan.resolve import Resolved
 from ftplan.spec import Plan
 
 __all__ = ["sum_of"]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ftplan import __version__
 from ftplan.errors import FtplanError, InputError
+from ftplan.front.resolve import Resolved, resolve
+from ftplan.front.unused import TRAINING_TASKS
 from ftplan.report import (
     Finding,
     GpuSummary,
@@ -19,10 +21,8 @@ from ftplan.report import (
     Report,
     Verdict,
 )
-from ftplan.resolve import Resolved, resolve
 from ftplan.spec import Plan
 from ftplan.units import format_bytes
-from ftplan.unused import TRAINING_TASKS
 
 if TYPE_CHECKING:  # the walk is loaded only for a model whose shape is known
     from ftplan.fit.remedies import Judged
@@ -78,7 +78,7 @@ def estimate_summary(resolved: Resolved, sizer: Sizer | None) -> ModelSummary | 
     if sizer is not None:
         total = sizer.structure(sizer.job.seq_len).total_params
     else:
-        from ftplan.assembling import serving_job_of
+        from ftplan.front.assembling import serving_job_of
         from ftplan.memory.serving import serve
 
         total = serve(serving_job_of(resolved)).total_params
@@ -87,11 +87,11 @@ def estimate_summary(resolved: Resolved, sizer: Sizer | None) -> ModelSummary | 
 
 def _sized(resolved: Resolved) -> Report:
     if resolved.config is None:
-        from ftplan.sums import sum_of
+        from ftplan.front.sums import sum_of
 
         return sum_of(resolved)
     if resolved.plan.task == "serve" or resolved.plan.method is None:
-        from ftplan.assembling import serving_job_of
+        from ftplan.front.assembling import serving_job_of
         from ftplan.memory.serving import serve
 
         return _report(resolved, serve(serving_job_of(resolved)))
@@ -100,7 +100,7 @@ def _sized(resolved: Resolved) -> Report:
 
 def _training(resolved: Resolved) -> Report:
     """The walk, and what lies beside the GPU: host memory, disk, the wire."""
-    from ftplan.assembling import job_of
+    from ftplan.front.assembling import job_of
     from ftplan.memory.estimate import structure_of
     from ftplan.memory.host import disk_bytes, host_interval, wire_of
 
@@ -303,14 +303,14 @@ def _judged(resolved: Resolved) -> Judged:
 def _needed(resolved: Resolved) -> tuple[Counters, Callable[[], Counters]]:
     """What a job needs, and a way to what the report shows: with all that its allocator holds."""
     if resolved.plan.task == "serve" or resolved.plan.method is None:
-        from ftplan.assembling import serving_job_of
+        from ftplan.front.assembling import serving_job_of
         from ftplan.memory.serving import serve
 
         served = serve(serving_job_of(resolved))
         cache = _cache_bytes(served)
         need = _counters(resolved, served.peak_bytes, served.static_bytes, cache_bytes=cache)
         return need, lambda: need
-    from ftplan.assembling import job_of
+    from ftplan.front.assembling import job_of
     from ftplan.memory.estimate import structure_of
 
     job = job_of(resolved)
@@ -360,7 +360,7 @@ def _summary(resolved: Resolved, result: Estimate) -> ModelSummary:
 
 def _held(resolved: Resolved, structure: Structure, job: Job) -> Interval:
     """What the caching allocator reserves for the job, played."""
-    from ftplan.assembling import lengths_of
+    from ftplan.front.assembling import lengths_of
     from ftplan.memory.counters import workspace_bytes
     from ftplan.memory.reserved import reserved
 
@@ -434,7 +434,7 @@ def is_traced(resolved: Resolved) -> bool:
     plan = resolved.plan
     if not resolved.stack.own_modules or plan.method is None:
         return True
-    from ftplan.assembling import modules_of
+    from ftplan.front.assembling import modules_of
 
     modules, checkpointing = modules_of(resolved), plan.gradient_checkpointing
     sharded = plan.sharding.kind not in (None, "none") or plan.sharding.offload not in (

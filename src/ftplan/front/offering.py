@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
-from ftplan import api
 from ftplan.catalog.gpus import GpuRow, find_gpu, search_gpus
 from ftplan.errors import FtplanError
 from ftplan.fit.cards import enough, fewest, ranked
 from ftplan.fit.ways import Way, ways_to_train
 from ftplan.fitting import GpuOffer, GpuOption
+from ftplan.front import api
+from ftplan.front.searching import Search, sized
 from ftplan.report import Interval
-from ftplan.searching import Search, sized
 from ftplan.spec import Plan
 
 __all__ = ["Offering", "cost_of"]
