@@ -106,7 +106,9 @@ class Sizer:
         structures = self._records.structures
         if key not in structures:
             environment = replace(self.job.environment, seq_len=seq_len, one_sequence=alone)
-            structures[key] = structure_of(replace(self.job, environment=environment))
+            structures[key] = made = structure_of(replace(self.job, environment=environment))
+            if not made.asks_count:
+                structures[(*key[:2], not alone)] = made
         return structures[key]
 
     def record(self, micro: int, seq_len: int) -> Structure:

@@ -347,7 +347,7 @@ def operand(x: Tensor, *, by_head: bool = False) -> Tensor:
     It is copied where heads lie token by token in memory, but for those of a single sequence
     (``at::matmul`` folds the batch dimensions by ``reshape``).
     """
-    return x if by_head or x.tape.env.one_sequence else ops.copy(x)
+    return x if by_head or x.tape.alone else ops.copy(x)
 
 
 def _math(
@@ -392,7 +392,7 @@ def _math(
 
 def spread(x: Tensor, heads: Heads) -> Tensor:
     """One head as an operand beside many: a copy, or a view where there is but one sequence."""
-    return ops.expand_heads(x, heads.groups, copied=not x.tape.env.one_sequence)
+    return ops.expand_heads(x, heads.groups, copied=not x.tape.alone)
 
 
 def _safe_softmax(scores: Tensor) -> Tensor:

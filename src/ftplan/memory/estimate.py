@@ -285,6 +285,9 @@ class Structure:
         evaluated = job.eval_micro and job.stage is None
         self.evaluation = _evaluation_of(job, network, objective) if evaluated else None
         self.rollout = Rollout(job, network, objective) if job.generates else None
+        beside = self.evaluation is not None or self.rollout is not None
+        self.asks_count = self.program.asks_count or beside
+        """Whether it is another one for one sequence than for several."""
         self.total_params = sum(
             parameter.numel * times for parameter, times, _ in own if _is_base(parameter)
         )

@@ -111,6 +111,8 @@ class Program:
         self._chunks_played = tape.chunks_played
         self._spans: list[tuple[int, int]] = []
         """Per segment: its events on the tape."""
+        self.asks_count = tape.asks_count
+        """Whether the record is another one for one sequence than for several."""
         self.virtual_tokens = 0
         """Learned tokens before each sequence."""
         self.sequences = 1

@@ -193,6 +193,14 @@ class Tape:
     as one."""
     selected: Selected | None = None
     """Inside a block that is checkpointed by operation."""
+    asks_count: bool = False
+    """Whether anything was done otherwise than it would be for another number of sequences."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether the micro batch is a single sequence; asked only where that decides."""
+        self.asks_count = True
+        return self.env.one_sequence
 
     def allocate(self, size: Size, name: str) -> Storage:
         """A storage of ``size`` bytes comes alive."""
@@ -638,9 +646,8 @@ def fit(grad: Tensor | None, rows: Size, width: int, dtype: str) -> Tensor | Non
 def _as_many(grad: Tensor, rows: Size, width: int) -> bool:
     if grad.width == width and grad.rows == rows:
         return True
-    if grad.tape.env.one_sequence:
-        return grad.numel.alone() == (rows * width).alone()
-    return grad.numel == rows * width
+    size = rows * width
+    return grad.numel == size or (grad.numel.alone() == size.alone() and grad.tape.alone)
 
 
 def _own(grad: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class Indexer(Module):
         tape, rows = q.tape, SCORES * self.heads
         q, k = ops.to(q, "fp32"), ops.to(k, "fp32")
         low, turned = ops.autocast(q), ops.autocast(k)
-        if not tape.env.one_sequence:
+        if not tape.alone:
             turned = tape.tensor(SCORES, self.size, turned.dtype, "keys for each query")
         return ops.matmul(low, turned, rows, 1, "index scores", exact=True)
 

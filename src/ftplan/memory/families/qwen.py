@@ -53,7 +53,7 @@ class Attention(Module):
 
     def _flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """A batch of several sequences is unpadded whether anything is padded or not."""
-        if q.tape.env.one_sequence or not q.tape.env.padding_mask:
+        if not q.tape.env.padding_mask or q.tape.alone:
             return attend(q, k, v, self.heads)
         k = ops.gather(k)
         q, v = ops.gather(q), ops.gather(v)

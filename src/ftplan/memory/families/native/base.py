@@ -159,7 +159,7 @@ def capped_streamed(logits: Tensor) -> Tensor:
 def shifted(logits: Tensor) -> Tensor:
     """All logits but each sequence's last, as one block: a copy, but for a single sequence."""
     rest = ops.part(logits, logits.width)
-    return rest if logits.tape.env.one_sequence else ops.copy(rest, "shifted logits")
+    return rest if logits.tape.alone else ops.copy(rest, "shifted logits")
 
 
 def streamed_loss(logits: Tensor, source_dtype: str) -> Tensor:
