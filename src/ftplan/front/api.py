@@ -12,7 +12,6 @@ from ftplan.errors import FtplanError, InputError
 from ftplan.front.resolve import Resolved, resolve
 from ftplan.front.unused import TRAINING_TASKS
 from ftplan.report import (
-    Finding,
     GpuSummary,
     Interval,
     ModelSummary,
@@ -22,7 +21,6 @@ from ftplan.report import (
     Verdict,
 )
 from ftplan.spec import Plan
-from ftplan.units import format_bytes
 
 if TYPE_CHECKING:  # the walk is loaded only for a model whose shape is known
     from ftplan.fit.remedies import Judged
@@ -101,6 +99,7 @@ def _sized(resolved: Resolved) -> Report:
 def _training(resolved: Resolved) -> Report:
     """The walk, and what lies beside the GPU: host memory, disk, the wire."""
     from ftplan.front.assembling import job_of
+    from ftplan.front.findings import host_findings, step_findings
     from ftplan.memory.estimate import structure_of
     from ftplan.memory.host import disk_bytes, host_interval, wire_of
 
@@ -116,21 +115,15 @@ def _training(resolved: Resolved) -> Report:
     written = disk_bytes(job, counted)
     details: dict[str, Any] = {"disk_bytes": written}
     wire = wire_of(job, counted, gpus_per_node=plan.hardware.count or 1)
-    more: tuple[Finding, ...] = _stage_findings(structure)
     if wire is not None:
-        details["communication"] = told = _communication(resolved, wire)
-        more += _slow_wire(resolved, told, structure, job)
-    more += _flat_findings(resolved)
+        details["communication"] = _communication(resolved, wire)
     return replace(
         report,
         host_bytes=host,
         details={**report.details, **details},
-        findings=(
-            *report.findings,
-            *_host_findings(resolved, host, written),
-            *more,
-            *(_not_evaluated() if job.eval_micro and structure.evaluation is None else ()),
-        ),
+        findings=report.findings
+        + host_findings(resolved.plan.hardware, host, written)
+        + step_findings(resolved, structure, job, details.get("communication") or {}),
     )
 
 
@@ -150,116 +143,6 @@ def _communication(resolved: Resolved, wire: Wire) -> dict[str, Any]:
         seconds = round(wire.slow_bytes / NETWORK_BYTES_PER_S, 4)
         told["least_seconds_per_step_between_nodes"] = seconds
     return told
-
-
-def _stage_findings(structure: Structure) -> tuple[Finding, ...]:
-    """Which rank of a pipeline the answer is about."""
-    if structure.stage is None:
-        return ()
-    return (
-        Finding(
-            code="PAR001",
-            severity="info",
-            message=f"the worst rank is {structure.stage.name}",
-            help="more micro batches in a step (batch.accumulation) shorten the bubble, not this",
-        ),
-    )
-
-
-def _slow_wire(
-    resolved: Resolved, told: Mapping[str, Any], structure: Structure, job: Job
-) -> tuple[Finding, ...]:
-    """A finding where what is sent takes longer than what is computed, both at full rate."""
-    if resolved.gpu is None or job.task == "embed":  # a head that is not there computes nothing
-        return ()
-    from ftplan.catalog.throughput import speed_of
-    from ftplan.fit.flops import Compute
-
-    dtype = job.environment.autocast or job.compute_dtype
-    speed = speed_of(resolved.gpu, mixed_or_weights=dtype)
-    ways = {
-        str(told.get("interconnect", "")): told.get("least_seconds_per_step", 0),
-        "the network between nodes": told.get("least_seconds_per_step_between_nodes", 0),
-    }
-    link, sent = max(ways.items(), key=lambda item: item[1])
-    if not speed.flops or not sent:
-        return ()
-    work = Compute(structure.program).at(job.micro, job.seq_len, job.loss_chunk)
-    computed = work.total * job.accumulation / speed.flops
-    if sent <= computed:
-        return ()
-    return (
-        Finding(
-            code="PAR002",
-            severity="warning",
-            message=f"it may fit and crawl: a step sends what takes {sent:.2f} s over {link}, and "
-            f"computes for {computed:.2f} s, both at full rate",
-            help="use more tokens in a micro batch, reshard_after_forward: false, zero2, or "
-            "replicas of a smaller sharded group (dp_replicate)",
-        ),
-    )
-
-
-def _flat_findings(resolved: Resolved) -> tuple[Finding, ...]:
-    """FSDP1 with frozen and trained weights in one flat parameter."""
-    plan = resolved.plan
-    flat = plan.sharding.kind == "fsdp" and plan.sharding.version == 1
-    adapted = plan.method is not None and plan.method.kind not in ("full", "partial")
-    if not (flat and adapted and resolved.stack.name == "pytorch"):
-        return ()
-    return (
-        Finding(
-            code="FIT004",
-            severity="warning",
-            message="FSDP1 takes gradients of the frozen weights too: adapters and the weights "
-            "beside them are one flat parameter",
-            help="wrap what is trained by itself (peft.utils.other.fsdp_auto_wrap_policy), or use "
-            "version: 2",
-        ),
-    )
-
-
-def _not_evaluated() -> tuple[Finding, ...]:
-    return (
-        Finding(
-            code="MEM006",
-            severity="info",
-            message="the evaluation (batch.eval_micro) is not in this answer: for this task or "
-            "sharding only training is sized",
-            help="keep the evaluation's batch at or below the micro batch of training",
-        ),
-    )
-
-
-def _host_findings(
-    resolved: Resolved, host: Interval, written: Mapping[str, int]
-) -> tuple[Finding, ...]:
-    """What the user should know of host memory and of what stands in for something else."""
-    findings: list[Finding] = []
-    ram = resolved.plan.hardware.host_ram
-    if ram is not None and host.expected > ram:
-        findings.append(
-            Finding(
-                code="FIT003",
-                severity="error",
-                message=f"a node needs {format_bytes(host.expected, 'GiB')} of host memory "
-                f"and has {format_bytes(ram, 'GiB')}",
-                help="load on one rank only, quantise, or offload less",
-            )
-        )
-    disk = resolved.plan.hardware.disk
-    if disk is not None and written["checkpoint"] > disk:
-        findings.append(
-            Finding(
-                code="FIT005",
-                severity="error",
-                message=f"one checkpoint to resume from takes "
-                f"{format_bytes(written['checkpoint'], 'GiB')} of disk, and there is "
-                f"{format_bytes(disk, 'GiB')}",
-                help="save the weights or the adapter alone (save_only_model), or add disk",
-            )
-        )
-    return tuple(findings)
 
 
 def _remedies(
