@@ -241,6 +241,14 @@ def test_explain_flag(ftplan_: Terminal, plan: Path) -> None:
         assert " ".join(term["formula"].split()) in page
 
 
+def test_a_model_without_flash_attention_is_sized_without_it(ftplan_: Terminal) -> None:
+    """transformers would not load it so: the answer is the one with SDPA, and says so."""
+    job = ("memory", "--model", "t5-small", "--method", "full", "--format", "json")
+    asked = ftplan_(*job, "--attention", "flash").data
+    assert [each["code"] for each in asked["findings"]] == ["MEM007"]
+    assert asked["allocated_bytes"] == ftplan_(*job, "--attention", "sdpa").data["allocated_bytes"]
+
+
 @pytest.mark.parametrize("command", ["memory", "check", "fit"])
 def test_explain_says_where_each_assumption_was_read(
     ftplan_: Terminal, plan: Path, command: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ftplan.adapting import RANKS, check_options
 from ftplan.catalog.gpus import GpuRow, find_gpu
@@ -358,10 +358,31 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         batch=batch,
         optimizer=optimizer,
         gradient_checkpointing=checkpointing,
-        attention=filler.fill("attention", plan.attention, "sdpa"),
+        attention=_attention(plan.attention, stack, config, filler),
         loss=loss,
         kernels=filler.fill("kernels", plan.kernels, stack.kernels, own("kernels")),
     )
+
+
+def _attention(
+    asked: str | None, stack: Stack, config: Mapping[str, Any] | None, filler: _Filler
+) -> Literal["eager", "sdpa", "flash"]:
+    from ftplan.memory.families import NO_FLASH
+
+    attention: Literal["eager", "sdpa", "flash"] = filler.fill("attention", asked, "sdpa")
+    kind = (config or {}).get("model_type")
+    if attention != "flash" or kind not in NO_FLASH or stack.own_modules:
+        return attention
+    filler.findings.append(
+        Finding(
+            code="MEM007",
+            severity="warning",
+            message=f"transformers has no FlashAttention for {kind} and refuses to load it so: "
+            "this is its size with sdpa",
+            help="use attention: sdpa",
+        )
+    )
+    return "sdpa"
 
 
 def image_unit(config: Mapping[str, Any]) -> int:

@@ -129,9 +129,10 @@ def _pass(x: Tensor, _shared: Shared) -> Tensor:
 
 def cut(network: Network, stage: PipelineStage) -> None:
     """Leave in the network what the rank has. Its blocks are those of all its chunks."""
-    if len(network.stages) > 1 or network.stages[0].stack.shared:
+    stack = network.stages[0].stack
+    if len(network.stages) > 1 or stack.shared or stack.hands_on:
         raise UnsupportedError(
-            "pipeline parallelism of an encoder-decoder or of shared layers",
+            "pipeline parallelism of an encoder-decoder or of layers that share what they make",
             remedy="use tensor parallelism or fsdp",
         )
     part = network.stages[0]

@@ -75,6 +75,14 @@ TEXT_ALONE = {
 type (transformers 5.23, ``MODEL_FOR_CAUSAL_LM_MAPPING_NAMES``)."""
 
 
+NO_FLASH = frozenset({
+    "bloom", "codegen", "deberta-v2", "deepseek_v32", "falcon_mamba", "glm_moe_dsa", "llama4",
+    "llama4_text", "mamba", "mamba2", "mllama", "mllama_text_model", "mpnet", "mpt", "mt5", "t5",
+    "umt5",
+})  # fmt: skip
+"""Types whose classes refuse FlashAttention (transformers 5.23.0, ``_supports_flash_attn``)."""
+
+
 def text_alone(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The config of what ``AutoModelForCausalLM`` builds, where that is a part of the model."""
     kind = TEXT_ALONE.get(str(config.get("model_type")))
