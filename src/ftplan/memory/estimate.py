@@ -506,6 +506,11 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
     if sharding is not None and sharding.kind == "fsdp":
         for each in (network, *((objective.other,) if objective.other else ())):
             _gathered_as(each, sharding.param_dtype)
+    if job.checkpoint_every > 1 and len(network.stages) > 1:
+        raise UnsupportedError(
+            "checkpointing every n-th block of an encoder-decoder",
+            remedy="use gradient_checkpointing: true",
+        )
     stage = job.stage
     environment = job.environment
     if objective.sequences > 1 and environment.one_sequence:

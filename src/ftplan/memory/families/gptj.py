@@ -6,6 +6,7 @@ positions and a causal mask of its own in every layer.
 
 from __future__ import annotations
 
+from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
 from ftplan.memory.attention import make_mask, operand, pairs, with_prefix
 from ftplan.memory.families.llama import Config, rotate_part
@@ -71,7 +72,10 @@ class Attention(Module):
             weights = ops.scale(weights)
         if self.name == "gpt_neo":
             weights = ops.scale(weights, "where")
-        assert mask is not None
+        if mask is None:
+            raise UnsupportedError(
+                f"flash attention of {self.name}", remedy="use attention: sdpa, or eager"
+            )
         weights = ops.add(weights, mask)
         if self.name == "codegen":
             weights = ops.scale(weights)
