@@ -358,20 +358,20 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         batch=batch,
         optimizer=optimizer,
         gradient_checkpointing=checkpointing,
-        attention=_attention(plan.attention, stack, config, filler),
+        attention=_attention(plan.attention, config, filler),
         loss=loss,
         kernels=filler.fill("kernels", plan.kernels, stack.kernels, own("kernels")),
     )
 
 
 def _attention(
-    asked: str | None, stack: Stack, config: Mapping[str, Any] | None, filler: _Filler
+    asked: str | None, config: Mapping[str, Any] | None, filler: _Filler
 ) -> Literal["eager", "sdpa", "flash"]:
     from ftplan.memory.families import NO_FLASH
 
     attention: Literal["eager", "sdpa", "flash"] = filler.fill("attention", asked, "sdpa")
     kind = (config or {}).get("model_type")
-    if attention != "flash" or kind not in NO_FLASH or stack.own_modules:
+    if attention != "flash" or kind not in NO_FLASH:
         return attention
     filler.findings.append(
         Finding(

@@ -10,6 +10,7 @@ _runtime_utils.py, torch 2.13, traced: ``_use_unsharded_views``, ``_pre_backward
 
 from __future__ import annotations
 
+from ftplan.errors import UnsupportedError
 from ftplan.memory.fsdp import ACCUMULATED, Fsdp, Unit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Tape, Tensor
@@ -107,6 +108,11 @@ class Flat(Fsdp):
         if flat is None:
             return
         held, orig = joined[0].dtype, trained[0].stored
+        if held not in ITEM_BYTES:
+            raise UnsupportedError(
+                "FSDP1 with quantised weights and adapters in one flat parameter",
+                remedy="use version: 2, or a trainer that wraps adapters apart (PEFT's policy)",
+            )
         dtype = self.spec.reduce_dtype or held
         cast = None
         if dtype != held:  # the hook holds what autograd computed until it returns
