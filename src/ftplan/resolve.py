@@ -453,6 +453,8 @@ def idle_keys(plan: Plan) -> list[str]:
     if (plan.sharding.pp or 1) == 1:
         stages = ("schedule", "virtual_stages")
         idle += [f"sharding.{key}" for key in stages if getattr(plan.sharding, key) is not None]
+    if (plan.sharding.tp or 1) == 1 and plan.sharding.sequence_parallel:
+        idle.append("sharding.sequence_parallel")
     idle += [
         f"sharding.{key}"
         for key, kinds in _SHARDED.items()

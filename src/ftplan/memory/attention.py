@@ -13,6 +13,7 @@ from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.env import Environment
 from ftplan.memory.tape import (
     BATCH,
+    NOTHING,
     ONE,
     SCORES,
     SEQ,
@@ -247,7 +248,7 @@ def _hidden(tape: Tape, every: Size, heads: Heads, window: int | None, *, masked
     """
     length = tape.env.seq_len
     if masked or not heads.causal or every != SCORES:
-        return Size((0,) * 7)
+        return NOTHING
     if window is None or length is None or length < window or tape.env.attention != "flash":
         return SCORES + TOKENS * -1
     return SCORES * 2 + TOKENS * (-2 * window) + BATCH * (window * (window - 1))

@@ -113,8 +113,9 @@ def static_terms(
         terms += zero_terms(job, updated, layout)
     elif job.main_weights:
         # Megatron's distributed optimizer: main weights and states over the data parallel ranks
-        ranks = job.sharding.data_ranks if job.sharding.kind == "zero1" else 1
-        updated = [(partition(p, ranks), times, m) for p, times, m in stepped]
+        updated = [
+            (partition(p, job.sharding.optimizer_ranks(p.expert)), n, m) for p, n, m in stepped
+        ]
         terms.append(main_weights(updated))
         terms.append(
             weights_term(
@@ -452,6 +453,7 @@ def _shard(parameter: Parameter, ranks: int) -> Parameter:
     shape = shard_shape(parameter.shape, ranks)
     part = Parameter(parameter.name, shape, parameter.dtype, parameter.trainable)
     part.added, part.embedding = parameter.added, parameter.embedding
+    part.expert = parameter.expert
     part.whole = parameter.shape
     return part
 
