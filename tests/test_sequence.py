@@ -143,3 +143,26 @@ def test_it_does_nothing_without_tensor_parallelism() -> None:
     )
     assert alone.allocated_bytes == idle.allocated_bytes
     assert any("sharding.sequence_parallel" in finding.message for finding in idle.findings)
+
+
+def test_a_ring_needs_more_than_its_part() -> None:
+    """Ring attention holds all keys and values for a moment, and sums in fp32: more than a sequence
+    of the part's length would, and less than the whole one."""
+
+    def peak(tokens: int, cp: int | None) -> int:
+        return estimate(
+            Plan(
+                model=Model(name="tinyllama-1.1b"),
+                stack="transformers",
+                method=Method(kind="full"),
+                precision=Precision(weights="bf16", mixed="no"),
+                batch=Batch(micro=1, seq_len=tokens, accumulation=1, padding="none"),
+                optimizer=OptimizerChoice(name="adamw_torch_fused"),
+                gradient_checkpointing=Checkpointing(kind="none"),
+                attention="sdpa",
+                hardware=Hardware(count=4),
+                sharding=Sharding(kind="fsdp", version=2, cp=cp),
+            )
+        ).allocated_bytes.expected
+
+    assert peak(8192, None) < peak(32768, 4) < peak(32768, None)

@@ -30,6 +30,10 @@ from ftplan.spec import Checkpointing, Method, OptimizerChoice, Plan
 __all__ = ["job_of", "lengths_of", "serving_job_of"]
 
 
+RINGS = ("transformers", "trl", "pytorch")
+"""Stacks whose context parallelism is PyTorch's ring attention, by way of accelerate."""
+
+
 def job_of(resolved: Resolved) -> Job:
     """The calculator's job of a resolved training plan whose model has a known shape."""
     plan, stack, gpu = resolved.plan, resolved.stack, resolved.gpu
@@ -79,6 +83,7 @@ def job_of(resolved: Resolved) -> Job:
         keep_outputs=stack.keeps_outputs,
         outputs_to_fp32=autocast is not None and stack.outputs_to_fp32,
         sequence_parts=sharding.tp if sharding.sequence_parallel else 1,
+        ring=sharding.cp if stack.name in RINGS and sharding.kind == "fsdp" else 1,
         seq_len=local_seq_len(batch.seq_len, sharding),
         one_sequence=batch.micro == 1,
         returns_cache=checkpointing.kind == "none",

@@ -63,6 +63,8 @@ class Environment:
     """The caller holds the model's outputs until backward has ended."""
     outputs_to_fp32: bool = False
     """Accelerate's mixed precision casts what the model returns to fp32."""
+    ring: int = 1
+    """Ranks around which keys and values go (PyTorch's ring attention)."""
     sequence_parts: int = 1
     """Ranks that share the tokens outside of what tensor parallelism cuts."""
     seq_len: int | None = None

@@ -498,11 +498,14 @@ def _hold_gradients(network: Network, tape: Tape) -> None:
 
 
 def _inputs(tape: Tape) -> list[Tensor]:
+    ring = tape.env.ring
     names = ["token ids", "labels"]
     names += ["padding mask"] if tape.env.padding_mask else []
-    names += ["positions"] if tape.env.packed else []
+    names += ["positions"] if tape.env.packed or ring > 1 else []
+    names += ["shifted labels"] if ring > 1 else []
+    rows = TOKENS * ring  # ``context_parallel`` makes buffers shorter, not their storages
     with tape.scoped("activations"):
-        return [tape.tensor(TOKENS, 1, "int64", name) for name in names]
+        return [tape.tensor(rows, 1, "int64", name) for name in names]
 
 
 def _alive(tape: Tape) -> set[int]:

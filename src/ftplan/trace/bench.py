@@ -352,7 +352,7 @@ def write_bench(
             document = {
                 "architecture": name,  # noqa: B023
                 "split": split,  # noqa: B023
-                "versions": versions(),
+                "versions": {**old.get("versions", {}), **versions()},  # noqa: B023
                 "refused": refused,  # noqa: B023
                 "jobs": jobs,
             }

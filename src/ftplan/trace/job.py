@@ -83,6 +83,7 @@ class Job:
     no_sync: bool
     use_orig_params: bool
     tp: int
+    cp: int
     zero: dict[str, Any]
     """DeepSpeed's ``zero_optimization``."""
     traced_rank: int = 0
@@ -119,7 +120,13 @@ def _refuse(plan: Plan) -> None:
             f"tracing the stack {stack!r}, whose model code is its own,",
             remedy=f"trace one of {', '.join(HF_STACKS)}",
         )
-    for name in ("pp", "cp", "ep"):
+    ring = (sharding.cp or 1) > 1
+    if ring and (sharding.kind != "fsdp" or (sharding.version or 2) != 2 or (sharding.tp or 1) > 1):
+        raise UnsupportedError(
+            "tracing a ring of ranks but with FSDP2, as accelerate has it",
+            remedy="set sharding: {kind: fsdp, version: 2}",
+        )
+    for name in ("pp", "ep"):
         if (getattr(sharding, name) or 1) > 1:
             raise UnsupportedError(f"tracing sharding.{name}", remedy="leave it at 1")
     if (sharding.tp or 1) > 1 and sharding.kind not in (None, "none"):
@@ -238,6 +245,7 @@ def resolve(plan: Plan) -> Job:
         no_sync=bool(sharding.no_sync),
         use_orig_params=bool(sharding.use_orig_params),
         tp=sharding.tp or 1,
+        cp=sharding.cp or 1,
         zero=_zero(sharding),
     )
 
