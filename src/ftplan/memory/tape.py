@@ -613,8 +613,8 @@ def _accumulate(parameter: Parameter, grad: Tensor) -> None:
     """A parameter's gradient is the incoming buffer; an earlier one is added to in place."""
     tape = grad.tape
     parameter.reached = True
-    if tape.step_of is not None:
-        taken = tape.step_of(parameter) if parameter.name else 0
+    if tape.step_of is not None and parameter.name:  # a leaf that is no weight has no hook
+        taken = tape.step_of(parameter)
         if taken is not None:  # the hook lets go of the gradient
             needs = tape.allocate(ONE * taken, "gradient hook")
             del needs
