@@ -48,6 +48,8 @@ class Layout:
     """The same with them."""
     slice: int
     """The largest slice of one gradient in a partition."""
+    slices: int
+    """Elements of the slices of one large gradient that are reduced together (stages 1 and 2)."""
     largest: int
     """The largest gradient."""
     quiet: int
@@ -104,6 +106,7 @@ def layout_of(network: Network, spec: ShardingSpec) -> Layout:
         slice=-(-max(map(max, filter(None, groups)), default=0) // ranks)
         if spec.kind == "zero3"
         else largest_slice,
+        slices=(spec.bucket_elements // max(1, parts[0]) + 1) * parts[0],
         largest=max((p.numel for p in trained), default=0),
         quiet=_blocks(network, spec.bucket_elements, first=True),
         calm=_blocks(network, spec.bucket_elements, first=False),
@@ -241,8 +244,8 @@ class Zero(Fsdp):
         later: there each may be the one.
         """
         bucket, size = self.spec.bucket_elements, parameter.numel
-        if size > bucket:
-            return size
+        if size > bucket:  # ``allreduce_and_scatter``: ranks' slices until they fill a bucket
+            return size if self.spec.kind == "zero3" else min(size, self.layout.slices)
         unit = self._unit_of.get(id(parameter))
         if unit is not None and unit.place == "quiet":
             return 0
