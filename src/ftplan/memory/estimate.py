@@ -191,11 +191,10 @@ def _state_tensors(job: Job, updated: Counted) -> tuple[tuple[int, int], ...]:
 
 
 def _waits_elsewhere(term: StaticTerm, sharding: ShardingSpec) -> bool:
-    """States are off the GPU when they, or FSDP's weights with them, are offloaded."""
+    """States are off the GPU when they, or weights with them, are offloaded."""
     if not term.name.startswith("optimizer/"):
         return False
-    moved = sharding.offload in ("optimizer", "nvme")
-    return moved or (sharding.offload == "params" and sharding.kind == "fsdp")
+    return sharding.offload in ("optimizer", "nvme", "params")
 
 
 def _sampler(job: Job) -> StaticTerm:

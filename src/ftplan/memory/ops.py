@@ -189,7 +189,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
         grad_x = grad_x if has_bias else make_x(grad)
         for product in (grad_x, grad_weight):
             if product is not None:
-                product.based = True  # seen through a view or a transpose
+                product.based = grad.tape.views  # seen through a view or a transpose
         del gathered
         if not has_bias:
             return grad_x, grad_weight

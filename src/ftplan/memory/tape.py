@@ -196,6 +196,8 @@ class Tape:
     chunks_played: int = 1
     """How many chunks of the loss are on the tape for all there are; 0: the others are there too,
     as one."""
+    views: bool = True
+    """A linear layer hands out its gradients as views, which autograd will not add to in place."""
     selected: Selected | None = None
     """Inside a block that is checkpointed by operation."""
 

@@ -190,6 +190,7 @@ class Zero(Fsdp):
         self._large: Parameter | None = None
         """Stage 3: whose gradient is larger than the bucket, and waits for the next one to come."""
         tape.step_of = self._arrive
+        tape.views = spec.kind != "zero3"  # ``LinearFunctionForZeroStage3`` returns products
 
     def place(self, layer: int, count: int) -> int | str | None:
         """Blocks that are recorded by themselves: the first, the last, that of the first bucket.

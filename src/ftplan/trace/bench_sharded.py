@@ -180,6 +180,21 @@ ZERO_REGIMES: dict[str, Mapping] = {
     },
 }  # fmt: skip
 """Regimes of DeepSpeed, which has to be installed to trace them."""
+OFFLOAD_REGIMES: dict[str, Mapping] = {
+    "zero2-full-offloaded": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+        "sharding": {"offload": "optimizer"},
+    },
+    "zero3-full-offloaded": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+        "sharding": {"offload": "optimizer"},
+    },
+    "zero3-full-params-offloaded": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+        "batch": {"accumulation": 2}, "sharding": {"offload": "params"},
+    },
+}  # fmt: skip
+"""The same with states, or weights too, on the host."""
 
 ARCHITECTURES = (
     "llama-3.1-8b", "llama-2-7b", "qwen2.5-7b", "mistral-7b-v0.1", "pythia-1.4b", "opt-1.3b",
@@ -205,6 +220,8 @@ def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, 
     if name in RINGED:
         yield from _jobs(name, RING_REGIMES, 1)
     yield from _jobs(name, ZERO_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
+    if name in RINGED:
+        yield from _jobs(name, OFFLOAD_REGIMES, 1)
 
 
 def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[str, Mapping, int]]:

@@ -135,7 +135,9 @@ def _refuse(plan: Plan) -> None:
         )
     offload = sharding.offload or "none"
     fsdp2 = sharding.kind == "fsdp" and (sharding.version or 2) == 2
-    if offload not in ("none", "params") or (offload == "params" and not fsdp2):
+    kinds = {"zero2": ("optimizer",), "zero3": ("optimizer", "params")}
+    able = ("params",) if fsdp2 else kinds.get(str(sharding.kind), ())
+    if offload not in ("none", *able):
         raise UnsupportedError(f"tracing offload of {offload}", remedy="trace offload: none")
     if (plan.kernels or "none") != "none":
         raise UnsupportedError(
@@ -252,7 +254,7 @@ def resolve(plan: Plan) -> Job:
 
 def _zero(sharding: Sharding) -> dict[str, Any]:
     """What a plan says of ZeRO, in DeepSpeed's words."""
-    given = {
+    given: dict[str, Any] = {
         "stage": int(sharding.kind[-1]) if sharding.kind and sharding.kind[:4] == "zero" else 0,
         "reduce_bucket_size": sharding.bucket_elements,
         "overlap_comm": sharding.overlap_comm,
@@ -261,6 +263,11 @@ def _zero(sharding: Sharding) -> dict[str, Any]:
         "stage3_max_live_parameters": sharding.max_live_elements,
         "stage3_param_persistence_threshold": sharding.persistence_elements,
     }
+    host = {"device": "cpu", "pin_memory": True}
+    if sharding.offload in ("optimizer", "params"):
+        given["offload_optimizer"] = host
+    if sharding.offload == "params":
+        given["offload_param"] = host
     return {key: value for key, value in given.items() if value is not None}
 
 
