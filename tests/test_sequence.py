@@ -150,7 +150,7 @@ def test_a_ring_needs_more_than_its_part() -> None:
     of the part's length would, and less than the whole one."""
 
     def peak(tokens: int, cp: int | None) -> int:
-        return estimate(
+        report = estimate(
             Plan(
                 model=Model(name="tinyllama-1.1b"),
                 stack="transformers",
@@ -163,6 +163,8 @@ def test_a_ring_needs_more_than_its_part() -> None:
                 hardware=Hardware(count=4),
                 sharding=Sharding(kind="fsdp", version=2, cp=cp),
             )
-        ).allocated_bytes.expected
+        )
+        assert report.allocated_bytes is not None
+        return report.allocated_bytes.expected
 
     assert peak(8192, None) < peak(32768, 4) < peak(32768, None)

@@ -264,7 +264,8 @@ class Zero(Fsdp):
     def _reduce_large(self) -> None:
         """Stage 3 scatters a gradient that is larger than the bucket from where it is."""
         if self._large is not None:
-            self._large.grad = self._large = None
+            self._large.grad = None
+        self._large = None
 
     def _reduced_now(self, parameter: Parameter) -> int:
         """Elements that are copied and reduced as this gradient arrives.
