@@ -14,7 +14,7 @@ from ftplan.front.resolve import resolve
 from ftplan.memory.estimate import Structure
 from ftplan.memory.moments import WorstMoments, chains_of, undominated
 from ftplan.memory.replay import rounded
-from ftplan.memory.tape import Size, basis
+from ftplan.memory.tape import ONE, Size, basis
 from ftplan.spec import Batch, Checkpointing, Loss, Method, Model, Plan, Precision
 
 PLANS = [
@@ -27,7 +27,7 @@ PLANS = [
 STRUCTURES = [Structure(job_of(resolve(plan))) for plan in PLANS]
 
 sizes = st.lists(
-    st.tuples(*[st.integers(0, 3)] * 7).map(lambda values: Size(v * 100 for v in values)),
+    st.tuples(*[st.integers(0, 3)] * 8).map(lambda values: Size(v * 100 for v in values)),
     min_size=1, max_size=5, unique=True,
 )  # fmt: skip
 
@@ -61,7 +61,7 @@ def test_no_moment_that_is_left_out_is_larger(table: list[Size], data: st.DataOb
 
 def test_a_step_that_is_played_again_and_again_grows() -> None:
     """A segment that leaves something behind is the worst in its last run."""
-    worst = WorstMoments([Size((512, 0, 0, 0, 0, 0, 0))], [[0, 0, 1]], [(0, 5)])
+    worst = WorstMoments([ONE * 512], [[0, 0, 1]], [(0, 5)])
     assert worst.at(basis(1, 1)) == (6 * 512, 5 * 512)
 
 

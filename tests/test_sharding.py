@@ -91,12 +91,12 @@ def test_megatrons_model_states(gpus: int, tp: int | None) -> None:
 
 
 def test_deepspeeds_estimate_leaves_out_what_is_live() -> None:
-    """ZeRO-3 on many GPUs: 18 N / n and the largest layer are less than half of the peak."""
+    """ZeRO-3 on many GPUs: 18 N / n and the largest layer are some 70 % of the peak."""
     gpus = 64
     record = structure("zero3", gpus, model="llama-3.1-8b")
     largest = 128256 * 4096
     formula = 18 * record.total_params // gpus + 4 * largest
-    assert record.peak(1, 256) > 1.5 * formula
+    assert record.peak(1, 256) > 1.4 * formula
 
 
 def test_a_bucket_is_there_whole() -> None:

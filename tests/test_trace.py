@@ -232,7 +232,7 @@ REFUSED: list[dict[str, Any]] = [
     {"sharding": {"kind": "fsdp", "tp": 2}},
     {"sharding": {"kind": "none", "pp": 2}},
     {"sharding": {"kind": "fsdp", "version": 1, "offload": "params"}},
-    {"sharding": {"kind": "zero2", "offload": "optimizer"}},
+    {"sharding": {"kind": "zero3", "offload": "nvme"}},
     {"optimizer": {"name": "adamw", "in_backward": True}},
 ]
 

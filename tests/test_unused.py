@@ -173,6 +173,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "sharding.virtual_stages": (2,),
     "sharding.cp": (2, 4),
     "sharding.ep": (2,),
+    "sharding.etp": (2,),
     "sharding.dp_replicate": (2, 4),
     "sharding.bucket_elements": (1000,),
     "sharding.sub_group_elements": (1000,),

@@ -262,6 +262,10 @@ class Sharding:
     """What waits in host memory or on NVMe."""
     tp: int | None = None
     """Tensor parallel degree."""
+    sequence_parallel: bool | None = None
+    """Tensor parallel GPUs share the tokens of norms, residuals and dropout too."""
+    etp: int | None = None
+    """Megatron: tensor parallel degree of experts."""
     pp: int | None = None
     """Pipeline parallel degree."""
     schedule: Literal["gpipe", "1f1b", "interleaved"] | None = None

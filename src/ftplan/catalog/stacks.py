@@ -14,13 +14,16 @@ from typing import Any, Literal
 from ftplan.catalog.shelf import read_data
 from ftplan.errors import UnknownNameError, UnsupportedError
 
-__all__ = ["Stack", "StackRow", "find_stack", "is_stack", "stack_names", "stack_page"]
+__all__ = ["RINGS", "Stack", "StackRow", "find_stack", "is_stack", "stack_names", "stack_page"]
 
 UNMODELLED = {"mlx": "training with MLX on Apple silicon (unified memory, no CUDA allocator)"}
 """Stacks that are recognised and refused, and what is not modelled."""
 
 OWN_MODULES = frozenset({"torchtune", "litgpt", "nemo", "megatron", "unsloth", "torchtitan"})
 """Stacks that run their own model code, which the walk was not held against."""
+
+RINGS = ("transformers", "trl", "pytorch")
+"""Stacks whose context parallelism is PyTorch's ring attention, by way of accelerate."""
 
 ALIASES = {
     "hf": "transformers",

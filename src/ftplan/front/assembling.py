@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ftplan.catalog.gpus import GpuRow
 from ftplan.catalog.models import resolve_model
 from ftplan.catalog.optimizers import find_optimizer
-from ftplan.catalog.stacks import Stack
+from ftplan.catalog.stacks import RINGS, Stack
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.front.resolve import Resolved, image_tokens, native_dtype
@@ -79,6 +79,8 @@ def job_of(resolved: Resolved) -> Job:
         hooks_hold_inputs=_hooks_hold_inputs(plan),
         keep_outputs=stack.keeps_outputs,
         outputs_to_fp32=autocast is not None and stack.outputs_to_fp32,
+        sequence_parts=sharding.tp if sharding.sequence_parallel else 1,
+        ring=sharding.cp if stack.name in RINGS and sharding.kind == "fsdp" else 1,
         seq_len=local_seq_len(batch.seq_len, sharding),
         one_sequence=batch.micro == 1,
         returns_cache=checkpointing.kind == "none",

@@ -13,7 +13,7 @@ from typing import Any
 
 from ftplan.adapting import OPTIONS, RANKS
 from ftplan.catalog.optimizers import find_optimizer
-from ftplan.catalog.stacks import Stack
+from ftplan.catalog.stacks import RINGS, Stack
 from ftplan.dtypes import find_format
 from ftplan.spec import Plan
 
@@ -99,7 +99,7 @@ _RULES: tuple[Rule, ...] = (
                        "no_sync", "use_orig_params", "schedule", "virtual_stages",
                        "bucket_elements", "overlap_comm", "sub_group_elements", "bucket_bytes",
                        "auto_buckets", "prefetch_elements", "max_live_elements",
-                       "persistence_elements")),
+                       "persistence_elements", "sequence_parallel", "etp")),
         "nothing is trained", lambda job: not job.trains,
     ),
     (("task",), "no method says how it is trained: the model is served",
@@ -175,6 +175,13 @@ _RULES: tuple[Rule, ...] = (
     # --- several GPUs ---------------------------------------------------------------------------
     (_of_sharding("schedule", "virtual_stages"), "there is one stage",
      lambda job: (job.plan.sharding.pp or 1) == 1),
+    (("batch.packing",), "a ring of ranks gets positions with every batch",
+     lambda job: job.trains and (job.plan.sharding.cp or 1) > 1
+     and job.sharding == "fsdp" and job.stack.name in RINGS),
+    (_of_sharding("sequence_parallel", "etp"), "no layer is split (tp is 1)",
+     lambda job: job.trains and (job.plan.sharding.tp or 1) == 1),
+    (_of_sharding("etp"), "this model has no experts",
+     lambda job: job.trains and job.shaped and not _has_experts(job.config)),
     (
         _of_sharding("version", "wrap", "param_dtype", "reduce_dtype", "reshard_after_forward",
                      "no_sync", "use_orig_params"),

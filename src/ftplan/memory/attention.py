@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from ftplan.memory import ops
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.env import Environment
+from ftplan.memory.ring import ring_attention
 from ftplan.memory.tape import (
     BATCH,
+    NOTHING,
     ONE,
     SCORES,
     SEQ,
@@ -173,8 +175,28 @@ def _attend(
         return _without_padding(q, k, v, heads, seen, by_head=by_head)
     if masked and choice == "efficient":
         mask = _padded(ops.autocast(additive(mask, q.tape, q.dtype)), q.tape)
-    out = _fused(q, k, v, heads, mask, choice, seen)
+    if env.ring > 1 and choice == "flash" and heads.causal:
+        out = _ring(q, k, v, heads)
+    else:
+        out = _fused(q, k, v, heads, mask, choice, seen)
     return ops.copy(out) if by_head and choice == "flash" else out
+
+
+def _ring(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
+    """Flash attention over keys and values that go round the ranks of a sequence."""
+    tape, rows, dtype, ranks = q.tape, q.rows, q.dtype, q.tape.env.ring
+    every = SCORES * ranks
+    hidden = every + TOKENS * -1  # of the whole sequence, shared evenly
+
+    def back(tape: Tape, parts: int) -> None:
+        if parts == 1:
+            _count(tape, every, hidden, heads, "ring", backward=True)
+        _workspace(tape, rows, dtype, heads, "flash", parts)
+
+    _count(tape, every, hidden, heads, "ring", backward=False)
+    return ring_attention(
+        q, k, v, heads=heads.count, width=heads.count * heads.value_size, ranks=ranks, back=back
+    )
 
 
 def _without_padding(
@@ -247,7 +269,7 @@ def _hidden(tape: Tape, every: Size, heads: Heads, window: int | None, *, masked
     """
     length = tape.env.seq_len
     if masked or not heads.causal or every != SCORES:
-        return Size((0,) * 7)
+        return NOTHING
     if window is None or length is None or length < window or tape.env.attention != "flash":
         return SCORES + TOKENS * -1
     return SCORES * 2 + TOKENS * (-2 * window) + BATCH * (window * (window - 1))
@@ -317,8 +339,13 @@ def _fused(
     return out
 
 
-def _workspace(tape: Tape, queries: Size, dtype: str, heads: Heads, choice: str) -> None:
-    """What the kernel's backward needs for a moment: row sums and an fp32 query gradient."""
+def _workspace(
+    tape: Tape, queries: Size, dtype: str, heads: Heads, choice: str, parts: int = 1
+) -> None:
+    """What the kernel's backward needs for a moment: row sums and an fp32 query gradient.
+
+    ``parts``: it sees one of so many parts of the keys.
+    """
     count, flash = heads.count, choice == "flash"
     rows = sequence_rows(tape, 128 if flash else 32, queries)
     held = [tape.tensor(rows, count, "fp32", f"{choice} row sums")]
@@ -329,7 +356,8 @@ def _workspace(tape: Tape, queries: Size, dtype: str, heads: Heads, choice: str)
         held.append(tape.tensor(rows, count * size, "fp32", f"{choice} accumulator"))
     if choice == "flash" and heads.groups > 1:
         for name in ("key", "value"):
-            held.append(tape.tensor(queries, count * heads.size, dtype, f"flash {name} gradient"))
+            width = count * heads.size // parts
+            held.append(tape.tensor(queries, width, dtype, f"flash {name} gradient"))
 
 
 def attend_broadcast(q: Tensor, k: Tensor, v: Tensor, heads: Heads, mask: Tensor) -> Tensor:

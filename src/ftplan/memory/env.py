@@ -63,6 +63,10 @@ class Environment:
     """The caller holds the model's outputs until backward has ended."""
     outputs_to_fp32: bool = False
     """Accelerate's mixed precision casts what the model returns to fp32."""
+    ring: int = 1
+    """Ranks around which keys and values go (PyTorch's ring attention)."""
+    sequence_parts: int = 1
+    """Ranks that share the tokens outside of what tensor parallelism cuts."""
     seq_len: int | None = None
     """Sequence length in tokens, only for decisions (is it longer than the window), not sizes."""
     holds_4bit_inputs: bool = False

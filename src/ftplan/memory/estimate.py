@@ -114,8 +114,9 @@ def static_terms(
         terms += zero_terms(job, updated, layout)
     elif job.main_weights:
         # Megatron's distributed optimizer: main weights and states over the data parallel ranks
-        ranks = job.sharding.data_ranks if job.sharding.kind == "zero1" else 1
-        updated = [(partition(p, ranks), times, m) for p, times, m in stepped]
+        updated = [
+            (partition(p, job.sharding.optimizer_ranks(p.expert)), n, m) for p, n, m in stepped
+        ]
         terms.append(main_weights(updated))
         terms.append(
             weights_term(
@@ -191,11 +192,10 @@ def _state_tensors(job: Job, updated: Counted) -> tuple[tuple[int, int], ...]:
 
 
 def _waits_elsewhere(term: StaticTerm, sharding: ShardingSpec) -> bool:
-    """States are off the GPU when they, or FSDP's weights with them, are offloaded."""
+    """States are off the GPU when they, or weights with them, are offloaded."""
     if not term.name.startswith("optimizer/"):
         return False
-    moved = sharding.offload in ("optimizer", "nvme")
-    return moved or (sharding.offload == "params" and sharding.kind == "fsdp")
+    return sharding.offload in ("optimizer", "nvme", "params")
 
 
 def _sampler(job: Job) -> StaticTerm:
@@ -481,6 +481,7 @@ def _shard(parameter: Parameter, ranks: int) -> Parameter:
     part = Parameter(parameter.name, shape, parameter.dtype, parameter.trainable)
     part.added, part.embedding = parameter.added, parameter.embedding
     part.idle = parameter.idle
+    part.expert = parameter.expert
     part.whole = parameter.shape
     return part
 
@@ -506,11 +507,6 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
     if sharding is not None and sharding.kind == "fsdp":
         for each in (network, *((objective.other,) if objective.other else ())):
             _gathered_as(each, sharding.param_dtype)
-    if job.checkpoint_every > 1 and len(network.stages) > 1:
-        raise UnsupportedError(
-            "checkpointing every n-th block of an encoder-decoder",
-            remedy="use gradient_checkpointing: true",
-        )
     stage = job.stage
     environment = job.environment
     if objective.sequences > 1 and environment.one_sequence:

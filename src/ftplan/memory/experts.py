@@ -14,7 +14,7 @@ from typing import Protocol
 
 from ftplan.memory import ops
 from ftplan.memory.nn import Module, activation
-from ftplan.memory.tape import ONE, TOKENS, Grads, Size, Tape, Tensor
+from ftplan.memory.tape import ONE, Grads, Size, Tape, Tensor
 
 __all__ = [
     "Experts", "Router", "Routing", "batched_linear", "gather_rows", "grouped_linear", "masked",
@@ -152,11 +152,11 @@ def repeat_rows(x: Tensor, times: int) -> Tensor:
     return out
 
 
-def sum_of_groups(x: Tensor, group: int) -> Tensor:
-    """``view(tokens, group, width).sum(1)``; backward copies the gradient to each of the group."""
-    out = x.tape.tensor(TOKENS, x.width, x.dtype, "sum over experts")
+def sum_of_groups(x: Tensor, group: int, rows: Size) -> Tensor:
+    """``view(rows, group, width).sum(1)``; backward copies the gradient to each of the group."""
+    out = x.tape.tensor(rows, x.width, x.dtype, "sum over experts")
     make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
-    assert x.rows == TOKENS * group
+    assert x.rows == rows * group
     ops.record([out], "sum", [x], lambda grad: (make(grad),))
     return out
 
@@ -318,9 +318,10 @@ class Experts(Module):
         wide = 2 * inner if gated else inner
         for name, shape in zip(self.names, ((hidden, wide), (inner, hidden)), strict=True):
             width_in, width_out = shape
-            self.parameter(name, count, *(shape if transposed else (width_out, width_in)))
+            matrices = shape if transposed else (width_out, width_in)
+            self.parameter(name, count, *matrices).expert = True
             if bias:
-                self.parameter(f"{name}_bias", count, width_out)
+                self.parameter(f"{name}_bias", count, width_out).expert = True
 
     def gate(self, both: Tensor) -> Tensor:
         """``act(gate) * up``."""
@@ -332,7 +333,7 @@ class Experts(Module):
         top_k = routing.index.width
         if self.expands_to is not None:
             return self._one_by_one(x, routing, top_k, self.expands_to)
-        rows = TOKENS * top_k
+        rows = x.rows * top_k
         # wrappers lie in each other: that of the last parameter is outside
         adapted = [name for name in reversed(self.names) if name in self.folded]
         updates = {name: self.folded[name].update(tape) for name in adapted}
@@ -351,7 +352,7 @@ class Experts(Module):
         weighted = ops.mul(out, weights, "weighted experts")
         back = _index(routing.index, rows, "inverse order")
         weighted = gather_rows(weighted, back, rows, weighted.width)
-        total = sum_of_groups(weighted, top_k)
+        total = sum_of_groups(weighted, top_k, x.rows)
         del counts
         return ops.to(total, x.dtype)
 
@@ -362,10 +363,10 @@ class Experts(Module):
         """
         tape, share = x.tape, self.count // top_k
         narrow, inner = -(-self.hidden // share), -(-self.inner // share)
-        total = tape.tensor(TOKENS, self.hidden, x.dtype, "sum over experts")
+        total = tape.tensor(x.rows, self.hidden, x.dtype, "sum over experts")
         for _ in range(self.count):
-            index = tape.tensor(TOKENS, max(1, 16 // share), "bool", "rows of the expert")
-            picked = gather_rows(x, index, TOKENS, narrow)
+            index = tape.tensor(x.rows, max(1, 16 // share), "bool", "rows of the expert")
+            picked = gather_rows(x, index, x.rows, narrow)
             gate = packed_linear(picked, (self.inner, self.hidden), inner, dtype)
             hidden = activation(gate, self.act)
             del gate
@@ -373,7 +374,7 @@ class Experts(Module):
             del picked
             out = packed_linear(hidden, (self.hidden, self.inner), narrow, dtype)
             del hidden
-            weights = gather_rows(routing.weights, index, TOKENS, 1)
+            weights = gather_rows(routing.weights, index, x.rows, 1)
             out = ops.mul(out, weights, "weighted experts")
             total = _add_rows(total, ops.to(out, total.dtype), index)
             del out

@@ -129,8 +129,10 @@ def _zero_offloaded(job: Job, counted: Counted) -> int:
 
 
 def _megatron_states(job: Job, counted: Counted) -> int:
-    ranks = job.sharding.data_ranks if job.sharding.kind == "zero1" else 1
-    parts = [(partition(p, ranks), n, m) for p, n, m in _trained(counted)]
+    parts = [
+        (partition(p, job.sharding.optimizer_ranks(p.expert)), n, m)
+        for p, n, m in _trained(counted)
+    ]
     return sum(pinned(4 * p.numel) * n for p, n, _ in parts) + state_bytes(job.optimizer, parts)
 
 
@@ -271,12 +273,14 @@ def _model_parallel(job: Job, counted: Counted) -> Iterable[Sent]:
     hidden = _hidden(job)
     layers = max(n for _, n in blocks)
     boundary = job.micro * job.seq_len * hidden * 2 * job.accumulation
-    if spec.tp > 1:  # two all-reduces forward and two backward in each layer
-        yield (
-            "4 all-reduces of activations a layer (tensor)",
-            4 * layers * 2 * boundary * (spec.tp - 1) // spec.tp,
-            False,
-        )
+    if spec.tp > 1:  # an all-reduce sends what an all-gather and a reduce-scatter do
+        name, times = "4 all-reduces of activations a layer (tensor)", 8
+        if spec.sequence_parallel:
+            name, times = "4 all-gathers, 4 reduce-scatters of activations a layer (tensor)", 8
+            if spec.megatron:  # inputs of two products are gathered again for their weights
+                name = "6 all-gathers, 4 reduce-scatters of activations a layer (tensor)"
+                times = 10
+        yield name, times * layers * boundary * (spec.tp - 1) // spec.tp, False
     if spec.cp > 1:  # keys and values go round forward, and with their gradients backward
         keys = 2 * _kv_width(job) * boundary // hidden
         yield "keys and values around the ring (context)", 3 * layers * keys * (spec.cp - 1), True

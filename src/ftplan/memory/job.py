@@ -60,6 +60,10 @@ class ShardingSpec:
     """FSDP1: adapters are units of their own (PEFT's wrapping policy, which Trainer asks for)."""
     offload: Literal["none", "optimizer", "params", "activations", "nvme"] = "none"
     tp: int = 1
+    sequence_parallel: bool = False
+    """Tensor parallel ranks share the tokens of norms, residuals and dropout too."""
+    etp: int | None = None
+    """Tensor parallel degree of experts; None: Megatron's default in ms-swift, 1, else `tp`."""
     megatron: bool = False
     """Megatron-Core's ways: the vocabulary is split too, gradients are summed in one fp32 buffer,
     and `zero1` is its distributed optimizer."""
@@ -91,6 +95,22 @@ class ShardingSpec:
     def shard_ranks(self) -> int:
         """Over how many of them what is sharded is split."""
         return max(1, self.data_ranks // self.dp_replicate)
+
+    @property
+    def expert_tp(self) -> int:
+        """Over how many ranks an expert's own matrices are cut."""
+        return self.etp or (1 if self.megatron else self.tp)
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that have the same experts."""
+        return max(1, self.world // (self.ep * self.expert_tp * self.pp))
+
+    def optimizer_ranks(self, expert: bool) -> int:
+        """Over how many ranks Megatron's distributed optimizer cuts a parameter's states."""
+        if self.kind != "zero1":
+            return 1
+        return self.expert_ranks if expert else self.data_ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -169,9 +169,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
     counted = x.tape.multiply(x.rows, x.width, out_features)
     make = x.tape.product if bias is None else x.tape.tensor
     out = make(x.rows, out_features, x.dtype, name)
-    saved_x = x if records(weight) and weight.requires_grad else None
+    part = x if x.part is None else x.part  # of tokens that other ranks have too
+    saved_x = part if records(weight) and weight.requires_grad else None
     saved_weight = weight if x.requires_grad else None
-    width, dtype = x.width, x.dtype
+    rows, width, dtype = x.rows, x.width, x.dtype
+    again = saved_x is not None and x.part is not None
     wants = x.requires_grad + weight.requires_grad
     make_x = like(x.rows, x.width, dtype, x.requires_grad)
     make_weight = like(weight.rows, x.width, dtype, weight.requires_grad, "weight gradient")
@@ -179,6 +181,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved_x, saved_weight
+        gathered = grad.tape.tensor(rows, width, dtype, "gathered") if again else None
         grad.tape.multiply(counted, width, out_features, times=wants)
         # autograd's order is that of the operands' names: mm(self, mat2), addmm(mat1, mat2, self)
         grad_x = make_x(grad) if has_bias else None
@@ -186,7 +189,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
         grad_x = grad_x if has_bias else make_x(grad)
         for product in (grad_x, grad_weight):
             if product is not None:
-                product.based = True  # seen through a view or a transpose
+                product.based = grad.tape.views  # seen through a view or a transpose
+        del gathered
         if not has_bias:
             return grad_x, grad_weight
         tape = grad.tape
@@ -241,7 +245,7 @@ def _summed(a: Tensor, rows: Size, width: int) -> tuple[Size, int | None, int]:
     return rows, None, width
 
 
-_LARGE = (1, 4096, 64, 64 * 4096, 64 * 4096 * 4096, 4096 * 4096, 256)
+_LARGE = (1, 4096, 64, 64 * 4096, 64 * 4096 * 4096, 4096 * 4096, 256, 64 * 1024)
 
 
 def _broadcast(a: Tensor, b: Tensor) -> tuple[Size, int]:

@@ -9,20 +9,25 @@ loss instead); expert parallelism splits the experts; context parallelism splits
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ftplan.errors import UnsupportedError
+from ftplan.memory.families import build
 from ftplan.memory.job import ShardingSpec
-from ftplan.memory.nn import Embedding, Linear, Network
+from ftplan.memory.nn import Embedding, Linear, Module, Network
 from ftplan.memory.ops import like, record
 from ftplan.memory.tape import ONE, TOKENS, Grads, Size, Tape, Tensor
 
-__all__ = ["local_config", "local_seq_len", "split_vocabulary"]
+__all__ = [
+    "cut_layers", "local_config", "local_seq_len", "refuse_whole_attention", "split_vocabulary",
+]  # fmt: skip
 
 BLOCK = 128
 """Megatron's make_vocab_size_divisible_by: each rank's share of the vocabulary is a multiple."""
-_INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+_INNER = ("intermediate_size", "ffn_dim", "shared_expert_intermediate_size")
+_LINEAR_HEADS = ("linear_num_key_heads", "linear_num_value_heads")
+_HEADS = ("num_attention_heads", "num_key_value_heads", *_LINEAR_HEADS)
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -43,7 +48,7 @@ def local_config(config: Mapping[str, Any], spec: ShardingSpec) -> Mapping[str, 
         return {**config, "text_config": local_config(nested, spec)}
     local = dict(config)
     if spec.tp > 1:
-        _split_heads(local, spec.tp)
+        _split_heads(local, spec)
         if spec.megatron and isinstance(local.get("vocab_size"), int):
             local["vocab_size"] = -(-local["vocab_size"] // (BLOCK * spec.tp)) * BLOCK
     if spec.ep > 1:
@@ -51,7 +56,17 @@ def local_config(config: Mapping[str, Any], spec: ShardingSpec) -> Mapping[str, 
     return local
 
 
-def _split_heads(config: dict[str, Any], tp: int) -> None:
+def grown(config: Mapping[str, Any], names: Sequence[str] = (*_HEADS, *_INNER)) -> dict[str, Any]:
+    """The shape with twice of what tensor parallelism cuts: of all, or of the fields ``names``."""
+    nested = config.get("text_config")
+    if isinstance(nested, Mapping):
+        return {**config, "text_config": grown(nested, names)}
+    wider = {name: config[name] * 2 for name in names if isinstance(config.get(name), int)}
+    return {**config, **wider}
+
+
+def _split_heads(config: dict[str, Any], spec: ShardingSpec) -> None:
+    tp = spec.tp
     heads = config.get("num_attention_heads")
     if not isinstance(heads, int) or "hidden_size" not in config:
         raise UnsupportedError(f"tensor parallelism of {config.get('model_type')}")
@@ -63,9 +78,16 @@ def _split_heads(config: dict[str, Any], tp: int) -> None:
     config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
     config["num_attention_heads"] = heads // tp
     config["num_key_value_heads"] = max(1, kv // tp)
-    for name in _INNER:
+    routed = any(isinstance(config.get(name), int) and config[name] > 1 for name in _EXPERTS)
+    experts = "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"
+    for name in (*_INNER, "moe_intermediate_size"):
         if isinstance(config.get(name), int):
-            config[name] = -(-config[name] // tp)
+            degree = spec.expert_tp if routed and name == experts else tp
+            config[name] = -(-config[name] // degree)
+    if spec.megatron:
+        for name in _LINEAR_HEADS:
+            if isinstance(config.get(name), int):
+                config[name] = max(1, config[name] // tp)
 
 
 def _split_experts(config: dict[str, Any], ep: int) -> None:
@@ -80,6 +102,30 @@ def _split_experts(config: dict[str, Any], ep: int) -> None:
             config[name] = count // ep
             return
     raise UnsupportedError(f"expert parallelism of {config.get('model_type')}: it has no experts")
+
+
+def cut_layers(
+    network: Network, config: Mapping[str, Any], *names: str
+) -> Iterator[tuple[Module, list[str], list[str]]]:
+    """Each block with the paths of its linear layers that tensor parallelism cuts by columns, and
+    by rows: what widens with heads and the MLP's width (or with the fields ``names``)."""
+    wider = build(grown(config, names) if names else grown(config))
+    for stage, other in zip(network.stages, wider.stages, strict=True):
+        for block, twin in zip(stage.stack.kinds, other.stack.kinds, strict=False):
+            twins = {p: m for p, m in twin.named_modules() if isinstance(m, Linear)}
+            own = {p: m for p, m in block.named_modules() if p in twins and isinstance(m, Linear)}
+            columns = [p for p, m in own.items() if m.out_features != twins[p].out_features]
+            rows = [p for p, m in own.items() if m.in_features != twins[p].in_features]
+            yield block, columns, rows
+
+
+def refuse_whole_attention(network: Network, config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedError where no block's attention is cut with its heads."""
+    if not any(rows for _, _, rows in cut_layers(network, config, *_HEADS)):
+        raise UnsupportedError(
+            f"tensor parallelism of {config.get('model_type')}",
+            remedy="use sharding.kind: fsdp or zero3",
+        )
 
 
 def split_vocabulary(network: Network, tp: int) -> None:

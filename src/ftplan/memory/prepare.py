@@ -11,8 +11,9 @@ from ftplan.memory.families import build
 from ftplan.memory.families.native import native
 from ftplan.memory.job import Job
 from ftplan.memory.nn import Network
-from ftplan.memory.parallel import split_vocabulary
+from ftplan.memory.parallel import refuse_whole_attention, split_vocabulary
 from ftplan.memory.quantized import KEPT_BY_PREPARATION, QuantizedLinear, quantize
+from ftplan.memory.sequence import split_sequence
 from ftplan.memory.tape import ITEM_BYTES, Parameter
 
 __all__ = ["counted_parameters", "prepare"]
@@ -32,6 +33,8 @@ def prepare(job: Job) -> Network:
             f"gradient checkpointing of model_type {job.config.get('model_type')!r}",
             remedy="set gradient_checkpointing: false; transformers has none for its class",
         )
+    if job.sharding.tp > 1:
+        refuse_whole_attention(network, job.config)
     if job.images:
         network.show(job.images, job.image_tokens, checkpointed=job.checkpoint_every > 0)
     if job.task == "embed":
@@ -77,6 +80,8 @@ def prepare(job: Job) -> Network:
         adapt(network, job)
         if job.environment.kernels.lora == "unsloth":
             network.buffer_bytes += _expanded_buffer(network)
+    if job.sharding.sequence_parallel and job.sharding.tp > 1:
+        split_sequence(network, job.config, job.sharding)
     if job.trainable_dtype is not None:
         for parameter in _everything(network):
             if parameter.trainable:

@@ -535,11 +535,14 @@ def _hold_gradients(network: Network, tape: Tape, *, idle: bool = False) -> None
 
 
 def _inputs(tape: Tape) -> list[Tensor]:
+    ring = tape.env.ring
     names = ["token ids", "labels"]
     names += ["padding mask"] if tape.env.padding_mask else []
-    names += ["positions"] if tape.env.packed else []
+    names += ["positions"] if tape.env.packed or ring > 1 else []
+    names += ["shifted labels"] if ring > 1 else []
+    rows = TOKENS * ring  # ``context_parallel`` makes buffers shorter, not their storages
     with tape.scoped("activations"):
-        return [tape.tensor(TOKENS, 1, "int64", name) for name in names]
+        return [tape.tensor(rows, 1, "int64", name) for name in names]
 
 
 def _alive(tape: Tape) -> set[int]:
@@ -586,7 +589,7 @@ def _run_stage(
         # block to use what the first one made for all is the second
         alike = (kind, x.requires_grad)
         first = all(known[:2] != alike for known in seen)
-        place = min(layer, 1 if shared.bias is None else 2)
+        place = min(layer, 1 if shared.bias is None else 2 * max(1, checkpoint_every))
         key = (*alike, first, checkpointed, place, recorder.place)
         handed_on = stage.stack.hands_on or len(recorder.network.stages) > 1
         last = handed_on and _is_last(stage.stack, layer)

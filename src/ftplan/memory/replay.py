@@ -15,12 +15,20 @@ from typing import Any
 
 from ftplan.memory.moments import WorstMoments
 from ftplan.memory.record import BOUNDARY, Recording, Segment
-from ftplan.memory.tape import BATCH, BLOCK_BYTES, CHUNK, SCORES, TOKENS, Label, Size, basis
+from ftplan.memory.tape import (
+    BATCH,
+    BLOCK_BYTES,
+    CHUNK,
+    NOTHING,
+    PART,
+    SCORES,
+    TOKENS,
+    Label,
+    Size,
+    basis,
+)
 
 __all__ = ["Alive", "Moment", "Operations", "Phase", "Program", "Run", "Script", "rounded"]
-
-
-NOTHING = Size((0,) * 7)
 
 
 def rounded(size: int) -> int:
@@ -109,6 +117,7 @@ class Program:
         self._scripts: dict[int, Script] = {}
         self._products = tape.products
         self._chunks_played = tape.chunks_played
+        self._parts = tape.env.sequence_parts
         self._spans: list[tuple[int, int]] = []
         """Per segment: its events on the tape."""
         self.asks_count = tape.asks_count
@@ -151,7 +160,7 @@ class Program:
         sequences, length = micro * self.sequences, seq_len + self.virtual_tokens
         scored = self.completion or length - self.shifted
         chunk *= micro if self.chunked_by_sequence else 1
-        return basis(sequences, length, min(chunk, sequences * scored))
+        return basis(sequences, length, min(chunk, sequences * scored), self._parts)
 
     def _bytes(self, micro: int, seq_len: int, chunk: int) -> list[int]:
         point = self.point(micro, seq_len, chunk)
@@ -370,7 +379,7 @@ def _lasting(events: Sequence[int]) -> list[int]:
 
 def per_sample(size: Size, sequences: int) -> Size:
     """A size as an expression in samples, where each is so many sequences."""
-    batch = (BATCH, TOKENS, SCORES)
+    batch = (BATCH, TOKENS, SCORES, PART)
     return Size(
         value * sequences if any(unit[at] for unit in batch) else value
         for at, value in enumerate(size)

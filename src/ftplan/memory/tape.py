@@ -26,7 +26,9 @@ from ftplan.memory.env import Environment
 __all__ = [
     "BATCH",
     "CHUNK",
+    "NOTHING",
     "ONE",
+    "PART",
     "SCORES",
     "SEQ",
     "SQUARE",
@@ -55,8 +57,9 @@ ITEM_BYTES = {
 class Size(tuple[int, ...]):
     """A number of elements or bytes, as coefficients of what the batch is made of.
 
-    The basis is (1, s, b, b s, b s^2, s^2, c) with b the micro batch (sequences), s the sequence
-    length (tokens) and c the tokens of one chunk of the loss.
+    The basis is (1, s, b, b s, b s^2, s^2, c, r) with b the micro batch (sequences), s the sequence
+    length (tokens), c the tokens of one chunk of the loss, and r a rank's part of the tokens
+    where a sequence is split over ranks (b s / t).
     """
 
     __slots__ = ()
@@ -65,37 +68,39 @@ class Size(tuple[int, ...]):
 
     def __add__(self, other: object) -> Size:
         assert isinstance(other, Size)
-        a, b, c, d, e, f, g = self
-        h, i, j, k, m, n, o = other
-        return Size((a + h, b + i, c + j, d + k, e + m, f + n, g + o))
+        a, b, c, d, e, f, g, r = self
+        h, i, j, k, m, n, o, q = other
+        return Size((a + h, b + i, c + j, d + k, e + m, f + n, g + o, r + q))
 
     def __mul__(self, factor: object) -> Size:
         assert isinstance(factor, int)
-        a, b, c, d, e, f, g = self
-        return Size(
-            (a * factor, b * factor, c * factor, d * factor, e * factor, f * factor, g * factor)
-        )
+        a, b, c, d, e, f, g, r = self
+        k = factor
+        return Size((a * k, b * k, c * k, d * k, e * k, f * k, g * k, r * k))
 
     __rmul__ = __mul__
 
     def alone(self) -> Size:
         """The same for a batch of one sequence: b is 1."""
-        one, s, b, bs, bss, ss, c = self
-        return Size((one + b, s + bs, 0, 0, 0, bss + ss, c))
+        one, s, b, bs, bss, ss, c, r = self
+        return Size((one + b, s + bs, 0, 0, 0, bss + ss, c, r))
 
     def at(self, point: Sequence[int]) -> int:
         """The value where the basis has the values ``point`` (see :func:`basis`)."""
         return sum(a * x for a, x in zip(self, point, strict=True))
 
 
-def basis(micro: int, seq_len: int, chunk: int = 0) -> tuple[int, ...]:
-    """The values of the basis for a micro batch, sequence length and loss chunk (tokens)."""
-    tokens = micro * seq_len
-    return (1, seq_len, micro, tokens, tokens * seq_len, seq_len * seq_len, min(chunk, tokens))
+def basis(micro: int, seq_len: int, chunk: int = 0, parts: int = 1) -> tuple[int, ...]:
+    """The values of the basis for a micro batch, sequence length, loss chunk (tokens), and into
+    how many parts a sequence is split."""
+    tokens, square = micro * seq_len, seq_len * seq_len
+    part = micro * -(-seq_len // parts)
+    return (1, seq_len, micro, tokens, micro * square, square, min(chunk, tokens), part)
 
 
-ONE, SEQ, BATCH, TOKENS, SCORES, SQUARE, CHUNK = (
-    Size(int(i == j) for j in range(7)) for i in range(7)
+NOTHING = Size((0,) * 8)
+ONE, SEQ, BATCH, TOKENS, SCORES, SQUARE, CHUNK, PART = (
+    Size(int(i == j) for j in range(8)) for i in range(8)
 )
 
 
@@ -191,6 +196,8 @@ class Tape:
     chunks_played: int = 1
     """How many chunks of the loss are on the tape for all there are; 0: the others are there too,
     as one."""
+    views: bool = True
+    """A linear layer hands out its gradients as views, which autograd will not add to in place."""
     selected: Selected | None = None
     """Inside a block that is checkpointed by operation."""
     asks_count: bool = False
@@ -340,7 +347,8 @@ class Tensor:
     """A tensor without values: ``rows`` x ``width`` elements of ``dtype`` in a storage."""
 
     __slots__ = (
-        "based", "dtype", "node", "output_nr", "requires_grad", "rows", "storage", "tape", "width",
+        "based", "dtype", "node", "output_nr", "part", "requires_grad", "rows", "storage", "tape",
+        "width",
     )  # fmt: skip
 
     def __init__(
@@ -356,6 +364,8 @@ class Tensor:
         self.output_nr = 0
         self.based = False
         """A view whose base is alive: autograd will not add to it in place."""
+        self.part: Tensor | None = None
+        """A rank's part of it, from which the way back gathers it again; None: it is kept."""
 
     @property
     def numel(self) -> Size:
@@ -384,6 +394,7 @@ class Parameter:
         "added",
         "dtype",
         "embedding",
+        "expert",
         "fixed",
         "grad",
         "idle",
@@ -415,6 +426,8 @@ class Parameter:
         """An adapter's: not counted as the model's own."""
         self.embedding = False
         """A table of embeddings."""
+        self.expert = False
+        """Of the experts of a mixture, which are spread over ranks by themselves."""
         self.fixed = False
         """Never trained, whatever the method: the real class asks for no gradient of it."""
         self.whole = shape
@@ -613,10 +626,10 @@ def _accumulate(parameter: Parameter, grad: Tensor) -> None:
     """A parameter's gradient is the incoming buffer; an earlier one is added to in place."""
     tape = grad.tape
     parameter.reached = True
-    if tape.step_of is not None:
-        taken = tape.step_of(parameter) if parameter.name else 0
+    if tape.step_of is not None and parameter.name:  # a leaf that is no weight has no hook
+        taken = tape.step_of(parameter)
         if taken is not None:  # the hook lets go of the gradient
-            needs = tape.allocate(Size((taken, *(0,) * 6)), "gradient hook")
+            needs = tape.allocate(ONE * taken, "gradient hook")
             del needs
             return
     if parameter.grad is None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ftplan.memory.estimate import Estimate
 from ftplan.memory.fsdp import ACCUMULATED
 from ftplan.memory.replay import Alive
-from ftplan.memory.tape import Label, Size
+from ftplan.memory.tape import NOTHING, Label, Size
 from ftplan.report import Term
 
 __all__ = ["all_terms", "formula"]
@@ -20,7 +20,7 @@ _GROUPS = {
     "temporary": ("temporary", "needed for a moment"),
     "gathered": ("temporary/gathered", "weights or gradients gathered from all ranks"),
 }
-_SYMBOLS = ("", "seq", "micro", "tokens", "micro x seq^2", "seq^2", "chunk tokens")
+_SYMBOLS = ("", "seq", "micro", "tokens", "micro x seq^2", "seq^2", "chunk tokens", "rank's tokens")
 
 
 def formula(size: Size) -> str:
@@ -41,7 +41,7 @@ def moment_terms(alive: Mapping[Label, Alive]) -> list[Term]:
             continue
         group, why = _GROUPS[label.group]
         name = "parameters" if label.group == "gradients" else label.name.replace(" ", "_")
-        bytes_, size, _ = merged.get((group, name), (0, Size((0,) * 7), ""))
+        bytes_, size, _ = merged.get((group, name), (0, NOTHING, ""))
         merged[group, name] = (bytes_ + entry.bytes, size + entry.size, why)
     _fold_negatives(merged)
     terms = [

@@ -15,7 +15,7 @@ than its share.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -46,8 +46,12 @@ class Layout:
     Tables of embeddings are left out: their gradients come last."""
     first_owned: int
     """The same with them."""
+    sub_group: int
+    """Elements of a partition that are updated at once; stages 1 and 2: all of a kind."""
     slice: int
     """The largest slice of one gradient in a partition."""
+    slices: int
+    """Elements of the slices of one large gradient that are reduced together (stages 1 and 2)."""
     largest: int
     """The largest gradient."""
     quiet: int
@@ -101,9 +105,13 @@ def layout_of(network: Network, spec: ShardingSpec) -> Layout:
         part=sum(parts),
         owned=max(owned),
         first_owned=max(map(sum, zip(owned, tables, strict=True))),
+        sub_group=max(_sub_groups(groups, ranks, spec.sub_group_elements), default=0)
+        if spec.kind == "zero3"
+        else sum(parts),
         slice=-(-max(map(max, filter(None, groups)), default=0) // ranks)
         if spec.kind == "zero3"
         else largest_slice,
+        slices=(spec.bucket_elements // max(1, parts[0]) + 1) * parts[0],
         largest=max((p.numel for p in trained), default=0),
         quiet=_blocks(network, spec.bucket_elements, first=True),
         calm=_blocks(network, spec.bucket_elements, first=False),
@@ -137,6 +145,18 @@ def _block(network: Network) -> int:
     return sum(p.numel for p in stack.parameters() if p.trainable) // max(1, len(stack.kinds))
 
 
+def _sub_groups(groups: Sequence[Sequence[int]], ranks: int, limit: int) -> Iterator[int]:
+    """``_create_fp16_sub_groups``: weights until a group is full, the last of which fills it."""
+    for sizes in groups:
+        filled = 0
+        for size in sizes:
+            filled += -(-size // ranks)
+            if filled >= limit:
+                yield filled
+                filled = 0
+        yield filled
+
+
 def _first_fill(sizes: Iterable[int], bucket: int) -> int:
     """Elements that are reduced at once the first time."""
     filled = 0
@@ -167,7 +187,10 @@ class Zero(Fsdp):
         self._filled = 0
         self._turn = self._quiet = 0
         self._live: list[Storage] = []
+        self._large: Parameter | None = None
+        """Stage 3: whose gradient is larger than the bucket, and waits for the next one to come."""
         tape.step_of = self._arrive
+        tape.views = spec.kind != "zero3"  # ``LinearFunctionForZeroStage3`` returns products
 
     def place(self, layer: int, count: int) -> int | str | None:
         """Blocks that are recorded by themselves: the first, the last, that of the first bucket.
@@ -222,7 +245,11 @@ class Zero(Fsdp):
     def _arrive(self, parameter: Parameter) -> int | None:
         """A gradient is there: bytes needed to reduce a bucket now; None: it stays as it is."""
         self._fill_up()
+        self._reduce_large()
         if self.waits:
+            return None
+        if self.spec.kind == "zero3" and parameter.numel > self.spec.bucket_elements:
+            self._large = parameter
             return None
         filled = self._reduced_now(parameter)
         needs = filled * self.layout.item
@@ -234,6 +261,12 @@ class Zero(Fsdp):
             return 0
         return needs
 
+    def _reduce_large(self) -> None:
+        """Stage 3 scatters a gradient that is larger than the bucket from where it is."""
+        if self._large is not None:
+            self._large.grad = None
+        self._large = None
+
     def _reduced_now(self, parameter: Parameter) -> int:
         """Elements that are copied and reduced as this gradient arrives.
 
@@ -241,8 +274,8 @@ class Zero(Fsdp):
         later: there each may be the one.
         """
         bucket, size = self.spec.bucket_elements, parameter.numel
-        if size > bucket:
-            return size
+        if size > bucket:  # ``allreduce_and_scatter``: ranks' slices until they fill a bucket
+            return min(size, self.layout.slices)
         unit = self._unit_of.get(id(parameter))
         if unit is not None and unit.place == "quiet":
             return 0
@@ -292,6 +325,7 @@ class Zero(Fsdp):
 
     def finish(self, units: Sequence[Unit]) -> None:
         """``independent_gradient_partition_epilogue``: what is left in the bucket is reduced."""
+        self._reduce_large()
         if self.waits and self.layout.first <= self.spec.bucket_elements:
             self._drop_gradients()  # copied into the bucket first
         elements = self.layout.first if self.waits else min(self._left(), self.layout.total)
@@ -370,7 +404,7 @@ def step_temporaries(spec: ShardingSpec, layout: Layout, optimizer_bytes: int) -
     """
     if spec.offload in ("optimizer", "params", "nvme"):
         return 0
-    part = min(layout.part, spec.sub_group_elements) if spec.kind == "zero3" else layout.part
+    part = layout.sub_group
     owned = 0 if spec.kind == "zero3" else max(layout.owned, layout.first_owned)
     return max(
         8 * layout.slice,

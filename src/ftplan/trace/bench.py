@@ -16,7 +16,9 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +323,17 @@ def record(regime: str, plan: Mapping, layers: int | None, config: Mapping) -> M
     }
 
 
+def _recorded(regime: str, plan: Mapping, layers: int | None, config: Mapping) -> Mapping:
+    """The line of a job; DeepSpeed's are traced in a process each, where no other job has been.
+
+    After another one autograd was seen to add gradients in place that it does not add so alone.
+    """
+    if not regime.startswith("zero"):
+        return record(regime, plan, layers, config)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(record, regime, plan, layers, config).result()
+
+
 def write_bench(
     out: Path, only: list[str] | None = None, fresh: bool = False, seconds: float | None = None
 ) -> int:
@@ -352,7 +365,7 @@ def write_bench(
             document = {
                 "architecture": name,  # noqa: B023
                 "split": split,  # noqa: B023
-                "versions": versions(),
+                "versions": {**old.get("versions", {}), **versions()},  # noqa: B023
                 "refused": refused,  # noqa: B023
                 "jobs": jobs,
             }
@@ -367,7 +380,7 @@ def write_bench(
                 break
             begun = time.monotonic()
             try:
-                kept[key] = record(regime, plan, layers, config)
+                kept[key] = _recorded(regime, plan, layers, config)
                 refused.pop(regime, None)
             except Exception as error:
                 refused[regime] = f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -124,6 +124,26 @@ SPLIT = (
     "llama-3.1-8b", "llama-2-7b", "qwen2.5-7b", "mistral-7b-v0.1", "qwen3-8b", "llama-3.1-70b",
 )  # fmt: skip
 """Architectures whose plan splits heads, MLP, embeddings and head alone."""
+RING_REGIMES: dict[str, Mapping] = {
+    "cp-full-checkpointed": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True, "sharding": {"cp": 2},
+    },
+    "cp-full": {"method": FULL, "precision": BF16, "sharding": {"cp": 4}},
+    "cp-lora": {
+        "method": LORA, "precision": BF16, "gradient_checkpointing": True, "sharding": {"cp": 8},
+    },
+    "cp-full-mixed": {
+        "method": FULL, "precision": AMP, "gradient_checkpointing": True, "sharding": {"cp": 4},
+    },
+}  # fmt: skip
+"""Regimes of context parallelism: PyTorch's ring attention under FSDP2."""
+RINGED = (
+    "llama-3.1-8b", "llama-2-7b", "qwen2.5-7b", "mistral-7b-v0.1", "pythia-1.4b", "opt-1.3b",
+    "mixtral-8x7b", "smollm2-1.7b", "qwen3-4b", "phi-3-mini", "olmo-2-7b", "granite-3.1-2b",
+    "tinyllama-1.1b", "llama-3.2-1b",
+)  # fmt: skip
+RING_TOKENS = {"pythia-1.4b": 2048, "opt-1.3b": 2048}
+"""Tokens of a sequence, where there are no more positions; else 16,384."""
 ZERO_REGIMES: dict[str, Mapping] = {
     "zero2-full": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
     "zero3-full": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
@@ -160,6 +180,21 @@ ZERO_REGIMES: dict[str, Mapping] = {
     },
 }  # fmt: skip
 """Regimes of DeepSpeed, which has to be installed to trace them."""
+OFFLOAD_REGIMES: dict[str, Mapping] = {
+    "zero2-full-offloaded": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+        "sharding": {"offload": "optimizer"},
+    },
+    "zero3-full-offloaded": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+        "sharding": {"offload": "optimizer"},
+    },
+    "zero3-full-params-offloaded": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+        "batch": {"accumulation": 2}, "sharding": {"offload": "params"},
+    },
+}  # fmt: skip
+"""The same with states, or weights too, on the host."""
 
 ARCHITECTURES = (
     "llama-3.1-8b", "llama-2-7b", "qwen2.5-7b", "mistral-7b-v0.1", "pythia-1.4b", "opt-1.3b",
@@ -182,7 +217,11 @@ def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, 
     yield from _jobs(name, FLAT_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
     if name in SPLIT:
         yield from _jobs(name, TENSOR_REGIMES, 1)
+    if name in RINGED:
+        yield from _jobs(name, RING_REGIMES, 1)
     yield from _jobs(name, ZERO_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
+    if name in RINGED:
+        yield from _jobs(name, OFFLOAD_REGIMES, 1)
 
 
 def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[str, Mapping, int]]:
@@ -200,9 +239,12 @@ def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[st
         if kind == "tp":
             world = min(world, 4)
             sharding = {"kind": "none", "tp": world}
-        if kind in ("fsdp1", "fsdp2"):
+        if kind == "cp":
+            micro, seq_len = 1, RING_TOKENS.get(name, 16_384)
+            world = max(world, 8)
+        if kind in ("fsdp1", "fsdp2", "cp"):
             sharding = {
-                "kind": "fsdp", "version": int(kind[-1]), "wrap": "block",
+                "kind": "fsdp", "version": 1 if kind == "fsdp1" else 2, "wrap": "block",
                 "reshard_after_forward": True, "offload": "none",
             }  # fmt: skip
         plan: Mapping = {

@@ -181,7 +181,11 @@ def trace_job(
                 build.materialize(reference)
             total = _count(model)
             padded = job.padding != "none"
-            with cuda.as_on_cuda(ledger, job.capability, padded=padded), emulated(job, ledger):
+            ring = mesh.ring.get_group() if job.cp > 1 else None
+            with (
+                cuda.as_on_cuda(ledger, job.capability, padded=padded, ring=ring),
+                emulated(job, ledger),
+            ):
                 if job.images:
                     ledger.scalar_answer = None  # these tensors know
                 with (
@@ -209,7 +213,7 @@ def trace_job(
                     return _result(model, ledger, forward_end, total, trainable)
                 _mark_model(ledger, model, offloaded=job.offload == "params")
                 with around(model) if around else contextlib.nullcontext():
-                    forward_end, whole = _run(job, model, reference, loop, ledger, say, full)
+                    forward_end, whole = _run(job, model, reference, loop, ledger, say, full, mesh)
     if not whole and around is None:
         # a weight that no gradient reaches (a tower without images) has no optimizer states
         return trace_job(job, config, layers=layers, full=True, progress=progress)
@@ -277,6 +281,7 @@ def _run(
     ledger: Ledger,
     say: Callable[[str], None],
     full: bool,
+    mesh: Any,
 ) -> tuple[int, bool]:
     """Two steps: the clock at the end of the second one's (last) forward, and whether its
     optimizer had the states that a first step would have made."""
@@ -295,6 +300,8 @@ def _run(
         forward, full = loop.forward, True
     else:
         forward = loss_of(job, model, _forward_of(job, model), reference)
+    if job.cp > 1:
+        forward = _on_a_part(forward, mesh.ring)
     gc.freeze()
     reached: set[int] = set()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -433,6 +440,13 @@ def _forward_of(job: Job, model: Any) -> Callable[..., Any]:
     from accelerate.utils import convert_outputs_to_fp32
 
     return convert_outputs_to_fp32(autocast_forward)  # type: ignore[no-any-return]
+
+
+def _on_a_part(forward: Callable[..., Any], mesh: Any) -> Callable[..., Any]:
+    """The model's forward on the rank's part of a sequence."""
+    from ftplan.trace.ring import split_batch
+
+    return lambda **batch: forward(**split_batch(batch, mesh))
 
 
 def batch_of(job: Job, device: Any = "cpu", vocabulary: int = 1) -> dict[str, Any]:

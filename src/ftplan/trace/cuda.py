@@ -84,36 +84,45 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, ledger: Ledger) -> Any:
         with ledger.named_op("sdpa_flash"):
-            out = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
-            lse = torch.empty(query.shape[:3], dtype=torch.float32)
-            state = torch.empty(2, dtype=torch.int64)
-            unused = torch.empty((), dtype=torch.int64)
-        ctx.save_for_backward(query, key, value, out, lse, state, unused)
+            out, *rest = _Flash.allocate(query)
+        ctx.save_for_backward(query, key, value, out, *rest)
         ctx.ledger = ledger
         return out
+
+    @staticmethod
+    def allocate(query: Any) -> tuple[Any, ...]:
+        """What the kernel makes: output, log-sum-exp, random state."""
+        out = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
+        lse = torch.empty(query.shape[:3], dtype=torch.float32)
+        return out, lse, torch.empty(2, dtype=torch.int64), torch.empty((), dtype=torch.int64)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         query, key, value, out, *_ = ctx.saved_tensors
         with ctx.ledger.named_op("sdpa_flash_backward"):
-            grad = grad.transpose(1, 2).contiguous()
-            out = out.transpose(1, 2).contiguous()
-            batch, heads, length, head = query.shape
-            kv_heads, kv_length = key.shape[1], key.shape[2]
-            grad_q = torch.empty_like(query.transpose(1, 2))
-            grad_k = torch.empty_like(key.transpose(1, 2))
-            grad_v = torch.empty_like(value.transpose(1, 2))
-            rounded = _round(length, 128)
-            softmax_d = torch.empty(batch, heads, rounded, dtype=torch.float32)
-            head_rounded = _round(head, 32) if head <= 192 else 256
-            accumulator = torch.empty(batch, rounded, heads, head_rounded, dtype=torch.float32)
-            if kv_heads != heads:
-                shape = (batch, kv_length, heads, head)
-                wide_k = torch.empty(shape, dtype=key.dtype)
-                wide_v = torch.empty(shape, dtype=key.dtype)
-                del wide_k, wide_v
-            del softmax_d, accumulator
-        return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2), None
+            return (*_Flash.gradients(query, key, value, out, grad), None)
+
+    @staticmethod
+    def gradients(query: Any, key: Any, value: Any, out: Any, grad: Any) -> tuple[Any, ...]:
+        """What the kernel's way back makes, with what it needs for a moment."""
+        grad = grad.transpose(1, 2).contiguous()
+        out = out.transpose(1, 2).contiguous()
+        batch, heads, length, head = query.shape
+        kv_heads, kv_length = key.shape[1], key.shape[2]
+        grad_q = torch.empty_like(query.transpose(1, 2))
+        grad_k = torch.empty_like(key.transpose(1, 2))
+        grad_v = torch.empty_like(value.transpose(1, 2))
+        rounded = _round(length, 128)
+        softmax_d = torch.empty(batch, heads, rounded, dtype=torch.float32)
+        head_rounded = _round(head, 32) if head <= 192 else 256
+        accumulator = torch.empty(batch, rounded, heads, head_rounded, dtype=torch.float32)
+        if kv_heads != heads:
+            shape = (batch, kv_length, heads, head)
+            wide_k = torch.empty(shape, dtype=key.dtype)
+            wide_v = torch.empty(shape, dtype=key.dtype)
+            del wide_k, wide_v
+        del softmax_d, accumulator
+        return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2)
 
 
 class _Efficient(torch.autograd.Function):
@@ -226,7 +235,7 @@ def _additive(mask: Any, dtype: Any) -> Any:
     return torch.where(mask.logical_not(), float("-inf"), torch.zeros((), dtype=dtype))
 
 
-def _sdpa(ledger: Ledger, capability: tuple[int, int]) -> Any:
+def _sdpa(ledger: Ledger, capability: tuple[int, int], ring: Any = None) -> Any:
     def scaled_dot_product_attention(
         query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
@@ -250,6 +259,10 @@ def _sdpa(ledger: Ledger, capability: tuple[int, int]) -> Any:
         if kernel == "flash":
             if head % 8:
                 query, key, value = (F.pad(t, (0, 8 - head % 8)) for t in (query, key, value))
+            if ring is not None:
+                from ftplan.trace.ring import RingFlash
+
+                return RingFlash.apply(query, key, value, ledger, ring, _Flash)
             out = _Flash.apply(query, key, value, ledger)
             return out[..., :head] if head % 8 else out
         bias = _additive(attn_mask, query.dtype)
@@ -449,11 +462,12 @@ def _flash_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def as_on_cuda(
-    ledger: Ledger, capability: tuple[int, int] = (8, 0), *, padded: bool = True
+    ledger: Ledger, capability: tuple[int, int] = (8, 0), *, padded: bool = True, ring: Any = None
 ) -> Iterator[None]:
     """Run the block as if the fake CPU tensors were on a CUDA device of that capability.
 
     ``padded``: a mask that is passed hides something; masks that models make themselves do not.
+    ``ring``: the group of ranks around which keys and values go.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
     from transformers.utils import import_utils
@@ -464,7 +478,7 @@ def as_on_cuda(
     ledger.scalar_answer = functools.partial(_scalar, padded=padded)
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        enter(patched(F, "scaled_dot_product_attention", _sdpa(ledger, capability)))
+        enter(patched(F, "scaled_dot_product_attention", _sdpa(ledger, capability, ring)))
         enter(patched(F, "dropout", _dropout(F.dropout)))
         enter(patched(F, "softmax", _softmax(F.softmax, ledger)))
         enter(patched(F, "grouped_mm", _grouped_mm(F.grouped_mm, ledger)))

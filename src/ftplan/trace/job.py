@@ -85,6 +85,7 @@ class Job:
     no_sync: bool
     use_orig_params: bool
     tp: int
+    cp: int
     zero: dict[str, Any]
     """DeepSpeed's ``zero_optimization``."""
     traced_rank: int = 0
@@ -126,7 +127,13 @@ def _refuse(plan: Plan) -> None:
             f"tracing {stack} but for supervised finetuning on one GPU",
             remedy="trace the task sft without sharding, images, padding or packing",
         )
-    for name in ("pp", "cp", "ep"):
+    ring = (sharding.cp or 1) > 1
+    if ring and (sharding.kind != "fsdp" or (sharding.version or 2) != 2 or (sharding.tp or 1) > 1):
+        raise UnsupportedError(
+            "tracing a ring of ranks but with FSDP2, as accelerate has it",
+            remedy="set sharding: {kind: fsdp, version: 2}",
+        )
+    for name in ("pp", "ep"):
         if (getattr(sharding, name) or 1) > 1:
             raise UnsupportedError(f"tracing sharding.{name}", remedy="leave it at 1")
     if (sharding.tp or 1) > 1 and sharding.kind not in (None, "none"):
@@ -135,7 +142,9 @@ def _refuse(plan: Plan) -> None:
         )
     offload = sharding.offload or "none"
     fsdp2 = sharding.kind == "fsdp" and (sharding.version or 2) == 2
-    if offload not in ("none", "params") or (offload == "params" and not fsdp2):
+    kinds = {"zero2": ("optimizer",), "zero3": ("optimizer", "params")}
+    able = ("params",) if fsdp2 else kinds.get(str(sharding.kind), ())
+    if offload not in ("none", *able):
         raise UnsupportedError(f"tracing offload of {offload}", remedy="trace offload: none")
     if (plan.kernels or "none") != "none":
         raise UnsupportedError(
@@ -254,13 +263,14 @@ def resolve(plan: Plan) -> Job:
         no_sync=bool(sharding.no_sync),
         use_orig_params=bool(sharding.use_orig_params),
         tp=sharding.tp or 1,
+        cp=sharding.cp or 1,
         zero=_zero(sharding),
     )
 
 
 def _zero(sharding: Sharding) -> dict[str, Any]:
     """What a plan says of ZeRO, in DeepSpeed's words."""
-    given = {
+    given: dict[str, Any] = {
         "stage": int(sharding.kind[-1]) if sharding.kind and sharding.kind[:4] == "zero" else 0,
         "reduce_bucket_size": sharding.bucket_elements,
         "overlap_comm": sharding.overlap_comm,
@@ -269,6 +279,11 @@ def _zero(sharding: Sharding) -> dict[str, Any]:
         "stage3_max_live_parameters": sharding.max_live_elements,
         "stage3_param_persistence_threshold": sharding.persistence_elements,
     }
+    host = {"device": "cpu", "pin_memory": True}
+    if sharding.offload in ("optimizer", "params"):
+        given["offload_optimizer"] = host
+    if sharding.offload == "params":
+        given["offload_param"] = host
     return {key: value for key, value in given.items() if value is not None}
 
 

@@ -107,6 +107,8 @@ class Ledger(TorchDispatchMode):
         self._module_of_node: dict[int, str] = {}
         self._op_override: list[str] = []
         self._on_host = 0
+        self.host_begets_host = False
+        """What is made of host tensors alone is host memory."""
         self.sharded = False
         """The job runs on DTensors."""
         self._own_mode: Any = None
@@ -140,6 +142,24 @@ class Ledger(TorchDispatchMode):
             yield
         finally:
             self._on_host -= 1
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Births inside are device memory, whatever they are made of."""
+        before, self.host_begets_host = self.host_begets_host, False
+        try:
+            yield
+        finally:
+            self.host_begets_host = before
+
+    def is_on_host(self, tensor: Any) -> bool:
+        """Whether the tensor is known to be host memory."""
+        found = self._by_storage.get(tensor.untyped_storage()._cdata)
+        return found is not None and found[0].kind == _HOST
+
+    def _of_host(self, operands: Any) -> bool:
+        found = list(_tensors(operands))
+        return bool(found) and all(map(self.is_on_host, found))
 
     def mark(self, tensors: Iterable[Any], kind: str) -> None:
         """Give the storages of these tensors a kind (``weights``, ``gradients`` ...)."""
@@ -223,8 +243,10 @@ class Ledger(TorchDispatchMode):
         if _writes_in_place(func):
             return args[0]
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            self._see(tensor, func)
+        begotten = self.host_begets_host and self._of_host((args, kwargs))
+        with self.on_host() if begotten else contextlib.nullcontext():
+            for tensor in _tensors(result):
+                self._see(tensor, func)
         if func is torch.ops.inductor.resize_storage_bytes_.default:
             self.resize(args[0].untyped_storage(), args[1])
         return result
@@ -312,3 +334,5 @@ def _tensors(result: Any) -> Iterator[Any]:
     elif isinstance(result, (list, tuple)):
         for item in result:
             yield from _tensors(item)
+    elif isinstance(result, dict):
+        yield from _tensors(list(result.values()))

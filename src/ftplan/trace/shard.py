@@ -43,7 +43,8 @@ def distributed(job: Job, ledger: Ledger) -> Iterator[Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", rank=0, world_size=job.world, store=FakeStore())
+    rank = job.cp - 1  # of a ring the last one
+    dist.init_process_group("fake", rank=rank, world_size=job.world, store=FakeStore())
     original = torch.UntypedStorage.resize_
 
     def resize(storage: Any, size: int) -> Any:
@@ -54,9 +55,14 @@ def distributed(job: Job, ledger: Ledger) -> Iterator[Any]:
     replicas = job.dp_replicate
     shape = (replicas, job.world // replicas) if replicas > 1 else (job.world,)
     names = ("replicate", "shard")[-len(shape) :] if job.tp == 1 else ("tp",)
+    if job.cp > 1:
+        shape, names = (job.world // job.cp, job.cp), ("dp", "cp")
     try:
         with patched(torch.UntypedStorage, "resize_", resize), _two_memories(job, ledger):
-            yield init_device_mesh("cpu", shape, mesh_dim_names=names)
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+            if job.cp > 1:  # weights are sharded over all ranks, of a sequence and of replicas
+                mesh.all_ranks, mesh.ring = mesh._flatten("dp_cp"), mesh["cp"]
+            yield mesh
     finally:
         dist.destroy_process_group()
 
@@ -113,6 +119,8 @@ def shard(model: Any, job: Job, mesh: Any) -> Any:
         reduce_dtype=_dtype(job.reduce_dtype),
         output_dtype=_dtype(job.mixed) if job.mixed != "no" else None,
     )
+    if job.cp > 1:
+        mesh = mesh.all_ranks
     if job.wrap == "block":
         for block in _units(model):
             fully_shard(

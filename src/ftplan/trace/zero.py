@@ -104,11 +104,12 @@ def run_steps(job: Job, model: Any, ledger: Ledger, mark: Callable[[Any], None])
         "gradient_accumulation_steps": job.accumulation,
         "zero_optimization": job.zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": 1.0,
         **({dtype: {"enabled": True}} if dtype else {}),
     }
     forward_end = 0
-    with _group(job, _rank(job, model)), _without_values():
+    with _group(job, _rank(job, model)), _without_values(), _apart(job, ledger):
         with (
             patched(torch.nn.Module, "_apply", build.apply_to_tensors),
             patched(torch.Tensor, "__deepcopy__", build.copy_tensor),
@@ -136,6 +137,15 @@ def run_steps(job: Job, model: Any, ledger: Ledger, mark: Callable[[Any], None])
                 engine.step()
             ledger.enter("end", step + 1)
     return forward_end
+
+
+def _apart(job: Job, ledger: Ledger) -> contextlib.AbstractContextManager[None]:
+    """Host and device are two memories where something is offloaded."""
+    if job.offload == "none":
+        return contextlib.nullcontext()
+    from ftplan.trace.two_memories import two_memories
+
+    return two_memories(ledger)
 
 
 def _rank(job: Job, model: Any) -> int:

@@ -145,6 +145,8 @@ def _read_classic(context: Context, keys: Keys) -> None:
         degree = keys.count(name)
         if degree is not None and degree > 1:
             draft.put(plan_key, degree, keys.at(name))
+    if keys.flag("sequence_parallel") and (draft.get("sharding.tp") or 1) > 1:
+        draft.put("sharding.sequence_parallel", True, keys.at("sequence_parallel"))
     workers = keys.count("ray_num_workers")
     draft.put("hardware.count", workers, keys.at("ray_num_workers"))
     surroundings(context, keys)

@@ -303,6 +303,8 @@ def _sharding(draft: Draft, keys: Keys) -> None:
         )
         if degree is not None and degree > 1:
             draft.put(f"sharding.{name}", degree, keys.at(dist, f"{name}_size"))
+    if keys.flag(dist, "sequence_parallel") and (draft.get("sharding.tp") or 1) > 1:
+        draft.put("sharding.sequence_parallel", True, keys.at(dist, "sequence_parallel"))
     replicate = keys.word(dist, "dp_replicate_size")
     if replicate is not None and replicate.isdigit() and int(replicate) > 1:
         draft.put("sharding.dp_replicate", int(replicate), keys.at(dist, "dp_replicate_size"))

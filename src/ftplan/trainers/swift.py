@@ -527,6 +527,13 @@ def _megatron(context: Context, keys: Keys) -> None:
         degree = keys.count(name)
         if degree is not None and degree > 1:
             draft.put(plan_key, degree, keys.at(name))
+    if keys.flag("sequence_parallel") and (draft.get("sharding.tp") or 1) > 1:
+        draft.put("sharding.sequence_parallel", True, keys.at("sequence_parallel"))
+    draft.put(
+        "sharding.etp",
+        keys.count("expert_tensor_parallel_size"),
+        keys.at("expert_tensor_parallel_size"),
+    )
     virtual = keys.count("virtual_pipeline_model_parallel_size")
     if virtual is not None and virtual > 1:
         at = keys.at("virtual_pipeline_model_parallel_size")

@@ -13,7 +13,7 @@ from ftplan.memory.experts import gather_rows, topk
 from ftplan.memory.families.decoder import Config, Decoder, filled
 from ftplan.memory.families.llama import rotate
 from ftplan.memory.nn import LayerNorm, Linear, Module, Network, Shared, activation
-from ftplan.memory.tape import TOKENS, Grads, Parameter, Tensor
+from ftplan.memory.tape import Grads, Parameter, Tensor
 
 _ATTENTION = {"attn_pdrop": 0.0, "clip_qkv": None, "kv_n_heads": 1}
 _EXPERTS = {
@@ -71,8 +71,8 @@ class DbrxExperts(Module):
         scores = ops.softmax(self.layer.forward(x))
         values, index = topk(scores, self.top_k)
         values = ops.scale(values, "div")
-        rows = TOKENS * self.top_k
-        out = x.tape.tensor(TOKENS, x.width, x.dtype, "sum over experts")
+        rows = x.rows * self.top_k
+        out = x.tape.tensor(x.rows, x.width, x.dtype, "sum over experts")
         order = x.tape.tensor(rows, 1, "int64", "tokens of experts")
         picked = gather_rows(x, order, rows, x.width)
         w1, v1, w2 = self.weights

@@ -44,7 +44,7 @@ class PlainMLP(Module):
 def heads_of(config: Config, *, field: str = "attention_dropout") -> Heads:
     """The shape of attention; heads share the hidden size evenly."""
     count = config["num_attention_heads"]
-    size = config["hidden_size"] // count
+    size = config.get("head_dim") or config["hidden_size"] // count  # a rank's: part of the heads
     grouped = config["model_type"] in ("phi", "stablelm")
     kv_count = config.get("num_key_value_heads") if grouped else None
     return Heads(
@@ -88,14 +88,14 @@ class Attention(Module):
         bias = {"gpt_neox": bool(config.get("attention_bias", True)), "stablelm": False}
         out_bias = bias.get(name, True)
         if self.fused:
-            self.query_key_value = Linear(hidden, 3 * hidden, bias=out_bias)
+            self.query_key_value = Linear(hidden, 3 * heads.count * heads.size, bias=out_bias)
         else:
             in_bias = bool(config.get("use_qkv_bias")) if name == "stablelm" else True
             self.q_proj = Linear(hidden, heads.count * heads.size, bias=in_bias)
             self.k_proj = Linear(hidden, heads.kv_count * heads.size, bias=in_bias)
             self.v_proj = Linear(hidden, heads.kv_count * heads.size, bias=in_bias)
         self.out = "o_proj" if name == "stablelm" else "dense"
-        self.replace(self.out, Linear(hidden, hidden, bias=out_bias))
+        self.replace(self.out, Linear(heads.count * heads.size, hidden, bias=out_bias))
         self.normed = bool(config.get("qk_layernorm")) and name != "gpt_neox"
         self.norm_per_head = name == "stablelm"
         if self.normed and self.norm_per_head:

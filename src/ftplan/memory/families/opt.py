@@ -35,10 +35,11 @@ class Attention(Module):
         super().__init__()
         hidden, bias = config["hidden_size"], bool(config.get("enable_bias", True))
         self.heads = heads_of(config)
-        self.k_proj = Linear(hidden, hidden, bias=bias)
-        self.v_proj = Linear(hidden, hidden, bias=bias)
-        self.q_proj = Linear(hidden, hidden, bias=bias)
-        self.out_proj = Linear(hidden, hidden, bias=bias)
+        inner = self.heads.count * self.heads.size
+        self.k_proj = Linear(hidden, inner, bias=bias)
+        self.v_proj = Linear(hidden, inner, bias=bias)
+        self.q_proj = Linear(hidden, inner, bias=bias)
+        self.out_proj = Linear(inner, hidden, bias=bias)
 
     def forward(self, x: Tensor, shared: Shared, held: list[Tensor] | None = None) -> Tensor:
         q = ops.scale(self.q_proj.forward(x))

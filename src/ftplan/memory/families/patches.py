@@ -12,7 +12,7 @@ from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.nn import LayerNorm, Linear, Module, RMSNorm, Shared, activation
-from ftplan.memory.tape import BATCH, Grads, Size, Tape, Tensor
+from ftplan.memory.tape import BATCH, ONE, Grads, Size, Tape, Tensor
 
 __all__ = [
     "Conv", "Tower", "VisionBlock", "divided", "embed_patches", "grouped", "merged", "plant",
@@ -156,7 +156,7 @@ class Conv(Module):
     def forward(self, x: Tensor) -> Tensor:
         tape = x.tape
         flat = tape.leaf(self.weight)
-        matrix = flat.alias(Size((self.out_features, 0, 0, 0, 0, 0, 0)), self.in_features)
+        matrix = flat.alias(ONE * self.out_features, self.in_features)
         matrix.requires_grad, matrix.node = flat.requires_grad, flat.node
         x, matrix = ops.autocast(x), ops.autocast(matrix)
         inputs = [x, matrix]

@@ -34,7 +34,7 @@ from ftplan.memory.families.decoder import (
 )
 from ftplan.memory.families.mixture import Mixture, act
 from ftplan.memory.nn import LayerNorm, Linear, Module, Network, RMSNorm, Shared, activation
-from ftplan.memory.tape import SEQ, TOKENS, Grads, Tensor
+from ftplan.memory.tape import SEQ, Grads, Tensor
 
 
 class Llama4Attention(Attention):
@@ -96,7 +96,7 @@ class Llama4Mixture(Module):
         )
         del gate, up
         every = self.shared_expert.forward(x)
-        return _added(every, sum_of_groups(out, self.count))
+        return _added(every, sum_of_groups(out, self.count, x.rows))
 
     def scores(self, logits: Tensor) -> Tensor:
         """The chosen logits through a sigmoid; the others are minus infinity before it."""
@@ -158,14 +158,14 @@ class PhiRouter(Router):
         first, index = self._round(logits)
         second, _ = self._round(ops.scale(logits), index)
         weights = ops.cat((first, second))
-        return Routing(logits, weights, x.tape.tensor(TOKENS, 2, "int64", "experts"))
+        return Routing(logits, weights, x.tape.tensor(x.rows, 2, "int64", "experts"))
 
     def _round(self, scores: Tensor, taken: Tensor | None = None) -> tuple[Tensor, Tensor]:
         tape = scores.tape
         gates = ops.softmax(ops.autocast_fp32(masked(scores)))
-        index = tape.tensor(TOKENS, 1, "int64", "experts")
-        chosen = gather_rows(gates, index, TOKENS, 1, "gather")
-        out = tape.tensor(TOKENS, 1, gates.dtype, "multiplier")
+        index = tape.tensor(scores.rows, 1, "int64", "experts")
+        chosen = gather_rows(gates, index, scores.rows, 1, "gather")
+        out = tape.tensor(scores.rows, 1, gates.dtype, "multiplier")
         make = ops.like(scores.rows, scores.width, scores.dtype, scores.requires_grad)
         saved = (chosen, index, gates.alias(), taken)  # the way back through it stays, unused
 
