@@ -14,7 +14,7 @@ from ftplan.errors import UnsupportedError
 from ftplan.memory.families.defaults import ALIASES, DEFAULTS
 from ftplan.memory.nn import Network
 
-__all__ = ["TEXT_ALONE", "build", "complete", "model_types", "text_alone"]
+__all__ = ["TEXT_ALONE", "build", "complete", "model_types", "text_alone", "thinker_alone"]
 
 _FILES: dict[str, tuple[str, ...]] = {
     "llama": (
@@ -54,6 +54,10 @@ _FILES: dict[str, tuple[str, ...]] = {
     "indexed": ("deepseek_v32", "glm_moe_dsa"),
     "counted": ("kimi_linear",),
     "mllama": ("mllama", "mllama_text_model"),
+    "audio": (
+        "qwen2_audio", "voxtral", "qwen2_5_omni", "qwen2_5_omni_thinker", "qwen3_omni_moe",
+        "qwen3_omni_moe_thinker",
+    ),
     "glm4v": ("glm4v", "glm46v", "glm4v_moe"),
     "deberta": ("deberta-v2",),
     "gemma4": ("gemma4_text", "gemma4"),
@@ -80,6 +84,15 @@ def text_alone(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     kind = TEXT_ALONE.get(str(config.get("model_type")))
     text = config.get("text_config")
     return {**text, "model_type": kind} if kind and isinstance(text, Mapping) else None
+
+
+def thinker_alone(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The config of the part of a Qwen-Omni that is trained: the talker is put aside."""
+    thinker = config.get("thinker_config")
+    if not isinstance(thinker, Mapping):
+        return None
+    own = {name: config[name] for name in ("dtype", "torch_dtype") if name in config}
+    return {**own, **thinker, "model_type": f"{config['model_type']}_thinker"}
 
 
 def model_types() -> tuple[str, ...]:

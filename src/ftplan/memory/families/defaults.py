@@ -1113,6 +1113,123 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
         "out_hidden_size": 4096, "intermediate_size": 13696,
     },
+    "kimi_linear": {
+        "vocab_size": 163840, "hidden_size": 2304, "intermediate_size": 9216,
+        "moe_intermediate_size": 1024, "num_hidden_layers": 27, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "n_shared_experts": 1, "output_router_logits": False,
+        "routed_scaling_factor": 2.446, "kv_lora_rank": 512, "q_lora_rank": None,
+        "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128, "n_group": 1,
+        "topk_group": 1, "num_experts_per_tok": 8, "norm_topk_prob": True, "hidden_act": "silu",
+        "max_position_embeddings": 1048576, "tie_word_embeddings": False, "attention_bias": False,
+        "attention_dropout": 0.0, "num_local_experts": 256, "mlp_layer_types": None,
+        "layer_types": None, "linear_head_dim": 128, "linear_num_heads": 32,
+        "linear_conv_kernel_dim": 4,
+    },
+    "qwen2_audio": {
+        "audio_config": None, "text_config": None, "audio_token_index": 151646,
+    },
+    "qwen2_audio_encoder": {
+        "num_mel_bins": 128, "encoder_layers": 32, "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120, "encoder_layerdrop": 0.0, "d_model": 1280, "dropout": 0.0,
+        "attention_dropout": 0.0, "activation_function": "gelu", "activation_dropout": 0.0,
+        "scale_embedding": False, "max_source_positions": 1500,
+    },
+    "voxtral": {
+        "audio_config": None, "text_config": None, "projector_hidden_act": "gelu",
+    },
+    "voxtral_encoder": {
+        "vocab_size": 51866, "hidden_size": 1280, "intermediate_size": 5120,
+        "num_hidden_layers": 32, "num_attention_heads": 20, "scale_embedding": False,
+        "activation_function": "gelu", "num_mel_bins": 128, "max_source_positions": 1500,
+        "attention_dropout": 0.0, "dropout": 0.0, "layerdrop": 0.0, "activation_dropout": 0.0,
+    },
+    "llava_onevision": {
+        "vision_config": None, "text_config": None, "image_token_index": 151646,
+        "video_token_index": 151647, "projector_hidden_act": "gelu",
+        "vision_feature_select_strategy": "full", "vision_feature_layer": -1,
+        "multimodal_projector_bias": True, "tie_word_embeddings": False,
+        "image_grid_pinpoints": None, "vision_aspect_ratio": "anyres_max_9",
+    },
+    "qwen2_5_omni_thinker": {
+        "audio_config": None, "vision_config": None, "text_config": None,
+        "audio_token_index": 151646, "image_token_index": 151655, "video_token_index": 151656,
+        "position_id_per_seconds": 25, "seconds_per_chunk": 2, "tie_word_embeddings": False,
+    },
+    "qwen2_5_omni_text": {
+        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "hidden_act": "silu", "max_position_embeddings": 32768, "use_sliding_window": False,
+        "sliding_window": 32768, "max_window_layers": 28, "layer_types": None,
+        "attention_dropout": 0.0, "tie_word_embeddings": True,
+    },
+    "qwen2_5_omni_vision_encoder": {
+        "depth": 32, "hidden_size": 3584, "hidden_act": "silu", "intermediate_size": 3420,
+        "num_heads": 16, "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2,
+        "temporal_patch_size": 2, "window_size": 112, "out_hidden_size": 3584,
+    },
+    "qwen2_5_omni_audio_encoder": {
+        "num_mel_bins": 128, "encoder_layers": 32, "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120, "d_model": 1280, "dropout": 0.0, "attention_dropout": 0.0,
+        "activation_function": "gelu", "activation_dropout": 0.0, "scale_embedding": False,
+        "max_source_positions": 1500, "n_window": 100, "output_dim": 3584,
+    },
+    "qwen3_omni_moe_thinker": {
+        "audio_config": None, "vision_config": None, "text_config": None,
+        "position_id_per_seconds": 25, "tie_word_embeddings": False,
+    },
+    "qwen3_omni_moe_text": {
+        "vocab_size": 3584, "hidden_size": 2048, "intermediate_size": 18944,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "hidden_act": "silu", "max_position_embeddings": 32768, "attention_bias": False,
+        "sliding_window": None, "attention_dropout": 0.0, "decoder_sparse_step": 1,
+        "moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128,
+        "norm_topk_prob": True, "output_router_logits": False, "router_aux_loss_coef": 0.001,
+        "mlp_only_layers": None,
+    },
+    "qwen3_omni_moe_vision_encoder": {
+        "depth": 27, "hidden_size": 1152, "hidden_act": "gelu_pytorch_tanh",
+        "intermediate_size": 4304, "num_heads": 16, "in_channels": 3, "patch_size": 16,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 3584,
+        "num_position_embeddings": 2304,
+    },
+    "qwen3_omni_moe_audio_encoder": {
+        "num_mel_bins": 128, "encoder_layers": 32, "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120, "d_model": 1280, "dropout": 0.0, "attention_dropout": 0.0,
+        "activation_function": "gelu", "activation_dropout": 0.0, "scale_embedding": False,
+        "max_source_positions": 1500, "n_window": 50, "output_dim": 3584, "n_window_infer": 800,
+        "conv_chunksize": 500, "downsample_hidden_size": 480,
+    },
+    "gemma3n": {
+        "text_config": None, "vision_config": None, "audio_config": None,
+        "audio_soft_tokens_per_image": 188, "vision_soft_tokens_per_image": 256,
+        "tie_word_embeddings": True,
+    },
+    "gemma3n_vision": {
+        "architecture": "mobilenetv5_300m_enc", "do_pooling": False, "model_args": None,
+        "hidden_size": 2048, "vocab_size": 128, "vocab_offset": 262144,
+    },
+    "gemma3n_audio": {
+        "vocab_size": 128, "vocab_offset": 262272, "input_feat_size": 128, "hidden_size": 1536,
+        "gradient_clipping": 10000000000.0, "conf_attention_chunk_size": 12,
+        "conf_attention_context_left": 13, "conf_attention_context_right": 0,
+        "conf_attention_logit_cap": 50.0, "conf_num_attention_heads": 8,
+        "conf_num_hidden_layers": 12, "conf_conv_kernel_size": 5, "conf_reduction_factor": 4,
+        "conf_residual_weight": 0.5, "sscp_conv_group_norm_eps": 0.001,
+    },
+    "deepseek_v4": {
+        "vocab_size": 129280, "hidden_size": 4096, "moe_intermediate_size": 2048,
+        "num_hidden_layers": 43, "num_attention_heads": 64, "num_key_value_heads": 1,
+        "head_dim": 512, "q_lora_rank": 1024, "num_experts_per_tok": 6, "n_routed_experts": 256,
+        "n_shared_experts": 1, "scoring_func": "sqrtsoftplus", "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5, "max_position_embeddings": 1048576, "layer_types": None,
+        "compress_rates": None, "compress_rope_theta": 160000.0, "hc_mult": 4,
+        "hc_sinkhorn_iters": 20, "hc_eps": 1e-06, "mlp_layer_types": None, "swiglu_limit": 10.0,
+        "sliding_window": 128, "o_groups": 8, "o_lora_rank": 1024, "index_n_heads": 64,
+        "index_head_dim": 128, "index_topk": 512, "num_nextn_predict_layers": 1,
+        "output_router_logits": False, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0,
+        "hidden_act": "silu", "tie_word_embeddings": False, "partial_rotary_factor": None,
+        "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
+    },
 }
 """Fields and their values, by ``model_type``."""
 
@@ -1369,6 +1486,63 @@ ALIASES: dict[str, dict[str, str]] = {
     "glm4v_moe_vision": {
         "num_attention_heads": "num_heads",
         "num_hidden_layers": "depth",
+    },
+    "kimi_linear": {
+        "max_position_embeddings": "model_max_length",
+        "norm_topk_prob": "moe_renormalize",
+        "n_group": "num_expert_group",
+        "num_local_experts": "num_experts",
+        "num_experts_per_tok": "num_experts_per_token",
+        "n_shared_experts": "num_shared_experts",
+    },
+    "qwen2_audio": {
+        "audio_token_id": "audio_token_index",
+    },
+    "qwen2_audio_encoder": {
+        "num_hidden_layers": "encoder_layers",
+        "hidden_size": "d_model",
+        "num_attention_heads": "encoder_attention_heads",
+        "intermediate_size": "encoder_ffn_dim",
+    },
+    "voxtral_encoder": {
+        "d_model": "hidden_size",
+        "encoder_layers": "num_hidden_layers",
+        "encoder_attention_heads": "num_attention_heads",
+        "encoder_ffn_dim": "intermediate_size",
+        "encoder_layerdrop": "layerdrop",
+    },
+    "llava_onevision": {
+        "image_token_id": "image_token_index",
+        "video_token_id": "video_token_index",
+    },
+    "qwen2_5_omni_thinker": {
+        "image_token_id": "image_token_index",
+        "video_token_id": "video_token_index",
+        "audio_token_id": "audio_token_index",
+    },
+    "qwen2_5_omni_vision_encoder": {
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "depth",
+    },
+    "qwen2_5_omni_audio_encoder": {
+        "num_hidden_layers": "encoder_layers",
+        "hidden_size": "d_model",
+        "num_attention_heads": "encoder_attention_heads",
+        "intermediate_size": "encoder_ffn_dim",
+    },
+    "qwen3_omni_moe_vision_encoder": {
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "depth",
+    },
+    "qwen3_omni_moe_audio_encoder": {
+        "num_hidden_layers": "encoder_layers",
+        "hidden_size": "d_model",
+        "num_attention_heads": "encoder_attention_heads",
+        "intermediate_size": "encoder_ffn_dim",
+    },
+    "deepseek_v4": {
+        "num_local_experts": "n_routed_experts",
+        "intermediate_size": "moe_intermediate_size",
     },
 }
 """Other names of fields (``attribute_map``), by ``model_type``."""

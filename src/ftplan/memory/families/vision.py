@@ -199,7 +199,7 @@ def qwen_text(raw: Mapping[str, Any]) -> Network:
     kind = kind if kind.endswith("_text") else f"{kind}_text"
     config = filled(raw, kind)
     new = kind.startswith("qwen3")
-    mixed = kind == "qwen3_vl_moe_text"
+    mixed = kind.endswith("_moe_text")
     windowed = not new and config.get("use_sliding_window")
     types = list(config.get("layer_types") or ()) or [
         "sliding_attention"
