@@ -41,6 +41,8 @@ kimi_linear qwen2_audio qwen2_audio_encoder voxtral voxtral_encoder llava_onevis
 qwen2_5_omni_thinker qwen2_5_omni_text qwen2_5_omni_vision_encoder qwen2_5_omni_audio_encoder
 qwen3_omni_moe_thinker qwen3_omni_moe_text qwen3_omni_moe_vision_encoder
 qwen3_omni_moe_audio_encoder gemma3n gemma3n_vision gemma3n_audio deepseek_v4
+kimi_k25 kimi_k25_vision ernie4_5_vl_moe ernie4_5_vl_moe_text ernie4_5_vl_moe_vision minimax_m3_vl
+minimax_m3_vl_text minimax_m3_vl_vision
 """.split()  # noqa: SIM905 - one list literal of these would be a hundred lines
 # what moves neither a shape nor an operation
 IGNORED = {

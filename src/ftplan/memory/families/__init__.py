@@ -44,7 +44,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "vision": (
         "llava", "llava_next", "mistral3", "gemma3", "paligemma", "internvl", "idefics3", "smolvlm",
         "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
-        "llama4",
+        "llama4", "llava_onevision", "kimi_k25",
     ),
     "dbrx": ("dbrx",),
     "chunked": ("mamba2", "granitemoehybrid"),

@@ -1230,6 +1230,53 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_act": "silu", "tie_word_embeddings": False, "partial_rotary_factor": None,
         "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
     },
+    "kimi_k25": {
+        "text_config": None, "vision_config": None, "projection_hidden_size": 1152,
+        "projection_layer_norm_eps": 1e-05, "tie_word_embeddings": True,
+    },
+    "kimi_k25_vision": {
+        "patch_size": 14, "pos_emb_height": 64, "pos_emb_width": 64, "pos_emb_time": 4,
+        "num_attention_heads": 16, "num_hidden_layers": 27, "hidden_size": 1152,
+        "intermediate_size": 4304, "hidden_act": "gelu_pytorch_tanh",
+    },
+    "ernie4_5_vl_moe": {
+        "text_config": None, "vision_config": None, "tie_word_embeddings": True,
+    },
+    "ernie4_5_vl_moe_text": {
+        "vocab_size": 103424, "hidden_size": 2560, "intermediate_size": 12288,
+        "num_hidden_layers": 28, "num_attention_heads": 20, "num_key_value_heads": 4,
+        "hidden_act": "silu", "max_position_embeddings": 131072, "tie_word_embeddings": True,
+        "use_bias": False, "moe_intermediate_size": None, "moe_k": 6, "moe_num_experts": 64,
+        "moe_num_shared_experts": 2, "moe_norm_min": 1e-12, "output_router_logits": False,
+        "router_aux_loss_coef": 0.001, "mlp_layer_types": None,
+    },
+    "ernie4_5_vl_moe_vision": {
+        "depth": 32, "hidden_size": 1280, "hidden_act": "quick_gelu", "num_heads": 16,
+        "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "intermediate_size": 5120,
+        "temporal_merge_size": 2,
+    },
+    "minimax_m3_vl": {
+        "vision_config": None, "text_config": None, "image_token_index": 200025,
+        "video_token_index": 200026, "projector_hidden_size": 6144, "tie_word_embeddings": False,
+    },
+    "minimax_m3_vl_text": {
+        "vocab_size": 200064, "hidden_size": 6144, "intermediate_size": 3072,
+        "num_hidden_layers": 60, "num_attention_heads": 64, "num_key_value_heads": 4,
+        "head_dim": 128, "hidden_act": "silu", "max_position_embeddings": 524288,
+        "tie_word_embeddings": False, "attention_dropout": 0.0, "num_experts_per_tok": 4,
+        "num_local_experts": 128, "output_router_logits": False, "router_aux_loss_coef": 0.001,
+        "router_jitter_noise": 0.0, "dense_intermediate_size": 12288,
+        "shared_intermediate_size": 3072, "routed_scaling_factor": 2.0, "rotary_dim": 64,
+        "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "mlp_layer_types": None, "index_n_heads": 4,
+        "index_head_dim": 128, "index_block_size": 128, "index_topk_blocks": 16,
+        "index_local_blocks": 1, "layer_types": None,
+    },
+    "minimax_m3_vl_vision": {
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+        "num_attention_heads": 16, "num_channels": 3, "image_size": 2016, "patch_size": 14,
+        "temporal_patch_size": 2, "spatial_merge_size": 2, "hidden_act": "gelu",
+        "attention_dropout": 0.0,
+    },
 }
 """Fields and their values, by ``model_type``."""
 
@@ -1543,6 +1590,21 @@ ALIASES: dict[str, dict[str, str]] = {
     "deepseek_v4": {
         "num_local_experts": "n_routed_experts",
         "intermediate_size": "moe_intermediate_size",
+    },
+    "ernie4_5_vl_moe_text": {
+        "num_experts": "moe_num_experts",
+        "num_experts_per_tok": "moe_k",
+    },
+    "ernie4_5_vl_moe_vision": {
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "depth",
+    },
+    "minimax_m3_vl": {
+        "image_token_id": "image_token_index",
+        "video_token_id": "video_token_index",
+    },
+    "minimax_m3_vl_text": {
+        "num_experts": "num_local_experts",
     },
 }
 """Other names of fields (``attribute_map``), by ``model_type``."""

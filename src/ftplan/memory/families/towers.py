@@ -185,6 +185,25 @@ def intern(config: Mapping[str, Any]) -> Tower:
     return tower
 
 
+def moon(config: Mapping[str, Any]) -> Tower:
+    """``Kimi_K25VisionModel``: names and shapes."""
+    tower, hidden, patch = Tower(), config["hidden_size"], config["patch_size"]
+    embed_patches(tower, "patch_embed.proj", 3, hidden, patch, patch, bias=True)
+    weight(
+        tower, "patch_embed.pos_emb.position_embeddings", config["pos_emb_height"],
+        config["pos_emb_width"], hidden,
+    )  # fmt: skip
+    stack_blocks(
+        tower, "layers", config["num_hidden_layers"],
+        lambda: VisionBlock(
+            hidden, config["intermediate_size"], config["num_attention_heads"],
+            norms=("norm1", "norm2"), attn="attn", out="proj", act=act(config),
+        ),
+    )  # fmt: skip
+    plant(tower, "final_layernorm", LayerNorm(hidden))
+    return tower
+
+
 def vision_tower(config: Config) -> Tower:
     """The tower by the ``model_type`` of its config."""
     kind = config["model_type"]
@@ -198,6 +217,8 @@ def vision_tower(config: Config) -> Tower:
         return pixtral(config)
     if kind == "internvl_vision":
         return intern(config)
+    if kind == "kimi_k25_vision":
+        return moon(config)
     return qwen_visual(config, kind.removesuffix("_vision"))
 
 
