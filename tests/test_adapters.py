@@ -244,3 +244,14 @@ def test_factors_of_lokr(number: int, factors: tuple[int, int]) -> None:
 def test_nearest_divisor(number: int, wanted: int, found: int) -> None:
     """OFT takes the nearest block size that divides the input."""
     assert nearest_divisor(number, wanted) == found
+
+
+@pytest.mark.parametrize(("name", "trained"), [("glm4v_moe", 224_064), ("kimi_k25", 92_416)])
+def test_peft_looks_up_the_type_of_the_whole_model(name: str, trained: int) -> None:
+    """`all-linear` of a wrapper: names of experts are converted for GLM-4.5V, whose patches then
+    match by name, and for Kimi-K2.5, whose text is a DeepSeek-V3, they are not (PEFT 0.21.2)."""
+    path = Path(__file__).parent / f"cases/mixtures/{name}.json"
+    config = json.loads(path.read_text())["config"]
+    job = job_of(config, {"kind": "lora", "rank": 8, "targets": "all-linear"})
+    counted = counted_parameters(prepare(job))
+    assert sum(p.numel * times for p, times, _ in counted if p.trainable) == trained
