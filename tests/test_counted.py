@@ -1,4 +1,4 @@
-"""Families that are counted and not run, weights that are never trained, and images in a batch."""
+"""Weights that are counted and never trained, and images in a batch."""
 
 from __future__ import annotations
 
@@ -11,28 +11,9 @@ import pytest
 from ftplan import api
 from ftplan.catalog.models import MODELS
 from ftplan.errors import FtplanError, UnsupportedError
-from ftplan.memory.env import Environment
 from ftplan.memory.families import build
-from ftplan.memory.nn import Shared
 from ftplan.memory.prepare import counted_parameters
-from ftplan.memory.tape import Tape
 from ftplan.spec import Batch, Method, Model, Plan, Precision
-
-COUNTED = ("kimi_linear",)
-
-
-def test_counted_families_refuse_to_train_by_name() -> None:
-    """What is counted and not modelled says its model_type when a job is sized."""
-    checked = 0
-    for row in MODELS:
-        kind = row.config["model_type"]
-        if kind in COUNTED:
-            network = build(row.config)
-            assert next(network.all_parameters())
-            with pytest.raises(UnsupportedError, match=kind):
-                network.stages[0].enter(Tape(Environment()), Shared())
-            checked += 1
-    assert checked >= 1
 
 
 def test_a_layer_that_shares_an_indexer_has_none() -> None:

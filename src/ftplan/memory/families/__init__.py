@@ -52,7 +52,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "published": ("internlm2", "exaone", "bitnet"),
     "qwen": ("qwen",),
     "indexed": ("deepseek_v32", "glm_moe_dsa"),
-    "counted": ("kimi_linear",),
+    "delta": ("kimi_linear",),
     "mllama": ("mllama", "mllama_text_model"),
     "audio": (
         "qwen2_audio", "voxtral", "qwen2_5_omni", "qwen2_5_omni_thinker", "qwen3_omni_moe",
