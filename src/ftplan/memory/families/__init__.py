@@ -61,7 +61,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "glm4v": ("glm4v", "glm46v", "glm4v_moe"),
     "deberta": ("deberta-v2",),
     "gemma4": ("gemma4_text", "gemma4"),
-    "gemma3n": ("gemma3n_text",),
+    "gemma3n": ("gemma3n_text", "gemma3n"),
     "mpnet": ("mpnet",),
     "states": ("falcon_h1", "jamba", "bamba", "nemotron_h"),
     "hybrid": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),

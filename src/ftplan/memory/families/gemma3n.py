@@ -11,11 +11,23 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
 from ftplan.memory.families.decoder import MLP, Config, Decoder, Rope, filled
 from ftplan.memory.families.gemma4 import FULL, SLIDING, Attention, Norm, sharing
 from ftplan.memory.families.llama import ScaledEmbedding
-from ftplan.memory.nn import Linear, Module, Shared, activation, project
+from ftplan.memory.families.patches import Conv, Tower, plant, weight
+from ftplan.memory.families.vision import VisionLanguage
+from ftplan.memory.nn import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    Module,
+    Network,
+    Shared,
+    activation,
+    project,
+)
 from ftplan.memory.tape import Grads, Tape, Tensor
 
 
@@ -232,6 +244,24 @@ def completed(raw: Config) -> dict[str, Any]:
     return config | {"activation_sparsity_pattern": sparsity, "global_head_dim": config["head_dim"]}
 
 
+class Embedder(Module):
+    """``Gemma3nMultimodalEmbedder``: of tokens; features of a tower have a norm of their own."""
+
+    def __init__(self, config: Config, hidden: int) -> None:
+        super().__init__()
+        own = config["hidden_size"]
+        self.embedding = Embedding(config["vocab_size"], own)
+        self.hard_embedding_norm = Norm(own)
+        self.soft_embedding_norm = Norm(own)
+        self.embedding_projection = Linear(own, hidden)
+        self.post = [Norm(hidden, scaled=False)]
+
+    def forward(self, tape: Tape) -> Tensor:
+        normed = self.hard_embedding_norm.forward(self.embedding.forward(tape))
+        out: Tensor = self.post[0].forward(self.embedding_projection.forward(normed))
+        return out
+
+
 class Gemma3n(Decoder):
     """``Gemma3nForCausalLM``."""
 
@@ -262,22 +292,30 @@ class Gemma3n(Decoder):
             for number in range(self.streams - 1):
                 setattr(body.children[name], str(number), Linear(hidden, hidden))
 
+        self.embedders: list[Embedder] = []
+        """Of images' and sound's own tokens, inside a model that has them."""
+        self.made: list[Tensor] = []
+        """The streams, which the model's forward names until it makes others."""
+
     def enter(self, tape: Tape, shared: Shared) -> Tensor:
         """Embed, make what each layer is given for itself, and spread the tokens over streams."""
         x = self.body.embed(tape)
         table = self.body.children["embed_tokens_per_layer"].forward(tape)
-        return self.spread(tape, shared, x, table)
-
-    def spread(self, tape: Tape, shared: Shared, x: Tensor, table: Tensor) -> Tensor:
-        """From the embeddings on."""
+        if self.embedders:
+            shared.held.append(table)
+        for embedder in self.embedders:
+            other = ops.to(embedder.forward(tape), x.dtype)
+            shared.held.append(other)
+            x = ops.where(tape.tensor(x.rows, 1, "bool", "tokens of its own"), other, x)
+            del other
+        shared.held.append(x)
         shared.layer_inputs = [self.layer_inputs(x, table)]
         del table
-        streams = self.streams_of([x] * self.streams, "altup_projections", shared)
-        shared.held.append(x)
+        self.made = self.streams_of([x] * self.streams, "altup_projections")
         self.prepare(tape, shared, x.dtype)
-        return ops.cat(streams, "stack")
+        return ops.cat(self.made, "stack")
 
-    def streams_of(self, parts: list[Tensor], name: str, shared: Shared) -> list[Tensor]:
+    def streams_of(self, parts: list[Tensor], name: str) -> list[Tensor]:
         """The first as it is, the others through matrices of their own, to the first's size."""
         first = parts.pop(0)
         magnitude = ops.unary(ops.mean_square(ops.autocast_fp32(first)), "pow", "input")
@@ -287,18 +325,18 @@ class Gemma3n(Decoder):
             size = _magnitude(out)
             out = ops.mul(ops.mul(out, magnitude), size)
             made.append(out)
-        shared.held += made[1:]
         return made
 
     def leave(self, x: Tensor, shared: Shared) -> Tensor:
         """The streams brought together, and the final norm."""
-        shared.held[:] = shared.held[-1:]
         wide = x.width // self.streams
+        self.made.clear()
         parts = [ops.part(x, wide) for _ in range(self.streams)]
-        joined = ops.cat(self.streams_of(parts, "altup_unembed_projections", shared), "stack")
-        del x, parts
-        joined = _averaged(joined, self.streams)
-        return self.body.last(joined)
+        self.made = self.streams_of(parts, "altup_unembed_projections")
+        x = _averaged(ops.cat(self.made, "stack"), self.streams)
+        x = self.body.last(x)
+        self.made.clear()
+        return x
 
     def layer_inputs(self, x: Tensor, table: Tensor) -> Tensor:
         """Tokens x (layers x width): of the text so far, and of a table."""
@@ -318,4 +356,66 @@ def _scaled_(x: Tensor) -> Tensor:
     return out
 
 
-MODEL_TYPES: dict[str, Any] = {"gemma3n_text": Gemma3n}
+_VISION = {"mobilenetv5_300m_enc": 294_126_912}
+"""Weights of timm's encoders (timm 1.0.31, ``num_classes=0``), none of them in a linear layer."""
+
+
+def gemma3n(raw: Config) -> Network:
+    """``Gemma3nForConditionalGeneration``: beside the text, towers that nothing is shown to."""
+    config = filled(raw)
+    language = Gemma3n({**(raw.get("text_config") or {}), "tie_word_embeddings": False})
+    vision = filled(raw.get("vision_config") or {}, "gemma3n_vision")
+    if vision["architecture"] not in _VISION:
+        raise UnsupportedError(
+            f"the vision tower {vision['architecture']!r} of Gemma 3n",
+            remedy="its tower is mobilenetv5_300m_enc",
+        )
+    sound = filled(raw.get("audio_config") or {}, "gemma3n_audio")
+    network = VisionLanguage(
+        language, Tower(), tied=bool(config.get("tie_word_embeddings", True)),
+        tower_name="vision_tower", text_name="language_model",
+    )  # fmt: skip
+    network.shows = False
+    weight(network.tower, "timm_model.weights", _VISION[vision["architecture"]])
+    plant(network.model, "audio_tower", sound_tower(sound))
+    for name, tower in (("embed_vision", vision), ("embed_audio", sound)):
+        embedder = Embedder(tower, language.config["hidden_size"])
+        plant(network.model, name, embedder)
+        language.embedders.append(embedder)
+    return network
+
+
+def sound_tower(config: Config) -> Module:
+    """``Gemma3nAudioEncoder``: names and shapes."""
+    tower, hidden = Module(), config["hidden_size"]
+    channels, bins = 1, config["input_feat_size"]
+    for number, count in enumerate(config.get("sscp_conv_channel_size") or (128, 32)):
+        path = f"subsample_conv_projection.conv_{number}"
+        plant(tower, f"{path}.conv", Conv(channels, count, 3, 3, bias=False))
+        plant(tower, f"{path}.norm", LayerNorm(count, bias=False))
+        channels, bins = count, -(-bins // 2)
+    plant(tower, "subsample_conv_projection.input_proj_linear", Linear(bins * channels, hidden))
+    for layer in range(config["conf_num_hidden_layers"]):
+        root = plant(tower, f"conformer.{layer}", Module())
+        for name in ("ffw_layer_start", "ffw_layer_end"):
+            plant(root, f"{name}.ffw_layer_1", Linear(hidden, 4 * hidden))
+            plant(root, f"{name}.ffw_layer_2", Linear(4 * hidden, hidden))
+            plant(root, f"{name}.pre_layer_norm", Norm(hidden))
+            plant(root, f"{name}.post_layer_norm", Norm(hidden))
+        for name in ("q_proj", "k_proj", "v_proj", "relative_position_embedding.pos_proj"):
+            plant(root, f"attention.attn.{name}", Linear(hidden, hidden))
+        size = hidden // config["conf_num_attention_heads"]
+        weight(root, "attention.attn.per_dim_scale", size)
+        plant(root, "attention.post", Linear(hidden, hidden))
+        plant(root, "lconv1d.linear_start", Linear(hidden, 2 * hidden))
+        plant(root, "lconv1d.linear_end", Linear(hidden, hidden))
+        weight(root, "lconv1d.depthwise_conv1d.weight", hidden, 1, config["conf_conv_kernel_size"])
+        for name in (
+            "attention.pre_attn_norm", "attention.post_norm", "lconv1d.pre_layer_norm",
+            "lconv1d.conv_norm", "norm",
+        ):  # fmt: skip
+            plant(root, name, Norm(hidden))
+    return tower
+
+
+MODEL_TYPES: dict[str, Any] = {"gemma3n_text": Gemma3n, "gemma3n": gemma3n}
