@@ -255,3 +255,13 @@ def test_peft_looks_up_the_type_of_the_whole_model(name: str, trained: int) -> N
     job = job_of(config, {"kind": "lora", "rank": 8, "targets": "all-linear"})
     counted = counted_parameters(prepare(job))
     assert sum(p.numel * times for p, times, _ in counted if p.trainable) == trained
+
+
+def test_a_grouped_projection_takes_no_adapter() -> None:
+    """DeepSeek-V4's o_a_proj: a LoRA of it fails in PEFT's forward; the other linear layers fit."""
+    path = Path(__file__).parent / "cases/mixtures/deepseek_v4.json"
+    config = json.loads(path.read_text())["config"]
+    with pytest.raises(UnsupportedError, match="o_a_proj"):
+        estimate(job_of(config, {"kind": "lora", "rank": 8, "targets": "all-linear"}))
+    fits = {"kind": "lora", "rank": 8, "targets": ["q_a_proj", "q_b_proj", "kv_proj", "o_b_proj"]}
+    assert estimate(job_of(config, fits)).peak_bytes > 0

@@ -51,6 +51,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "recurrent": ("mamba", "falcon_mamba", "lfm2", "lfm2_moe"),
     "published": ("internlm2", "exaone", "bitnet"),
     "qwen": ("qwen",),
+    "compressed": ("deepseek_v4",),
     "indexed": ("deepseek_v32", "glm_moe_dsa"),
     "delta": ("kimi_linear",),
     "mllama": ("mllama", "mllama_text_model"),

@@ -117,12 +117,13 @@ def without_padding(x: Tensor) -> Tensor:
 def l2norm(x: Tensor, heads: int) -> Tensor:
     square = ops.mul(x, x)
     total = ops.view(square, x.rows * heads, x.width // heads)
-    inverse = ops.unary(ops.shift(_summed(total)), "rsqrt", "output")
+    inverse = ops.unary(ops.shift(summed(total)), "rsqrt", "output")
     del square, total
     return ops.mul(x, inverse)
 
 
-def _summed(x: Tensor) -> Tensor:
+def summed(x: Tensor) -> Tensor:
+    """The sum of each row."""
     out = x.tape.tensor(x.rows, 1, x.dtype, "sum")
     make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
     ops.record([out], "sum", [x], lambda grad: (make(grad),))
