@@ -40,11 +40,14 @@ _FILES: dict[str, tuple[str, ...]] = {
         "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared",
     ),
     "gpt_oss": ("gpt_oss",),
-    "routed": ("llama4_text", "phimoe", "ernie4_5_moe", "minimax_m2", "hunyuan_v1_moe"),
+    "routed": (
+        "llama4_text", "phimoe", "ernie4_5_moe", "ernie4_5_vl_moe_text", "minimax_m2",
+        "hunyuan_v1_moe",
+    ),
     "vision": (
         "llava", "llava_next", "mistral3", "gemma3", "paligemma", "internvl", "idefics3", "smolvlm",
         "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
-        "llama4", "llava_onevision", "kimi_k25",
+        "llama4", "llava_onevision", "kimi_k25", "ernie4_5_vl_moe",
     ),
     "dbrx": ("dbrx",),
     "chunked": ("mamba2", "granitemoehybrid"),

@@ -204,6 +204,22 @@ def moon(config: Mapping[str, Any]) -> Tower:
     return tower
 
 
+def ernie(config: Mapping[str, Any]) -> Tower:
+    """``Ernie4_5_VLMoeVisionTransformerPretrainedModel``: names and shapes."""
+    tower, hidden = Tower(), config["hidden_size"]
+    area = config["in_channels"] * config["patch_size"] ** 2
+    plant(tower, "patch_embed.proj", Linear(area, hidden))
+    stack_blocks(
+        tower, "blocks", config["depth"],
+        lambda: VisionBlock(
+            hidden, config["intermediate_size"], config["num_heads"], norms=("norm1", "norm2"),
+            attn="attn", fused=True, out="proj", act=act(config),
+        ),
+    )  # fmt: skip
+    plant(tower, "ln", LayerNorm(hidden))
+    return tower
+
+
 def vision_tower(config: Config) -> Tower:
     """The tower by the ``model_type`` of its config."""
     kind = config["model_type"]
@@ -219,6 +235,8 @@ def vision_tower(config: Config) -> Tower:
         return intern(config)
     if kind == "kimi_k25_vision":
         return moon(config)
+    if kind == "ernie4_5_vl_moe_vision":
+        return ernie(config)
     return qwen_visual(config, kind.removesuffix("_vision"))
 
 

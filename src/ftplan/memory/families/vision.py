@@ -245,6 +245,12 @@ _WRAPPERS: dict[str, tuple[str, str, str, str]] = {
     "llava": ("llama", "clip_vision_model", "vision_tower", "language_model"),
     "llava_next": ("llama", "clip_vision_model", "vision_tower", "language_model"),
     "llava_onevision": ("qwen2", "siglip_vision_model", "vision_tower", "language_model"),
+    "ernie4_5_vl_moe": (
+        "ernie4_5_vl_moe_text",
+        "ernie4_5_vl_moe_vision",
+        "vision_tower",
+        "language_model",
+    ),
     "kimi_k25": ("deepseek_v3", "kimi_k25_vision", "vision_tower", "language_model"),
     "mistral3": ("mistral", "pixtral", "vision_tower", "language_model"),
     "gemma3": ("gemma3_text", "siglip_vision_model", "vision_tower", "language_model"),
