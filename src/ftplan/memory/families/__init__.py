@@ -54,6 +54,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "recurrent": ("mamba", "falcon_mamba", "lfm2", "lfm2_moe"),
     "published": ("internlm2", "exaone", "bitnet"),
     "qwen": ("qwen",),
+    "blocks": ("minimax_m3_vl_text", "minimax_m3_vl"),
     "compressed": ("deepseek_v4",),
     "indexed": ("deepseek_v32", "glm_moe_dsa"),
     "delta": ("kimi_linear",),
