@@ -281,6 +281,7 @@ class Gemma3n(Decoder):
             table=ScaledEmbedding, softcap=config.get("final_logit_softcapping") is not None,
         )  # fmt: skip
         self.stages[0].stack.hands_on = True
+        self.unquantised = ("altup",)  # packed coefficients could not be clamped
         self.own, self.streams = config["hidden_size_per_layer_input"], config["altup_num_inputs"]
         wide = self.own * config["num_hidden_layers"]
         body = self.body
@@ -375,7 +376,7 @@ def gemma3n(raw: Config) -> Network:
         language, Tower(), tied=bool(config.get("tie_word_embeddings", True)),
         tower_name="vision_tower", text_name="language_model",
     )  # fmt: skip
-    network.shows = False
+    network.shows, network.unquantised = False, language.unquantised
     weight(network.tower, "timm_model.weights", _VISION[vision["architecture"]])
     plant(network.model, "audio_tower", sound_tower(sound))
     for name, tower in (("embed_vision", vision), ("embed_audio", sound)):
