@@ -9,7 +9,7 @@ import pytest
 
 from ftplan.catalog.models import MODELS, ModelRow
 from ftplan.errors import UnsupportedError
-from ftplan.memory.families import build
+from ftplan.memory.families import build, model_types
 from ftplan.memory.prepare import counted_parameters
 
 
@@ -42,7 +42,12 @@ def test_computed_counts_equal_the_published_ones() -> None:
         count = sum(parameter.numel * times for parameter, times, _ in parameters)
         assert agrees(row, count), (row.name, count)
         checked += 1
-    assert checked >= 460
+    assert checked >= 488
+
+
+def test_every_model_type_of_the_catalogue_is_modelled() -> None:
+    """No row is there whose training cannot be sized for want of its family."""
+    assert {row.config["model_type"] for row in MODELS} <= set(model_types())
 
 
 ENCODERS = {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "modernbert",
