@@ -265,3 +265,13 @@ def test_a_grouped_projection_takes_no_adapter() -> None:
         estimate(job_of(config, {"kind": "lora", "rank": 8, "targets": "all-linear"}))
     fits = {"kind": "lora", "rank": 8, "targets": ["q_a_proj", "q_b_proj", "kv_proj", "o_b_proj"]}
     assert estimate(job_of(config, fits)).peak_bytes > 0
+
+
+def test_what_a_class_keeps_in_fp32_stays_so() -> None:
+    """DeepSeek-V4's sinks and streams are fp32 in a bf16 job, and its scores with them."""
+    path = Path(__file__).parent / "cases/mixtures/deepseek_v4.json"
+    job = job_of(json.loads(path.read_text())["config"], {"kind": "lora", "targets": ["q_a_proj"]})
+    block = prepare(job).stages[0].stack.kinds[0]
+    dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
+    assert dtypes["self_attn.sinks"] == dtypes["attn_hc.fn"] == "fp32"
+    assert dtypes["self_attn.q_b_proj.weight"] == "bf16"

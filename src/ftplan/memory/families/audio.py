@@ -43,6 +43,7 @@ def listening(raw: Config) -> Network:
             network, "model.multi_modal_projector.linear", Linear(sound["d_model"], wide, bias=True)
         )
         return network
+    network.kept_in_fp32 = ("embed_positions",)
     plant(network, "model.multi_modal_projector.linear_1", Linear(sound["intermediate_size"], wide))
     plant(network, "model.multi_modal_projector.linear_2", Linear(wide, wide))
     return network

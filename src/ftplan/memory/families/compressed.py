@@ -387,6 +387,10 @@ class DeepseekV4(Decoder):
             ropes={"main": Rope(width=half), "compress": Rope(width=half)},
             windows={"": config["sliding_window"]}, norm=LateNorm, eager_only=True,
         )  # fmt: skip
+        self.kept_in_fp32 = (
+            "attn_hc", "ffn_hc", "hc_head", "sinks", "position_bias", "q_a_norm", "kv_norm",
+            "input_layernorm", "post_attention_layernorm", "norm",
+        )  # fmt: skip
         self.streams = config["hc_mult"]
         self.body.hc_head = Head(config)
         table = config["vocab_size"] * config["num_experts_per_tok"] * 8

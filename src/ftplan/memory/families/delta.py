@@ -123,8 +123,9 @@ def _scan(
             kept.append([
                 tape.tensor(part, wide + states + last * wide, "fp32", "scan operands"),
                 tape.tensor(part, (1 + 2 * last) * wide + CHUNK * heads + casts, low, "operands"),
-                tape.tensor(part, CHUNK * wide, "fp32", "product of pairs"),
             ])  # fmt: skip
+            if pairs.requires_grad:
+                kept[-1].append(tape.tensor(part, CHUNK * wide, "fp32", "product of pairs"))
         kept.insert(0, [k_cumulated, q, k, pairs])
     passing = tape.tensor(chunk, CHUNK * wide, "fp32", "product of pairs")
     del passing
