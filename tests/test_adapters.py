@@ -244,3 +244,34 @@ def test_factors_of_lokr(number: int, factors: tuple[int, int]) -> None:
 def test_nearest_divisor(number: int, wanted: int, found: int) -> None:
     """OFT takes the nearest block size that divides the input."""
     assert nearest_divisor(number, wanted) == found
+
+
+@pytest.mark.parametrize(("name", "trained"), [("glm4v_moe", 224_064), ("kimi_k25", 92_416)])
+def test_peft_looks_up_the_type_of_the_whole_model(name: str, trained: int) -> None:
+    """`all-linear` of a wrapper: names of experts are converted for GLM-4.5V, whose patches then
+    match by name, and for Kimi-K2.5, whose text is a DeepSeek-V3, they are not (PEFT 0.21.2)."""
+    path = Path(__file__).parent / f"cases/mixtures/{name}.json"
+    config = json.loads(path.read_text())["config"]
+    job = job_of(config, {"kind": "lora", "rank": 8, "targets": "all-linear"})
+    counted = counted_parameters(prepare(job))
+    assert sum(p.numel * times for p, times, _ in counted if p.trainable) == trained
+
+
+def test_a_grouped_projection_takes_no_adapter() -> None:
+    """DeepSeek-V4's o_a_proj: a LoRA of it fails in PEFT's forward; the other linear layers fit."""
+    path = Path(__file__).parent / "cases/mixtures/deepseek_v4.json"
+    config = json.loads(path.read_text())["config"]
+    with pytest.raises(UnsupportedError, match="o_a_proj"):
+        estimate(job_of(config, {"kind": "lora", "rank": 8, "targets": "all-linear"}))
+    fits = {"kind": "lora", "rank": 8, "targets": ["q_a_proj", "q_b_proj", "kv_proj", "o_b_proj"]}
+    assert estimate(job_of(config, fits)).peak_bytes > 0
+
+
+def test_what_a_class_keeps_in_fp32_stays_so() -> None:
+    """DeepSeek-V4's sinks and streams are fp32 in a bf16 job, and its scores with them."""
+    path = Path(__file__).parent / "cases/mixtures/deepseek_v4.json"
+    job = job_of(json.loads(path.read_text())["config"], {"kind": "lora", "targets": ["q_a_proj"]})
+    block = prepare(job).stages[0].stack.kinds[0]
+    dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
+    assert dtypes["self_attn.sinks"] == dtypes["attn_hc.fn"] == "fp32"
+    assert dtypes["self_attn.q_b_proj.weight"] == "bf16"

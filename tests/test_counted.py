@@ -1,4 +1,4 @@
-"""Families that are counted and not run, weights that are never trained, and images in a batch."""
+"""Weights that are counted and never trained, and images in a batch."""
 
 from __future__ import annotations
 
@@ -13,26 +13,10 @@ from ftplan.errors import FtplanError, UnsupportedError
 from ftplan.front import api
 from ftplan.memory.env import Environment
 from ftplan.memory.families import build
-from ftplan.memory.nn import Shared
+from ftplan.memory.loss import compute_loss
 from ftplan.memory.prepare import counted_parameters
-from ftplan.memory.tape import Tape
+from ftplan.memory.tape import TOKENS, Tape
 from ftplan.spec import Batch, Method, Model, Plan, Precision
-
-COUNTED = ("kimi_linear",)
-
-
-def test_counted_families_refuse_to_train_by_name() -> None:
-    """What is counted and not modelled says its model_type when a job is sized."""
-    checked = 0
-    for row in MODELS:
-        kind = row.config["model_type"]
-        if kind in COUNTED:
-            network = build(row.config)
-            assert next(network.all_parameters())
-            with pytest.raises(UnsupportedError, match=kind):
-                network.stages[0].enter(Tape(Environment()), Shared())
-            checked += 1
-    assert checked >= 1
 
 
 def test_a_layer_that_shares_an_indexer_has_none() -> None:
@@ -102,3 +86,33 @@ def test_an_image_takes_the_tokens_of_its_size() -> None:
         peak("qwen2.5-vl-3b", seq_len=512, image_size=(1120, 1120))
     with pytest.raises(FtplanError, match="height and width"):
         peak("qwen2.5-vl-3b", image_size=(224,))
+
+
+def test_of_an_omni_model_the_thinker_is_sized(tmp_path: Path) -> None:
+    """A config.json with a thinker, a talker and a vocoder is sized as its thinker, and says so."""
+    row = MODELS.find("qwen2.5-omni-7b")
+    whole = {"model_type": "qwen2_5_omni", "torch_dtype": "bfloat16", "talker_config": {},
+             "thinker_config": {**row.config}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    reports = [
+        api.estimate(
+            Plan(
+                model=model, stack="llama-factory", method=Method(kind="lora"), batch=Batch(micro=1)
+            )
+        )
+        for model in (Model(config=str(tmp_path / "config.json")), Model(name=row.name))
+    ]
+    assert reports[0].allocated_bytes == reports[1].allocated_bytes
+    assert any("thinker" in str(assumed.value) for assumed in reports[0].assumptions)
+
+
+def test_logits_picked_by_a_mask_are_a_copy() -> None:
+    """Qwen2-Audio shifts its logits by the padding mask, also those of a single sequence."""
+    network = build(MODELS.find("qwen2-audio-7b").config)
+    assert (network.loss_shifts, network.loss_in_fp32) == ("picked", False)
+    tapes = [Tape(Environment(one_sequence=True, padding_mask=masked)) for masked in (False, True)]
+    for tape in tapes:
+        x = tape.tensor(TOKENS, 4096, "bf16", "hidden states")
+        compute_loss(network, x)
+    copies = [sum(label.name == "gather" for label in tape.labels) for tape in tapes]
+    assert copies == [0, 1]

@@ -148,6 +148,8 @@ def _forward(tape: Tape, network: Network) -> Tensor:
         del shared  # the inner model has returned
     logits = network.head(x)
     full = ops.to(logits, "fp32") if network.loss_in_fp32 else logits
+    if network.loss_shifts:
+        full = ops.copy(full, "shifted logits")
     return ops.cross_entropy(full, tape.tensor(TOKENS, 1, "int64", "labels"))
 
 

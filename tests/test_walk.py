@@ -108,7 +108,20 @@ def test_attributes_of_functions_live_as_long_as_the_graph() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True, {"kind": "full", "reentrant": True}])
-@pytest.mark.parametrize("model", ["t5-base", "gemma-4-e2b", "falcon-7b", "qwen3.5-2b"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "t5-base",
+        "gemma-4-e2b",
+        "falcon-7b",
+        "qwen3.5-2b",
+        "glm-5",
+        "glm-5.2",
+        "gemma-3n-e2b",
+        "kimi-linear-48b-a3b",
+        "deepseek-v4-flash",
+    ],
+)
 def test_nothing_but_gradients_outlives_a_step(model: str, checkpointing: Any) -> None:
     """Blocks that hand things on (position biases, keys and values) free them as well."""
     plan = plan_of(

@@ -37,6 +37,12 @@ qwen3_vl_moe_text qwen3_vl_moe_vision qwen3_5 qwen3_5_moe qwen3_5_vision qwen3_5
 llama4_vision_model mllama mllama_text_model mllama_vision_model mistral3 llava llava_next
 paligemma gemma3 idefics3 idefics3_vision smolvlm smolvlm_vision internvl internvl_vision glm4v
 mistral4 glm4v_text glm4v_vision glm4v_moe glm4v_moe_text glm4v_moe_vision
+kimi_linear qwen2_audio qwen2_audio_encoder voxtral voxtral_encoder llava_onevision
+qwen2_5_omni_thinker qwen2_5_omni_text qwen2_5_omni_vision_encoder qwen2_5_omni_audio_encoder
+qwen3_omni_moe_thinker qwen3_omni_moe_text qwen3_omni_moe_vision_encoder
+qwen3_omni_moe_audio_encoder gemma3n gemma3n_vision gemma3n_audio deepseek_v4
+kimi_k25 kimi_k25_vision ernie4_5_vl_moe ernie4_5_vl_moe_text ernie4_5_vl_moe_vision minimax_m3_vl
+minimax_m3_vl_text minimax_m3_vl_vision
 """.split()  # noqa: SIM905 - one list literal of these would be a hundred lines
 # what moves neither a shape nor an operation
 IGNORED = {

@@ -150,12 +150,19 @@ def _filled(plan: Plan, name: str, config: Mapping[str, Any] | None) -> Resolved
     )
 
 
+THINKER = "LLaMA-Factory 0.9.4, src/llamafactory/model/loader.py: of Qwen-Omni, model.thinker"
+
+
 def _loaded(
     config: Mapping[str, Any] | None, stack: Stack, plan: Plan, filler: _Filler
 ) -> Mapping[str, Any] | None:
     """What the stack's class makes of a config where no image is in the batch."""
-    from ftplan.memory.families import text_alone
+    from ftplan.memory.families import text_alone, thinker_alone
 
+    thinker = thinker_alone(config) if config is not None else None
+    if thinker is not None:
+        filler.fill("model", None, "its thinker alone", THINKER)
+        config = thinker
     if config is None or plan.batch.images or not stack.text_class:
         return config
     text = text_alone(config)

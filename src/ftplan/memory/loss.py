@@ -95,7 +95,10 @@ def _full(network: Network, logits: Tensor) -> Tensor:
         logits = ops.to(logits, "fp32")
     labels = logits.tape.tensor(TOKENS, 1, "int64", "shifted labels")
     by = fused.cross_entropy if env.kernels.loss else ops.cross_entropy
-    if (network.loss_shifts or env.loss_shifts) == "logits" and not logits.tape.alone:
+    shifts = network.loss_shifts or env.loss_shifts
+    if shifts == "picked" and env.padding_mask:  # by the padding mask (Qwen2-Audio)
+        return by(ops.gather(logits), labels)
+    if shifts != "labels" and not logits.tape.alone:
         # transformers until 4.48: logits[..., :-1, :].contiguous(), beside the logits themselves;
         # of a single sequence that is a view
         return by(ops.copy(logits, "shifted logits"), labels)

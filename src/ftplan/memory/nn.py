@@ -422,6 +422,9 @@ class Network(Module):
         self.head_name: str = "lm_head"
         self.unquantised: tuple[str, ...] = ()
         """Linear layers that transformers keeps as they are (``_keep_in_fp32_modules``)."""
+        self.kept_in_fp32: tuple[str, ...] = ()
+        """Modules and weights that are loaded in fp32 whatever dtype is asked for
+        (``_keep_in_fp32_modules_strict``)."""
         self.virtual_tokens = 0
         """Learned tokens before each sequence, in tokens of a sequence (prompt tuning)."""
 

@@ -62,6 +62,8 @@ def prepare(job: Job) -> Network:
     for parameter in _everything(network):
         parameter.dtype = plain
         parameter.trainable = job.method == "full" and not parameter.fixed
+    for parameter in _kept_in_fp32(network):
+        parameter.dtype = "fp32"
     if quantized and casts and job.kbit_casts_back:
         for matrix in _embeddings_and_head(network):
             matrix.dtype = job.base_dtype
@@ -87,6 +89,15 @@ def prepare(job: Job) -> Network:
             if parameter.trainable:
                 parameter.dtype = job.trainable_dtype
     return network
+
+
+def _kept_in_fp32(network: Network) -> Iterator[Parameter]:
+    """What the class loads in fp32 in any case, by parts of its name."""
+    blocks = [block for stage in network.stages for block in stage.stack.kinds]
+    for root in (network, *blocks):
+        for path, parameter in root.named_parameters():
+            if any(f".{name}." in f".{path}." for name in network.kept_in_fp32):
+                yield parameter
 
 
 def _expanded_buffer(network: Network) -> int:

@@ -46,6 +46,7 @@ __all__ = [
 
 
 BOUNDARY = Label("activations", "block inputs")
+HANDED = Label("activations", "tokens that a layer picked")
 BORDER = Label("temporary", "gradient between blocks")
 PREVIOUS = Label("logits", "the batch before")
 
@@ -578,6 +579,7 @@ def _run_stage(
         order.append(recorder.cut("final norm"))
         return x
     seen: dict[tuple[Hashable, ...], int] = {}
+    picks = _Picks(shared)
     for layer, kind in enumerate(stage.stack.pattern):
         if stage.stack.kinds[kind].skipped:
             continue
@@ -590,11 +592,12 @@ def _run_stage(
         alike = (kind, x.requires_grad)
         first = all(known[:2] != alike for known in seen)
         place = min(layer, 1 if shared.bias is None else 2 * max(1, checkpoint_every))
-        key = (*alike, first, checkpointed, place, recorder.place)
+        key = (*alike, first, checkpointed, place, recorder.place, picks.fresh)
         handed_on = stage.stack.hands_on or len(recorder.network.stages) > 1
         last = handed_on and _is_last(stage.stack, layer)
-        if key in seen and not last:
+        if key in seen and not last and not picks.lets_go(key):
             order.append(seen[key])
+            picks.again(key)
             if recorder.states is not None:
                 recorder.states.again(seen[key])
             continue
@@ -608,6 +611,7 @@ def _run_stage(
         x = recorder.run_block(block, x, shared, checkpointed=checkpointed)
         x = recorder.network.after_block(layer, x)
         _name_boundary(x)
+        picks.note(key)
         seen[key] = recorder.cut("block")
         order.append(seen[key])
         if recorder.states is not None:
@@ -620,6 +624,43 @@ def _run_stage(
     shared.held.clear()
     order.append(recorder.cut("final norm"))
     return x
+
+
+class _Picks:
+    """Tokens that a block picks for those after it (GLM-5), which its checkpoint does not keep.
+
+    The next block's does, and lets go of them on its way back: that block is recorded after each
+    recorded one that picks, so that each is played as often as the other.
+    """
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._makers: set[tuple[Hashable, ...]] = set()
+        self._before: tuple[Hashable, ...] = ()
+        self._recorded = False
+
+    @property
+    def fresh(self) -> bool:
+        """The block before has picked."""
+        return self._before in self._makers
+
+    def lets_go(self, key: tuple[Hashable, ...]) -> bool:
+        """The block before was recorded and picked, and is none that is played many times."""
+        return self.fresh and self._recorded and key != self._before
+
+    def note(self, key: tuple[Hashable, ...]) -> None:
+        """A block was recorded. What it picked has one name, whichever block did."""
+        picked = self._shared.picked
+        if picked is not None and picked.storage is not None:
+            index = picked.storage.index - 1
+            if picked.tape.labels[index] != HANDED:
+                self._makers.add(key)
+                picked.tape.labels[index] = HANDED
+        self._before, self._recorded = key, True
+
+    def again(self, key: tuple[Hashable, ...]) -> None:
+        """A block like an earlier one."""
+        self._before, self._recorded = key, False
 
 
 class _States:

@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 from ftplan.memory.moments import WorstMoments
-from ftplan.memory.record import BOUNDARY, Recording, Segment
+from ftplan.memory.record import BOUNDARY, HANDED, Recording, Segment
 from ftplan.memory.tape import (
     BATCH,
     BLOCK_BYTES,
@@ -390,9 +390,8 @@ def _final_labels(recording: Recording) -> list[Label]:
     """Storages that outlive forward are activations (or logits); the rest is temporary."""
     labels: list[Label] = []
     for number, label in enumerate(recording.tape.labels, start=1):
-        named = (
-            label.group in ("gradients", "logits", "recomputed", "gathered") or label == BOUNDARY
-        )
+        named = label.group in ("gradients", "logits", "recomputed", "gathered")
+        named = named or label in (BOUNDARY, HANDED)
         keep = named or number in recording.saved
         labels.append(label if keep else Label("temporary", label.name))
     return labels

@@ -8,6 +8,7 @@ every weight has its dtype, wraps them.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from typing import cast
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory.adapters.bottleneck import add_bottlenecks
@@ -85,9 +86,8 @@ def _classifies(job: Job) -> bool:
 
 
 def _model_type(job: Job) -> str:
-    text = job.config.get("text_config")
-    kind = job.config.get("model_type", "")
-    return str((text or {}).get("model_type", kind) if isinstance(text, dict) else kind)
+    """What PEFT looks up: the type of the whole model, not of its text (``model.config``)."""
+    return str(job.config.get("model_type", ""))
 
 
 def _targeting(network: Network, job: Job) -> Targeting:
@@ -177,13 +177,19 @@ def _wrap_modules(network: Network, spec: AdapterSpec, job: Job) -> None:
             root.replace(path, LoraEmbedding(module, spec, place.rank))
         elif isinstance(module, Embedding) and spec.kind == "trainable_tokens":
             _learn_rows(network, name, module, job)
-        elif isinstance(module, Linear) and wrap:
-            root.replace(path, wrap(name, module, place.rank))
+        elif wrap and (isinstance(module, Linear) or (spec.kind == "lora" and _of_patches(module))):
+            root.replace(path, wrap(name, cast(Linear, module), place.rank))
         else:
             rows = spec.kind == "trainable_tokens"
             what = "embedding" if rows else "linear layer"
             remedy = "name embeddings alone" if rows else "name the linear layers below it"
             raise UnsupportedError(f"{spec.kind} on {name}, which is no {what}", remedy=remedy)
+
+
+def _of_patches(module: Module) -> bool:
+    """A convolution whose windows do not overlap, a linear layer over patches: PEFT's two beside it
+    have as many weights as those of such a layer."""
+    return hasattr(module, "in_features")
 
 
 def _learn_rows(network: Network, name: str, table: Embedding, job: Job) -> None:

@@ -14,7 +14,7 @@ from ftplan.errors import UnsupportedError
 from ftplan.memory.families.defaults import ALIASES, DEFAULTS
 from ftplan.memory.nn import Network
 
-__all__ = ["TEXT_ALONE", "build", "complete", "model_types", "text_alone"]
+__all__ = ["TEXT_ALONE", "build", "complete", "model_types", "text_alone", "thinker_alone"]
 
 _FILES: dict[str, tuple[str, ...]] = {
     "llama": (
@@ -40,23 +40,33 @@ _FILES: dict[str, tuple[str, ...]] = {
         "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared",
     ),
     "gpt_oss": ("gpt_oss",),
-    "routed": ("llama4_text", "phimoe", "ernie4_5_moe", "minimax_m2", "hunyuan_v1_moe"),
+    "routed": (
+        "llama4_text", "phimoe", "ernie4_5_moe", "ernie4_5_vl_moe_text", "minimax_m2",
+        "hunyuan_v1_moe",
+    ),
     "vision": (
         "llava", "llava_next", "mistral3", "gemma3", "paligemma", "internvl", "idefics3", "smolvlm",
         "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
-        "llama4",
+        "llama4", "llava_onevision", "kimi_k25", "ernie4_5_vl_moe",
     ),
     "dbrx": ("dbrx",),
     "chunked": ("mamba2", "granitemoehybrid"),
     "recurrent": ("mamba", "falcon_mamba", "lfm2", "lfm2_moe"),
     "published": ("internlm2", "exaone", "bitnet"),
     "qwen": ("qwen",),
+    "blocks": ("minimax_m3_vl_text", "minimax_m3_vl"),
+    "compressed": ("deepseek_v4",),
     "indexed": ("deepseek_v32", "glm_moe_dsa"),
-    "counted": ("kimi_linear",),
+    "delta": ("kimi_linear",),
     "mllama": ("mllama", "mllama_text_model"),
+    "audio": (
+        "qwen2_audio", "voxtral", "qwen2_5_omni", "qwen2_5_omni_thinker", "qwen3_omni_moe",
+        "qwen3_omni_moe_thinker",
+    ),
     "glm4v": ("glm4v", "glm46v", "glm4v_moe"),
     "deberta": ("deberta-v2",),
     "gemma4": ("gemma4_text", "gemma4"),
+    "gemma3n": ("gemma3n_text", "gemma3n"),
     "mpnet": ("mpnet",),
     "states": ("falcon_h1", "jamba", "bamba", "nemotron_h"),
     "hybrid": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
@@ -88,6 +98,15 @@ def text_alone(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     kind = TEXT_ALONE.get(str(config.get("model_type")))
     text = config.get("text_config")
     return {**text, "model_type": kind} if kind and isinstance(text, Mapping) else None
+
+
+def thinker_alone(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The config of the part of a Qwen-Omni that is trained: the talker is put aside."""
+    thinker = config.get("thinker_config")
+    if not isinstance(thinker, Mapping):
+        return None
+    own = {name: config[name] for name in ("dtype", "torch_dtype") if name in config}
+    return {**own, **thinker, "model_type": f"{config['model_type']}_thinker"}
 
 
 def model_types() -> tuple[str, ...]:

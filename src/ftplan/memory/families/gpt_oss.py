@@ -24,7 +24,7 @@ from ftplan.memory.families.decoder import (
 )
 from ftplan.memory.families.mixture import Mixture
 from ftplan.memory.nn import Module, Network, RMSNorm, Shared
-from ftplan.memory.tape import ONE, SCORES, TOKENS, Grads, Tensor
+from ftplan.memory.tape import ONE, SCORES, TOKENS, Grads, Size, Tensor
 
 
 class OssExperts(Experts):
@@ -68,17 +68,20 @@ class SinkAttention(Attention):
         weights = ops.scale(ops.matmul(q, keys, pairs(q.tape) * heads.count, 1, "scores"))
         if mask is not None:
             weights = ops.add(weights, mask)
-        joined = _with_sinks(weights, q.tape.leaf(self.sinks), heads.count)
-        joined = _minus_maximum(joined, heads.count)
+        joined = with_sinks(weights, q.tape.leaf(self.sinks), heads.count)
+        joined = minus_maximum(joined, heads.count)
         weights = ops.softmax(joined)
-        weights = ops.to(ops.dropout(_without_sinks(weights, heads.count), heads.dropout), dtype)
+        weights = ops.to(
+            ops.dropout(without_sinks(weights, SCORES * heads.count), heads.dropout), dtype
+        )
         if held is not None:
             held.append(weights)
         out = ops.matmul(weights, values, q.rows, heads.count * heads.value_size, "attention")
         return ops.copy(out)
 
 
-def _with_sinks(weights: Tensor, sinks: Tensor, heads: int) -> Tensor:
+def with_sinks(weights: Tensor, sinks: Tensor, heads: int) -> Tensor:
+    """A column more for each query and head."""
     tape = weights.tape
     dtype = ops.promote(weights.dtype, sinks.dtype)
     out = tape.tensor(weights.rows + TOKENS * heads, 1, dtype, "scores and sinks")
@@ -92,7 +95,8 @@ def _with_sinks(weights: Tensor, sinks: Tensor, heads: int) -> Tensor:
     return out
 
 
-def _minus_maximum(x: Tensor, heads: int) -> Tensor:
+def minus_maximum(x: Tensor, heads: int) -> Tensor:
+    """Scores less the largest of each row, through which the gradient goes too."""
     tape = x.tape
     largest = tape.tensor(TOKENS, heads, x.dtype, "max")
     index = tape.tensor(TOKENS, heads, "int64", "max indices")
@@ -114,8 +118,9 @@ def _minus_maximum(x: Tensor, heads: int) -> Tensor:
     return out
 
 
-def _without_sinks(x: Tensor, heads: int) -> Tensor:
-    out = x.alias(SCORES * heads, 1)
+def without_sinks(x: Tensor, rows: Size) -> Tensor:
+    """The columns of keys alone: a view."""
+    out = x.alias(rows, 1)
     make = ops.like(x.rows, 1, x.dtype, x.requires_grad)
     ops.record([out], "slice", [x], lambda grad: (make(grad),))
     return out

@@ -114,15 +114,16 @@ def without_padding(x: Tensor) -> Tensor:
     return ops.scale(x, "without padding") if x.tape.env.padding_mask else x
 
 
-def _l2norm(x: Tensor, heads: int) -> Tensor:
+def l2norm(x: Tensor, heads: int) -> Tensor:
     square = ops.mul(x, x)
     total = ops.view(square, x.rows * heads, x.width // heads)
-    inverse = ops.unary(ops.shift(_summed(total)), "rsqrt", "output")
+    inverse = ops.unary(ops.shift(summed(total)), "rsqrt", "output")
     del square, total
     return ops.mul(x, inverse)
 
 
-def _summed(x: Tensor) -> Tensor:
+def summed(x: Tensor) -> Tensor:
+    """The sum of each row."""
     out = x.tape.tensor(x.rows, 1, x.dtype, "sum")
     make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
     ops.record([out], "sum", [x], lambda grad: (make(grad),))
@@ -136,8 +137,8 @@ def delta_rule(
     dtype, repeats = q.dtype, heads // key_heads
     if repeats > 1:
         q, k = ops.expand_heads(q, repeats), ops.expand_heads(k, repeats)
-    q, k, v, beta, decay = (_contiguous_fp32(t) for t in (q, k, v, beta, decay))
-    q, k = _l2norm(q, heads), _l2norm(k, heads)
+    q, k, v, beta, decay = (contiguous_fp32(t) for t in (q, k, v, beta, decay))
+    q, k = l2norm(q, heads), l2norm(k, heads)
     q = ops.scale(q)
     padded = sequence_rows(q.tape, CHUNK_TOKENS)  # even what is long enough is copied
     q, k, v = (ops.pad(t, padded) for t in (q, k, v))
@@ -145,7 +146,7 @@ def delta_rule(
     v_beta, k_beta = ops.mul(v, beta), ops.mul(k, beta)
     cumulated = _cumulated(decay)
     pairs = heads * CHUNK_TOKENS
-    pairwise = _pairwise(cumulated, pairs)
+    pairwise = decay_pairs(cumulated, pairs)
     pairwise = ops.scale(pairwise, "masked_fill")
     pairwise = ops.unary(pairwise, "exp", "output")
     system = ops.mul(_product(k_beta, k, pairs, heads), pairwise)
@@ -157,14 +158,14 @@ def delta_rule(
     q = ops.mul(q, ops.unary(cumulated, "exp", "output"))
     k = ops.mul(k, ops.unary(ops.scale(cumulated), "exp", "output"))
     out = _scan(out, values, k_cumulated, q, intra, k, heads)
-    return _to_copy(out if padded == TOKENS else ops.rows_slice(out, TOKENS), dtype)
+    return to_copy(out if padded == TOKENS else ops.rows_slice(out, TOKENS), dtype)
 
 
-def _contiguous_fp32(x: Tensor) -> Tensor:
+def contiguous_fp32(x: Tensor) -> Tensor:
     return ops.copy(x, "contiguous") if x.dtype == "fp32" else ops.to(x, "fp32")
 
 
-def _to_copy(x: Tensor, dtype: str) -> Tensor:
+def to_copy(x: Tensor, dtype: str) -> Tensor:
     return ops.copy(x, "contiguous") if x.dtype == dtype else ops.to(x, dtype)
 
 
@@ -172,7 +173,7 @@ def _cumulated(x: Tensor) -> Tensor:
     return ops.scale(x, "cumsum")
 
 
-def _pairwise(x: Tensor, width: int) -> Tensor:
+def decay_pairs(x: Tensor, width: int) -> Tensor:
     out = x.tape.tensor(x.rows, width, x.dtype, "pairwise decay")
     make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
     ops.record([out], "sub", [x], lambda grad: (make(grad),))

@@ -141,8 +141,10 @@ def _turned(x: Tensor) -> Tensor:
 class Conv(Module):
     """A convolution whose windows do not overlap: a linear layer over each patch.
 
-    No ``Linear``: adapters and quantisation pass it over.
+    No ``Linear``: quantisation passes it over, and adapters that look for linear layers.
     """
+
+    transposed = False
 
     def __init__(self, channels: int, out: int, *window: int, bias: bool) -> None:
         super().__init__()

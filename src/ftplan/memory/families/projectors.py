@@ -64,14 +64,30 @@ def stacked(x: Tensor, features: Tensor) -> Tensor:
 def projector(model: Module, config: Config, text: Config, vision: Config) -> None:
     kind, wide = config["model_type"], filled(text)["hidden_size"]
     narrow = vision["hidden_size"]
-    if kind in ("llava", "llava_next"):
+    if kind in ("llava", "llava_next", "llava_onevision"):
         layers = config.get("vision_feature_layer", -2)
         count = 1 if isinstance(layers, int) else len(layers)
         bias = bool(config.get("multimodal_projector_bias", True))
         plant(model, "multi_modal_projector.linear_1", Linear(narrow * count, wide, bias=bias))
         plant(model, "multi_modal_projector.linear_2", Linear(wide, wide, bias=bias))
-        if kind == "llava_next":
+        if kind != "llava":
             model.parameter("image_newline", wide)
+    elif kind == "kimi_k25":
+        height, width = vision.get("merge_kernel_size") or (2, 2)
+        merged = narrow * height * width
+        plant(model, "mm_projector.pre_norm", LayerNorm(config["projection_hidden_size"]))
+        plant(model, "mm_projector.in_proj", Linear(merged, merged, bias=True))
+        plant(model, "mm_projector.out_proj", Linear(merged, wide, bias=True))
+    elif kind == "ernie4_5_vl_moe":
+        merged = narrow * vision["spatial_merge_size"] ** 2
+        times = vision["temporal_merge_size"]
+        for name, width in (("spatial", merged), ("temporal", merged * times)):
+            path = f"resampler_model.{name}_linear"
+            plant(model, f"{path}.fc1", Linear(width, merged, bias=True))
+            plant(model, f"{path}.fc2", Linear(merged, merged, bias=True))
+            plant(model, f"{path}.ln", LayerNorm(merged))
+        plant(model, "resampler_model.mlp", Linear(merged, wide, bias=True))
+        plant(model, "resampler_model.after_norm", RMSNorm(wide))
     elif kind == "mistral3":
         bias, merge = bool(config.get("multimodal_projector_bias")), config["spatial_merge_size"]
         plant(model, "multi_modal_projector.norm", RMSNorm(narrow))

@@ -264,6 +264,68 @@ def ernie_moe(raw: Config) -> Network:
     return Decoder(config, block, kind=sparse, ropes=ropes)
 
 
+class PairAttention(Attention):
+    """Pairs of numbers rotated in fp32, by tables of every sequence's own."""
+
+    def turn(self, q: Tensor, k: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
+        cos, sin = shared.rope[""]
+        dtype = q.dtype
+        q, k = (self.embedded(x, cos, sin) for x in (q, k))
+        return ops.to(q, dtype), ops.to(k, dtype)
+
+    def embedded(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries or keys in fp32."""
+        straight = ops.mul(ops.to(x, "fp32"), cos)
+        first, second = ops.part(x, x.width // 2), ops.part(x, x.width // 2)
+        halves = ops.cat((ops.neg(second), first))
+        return ops.add(straight, ops.mul(ops.to(halves, "fp32"), sin))
+
+
+class SightedMixture(Module):
+    """``Ernie4_5_VLMoeMoeBlock``: experts for text, experts for images, and some for every token.
+
+    Without images in the batch those of images are not run.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        hidden, inner = config["hidden_size"], config.get("moe_intermediate_size") or (1536, 512)
+        for name, width in zip(("text_moe", "vision_moe"), inner, strict=True):
+            part = Module()
+            part.gate = ErnieRouter(config)
+            part.experts = Experts(hidden, width, config["num_experts"], act=act(config))
+            setattr(self, name, part)
+        count, bias = config["moe_num_shared_experts"], bool(config["use_bias"])
+        self.shares = bool(count)
+        if count:
+            self.shared_experts = MLP(hidden, inner[0] * count, act(config), bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        every = self.shared_experts.forward(x) if self.shares else None
+        text = self.children["text_moe"].children
+        routed: Tensor = text["experts"].forward(x, text["gate"].forward(x))
+        return routed if every is None else ops.add(routed, every)
+
+
+def ernie_vl(raw: Config) -> Network:
+    """The text of ``Ernie4_5_VLMoeForConditionalGeneration``: positions in three directions."""
+    config = filled(raw)
+    kinds = list(config.get("mlp_layer_types") or ()) or [
+        "sparse" if layer else "dense" for layer in range(config["num_hidden_layers"])
+    ]
+    inner, bias = config["intermediate_size"], bool(config["use_bias"])
+
+    def block(config: Config, layer: int) -> Module:
+        attention = PairAttention(config, bias=bias)
+        if kinds[layer] == "sparse":
+            return Block(config, attention, SightedMixture(config))
+        mlp = MLP(config["hidden_size"], inner, act(config), bias=bias)
+        return Block(config, attention, mlp)
+
+    ropes = {"": Rope(width=head_size(config), fp32=True, per_sequence=True)}
+    return Decoder(config, block, kind=lambda layer: kinds[layer], ropes=ropes)
+
+
 def minimax_m2(raw: Config) -> Network:
     """``MiniMaxM2ForCausalLM``."""
     config = filled(raw)
@@ -322,6 +384,7 @@ MODEL_TYPES = {
     "llama4_text": llama4_text,
     "phimoe": phimoe,
     "ernie4_5_moe": ernie_moe,
+    "ernie4_5_vl_moe_text": ernie_vl,
     "minimax_m2": minimax_m2,
     "hunyuan_v1_moe": hunyuan_moe,
 }

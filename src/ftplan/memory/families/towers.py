@@ -94,9 +94,9 @@ def pixtral(config: Mapping[str, Any]) -> Tower:
 
 
 def qwen_visual(config: Mapping[str, Any], kind: str) -> Tower:
-    """The towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5."""
+    """The towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and Qwen-Omni."""
     tower = Tower()
-    new, gated = kind.startswith("qwen3"), kind == "qwen2_5_vl"
+    new, gated = kind.startswith("qwen3"), kind in ("qwen2_5_vl", "qwen2_5_omni")
     hidden = config["embed_dim"] if kind == "qwen2_vl" else config["hidden_size"]
     out = config["hidden_size"] if kind == "qwen2_vl" else config["out_hidden_size"]
     inner = int(hidden * config["mlp_ratio"]) if kind == "qwen2_vl" else config["intermediate_size"]
@@ -113,7 +113,8 @@ def qwen_visual(config: Mapping[str, Any], kind: str) -> Tower:
         tower, "blocks", config["depth"],
         lambda: VisionBlock(
             hidden, inner, config["num_heads"], norm=RMSNorm if gated else LayerNorm,
-            norms=("norm1", "norm2"), attn="attn", fused=True, out="proj", act=act(config),
+            norms=("norm1", "norm2"), attn="attn", fused=kind != "qwen2_5_omni",
+            qkv=("q", "k", "v"), out="proj", act=act(config),
             mlp_names=("linear_fc1", "linear_fc2") if new else names,
         ),
     )  # fmt: skip
@@ -128,17 +129,23 @@ def qwen_visual(config: Mapping[str, Any], kind: str) -> Tower:
         plant(tower, "merger.mlp.0", Linear(wide, wide, bias=True))
         plant(tower, "merger.mlp.2", Linear(wide, out, bias=True))
         return tower
-    _merger(tower, "merger", hidden, wide, out)
-    tower.stacks = tuple(config.get("deepstack_visual_indexes") or ())
+    omni = kind == "qwen3_omni_moe"
+    parts = ("ln_q", "mlp.0", "mlp.2") if omni else ("norm", "linear_fc1", "linear_fc2")
+    _merger(tower, "merger", parts, hidden, wide, out)
+    tower.stacks = tuple(config.get("deepstack_visual_indexes") or ((8, 16, 24) if omni else ()))
+    name = "merger_list" if omni else "deepstack_merger_list"
     for number, _ in enumerate(tower.stacks):
-        _merger(tower, f"deepstack_merger_list.{number}", wide, wide, out)
+        _merger(tower, f"{name}.{number}", parts, wide, wide, out)
     return tower
 
 
-def _merger(tower: Tower, path: str, normed: int, wide: int, out: int) -> None:
-    plant(tower, f"{path}.norm", LayerNorm(normed))
-    plant(tower, f"{path}.linear_fc1", Linear(wide, wide, bias=True))
-    plant(tower, f"{path}.linear_fc2", Linear(wide, out, bias=True))
+def _merger(
+    tower: Tower, path: str, parts: tuple[str, str, str], normed: int, wide: int, out: int
+) -> None:
+    norm, first, second = parts
+    plant(tower, f"{path}.{norm}", LayerNorm(normed))
+    plant(tower, f"{path}.{first}", Linear(wide, wide, bias=True))
+    plant(tower, f"{path}.{second}", Linear(wide, out, bias=True))
 
 
 def intern(config: Mapping[str, Any]) -> Tower:
@@ -178,6 +185,41 @@ def intern(config: Mapping[str, Any]) -> Tower:
     return tower
 
 
+def moon(config: Mapping[str, Any]) -> Tower:
+    """``Kimi_K25VisionModel``: names and shapes."""
+    tower, hidden, patch = Tower(), config["hidden_size"], config["patch_size"]
+    embed_patches(tower, "patch_embed.proj", 3, hidden, patch, patch, bias=True)
+    weight(
+        tower, "patch_embed.pos_emb.position_embeddings", config["pos_emb_height"],
+        config["pos_emb_width"], hidden,
+    )  # fmt: skip
+    stack_blocks(
+        tower, "layers", config["num_hidden_layers"],
+        lambda: VisionBlock(
+            hidden, config["intermediate_size"], config["num_attention_heads"],
+            norms=("norm1", "norm2"), attn="attn", out="proj", act=act(config),
+        ),
+    )  # fmt: skip
+    plant(tower, "final_layernorm", LayerNorm(hidden))
+    return tower
+
+
+def ernie(config: Mapping[str, Any]) -> Tower:
+    """``Ernie4_5_VLMoeVisionTransformerPretrainedModel``: names and shapes."""
+    tower, hidden = Tower(), config["hidden_size"]
+    area = config["in_channels"] * config["patch_size"] ** 2
+    plant(tower, "patch_embed.proj", Linear(area, hidden))
+    stack_blocks(
+        tower, "blocks", config["depth"],
+        lambda: VisionBlock(
+            hidden, config["intermediate_size"], config["num_heads"], norms=("norm1", "norm2"),
+            attn="attn", fused=True, out="proj", act=act(config),
+        ),
+    )  # fmt: skip
+    plant(tower, "ln", LayerNorm(hidden))
+    return tower
+
+
 def vision_tower(config: Config) -> Tower:
     """The tower by the ``model_type`` of its config."""
     kind = config["model_type"]
@@ -191,6 +233,10 @@ def vision_tower(config: Config) -> Tower:
         return pixtral(config)
     if kind == "internvl_vision":
         return intern(config)
+    if kind == "kimi_k25_vision":
+        return moon(config)
+    if kind == "ernie4_5_vl_moe_vision":
+        return ernie(config)
     return qwen_visual(config, kind.removesuffix("_vision"))
 
 

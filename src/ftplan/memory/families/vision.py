@@ -177,7 +177,12 @@ def _text(config: Config, default: str) -> dict[str, Any]:
             key: value for key, value in config.items()
             if key not in ("model_type", "vision_config", "architectures")
         }  # fmt: skip
-    return {**text, "model_type": text.get("model_type") or default}
+    kind = text.get("model_type") or default
+    return {**text, "model_type": _TEXT_NAMES.get(kind, kind)}
+
+
+_TEXT_NAMES = {"kimi_k2": "deepseek_v3"}
+"""Types of code that lay beside the weights, and what transformers builds."""
 
 
 def _text_network(text: Mapping[str, Any]) -> Network:
@@ -199,7 +204,7 @@ def qwen_text(raw: Mapping[str, Any]) -> Network:
     kind = kind if kind.endswith("_text") else f"{kind}_text"
     config = filled(raw, kind)
     new = kind.startswith("qwen3")
-    mixed = kind == "qwen3_vl_moe_text"
+    mixed = kind.endswith("_moe_text")
     windowed = not new and config.get("use_sliding_window")
     types = list(config.get("layer_types") or ()) or [
         "sliding_attention"
@@ -239,6 +244,14 @@ _WRAPPERS: dict[str, tuple[str, str, str, str]] = {
     # wrapper: (text default, vision default, tower's name, language model's name)
     "llava": ("llama", "clip_vision_model", "vision_tower", "language_model"),
     "llava_next": ("llama", "clip_vision_model", "vision_tower", "language_model"),
+    "llava_onevision": ("qwen2", "siglip_vision_model", "vision_tower", "language_model"),
+    "ernie4_5_vl_moe": (
+        "ernie4_5_vl_moe_text",
+        "ernie4_5_vl_moe_vision",
+        "vision_tower",
+        "language_model",
+    ),
+    "kimi_k25": ("deepseek_v3", "kimi_k25_vision", "vision_tower", "language_model"),
     "mistral3": ("mistral", "pixtral", "vision_tower", "language_model"),
     "gemma3": ("gemma3_text", "siglip_vision_model", "vision_tower", "language_model"),
     "paligemma": ("gemma", "siglip_vision_model", "vision_tower", "language_model"),
@@ -252,6 +265,11 @@ _WRAPPERS: dict[str, tuple[str, str, str, str]] = {
     "qwen3_5_moe": ("qwen3_5_moe_text", "qwen3_5_moe_vision", "visual", "language_model"),
     "qwen3_vl_moe": ("qwen3_vl_moe_text", "qwen3_vl_moe_vision", "visual", "language_model"),
 }
+_ONEVISION = {
+    "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 14, "image_size": 384,
+    "num_hidden_layers": 26, "num_attention_heads": 16, "vision_use_head": False,
+}  # fmt: skip
+"""Of a LLaVA-OneVision without a vision_config."""
 _SHOWN = (
     "llava", "gemma3", "paligemma", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
     "qwen3_vl_moe",
@@ -259,7 +277,7 @@ _SHOWN = (
 """Wrappers whose tower is run; the others' weights are counted."""
 _JOINED = ("llava", "llava_next", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 """Wrappers that call ``torch.cat`` on the features of each image."""
-_TEXT_TIES = ("llava", "qwen2_vl", "qwen2_5_vl", "glm4v")
+_TEXT_TIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "glm4v")
 
 
 def vision_language(raw: Config) -> Network:
@@ -269,6 +287,8 @@ def vision_language(raw: Config) -> Network:
     text_default, vision_default, tower_name, text_name = _WRAPPERS[kind]
     text = _text(raw, text_default)
     vision = _sub(config, "vision_config", vision_default)
+    if kind == "llava_onevision" and not config.get("vision_config"):
+        vision |= _ONEVISION
     tied = bool(config.get("tie_word_embeddings"))
     if kind in _TEXT_TIES:
         tied = tied or bool(text.get("tie_word_embeddings"))
