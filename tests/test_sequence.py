@@ -14,9 +14,9 @@ from ftplan.memory.families import build
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.parallel import local_config
 from ftplan.memory.prepare import counted_parameters
-from ftplan.memory.record import record_step
 from ftplan.memory.replay import Program
 from ftplan.memory.sequence import split_sequence
+from ftplan.memory.steps import record_step
 from ftplan.spec import (
     Batch,
     Checkpointing,

@@ -14,10 +14,10 @@ from ftplan.memory.nn import Network
 from ftplan.memory.optimizer import rounded, state_bytes, step_bytes
 from ftplan.memory.pipeline import candidates, cut, one_chunk, stages_of
 from ftplan.memory.prepare import counted_parameters, prepare
-from ftplan.memory.record import record_evaluation, record_step
 from ftplan.memory.replay import Alive, Program
 from ftplan.memory.rollout import Rollout, Stage
 from ftplan.memory.statics import Counted, StaticTerm, weight_bytes, weights_term
+from ftplan.memory.steps import record_evaluation, record_step
 from ftplan.memory.tape import ITEM_BYTES, Label, Parameter
 from ftplan.memory.tasks import Objective, Resident, objective_of
 from ftplan.memory.zero import Layout, layout_of, live_bytes, partition, step_temporaries

@@ -16,9 +16,9 @@ from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.nn import Network
 from ftplan.memory.optimizer import rounded
 from ftplan.memory.prepare import counted_parameters
-from ftplan.memory.record import record_scoring, record_serving
 from ftplan.memory.replay import Alive, Program
 from ftplan.memory.statics import StaticTerm, weights_term
+from ftplan.memory.steps import record_scoring, record_serving
 from ftplan.memory.tape import Label
 from ftplan.memory.tasks import Objective
 

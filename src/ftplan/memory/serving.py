@@ -20,9 +20,9 @@ from ftplan.memory.estimate import Estimate
 from ftplan.memory.families import build, complete
 from ftplan.memory.prepare import counted_parameters
 from ftplan.memory.quantized import quantize
-from ftplan.memory.record import record_serving
 from ftplan.memory.replay import Moment, Program
 from ftplan.memory.statics import StaticTerm, weight_bytes
+from ftplan.memory.steps import record_serving
 from ftplan.memory.tape import ITEM_BYTES
 
 __all__ = ["CacheLayer", "ServingJob", "cache_bytes", "cache_layers", "serve"]

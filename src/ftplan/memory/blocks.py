@@ -1,0 +1,219 @@
+"""A stage of the network: its blocks, each kind once, and what stands before and behind them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from ftplan.memory.checkpointing import checkpoint_all
+from ftplan.memory.fsdp import Unit
+from ftplan.memory.nn import Module, Shared, Stack, Stage
+from ftplan.memory.record import BOUNDARY, HANDED, Recorder
+from ftplan.memory.tape import Node, Tape, Tensor
+
+__all__ = ["ask_for_gradient", "run_stage"]
+
+
+def run_stage(
+    recorder: Recorder,
+    stage: Stage,
+    shared: Shared,
+    checkpoint_every: int,
+    input_grads: bool,
+) -> Tensor:
+    """Blocks with what stands around them."""
+    order = recorder.order
+    x = stage.enter(recorder.tape, shared)
+    if input_grads and not x.requires_grad:
+        ask_for_gradient(x)
+    for held in recorder.tape.collecting:
+        if held and held[0].storage is x.storage:
+            held.clear()
+    _name_boundary(x)
+    if recorder.states is None:  # else the outputs hold it longer
+        shared.held.append(x.alias())
+    order.append(recorder.cut("embedding"))
+    if stage.stack.shared:
+        x = _run_shared(recorder, stage.stack, x, shared)
+        x = stage.leave(x, shared)
+        shared.held.clear()
+        order.append(recorder.cut("final norm"))
+        return x
+    seen: dict[tuple[Hashable, ...], int] = {}
+    picks = _Picks(shared)
+    for layer, kind in enumerate(stage.stack.pattern):
+        if stage.stack.kinds[kind].skipped:
+            continue
+        number = recorder.blocks + layer
+        checkpointed = checkpoint_every > 0 and number % checkpoint_every == 0
+        recorder.place = recorder.fsdp.place(layer, stage.stack.count) if recorder.fsdp else None
+        # the model's forward has a name for the first block's input; what it hands to all blocks
+        # of a kind dies with the first of them, which runs last on the way back; and the last
+        # block to use what the first one made for all is the second
+        alike = (kind, x.requires_grad)
+        first = all(known[:2] != alike for known in seen)
+        place = min(layer, 1 if shared.bias is None else 2 * max(1, checkpoint_every))
+        key = (*alike, first, checkpointed, place, recorder.place, picks.fresh)
+        handed_on = stage.stack.hands_on or len(recorder.network.stages) > 1
+        last = handed_on and _is_last(stage.stack, layer)
+        if key in seen and not last and not picks.lets_go(key):
+            order.append(seen[key])
+            picks.again(key)
+            if recorder.states is not None:
+                recorder.states.again(seen[key])
+            continue
+        block = stage.stack.kinds[kind]
+        if any(known[0] == kind for known in seen):
+            block = copy.deepcopy(block)  # a layer of its own: its gradients are too
+            recorder.copies.append(block)
+        _name_parts(block, recorder.tape)
+        entering = x.storage.index if x.storage is not None else 0
+        # the caller's name for the input lives until the block returns
+        x = _run_block(recorder, block, x, shared, checkpointed=checkpointed)
+        x = recorder.network.after_block(layer, x)
+        _name_boundary(x)
+        picks.note(key)
+        seen[key] = recorder.cut("block")
+        order.append(seen[key])
+        if recorder.states is not None:
+            recorder.states.keep(seen[key], entering, x)
+    recorder.blocks += stage.stack.count
+    shared.forget()
+    if not checkpoint_every:
+        recorder.tape.prefix = None
+    x = stage.leave(x, shared)
+    shared.held.clear()
+    order.append(recorder.cut("final norm"))
+    return x
+
+
+def _run_block(
+    recorder: Recorder, block: Module, x: Tensor, shared: Shared, *, checkpointed: bool
+) -> Tensor:
+    """A block's forward, as a unit of FSDP where the job is sharded."""
+    run = _checkpoint if checkpointed else _run
+    if recorder.fsdp is None or recorder.fsdp.spec.wrap == "model":
+        return run(block, x, shared)
+    unit = Unit("block", [p for _, p in block.named_parameters()], place=recorder.place)
+    recorder.units.append(unit)
+    recorder.fsdp.adopt(unit)
+    recorder.fsdp.begin_forward(unit)
+    out = run(block, recorder.fsdp.enter(unit, x), shared)
+    recorder.fsdp.end_forward(unit)
+    return recorder.fsdp.leave(unit, out)
+
+
+def _run_shared(recorder: Recorder, stack: Stack, x: Tensor, shared: Shared) -> Tensor:
+    """Every layer as it is: gradients of one weight meet, and its cast is made once."""
+    for block in stack.kinds:
+        _name_parts(block, recorder.tape)
+    for kind in stack.pattern:
+        x = _run_block(recorder, stack.kinds[kind], x, shared, checkpointed=False)
+        _name_boundary(x)
+    recorder.recording.forward_order.append(recorder.cut("shared blocks"))
+    return x
+
+
+def _name_boundary(x: Tensor) -> None:
+    """What passes from block to block has one name, whichever block made it."""
+    if x.storage is not None:
+        x.tape.labels[x.storage.index - 1] = BOUNDARY
+
+
+def _is_last(stack: Stack, layer: int) -> bool:
+    return stack.pattern[layer] not in stack.pattern[layer + 1 :]
+
+
+def _name_parts(block: Module, tape: Tape) -> None:
+    """Let storages be named after the part of the block that makes them."""
+    for name, part in block.children.items():
+        vars(part).pop("forward", None)  # a copied block must not run the original's parts
+        if hasattr(part, "forward"):
+            part.forward = _naming(part.forward, name, tape)
+
+
+def _naming(forward: Callable[..., Any], name: str, tape: Tape) -> Callable[..., Any]:
+    def named(*args: Any, **kwargs: Any) -> Any:
+        before, tape.module = tape.module, name
+        out = forward(*args, **kwargs)
+        tape.module = before
+        return out
+
+    return named
+
+
+def _run(block: Module, x: Tensor, shared: Shared) -> Tensor:
+    out: Tensor = block.forward(x, shared)
+    return out
+
+
+def _checkpoint(block: Module, x: Tensor, shared: Shared) -> Tensor:
+    given = copy.copy(shared)
+
+    def run(x: Tensor) -> list[Tensor]:
+        handed = shared if x.tape.rerun is None else copy.copy(given)
+        before = {id(tensor) for tensor in handed.made()}
+        out = _run(block, x, handed)
+        return [out, *(tensor for tensor in handed.made() if id(tensor) not in before)]
+
+    offload = x.tape.env.offload_checkpoints
+    out, *_ = checkpoint_all(run, x, given.given(), trains=_trains(block), offload=offload)
+    return out
+
+
+def _trains(block: Module) -> bool:
+    return any(parameter.trainable for _, parameter in block.named_parameters())
+
+
+class _Picks:
+    """Tokens that a block picks for those after it (GLM-5), which its checkpoint does not keep.
+
+    The next block's does, and lets go of them on its way back: that block is recorded after each
+    recorded one that picks, so that each is played as often as the other.
+    """
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._makers: set[tuple[Hashable, ...]] = set()
+        self._before: tuple[Hashable, ...] = ()
+        self._recorded = False
+
+    @property
+    def fresh(self) -> bool:
+        """The block before has picked."""
+        return self._before in self._makers
+
+    def lets_go(self, key: tuple[Hashable, ...]) -> bool:
+        """The block before was recorded and picked, and is none that is played many times."""
+        return self.fresh and self._recorded and key != self._before
+
+    def note(self, key: tuple[Hashable, ...]) -> None:
+        """A block was recorded. What it picked has one name, whichever block did."""
+        picked = self._shared.picked
+        if picked is not None and picked.storage is not None:
+            index = picked.storage.index - 1
+            if picked.tape.labels[index] != HANDED:
+                self._makers.add(key)
+                picked.tape.labels[index] = HANDED
+        self._before, self._recorded = key, True
+
+    def again(self, key: tuple[Hashable, ...]) -> None:
+        """A block like an earlier one."""
+        self._before, self._recorded = key, False
+
+
+def ask_for_gradient(x: Tensor) -> None:
+    """Make ``x`` the first node of the graph: its gradient arrives outside of the blocks.
+
+    What collects a gradient (``AccumulateGrad``) holds the tensor until then; what passes from
+    block to block is held by the blocks anyway (:func:`run_stage` drops it here).
+    """
+    held = [x.alias()]
+    x.tape.collecting.append(held)
+
+    def apply(_grad: Tensor) -> tuple[Tensor | None, ...]:
+        held.clear()
+        return ()
+
+    x.requires_grad, x.node = True, Node(x.tape, "input gradient", [], apply)
