@@ -56,6 +56,8 @@ class Page:
             no_color=not colour,
             color_system="standard" if colour else None,
             highlight=False,
+            markup=False,  # names come from files: brackets and colons in them mean nothing
+            emoji=False,
             legacy_windows=False,
         )
 
