@@ -33,6 +33,7 @@ from ftplan.memory.tape import (
 
 __all__ = [
     "add",
+    "add_",
     "cat",
     "cross_entropy",
     "dropout",
@@ -260,6 +261,18 @@ def add(a: Tensor, b: Tensor, name: str = "add") -> Tensor:
     rows, width = _broadcast(a, b)
     out = a.tape.tensor(rows, width, dtype, name)
     record([out], name, [a, b], lambda grad: (grad, grad))
+    return out
+
+
+def add_(a: Tensor, b: Tensor) -> Tensor:
+    """``a += b``: no new tensor forward."""
+    out = a.alias()
+    wants = (a.requires_grad, b.requires_grad)
+
+    def apply(grad: Tensor) -> Grads:
+        return tuple(grad if wanted else None for wanted in wants)
+
+    record([out], "add_", [a, b], apply)
     return out
 
 

@@ -209,7 +209,6 @@ def render(
 ) -> str:
     """The answer on the screen. ``explain`` adds where each assumption was read."""
     page = Page(width, colour)
-    page.line((_title(answer), "bold"))
     if answer.solution is not None:
         style = STYLE["fits"] if answer.solution.value is not None else STYLE["over"]
         page.line((answer.solution.text, style))
@@ -220,6 +219,7 @@ def render(
     for text in _fastest(answer):
         page.line(text, indent=2)
     page.blank()
+    page.line((_title(answer), "bold"))
     table = _grid(_WAYS)
     for row in answer.rows:
         cells = _way_row(row)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
 from ftplan.memory.adapters.lora import Adapted, Named, learned, thin
-from ftplan.memory.adapters.products import Beside, add_in_place, leaf
+from ftplan.memory.adapters.products import Beside, leaf
 from ftplan.memory.adapters.rotations import skew_symmetric
 from ftplan.memory.job import AdapterSpec
 from ftplan.memory.nn import Linear, Module, activation
@@ -57,7 +57,7 @@ class GraloraLinear(Adapted):
         output = ops.matmul(hidden, up, x.rows, self.out_features, inner=self.rank)
         output = ops.copy(output, "joined blocks")
         del hidden
-        result = add_in_place(result, ops.scale(ops.to(output, result.dtype)))
+        result = ops.add_(result, ops.scale(ops.to(output, result.dtype)))
         return ops.to(result, before)
 
 

@@ -40,19 +40,6 @@ class Beside(Adapted):
         raise NotImplementedError
 
 
-def add_in_place(result: Tensor, update: Tensor) -> Tensor:
-    """``result += update``: no new tensor forward."""
-    out = result.alias()
-    dtype, wants = update.dtype, (result.requires_grad, update.requires_grad)
-
-    def apply(grad: Tensor) -> Grads:
-        other = grad if grad.dtype == dtype else ops.to(grad, dtype)
-        return grad if wants[0] else None, other if wants[1] else None
-
-    ops.record([out], "add_", [result, update], apply)
-    return out
-
-
 class AdaLoraLinear(Adapted):
     """``x (A E)^T B^T``: a product with singular values that are pruned as training goes on."""
 
@@ -76,7 +63,7 @@ class AdaLoraLinear(Adapted):
         thin = ops.linear(ops.dropout(x, self.dropout), weighted)
         scaled = ops.scale(ops.linear(thin, up))
         count = ops.scale(tape.leaf(self.ranknum.parameters["default"]))
-        return add_in_place(result, _quotient(scaled, count))
+        return ops.add_(result, _quotient(scaled, count))
 
 
 def _quotient(a: Tensor, b: Tensor) -> Tensor:
@@ -179,7 +166,7 @@ class C3aLinear(Adapted):
         result = self.base_layer.forward(x)
         x = ops.to(x, "fp32")
         x = ops.scale(_circular(x, leaf(x.tape, self.c3a_kernel), self.out_features))
-        result = add_in_place(result, ops.to(x, result.dtype))
+        result = ops.add_(result, ops.to(x, result.dtype))
         return ops.to(result, before)
 
 
@@ -400,7 +387,7 @@ class DeloraLinear(Adapted):
         thin = ops.linear(ops.mul(x, norm), down)
         strength = _strength(down, up, leaf(tape, self.delora_lambda))
         thin = ops.linear(ops.mul(thin, strength), up)
-        total = add_in_place(total, thin)
+        total = ops.add_(total, thin)
         return ops.to(ops.add(result, total), before)
 
 

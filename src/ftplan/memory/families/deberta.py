@@ -127,7 +127,7 @@ class Attention(Module):
             del shifted
             found = _gather_pairs(found, index, count)
             scaled = ops.scale(found)
-            total = ops.shift(scaled) if total is None else _add_in_place(total, scaled)
+            total = ops.shift(scaled) if total is None else ops.add_(total, scaled)
             del scaled
         return total
 
@@ -142,13 +142,6 @@ class Attention(Module):
             kind: _repeat(_contiguous(linear.forward(table)), rows)
             for kind, linear in linears.items()
         }
-
-
-def _add_in_place(a: Tensor, b: Tensor) -> Tensor:
-    """``a += b``."""
-    out = a.alias()
-    ops.record([out], "add_", [a, b], lambda grad: (grad, grad))
-    return out
 
 
 class Block(Module):

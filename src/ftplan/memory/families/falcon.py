@@ -29,7 +29,7 @@ from ftplan.memory.nn import (
     activation,
     rope_table,
 )
-from ftplan.memory.tape import SCORES, TOKENS, Grads, Tape, Tensor
+from ftplan.memory.tape import SCORES, TOKENS, Tape, Tensor
 
 
 class FalconLinear(Linear):
@@ -38,18 +38,6 @@ class FalconLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         out = ops.linear(x, x.tape.leaf(self.weight))
         return ops.add(out, x.tape.leaf(self.bias)) if self.bias else out
-
-
-def _add_in_place(a: Tensor, b: Tensor) -> Tensor:
-    """``a += b``."""
-    out = a.alias()
-    wants = (a.requires_grad, b.requires_grad)
-
-    def apply(grad: Tensor) -> Grads:
-        return tuple(grad if wanted else None for wanted in wants)
-
-    ops.record([out], "add_", [a, b], apply)
-    return out
 
 
 class Attention(Module):
@@ -189,7 +177,7 @@ class Block(Module):
         out = activation(out, self.act)
         out = self.mlp.child("dense_4h_to_h").forward(out)
         if self.new or self.parallel:
-            out = _add_in_place(out, attended)
+            out = ops.add_(out, attended)
         return ops.add(residual, ops.dropout(out, self.dropout))
 
 

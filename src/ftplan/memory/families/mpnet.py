@@ -43,20 +43,13 @@ class SelfAttention(Module):
         scores = ops.scale(ops.matmul(left, right, SCORES * self.count, 1, "scores"))
         del left, right
         assert shared.bias is not None and shared.mask is not None
-        scores = _add_in_place(scores, shared.bias)
+        scores = ops.add_(scores, shared.bias)
         scores = ops.add(scores, shared.mask)
         weights = ops.softmax(ops.autocast_fp32(scores))
         weights = ops.dropout(weights, self.dropout)
         out = ops.matmul(weights, operand(ops.autocast(v)), x.rows, x.width, "attention")
         result: Tensor = self.children["o"].forward(ops.copy(out))
         return result
-
-
-def _add_in_place(a: Tensor, b: Tensor) -> Tensor:
-    """``a += b``."""
-    out = a.alias()
-    ops.record([out], "add_", [a, b], lambda grad: (grad, grad))
-    return out
 
 
 class Block(Module):
