@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from ftplan.memory.tape import (
-    ITEM_BYTES,
     ONE,
     Grads,
     Kind,
@@ -561,8 +560,3 @@ def rows_slice(x: Tensor, rows: Size) -> Tensor:
     make = like(x.rows, x.width, x.dtype, x.requires_grad)
     record([out], "slice", [x], lambda grad: (make(grad),))
     return out
-
-
-def item_bytes(dtype: str) -> int:
-    """Bytes of one element."""
-    return ITEM_BYTES[dtype]

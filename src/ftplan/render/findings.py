@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from urllib.parse import quote
 
-from ftplan.report import CheckReport, Finding, Report, Verdict
+from ftplan.report import CheckReport, Finding, Report
 
-__all__ = ["Placed", "RuleText", "exit_verdict", "fingerprints", "placed", "relative", "uri"]
+__all__ = ["Placed", "RuleText", "fingerprints", "placed", "relative", "uri"]
 
 _RANK = {"error": 0, "warning": 1, "info": 2}
 
@@ -73,8 +73,3 @@ def relative(file: str, base: str) -> str:
 def uri(file: str, base: str) -> str:
     """``file`` as a relative reference of RFC 3986."""
     return quote(relative(file, base), safe="/")
-
-
-def exit_verdict(verdict: Verdict | None) -> Verdict:
-    """A job that was never held against a GPU could not be decided."""
-    return verdict or "unknown"

@@ -319,14 +319,6 @@ class Ledger(TorchDispatchMode):
             points.append((clock, live))
         return points
 
-    def alive_at(self, clock: int) -> list[Entry]:
-        """What lived right after the tick ``clock``."""
-        return [
-            entry
-            for entry in self.entries
-            if entry.birth <= clock and (entry.death is None or entry.death > clock)
-        ]
-
 
 def _tensors(result: Any) -> Iterator[Any]:
     if isinstance(result, torch.Tensor):
