@@ -20,6 +20,7 @@ SOURCE = Path(ftplan.__file__).parent
 VALUES = "values"
 ROOMS = {
     # stdlib only: what a user writes and what we answer with
+    "dataclass": VALUES,
     "errors": VALUES,
     "units": VALUES,
     "dtypes": VALUES,

@@ -5,9 +5,10 @@ The JSON of ``ftplan advise`` is :func:`advice_to_dict` of these classes, field 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args
 
+from ftplan.dataclass import dataclass
 from ftplan.failures import FailureClass
 
 __all__ = [

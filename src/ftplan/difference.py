@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from ftplan.dataclass import dataclass
 from ftplan.report import Interval, Report, Verdict
 
 __all__ = ["BytesChange", "Difference", "KeyChange", "Step", "difference"]

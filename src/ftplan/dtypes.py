@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 from typing import Literal
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import FtplanError, UnknownNameError
 
 __all__ = ["FORMATS", "Format", "Size", "find_format", "format_names"]

@@ -15,7 +15,8 @@ what the user writes instead. A mistake of ours is an ``AssertionError``, never 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from ftplan.dataclass import dataclass
 
 __all__ = [
     "AmbiguousNameError",

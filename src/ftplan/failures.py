@@ -6,9 +6,10 @@ not known either. Shares and accuracies are fractions of one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, ClassVar, Literal
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import InputError
 
 __all__ = [

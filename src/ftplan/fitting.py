@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from ftplan.dataclass import dataclass
 from ftplan.report import Assumption, Finding, GpuSummary, ModelSummary, Remedy, Verdict
 
 __all__ = [

@@ -6,9 +6,10 @@ The JSON of ``ftplan memory`` and ``ftplan check`` is these classes, field for f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import Location
 
 __all__ = [

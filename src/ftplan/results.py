@@ -7,7 +7,7 @@ threshold stays a score unless one was assumed, and an assumed threshold is mark
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from ftplan.dataclass import dataclass
 
 __all__ = [
     "Aggregate",

@@ -10,8 +10,10 @@ catalogues, degrees and counts are per job unless the name says otherwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, ClassVar, Literal
+
+from ftplan.dataclass import dataclass
 
 __all__ = [
     "Batch",

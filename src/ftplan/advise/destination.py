@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import fsum
 from typing import Literal
 
@@ -13,6 +12,7 @@ from ftplan.advise.facts import Facts, Row
 from ftplan.advise.rules.retrieval import SEARCHING
 from ftplan.advise.support import MAYBE, NO, WEAK, ladder_of, support
 from ftplan.advise.taxonomy import Kind
+from ftplan.dataclass import dataclass
 from ftplan.failures import FailureClass
 
 __all__ = ["Aim", "Axis", "Vote", "find_aim"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import fsum
 
 from ftplan.advice import (
@@ -29,6 +28,7 @@ from ftplan.advise.statistics import wilson
 from ftplan.advise.truth import Truth
 from ftplan.advise.way import Rung, rungs_to
 from ftplan.advise.workflow import workflow
+from ftplan.dataclass import dataclass
 from ftplan.failures import FailuresFile
 
 __all__ = ["advise"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
 
 from ftplan.advice import TITLES
 from ftplan.advise.rules import MARKS, RULES, STRENGTHS, describe_case
+from ftplan.dataclass import dataclass
 from ftplan.errors import UnknownNameError
 
 __all__ = ["HEADINGS", "Page", "Section", "explain_page"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from math import fsum
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from ftplan.advise.statistics import Range, multinomial_difference, wilson
 from ftplan.advise.taxonomy import Kind, kind_of, suggest_kind
 from ftplan.advise.truth import FALSE, TRUE, Truth, all_of, any_of, unknown
+from ftplan.dataclass import dataclass
 from ftplan.failures import Failure, FailureClass, FailuresFile, State
 
 __all__ = ["BASELINE", "SHARED_FIX", "Facts", "Row"]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import InputError
 
 __all__ = [

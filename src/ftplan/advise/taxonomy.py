@@ -8,9 +8,9 @@ open, done or closed is the engine's affair, not the kind's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from ftplan.advice import Step
+from ftplan.dataclass import dataclass
 from ftplan.failures import Failure, FailureClass
 
 __all__ = ["CUSTOM", "KINDS", "TESTS", "Kind", "Test", "kind_of", "suggest_kind"]

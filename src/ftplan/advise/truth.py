@@ -7,7 +7,8 @@ into the other; this is what keeps the engine from being surer of less.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from ftplan.dataclass import dataclass
 
 __all__ = ["FALSE", "TRUE", "Truth", "all_of", "any_of", "unknown"]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from ftplan.advice import CHEAP_STEPS, Step
 from ftplan.advise.destination import Aim
 from ftplan.advise.facts import Facts
 from ftplan.advise.truth import FALSE, TRUE, Truth, unknown
+from ftplan.dataclass import dataclass
 
 __all__ = ["Rung", "rungs_to"]
 

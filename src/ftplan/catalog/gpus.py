@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
-from ftplan.catalog.shelf import Shelf, canonical, read_rows
+from ftplan.catalog.shelf import Shelf, canonical
+from ftplan.dataclass import dataclass
 
 __all__ = ["GPUS", "GpuRow", "Interconnect", "find_gpu", "search_gpus"]
 
@@ -85,15 +85,9 @@ _VENDOR = re.compile(r"^(?:(?:nvidia|amd|intel|geforce|tesla|instinct|radeon)-)+
 _GLUED = re.compile(r"\b(rtx|gtx|rx)(?=\d)")
 
 
-def _rows() -> Iterator[GpuRow]:
-    for row in read_rows("gpus.json"):
-        yield GpuRow(
-            **{
-                **row,
-                "aliases": tuple(row["aliases"]),
-                "interconnect": Interconnect(**row["interconnect"]),
-            }
-        )
+def _row(row: Mapping[str, Any]) -> GpuRow:
+    link = Interconnect(**row["interconnect"])
+    return GpuRow(**{**row, "aliases": tuple(row["aliases"]), "interconnect": link})
 
 
 def _short(name: str) -> str:
@@ -106,7 +100,7 @@ def _spellings(row: GpuRow) -> Iterable[str]:
     return (_short(name) for name in (row.name, *row.aliases))
 
 
-GPUS: Shelf[GpuRow] = Shelf("GPU", "gpus", _rows, spellings=_spellings)
+GPUS: Shelf[GpuRow] = Shelf("GPU", "gpus", "gpus.json", _row, spellings=_spellings)
 """All GPUs."""
 
 

@@ -8,11 +8,11 @@ agree with them, and is never written here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from ftplan.catalog.shelf import Shelf, canonical, read_rows
+from ftplan.catalog.shelf import Shelf, canonical
+from ftplan.dataclass import dataclass
 
 __all__ = ["MODELS", "ModelMatch", "ModelRow", "find_model", "resolve_model", "search_models"]
 
@@ -79,28 +79,29 @@ _ENDINGS = (
 )
 
 
-def _rows() -> Iterator[ModelRow]:
-    for row in read_rows("models.json"):
-        yield ModelRow(
-            name=row["name"],
-            family=row["family"],
-            hub_ids=tuple(row["hub_ids"]),
-            aliases=tuple(row["aliases"]),
-            config=row["config"],
-            total_params=row["total_params"],
-            published_params_approx=row.get("published_params_approx"),
-            source=row["source"],
-            date=row["date"],
-            checked=tuple(row.get("checked", ())),
-            notes=row.get("notes", ""),
-        )
+def _row(row: Mapping[str, Any]) -> ModelRow:
+    return ModelRow(
+        name=row["name"],
+        family=row["family"],
+        hub_ids=tuple(row["hub_ids"]),
+        aliases=tuple(row["aliases"]),
+        config=row["config"],
+        total_params=row["total_params"],
+        published_params_approx=row.get("published_params_approx"),
+        source=row["source"],
+        date=row["date"],
+        checked=tuple(row.get("checked", ())),
+        notes=row.get("notes", ""),
+    )
 
 
 def _file_names(row: ModelRow) -> Iterable[str]:
     return (hub_id.rsplit("/", 1)[-1] for hub_id in row.hub_ids)
 
 
-MODELS: Shelf[ModelRow] = Shelf("model", "models", _rows, lambda row: row.hub_ids, _file_names)
+MODELS: Shelf[ModelRow] = Shelf(
+    "model", "models", "models.json", _row, lambda row: row.hub_ids, _file_names
+)
 """All models."""
 
 

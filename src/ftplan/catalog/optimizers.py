@@ -7,11 +7,11 @@ that could not be run says so (``measured`` false).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from ftplan.catalog.shelf import Shelf, read_rows
+from ftplan.catalog.shelf import Shelf
+from ftplan.dataclass import dataclass
 from ftplan.memory.optimizer import State, Step
 
 __all__ = [
@@ -69,25 +69,24 @@ class OptimizerRow:
     """What a reader of the row must know."""
 
 
-def _rows() -> Iterator[OptimizerRow]:
-    for row in read_rows("optimizers.json"):
-        yield OptimizerRow(
-            **{
-                **row,
-                "states": tuple(State(**state) for state in row["states"]),
-                "steps": {name: _step(step) for name, step in row["steps"].items()},
-                "step_counter_on_gpu": tuple(row["step_counter_on_gpu"]),
-                "keeps_fp32": tuple(row["keeps_fp32"]),
-                "aliases": tuple(row["aliases"]),
-            }
-        )
+def _row(row: Mapping[str, Any]) -> OptimizerRow:
+    return OptimizerRow(
+        **{
+            **row,
+            "states": tuple(State(**state) for state in row["states"]),
+            "steps": {name: _step(step) for name, step in row["steps"].items()},
+            "step_counter_on_gpu": tuple(row["step_counter_on_gpu"]),
+            "keeps_fp32": tuple(row["keeps_fp32"]),
+            "aliases": tuple(row["aliases"]),
+        }
+    )
 
 
 def _step(step: Mapping[str, Any]) -> Step:
     return Step(**{name: (pair[0], pair[1]) for name, pair in step.items()})
 
 
-OPTIMIZERS: Shelf[OptimizerRow] = Shelf("optimizer", "optimizers", _rows)
+OPTIMIZERS: Shelf[OptimizerRow] = Shelf("optimizer", "optimizers", "optimizers.json", _row)
 """All optimizers."""
 
 

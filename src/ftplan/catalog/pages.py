@@ -5,10 +5,11 @@ Numeric formats, stacks and optimizers have pages too, made from their own rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
-from ftplan.catalog.shelf import Shelf, read_rows
+from ftplan.catalog.shelf import Shelf
+from ftplan.dataclass import dataclass
 
 __all__ = ["Page", "all_pages", "find_page", "format_page"]
 
@@ -28,12 +29,11 @@ class Page:
     aliases: tuple[str, ...] = ()
 
 
-def _rows() -> Iterator[Page]:
-    for row in read_rows("pages.json"):
-        yield Page(**{**row, "aliases": tuple(row["aliases"])})
+def _page(row: Mapping[str, Any]) -> Page:
+    return Page(**{**row, "aliases": tuple(row["aliases"])})
 
 
-_PAGES: Shelf[Page] = Shelf("page", "explain", _rows)
+_PAGES: Shelf[Page] = Shelf("page", "explain", "pages.json", _page)
 
 
 def all_pages() -> tuple[Page, ...]:

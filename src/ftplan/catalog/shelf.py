@@ -1,12 +1,14 @@
 """One way to look a name up: exact, in any usual spelling, ambiguous, or unknown.
 
-A shelf holds the rows of one data file. Rows are parsed when the shelf is first asked, once.
+A shelf holds the rows of one data file, a line each. A row that is called by its own name is read
+alone; for anything else all are, once.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -14,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from ftplan.errors import AmbiguousNameError, UnknownNameError
 
-__all__ = ["Named", "Shelf", "canonical", "read_data", "read_rows"]
+__all__ = ["Named", "Shelf", "canonical", "read_data", "read_row", "read_rows"]
 
 
 class Named(Protocol):
@@ -40,9 +42,14 @@ def canonical(name: str) -> str:
 def read_data(file: str, package: str = "ftplan.catalog") -> Any:
     """What ``data/<file>`` beside a package of ours says, from a folder or from a zip file."""
     # what importlib.resources does, which costs more to import than all rows to parse
+    return json.loads(_read(file, package))
+
+
+def _read(file: str, package: str = "ftplan.catalog") -> bytes:
     spec: Any = sys.modules[package].__spec__
     path = os.path.join(spec.submodule_search_locations[0], "data", file)  # noqa: PTH118
-    return json.loads(spec.loader.get_data(path))
+    content: bytes = spec.loader.get_data(path)
+    return content
 
 
 def read_rows(file: str) -> list[Mapping[str, Any]]:
@@ -51,8 +58,15 @@ def read_rows(file: str) -> list[Mapping[str, Any]]:
     return rows
 
 
+def read_row(file: str, name: str) -> Mapping[str, Any] | None:
+    """The row of ``data/<file>`` whose line begins with this name; the others are not parsed."""
+    line = re.search(rb'^\{"name": ?"%s",.*?(?=,?$)' % re.escape(name).encode(), _read(file), re.M)
+    row: Mapping[str, Any] | None = json.loads(line[0]) if line else None
+    return row
+
+
 class Shelf(Generic[RowT]):
-    """The rows of one kind, found by name.
+    """The rows of one kind, found by name: ``make`` builds each from what ``file`` says of it.
 
     ``ids`` gives further names a row answers to exactly (hub ids). ``spellings`` gives those it
     answers to when nothing does exactly (a hub id without its owner); two rows may share such a
@@ -63,20 +77,24 @@ class Shelf(Generic[RowT]):
         self,
         kind: str,
         command: str,
-        load: Callable[[], Iterable[RowT]],
+        file: str,
+        make: Callable[[Mapping[str, Any]], RowT],
         ids: Callable[[RowT], Iterable[str]] = lambda row: (),
         spellings: Callable[[RowT], Iterable[str]] = lambda row: (),
     ) -> None:
         self.kind = kind
         self.command = command
-        self._load = load
+        self._file = file
+        self._make = make
         self._ids = ids
         self._spellings = spellings
+        self._made: dict[str, RowT] = {}
 
     @cached_property
     def rows(self) -> tuple[RowT, ...]:
         """All rows, in the order of the data file."""
-        return tuple(self._load())
+        known = self._made
+        return tuple(known.get(row["name"]) or self._make(row) for row in read_rows(self._file))
 
     def __iter__(self) -> Iterator[RowT]:
         return iter(self.rows)
@@ -100,9 +118,18 @@ class Shelf(Generic[RowT]):
     def lookup(self, name: str) -> Sequence[RowT]:
         """The rows that answer to ``name``: one, several when it is ambiguous, or none."""
         key = canonical(name)
+        if row := self._alone(name) or self._alone(key):
+            return (row,)
         if key in self._names:
             return (self._names[key],)
         return self._exact.get(key) or self._loose.get(key) or ()
+
+    def _alone(self, name: str) -> RowT | None:
+        if "rows" not in vars(self) and name not in self._made:
+            row = read_row(self._file, name)
+            if row is not None:
+                self._made[name] = self._make(row)
+        return self._made.get(name)
 
     def find(self, name: str) -> RowT:
         """The row called ``name``. ``UnknownNameError`` or ``AmbiguousNameError`` otherwise."""

@@ -7,11 +7,12 @@ A profile says which operations run and in which dtypes; it never multiplies a s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any, Literal
 
 from ftplan.catalog.shelf import read_data
+from ftplan.dataclass import dataclass
 from ftplan.errors import UnknownNameError, UnsupportedError
 
 __all__ = ["RINGS", "Stack", "StackRow", "find_stack", "is_stack", "stack_names", "stack_page"]

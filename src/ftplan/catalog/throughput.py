@@ -8,11 +8,11 @@ from the others (tools/gen_utilisation.py), and the estimate is tried on those k
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ftplan.catalog.gpus import GpuRow
 from ftplan.catalog.shelf import read_rows
+from ftplan.dataclass import dataclass
 from ftplan.fit.time import Speed, Utilisation
 
 __all__ = ["Reading", "link_of", "readings", "speed_of", "utilisation_of"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
 from ftplan.advice import Advice
+from ftplan.dataclass import dataclass
 from ftplan.failures import State
 from ftplan.spec import Checkpointing, Hardware, Method, Model, Plan, Task
 

@@ -29,13 +29,13 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import FtplanError, describe_fault
 
 __all__ = ["COMMANDS", "Command", "build_app", "help_text", "run"]

@@ -13,12 +13,13 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import InputError, UnitError
 from ftplan.report import Assumption
 from ftplan.spec import (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,6 +60,8 @@ def note(message: str) -> None:
 
 def write_file(path: Path, text: str) -> None:
     """Replace ``path`` with ``text`` in one step: a reader sees the old file or the new one."""
+    import tempfile  # most answers go to the screen
+
     try:
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")  # a pipe or a device: nothing to replace

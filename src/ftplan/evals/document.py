@@ -13,9 +13,10 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import InputError, Location
 
 __all__ = ["Document", "parse_document", "python_literal"]

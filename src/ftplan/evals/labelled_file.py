@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from functools import lru_cache
 from typing import Any
 
 import yaml
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import InputError, Location
 from ftplan.failures import State
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, get_args
 
 from ftplan.advise.statistics import cohen_kappa, gwet_ac1
 from ftplan.advise.taxonomy import KINDS, TESTS, kind_of
+from ftplan.dataclass import dataclass
 from ftplan.errors import InputError
 from ftplan.evals.convert import failure_of, redacted
 from ftplan.evals.labelled_file import LabelledFile

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from ftplan.dataclass import dataclass
 from ftplan.evals.values import metric_key
 from ftplan.results import Check, ResultRow, Suggestion
 

@@ -8,11 +8,12 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import InputError, Location, MissingExtraError
 from ftplan.files.examples import examples_of
 from ftplan.files.formats import Example, understood

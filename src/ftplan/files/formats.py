@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from ftplan.dataclass import dataclass
 from ftplan.fitting import DataFormat
 
 __all__ = ["Example", "understood"]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import InputError, Location
 
 __all__ = ["StoredTensor", "read_headers"]

@@ -11,9 +11,9 @@ it: they are bound by memory, and their bytes are on the tape as well.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from ftplan.dataclass import dataclass
 from ftplan.memory.replay import Program
 
 __all__ = ["Compute", "Work", "hidden_of"]

@@ -9,9 +9,9 @@ taken back, the dearest first.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 
+from ftplan.dataclass import dataclass
 from ftplan.fit.changes import Change, apply_change, trainer_of
 from ftplan.report import Remedy, Verdict
 from ftplan.spec import Plan

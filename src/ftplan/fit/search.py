@@ -16,9 +16,9 @@ Both are found by halving. A test compares the answer with every plan, one by on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from ftplan.dataclass import dataclass
 from ftplan.fit.sizer import largest
 
 __all__ = ["AS_GOOD", "Best", "Cell", "best_of", "fastest"]

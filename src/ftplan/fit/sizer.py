@@ -9,10 +9,11 @@ for each side.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from itertools import pairwise
 
+from ftplan.dataclass import dataclass
 from ftplan.fit.time import Demand, Load
 from ftplan.memory.counters import Counters, counters, workspace_bytes
 from ftplan.memory.estimate import Structure, structure_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import InputError
 from ftplan.units import MIB
 

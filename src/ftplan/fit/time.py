@@ -9,9 +9,9 @@ published throughput (``catalog/data/utilisation.json``, written by tools/gen_ut
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil
 
+from ftplan.dataclass import dataclass
 from ftplan.fit.flops import Compute, Work, hidden_of
 from ftplan.fitting import Spread, TimeEstimate
 from ftplan.memory.estimate import Structure

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ftplan import __version__
+from ftplan.dataclass import dataclass
 from ftplan.errors import (
     FtplanError,
     Location,

@@ -6,11 +6,12 @@ Part of the library's front: it joins files, trainers and the calculator, and kn
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftplan import __version__, trainers
+from ftplan.dataclass import dataclass
 from ftplan.errors import FtplanError, InputError, Location
 from ftplan.front import api
 from ftplan.report import Assumption, Finding, Report

@@ -7,7 +7,7 @@ are looked up in the catalogues; a config.json is read from beside the plan, nev
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from ftplan.adapting import RANKS, check_options
 from ftplan.catalog.gpus import GpuRow, find_gpu
 from ftplan.catalog.models import resolve_model
 from ftplan.catalog.stacks import Stack, find_stack
+from ftplan.dataclass import dataclass
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.front.unused import idle_keys, sentence, shapeless_keys, without

@@ -6,13 +6,14 @@ Part of the library's front: it turns plans into the cells that :mod:`ftplan.fit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from ftplan.catalog.gpus import GpuRow, find_gpu
 from ftplan.catalog.throughput import speed_of, utilisation_of
+from ftplan.dataclass import dataclass
 from ftplan.errors import FtplanError
 from ftplan.files.lengths import cut_to, packed, padded_tokens
 from ftplan.fit.changes import Change, apply_change, merge

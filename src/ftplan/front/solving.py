@@ -5,10 +5,11 @@ Part of the library's front.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import InputError
 from ftplan.fit.changes import merge
 from ftplan.fit.flops import hidden_of

@@ -6,8 +6,7 @@ size). ``SCORES`` counts one number a head and a pair of tokens of one sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from ftplan.dataclass import dataclass
 from ftplan.memory import ops
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.env import Environment

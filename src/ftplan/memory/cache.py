@@ -8,9 +8,9 @@ layer of latent attention keeps the latent and the rotated part of the key (Deep
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from ftplan.dataclass import dataclass
 from ftplan.dtypes import Format
 from ftplan.errors import UnsupportedError
 from ftplan.memory.attention import Heads

@@ -19,8 +19,7 @@ The shares are the width of an interval, and no part of ``allocated``'s expected
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from ftplan.dataclass import dataclass
 from ftplan.report import Interval, Term
 from ftplan.units import MIB
 

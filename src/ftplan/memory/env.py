@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
+from ftplan.dataclass import dataclass
 from ftplan.memory.kernels import NONE, Kernels
 
 __all__ = ["Environment"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import UnsupportedError
 from ftplan.memory.families.native import Native
 from ftplan.memory.fsdp import BUFFERS, shard_shape

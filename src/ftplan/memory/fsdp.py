@@ -11,9 +11,10 @@ and scattered, and that buffer lives until the next unit's turn
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from math import prod
 
+from ftplan.dataclass import dataclass
 from ftplan.dtypes import find_format
 from ftplan.memory import ops
 from ftplan.memory.job import ShardingSpec

@@ -7,8 +7,9 @@ is saved (what is offloaded, and the copy that rank 0 writes). The processes com
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from ftplan.dataclass import dataclass
 from ftplan.dtypes import find_format
 from ftplan.errors import FtplanError
 from ftplan.memory.job import Job

@@ -7,9 +7,10 @@ unless ``None`` means "there is none".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Literal
 
+from ftplan.dataclass import dataclass
 from ftplan.dtypes import Format
 from ftplan.memory.env import Environment
 from ftplan.memory.optimizer import OptimizerSpec

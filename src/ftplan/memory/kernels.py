@@ -6,8 +6,10 @@ Values only: the operations themselves are in :mod:`fused`. What is not listed r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
+
+from ftplan.dataclass import dataclass
 
 __all__ = ["LIBRARIES", "NONE", "Kernels", "Lora", "kernels_of"]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+
+from ftplan.dataclass import dataclass
 
 __all__ = ["Lengths"]
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import UnsupportedError
 from ftplan.memory import fused, ops
 from ftplan.memory.tape import ONE, SEQ, TOKENS, Parameter, Size, Tape, Tensor

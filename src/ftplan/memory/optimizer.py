@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+from ftplan.dataclass import dataclass
 from ftplan.memory.tape import BLOCK_BYTES, ITEM_BYTES, Parameter
 
 __all__ = ["OptimizerSpec", "State", "Step", "rounded", "state_bytes", "step_bytes"]

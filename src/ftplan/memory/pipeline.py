@@ -10,8 +10,9 @@ torch/distributed/pipelining/schedules.py, 2.13; megatron/core/pipeline_parallel
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Network, Shared

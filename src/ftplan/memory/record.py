@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from ftplan.dataclass import dataclass
 from ftplan.memory.env import Environment
 from ftplan.memory.families.native import Native
 from ftplan.memory.fsdp import Fsdp, Unit

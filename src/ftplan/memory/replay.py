@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from ftplan.dataclass import dataclass
 from ftplan.memory.moments import WorstMoments
 from ftplan.memory.record import BOUNDARY, HANDED, Recording, Segment
 from ftplan.memory.tape import (

@@ -7,8 +7,9 @@ static, and a forward of some network on a batch of its own size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from ftplan.dataclass import dataclass
 from ftplan.dtypes import Format, find_format
 from ftplan.memory.cache import CacheLayer, cache_bytes, cache_layers
 from ftplan.memory.families import complete

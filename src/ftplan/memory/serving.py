@@ -10,9 +10,9 @@ does not grow with the context.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from ftplan.dataclass import dataclass
 from ftplan.dtypes import Format
 from ftplan.memory.cache import CacheLayer, cache_bytes, cache_layers
 from ftplan.memory.env import Environment

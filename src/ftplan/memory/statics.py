@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import repeat
 
+from ftplan.dataclass import dataclass
 from ftplan.dtypes import find_format
 from ftplan.memory.optimizer import rounded
 from ftplan.memory.tape import ITEM_BYTES, Parameter

@@ -17,10 +17,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from sys import getrefcount
 from typing import Literal, NamedTuple, Protocol
 
+from ftplan.dataclass import dataclass
 from ftplan.memory.env import Environment
 
 __all__ = [

@@ -25,9 +25,10 @@ trainers that people run; the file and version that each mirrors:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
 from ftplan.memory.families.native import Native

@@ -9,9 +9,9 @@ several GPUs each part is divided as ZeRO divides it (Rajbhandari et al., arXiv 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 
+from ftplan.dataclass import dataclass
 from ftplan.dtypes import Format
 from ftplan.report import Term
 

@@ -16,9 +16,9 @@ than its share.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
+from ftplan.dataclass import dataclass
 from ftplan.dtypes import find_format
 from ftplan.memory.fsdp import ACCUMULATED, BUFFERS, Fsdp, Unit
 from ftplan.memory.job import ShardingSpec

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import PurePath
 from urllib.parse import quote
 
+from ftplan.dataclass import dataclass
 from ftplan.report import CheckReport, Finding, Report
 
 __all__ = ["Placed", "RuleText", "fingerprints", "placed", "relative", "uri"]

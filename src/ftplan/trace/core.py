@@ -27,12 +27,13 @@ import gc
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from ftplan.dataclass import dataclass
 from ftplan.spec import Plan
 from ftplan.trace import build, cuda
 from ftplan.trace.images import image_batch

@@ -19,11 +19,12 @@ import json
 import random
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import FtplanError
 
 __all__ = ["Found", "draw", "predict", "shapes", "truth"]

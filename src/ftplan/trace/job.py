@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from ftplan.adapting import RANKS
 from ftplan.catalog.stacks import find_stack
+from ftplan.dataclass import dataclass
 from ftplan.errors import UnsupportedError
 from ftplan.memory.families.native import TASKS
 from ftplan.spec import Plan, Sharding

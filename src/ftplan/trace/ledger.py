@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ftplan.dataclass import dataclass
 
 __all__ = ["ALLOCATION_GRANULE_BYTES", "Entry", "Ledger"]
 

@@ -16,13 +16,14 @@ import argparse
 import gc
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ftplan.dataclass import dataclass
 from ftplan.trace import build, cuda
 from ftplan.trace.core import _quiet, versions
 from ftplan.trace.job import plan_from, resolve

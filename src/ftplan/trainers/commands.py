@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import PurePosixPath
 from typing import Any
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import InputError, Location
 from ftplan.files.document import Document
 from ftplan.trainers.shell import (

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from ftplan.catalog.shelf import read_data
 from ftplan.catalog.stacks import Stack, find_stack
+from ftplan.dataclass import dataclass
 from ftplan.errors import Location
 from ftplan.report import Assumption, Finding, Severity
 from ftplan.spec import (

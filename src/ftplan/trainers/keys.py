@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import InputError, Location
 from ftplan.files.document import Document, Key, describe
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 from ftplan.catalog.shelf import read_data
 from ftplan.catalog.stacks import stack_names, stack_page
+from ftplan.dataclass import dataclass
 from ftplan.errors import UnknownNameError
 
 __all__ = ["Page", "finding_codes", "finding_page", "findings_markdown", "stacks_markdown"]

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import InputError, Location
 from ftplan.files.document import Document, Key
 from ftplan.trainers.keys import Unresolved

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ftplan.catalog.stacks import Stack
+from ftplan.dataclass import dataclass
 from ftplan.errors import UnsupportedError
 from ftplan.spec import Method, OptimizerChoice, Plan
 from ftplan.trainers.words import torchtune_component

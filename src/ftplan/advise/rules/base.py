@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, Literal
 
 from ftplan.advice import Step, Strength
 from ftplan.advise.facts import Facts
 from ftplan.advise.truth import Truth
+from ftplan.dataclass import dataclass
 from ftplan.failures import Failure, FailuresFile, State
 
 __all__ = ["MARKS", "STRENGTHS", "Mark", "Rule", "Source", "case", "describe_case"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from ftplan.dataclass import dataclass
 from ftplan.evals.document import Document
 from ftplan.evals.options import ReadOptions
 from ftplan.results import EvalRun

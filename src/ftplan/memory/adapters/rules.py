@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
+from ftplan.dataclass import dataclass
 from ftplan.errors import UnsupportedError
 from ftplan.memory.adapters.defaults import CONVERTED, FUSED, IA3_FEEDFORWARD
 from ftplan.memory.adapters.defaults import IA3_TARGETS as IA3

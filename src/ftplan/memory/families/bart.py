@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
+from ftplan.dataclass import dataclass
 from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend, make_mask
 from ftplan.memory.families.llama import Config, ScaledEmbedding

@@ -6,9 +6,9 @@ A family gives a :class:`Decoder` a builder of blocks; everything else is an opt
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from ftplan.dataclass import dataclass
 from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend, make_mask
 from ftplan.memory.families.defaults import ALIASES, DEFAULTS

@@ -8,9 +8,9 @@ whether queries and keys are normed, which half of a head is rotated, which line
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from ftplan.dataclass import dataclass
 from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend, make_mask
 from ftplan.memory.nn import (

@@ -13,9 +13,9 @@ last until the next batch has gone through the model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from ftplan.dataclass import dataclass
 from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend
 from ftplan.memory.families import complete

@@ -6,8 +6,7 @@ Source: Lightning-AI/litgpt litgpt/{lora,adapter,adapter_v2}.py and finetune/*.p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from ftplan.dataclass import dataclass
 from ftplan.memory import ops
 from ftplan.memory.families.native.base import Native, learned, parts_of, settle
 from ftplan.memory.families.native.litgpt import (

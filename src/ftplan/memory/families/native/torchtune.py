@@ -9,9 +9,10 @@ torchtune/models/*/_component_builders.py and recipes/{full,lora}_finetune_singl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
+from ftplan.dataclass import dataclass
 from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend
 from ftplan.memory.families import complete
