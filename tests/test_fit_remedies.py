@@ -111,7 +111,7 @@ def dear(remedy: Remedy) -> int:
         return 2
     if "offload" in str(change):
         return 1
-    lossless = {"loss", "gradient_checkpointing", "attention", "optimizer", "sharding"}
+    lossless = {"loss", "kernels", "gradient_checkpointing", "attention", "optimizer", "sharding"}
     is_micro = set(change.get("batch", {})) <= {"micro", "accumulation", "packing", "padding"}
     return 0 if set(change) <= lossless or (set(change) == {"batch"} and is_micro) else 1
 

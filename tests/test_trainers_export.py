@@ -164,7 +164,7 @@ def given_values(plan: Plan, *, sharding: bool) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize("trainer", ("axolotl", "llamafactory", "trl", "torchtune"))
+@pytest.mark.parametrize("trainer", ("axolotl", "llamafactory", "trl", "torchtune", "ms-swift"))
 @quick
 @given(plan=plans())
 def test_a_plan_survives_a_trainer_and_back(trainer: str, plan: Plan) -> None:
@@ -194,7 +194,7 @@ def test_a_plan_survives_a_trainer_and_back(trainer: str, plan: Plan) -> None:
     assert import_document(again, trainer=trainer, overlays=overlays).plan == back.plan
 
 
-@pytest.mark.parametrize("trainer", ("axolotl", "llamafactory", "trl", "torchtune"))
+@pytest.mark.parametrize("trainer", ("axolotl", "llamafactory", "trl", "torchtune", "ms-swift"))
 @quick
 @given(plan=plans())
 def test_an_export_is_recognised(trainer: str, plan: Plan) -> None:
@@ -240,8 +240,9 @@ def test_accelerate_and_deepspeed_files_say_the_sharding(
 
 
 def test_every_export_is_named() -> None:
-    """`--to` takes exactly the six formats of the contract."""
-    assert EXPORTS == ("axolotl", "llamafactory", "trl", "torchtune", "accelerate", "deepspeed")
+    """`--to` takes the six formats of the contract, and ms-swift's."""
+    contract = ("axolotl", "llamafactory", "trl", "torchtune", "accelerate", "deepspeed")
+    assert (*contract, "ms-swift") == EXPORTS
 
 
 FUSED = Plan(
@@ -267,7 +268,7 @@ def test_axolotl_says_whose_functions_are_fused(by: Any, kernels: Any) -> None:
     assert ("CutCrossEntropyPlugin" in text) == ((by or usual) == "cut")
 
 
-@pytest.mark.parametrize("trainer", ("llamafactory", "trl", "torchtune"))
+@pytest.mark.parametrize("trainer", ("llamafactory", "trl", "torchtune", "ms-swift"))
 def test_functions_without_a_key_are_refused(trainer: str) -> None:
     """No file but axolotl's can ask for fused LoRA or cut cross entropy, and none for foak."""
     unfused = Method(kind="lora", rank=8, targets="all-linear")

@@ -103,6 +103,9 @@ class Remedy:
     verdict: Verdict | None
     verdict_alone: Verdict | None = None
     """The one after this remedy by itself."""
+    in_file: Mapping[str, Any] | None = None
+    """The change in the words of the trainer's own file; a key that is None goes. None: the job
+    is no trainer's file, or the trainer has no words for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ def export(
         typer.Option(
             "--to",
             metavar="TRAINER",
-            help="axolotl, llamafactory, trl, torchtune, accelerate or deepspeed.",
+            help="axolotl, llamafactory, trl, torchtune, accelerate, deepspeed or ms-swift.",
             show_default=False,
         ),
     ],

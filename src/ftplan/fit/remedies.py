@@ -85,8 +85,18 @@ def _fused_loss(plan: Plan, card: Card) -> Iterator[Change]:
     if trainer_of(plan) == "torchtune":
         if plan.loss.kind == "full" and plan.stack != "torchtune-0.1":
             yield {"loss": "chunked"}
+    elif plan.stack is not None and plan.stack.startswith(_BY_LIGER) and _may_be_liger(plan):
+        yield {"loss": "fused", "kernels": "liger"}
     elif trainer_of(plan) != "litgpt":
         yield {"loss": "fused"}
+
+
+_BY_LIGER = ("transformers", "trl", "llamafactory", "ms-swift")
+"""Trainers whose one key for a loss without logits is the one for all of Liger's kernels."""
+
+
+def _may_be_liger(plan: Plan) -> bool:
+    return plan.kernels in (None, "none") and plan.task in (None, "sft", "pt")
 
 
 def _checkpointing(plan: Plan, card: Card) -> Iterator[Change]:

@@ -135,7 +135,9 @@ def _first_remedy(report: Report) -> str:
     if not fits:
         return "ftplan fit shows what would fit"
     changes = [
-        text for remedy in report.remedies[: fits[0] + 1] for text in _written(remedy.change)
+        text
+        for remedy in report.remedies[: fits[0] + 1]
+        for text in _written(remedy.in_file or remedy.change)
     ]
     return "it would with " + ", ".join(changes)
 
@@ -147,9 +149,14 @@ def _written(change: Mapping[str, Any], prefix: str = "") -> list[str]:
         if isinstance(value, Mapping):
             texts += _written(value, f"{prefix}{key}.")
         else:
-            shown = str(value).lower() if isinstance(value, bool) else value
-            texts.append(f"{prefix}{key}: {shown}")
+            texts.append(f"{prefix}{key}: {_shown(value)}")
     return texts
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _refused(

@@ -14,7 +14,7 @@ from ftplan import __version__, trainers
 from ftplan.dataclass import dataclass
 from ftplan.errors import FtplanError, InputError, Location
 from ftplan.front import api
-from ftplan.report import Assumption, Finding, Report
+from ftplan.report import Assumption, Finding, Remedy, Report
 from ftplan.spec import Model, Plan
 
 if TYPE_CHECKING:  # yaml is loaded only when there is a file
@@ -184,9 +184,24 @@ def estimate_job(job: JobInput) -> Report:
         raise placed(error, job) from error.__cause__
     return replace(
         report,
+        remedies=_reworded(job, report.remedies),
         findings=job.findings + tuple(_at_file(f, job) for f in report.findings),
         assumptions=job.assumptions + report.assumptions,
         tool_version=report.tool_version or __version__,
+    )
+
+
+def _reworded(job: JobInput, remedies: Sequence[Remedy]) -> tuple[Remedy, ...]:
+    """Remedies for a trainer's file say what to write there."""
+    if not remedies or job.trainer is None:
+        return tuple(remedies)
+    from ftplan.fit.changes import apply_change
+    from ftplan.trainers.rewording import reworded
+
+    plan = explicit(job.plan)
+    return tuple(
+        replace(remedy, in_file=reworded(plan, apply_change(plan, remedy.change), job.trainer))
+        for remedy in remedies
     )
 
 

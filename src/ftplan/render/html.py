@@ -239,7 +239,7 @@ def _rest(report: Report) -> list[str]:
         parts.append("<h3>What would help, in order</h3><table><tr><th>change<th class=n>saves GiB")
         parts.append("<th>alone<th>then<th>cost</tr>")
         parts += [
-            f"<tr><td><code>{escape(change_text(r.change))}</code>"
+            f"<tr><td><code>{escape(change_text(r.in_file or r.change))}</code>"
             f"<td class=n>{gib(max(0, r.saves_bytes))}<td>{r.verdict_alone or ''}"
             f"<td>{r.verdict or ''}"
             f"<td>{escape(r.costs)}</tr>"

@@ -163,7 +163,7 @@ def remedy_lines(remedies: Sequence[Remedy]) -> list[str]:
         return []
     rows = [
         (
-            code(change_text(r.change)),
+            code(change_text(r.in_file or r.change)),
             gib(max(0, r.saves_bytes)),
             r.verdict_alone or "",
             r.verdict or "",

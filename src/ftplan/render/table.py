@@ -305,13 +305,23 @@ def show_remedies(page: Page, remedies: Sequence[Remedy]) -> None:
     _remedy_table(page, remedies)
 
 
+MOST_CHANGE = 34
+"""Columns of a remedy's change that are kept when the line is short of them."""
+
+
 def _remedy_table(page: Page, remedies: Sequence[Remedy], indent: int = 2) -> None:
     columns = ("change", "saves GiB", "alone", "then", "cost")
     table = grid(*((name, "right" if name == "saves GiB" else "left") for name in columns))
-    for remedy in remedies:
+    changes = [change_text(r.in_file or r.change, separator="\n") for r in remedies]
+    if page.console.width >= 80:  # a key in two halves reads badly: the cost is what wraps
+        longest = max(len(line) for change in changes for line in change.splitlines())
+        table.columns[0].width = kept = min(longest, MOST_CHANGE)
+        others = indent + kept + len("  saves GiB  alone  fits  ")
+        table.columns[-1].max_width = page.console.width - others
+    for remedy, change in zip(remedies, changes, strict=True):
         verdicts = (remedy.verdict_alone or "", remedy.verdict or "")
         table.add_row(
-            change_text(remedy.change),
+            change,
             gib(max(0, remedy.saves_bytes)),
             *(Text(verdict, STYLE.get(verdict, "")) for verdict in verdicts),
             Text(remedy.costs, "dim"),

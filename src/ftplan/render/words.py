@@ -151,11 +151,11 @@ def group_terms(terms: tuple[Term, ...]) -> dict[str, list[Term]]:
     return {name: found for name, found in groups.items() if found}
 
 
-def change_text(change: Mapping[str, Any]) -> str:
+def change_text(change: Mapping[str, Any], separator: str = ", ") -> str:
     """A remedy's change as a user writes it: ``batch.micro: 1``; the last may change nothing."""
     if not change:
         return "-"
-    return ", ".join(f"{key}: {_value(value)}" for key, value in _flatten(change))
+    return separator.join(f"{key}: {_value(value)}" for key, value in _flatten(change))
 
 
 def _flatten(change: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

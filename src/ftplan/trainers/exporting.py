@@ -6,12 +6,12 @@ import difflib
 
 from ftplan.errors import UnknownNameError
 from ftplan.spec import Plan
-from ftplan.trainers import accelerate, axolotl, deepspeed, llamafactory, torchtune, trl
+from ftplan.trainers import accelerate, axolotl, deepspeed, llamafactory, swift, torchtune, trl
 from ftplan.trainers.writing import Exported
 
 __all__ = ["EXPORTS", "export_plan"]
 
-EXPORTS = ("axolotl", "llamafactory", "trl", "torchtune", "accelerate", "deepspeed")
+EXPORTS = ("axolotl", "llamafactory", "trl", "torchtune", "accelerate", "deepspeed", "ms-swift")
 """Names that ``--to`` takes."""
 
 
@@ -30,6 +30,8 @@ def export_plan(plan: Plan, *, to: str) -> Exported:
         return trl.export(plan)
     if to == "torchtune":
         return torchtune.export(plan)
+    if to == "ms-swift":
+        return swift.export(plan)
     if to == "accelerate":
         return Exported(text=accelerate.export(plan), trainer=to, notes=())
     if to == "deepspeed":

@@ -10,7 +10,9 @@ import math
 import re
 from typing import Any
 
-from ftplan.spec import Lengths
+from ftplan.catalog.stacks import find_stack
+from ftplan.spec import Lengths, Plan
+from ftplan.trainers import writing
 from ftplan.trainers.accelerate import apply_fsdp
 from ftplan.trainers.commands import ENV, LAUNCH
 from ftplan.trainers.draft import Draft
@@ -19,7 +21,7 @@ from ftplan.trainers.launch import Context, surroundings, visible_devices
 from ftplan.trainers.transformers import put_attention, put_dtype, training_arguments
 from ftplan.trainers.words import model_name, optimizer_name, targets
 
-__all__ = ["NAME", "is_megatron", "matches", "read"]
+__all__ = ["NAME", "export", "is_megatron", "matches", "read"]
 
 NAME = "ms-swift"
 SOURCE = "modelscope/ms-swift swift/%s, 4.6.0.dev0"
@@ -590,3 +592,55 @@ def _megatron(context: Context, keys: Keys) -> None:
             keys.at("global_batch_size"),
         )
     keys.raw("global_batch_size")
+
+
+def export(plan: Plan) -> writing.Exported:
+    """The plan as a file for ``swift sft|pt|rlhf --config FILE``, on transformers' Trainer.
+
+    Raises :class:`ftplan.errors.UnsupportedError` for what ms-swift has no key for.
+    """
+    out = writing.Writer(plan, trainer=NAME)
+    out.tasks("sft", "pt", "dpo", "kto", "orpo", "rm")
+    out.methods("full", "lora", "qlora", "dora")
+    out.profile(find_stack(NAME))
+    method, stored = plan.method, plan.precision.weights
+    assert method is not None
+    out.line("model", out.model())
+    if plan.task == "pt":
+        out.differs("task", "pt", "the command says it")
+    elif plan.task not in (None, "sft"):
+        out.line("rlhf_type", plan.task)
+    out.line("tuner_type", "full" if method.kind == "full" else "lora")
+    if method.kind != "full":
+        out.lora(
+            rank="lora_rank",
+            targets="target_modules",
+            modules="modules_to_save",
+            parameters="target_parameters",
+            dora="use_dora",
+            rslora="use_rslora",
+        )
+    if method.kind == "qlora":
+        _write_quantised(out, stored, method.double_quant)
+    elif stored is not None:
+        words = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+        out.line("torch_dtype", words.get(stored) or out.refuse(f"weights in {stored}"))
+    out.attention("attn_impl", {"eager": "eager", "sdpa": "sdpa", "flash": "flash_attn"})
+    out.line("max_length", plan.batch.seq_len)
+    out.line("packing", plan.batch.packing)
+    if plan.loss is not None and plan.loss.kind != ("fused" if plan.kernels == "liger" else "full"):
+        out.refuse(f"loss: {plan.loss.kind} with kernels: {plan.kernels or 'none'}")
+    out.training_arguments()
+    out.degrees(tp=None, cp="sequence_parallel_size", ep=None, dp_replicate=None)
+    verb = {None: "sft", "sft": "sft", "pt": "pt"}.get(plan.task, "rlhf")
+    return out.done(hint=f"launch with: swift {verb} --config FILE")
+
+
+def _write_quantised(out: writing.Writer, stored: str | None, double: bool | None) -> None:
+    if stored not in ("nf4", "fp4", "int8"):
+        out.refuse(f"a base quantised as {stored}")
+    out.line("quant_method", "bnb")
+    out.line("quant_bits", 8 if stored == "int8" else 4)
+    if stored != "int8":
+        out.line("bnb_4bit_quant_type", "fp4" if stored == "fp4" else None)
+        out.line("bnb_4bit_use_double_quant", double)

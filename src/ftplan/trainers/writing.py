@@ -31,6 +31,13 @@ _FUSED_LOSSES = {"axolotl": ("cut", "liger"), "unsloth": ("unsloth",)}
 """Whose fused losses a trainer can be told to use; the others have Liger's."""
 
 
+_SWIFT_PRESETS: dict[tuple[str | None, str | None], str] = {
+    ("zero1", None): "zero1", ("zero2", None): "zero2", ("zero2", "optimizer"): "zero2_offload",
+    ("zero3", None): "zero3", ("zero3", "params"): "zero3_offload",
+}  # fmt: skip
+"""DeepSpeed files that ms-swift carries itself (swift/config), by kind and what is offloaded."""
+
+
 class Writer:
     """Collects the lines of a YAML file from a plan; refuses by name what has no key."""
 
@@ -292,6 +299,10 @@ class Writer:
             given = {name: value for name, value in options.items() if value is not None}
             if given:
                 self.mapping("fsdp_config", given)
+        elif self.trainer == "ms-swift" and (
+            preset := _SWIFT_PRESETS.get((kind, sharding.offload))
+        ):
+            self.line("deepspeed", preset)
         elif kind in ("zero1", "zero2", "zero3"):
             self.comment(
                 f"sharding {kind} is DeepSpeed's: write it with `ftplan export --to "
