@@ -117,6 +117,44 @@ def test_a_script_that_trains_nothing_is_refused(script: str, reason: str) -> No
         import_text(script, file="job.sh")
 
 
+WRITES = """
+MICRO=3
+CONFIG=/somewhere/run.yml
+%s
+base_model: mistralai/Mistral-7B-v0.1
+adapter: lora
+sequence_len: 2048
+micro_batch_size: ${MICRO}
+lora_r: $(nproc)
+EOF
+axolotl train ${CONFIG}
+"""
+
+
+@pytest.mark.parametrize(
+    "line", ["cat > ${CONFIG} << EOF", "cat <<EOF >$CONFIG", "tee $CONFIG <<EOF"]
+)
+def test_a_file_that_the_script_writes_is_read(line: str) -> None:
+    """A here-document is the file of its name, with the script's variables and the script's
+    lines; what only running would tell is left open."""
+    found = import_text(WRITES % line, file="job.sh")
+    assert found.plan.model.name == "mistralai/Mistral-7B-v0.1"
+    assert found.plan.batch.micro == 3 and found.plan.batch.seq_len == 2048
+    assert any(f.code == "IMP003" and "$(nproc)" in f.message for f in found.findings), (
+        found.findings
+    )
+    place = found.places["batch.seq_len"]
+    assert (place.file, place.line) == ("job.sh", 7)
+
+
+def test_a_quoted_here_document_is_taken_as_it_stands() -> None:
+    """Nothing is filled in between quoted marks, as in the shell."""
+    text = WRITES.replace("${MICRO}", "4") % "cat > ${CONFIG} << 'EOF'"
+    with pytest.raises(InputError, match="lora_r"):
+        import_text(text, file="job.sh")
+    assert import_text(text.replace("$(nproc)", "8"), file="job.sh").plan.batch.micro == 4
+
+
 def test_from_overrules_detection_and_unknown_names_are_refused() -> None:
     """`--from` takes the names of the readers and no others."""
     text = "model_name_or_path: a/b\nper_device_train_batch_size: 1\n"

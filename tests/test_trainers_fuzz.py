@@ -12,7 +12,7 @@ from ftplan.errors import FtplanError
 from ftplan.files.document import Document
 from ftplan.trainers import TRAINERS, import_document, import_text
 from ftplan.trainers.draft import key_data
-from ftplan.trainers.shell import parse_commands, parse_flags
+from ftplan.trainers.shell import parse_flags, parse_script
 
 quick = settings(max_examples=200, deadline=None)
 
@@ -89,9 +89,9 @@ def test_any_text_is_a_plan_or_a_refusal(text: str) -> None:
 def test_words_of_a_command_are_kept_as_written(words: list[str]) -> None:
     """Plain words, quoted or not, over several lines or one, are the same words."""
     plain = [word for word in words if not word.startswith("#")] or ["x"]
-    one = parse_commands(" ".join(plain), file="a")
-    many = parse_commands(" \\\n  ".join(plain), file="a")
-    quoted = parse_commands(" ".join(f"'{word}'" for word in plain), file="a")
+    one = parse_script(" ".join(plain), file="a").commands
+    many = parse_script(" \\\n  ".join(plain), file="a").commands
+    quoted = parse_script(" ".join(f"'{word}'" for word in plain), file="a").commands
     if one:
         texts = [[word.text for word in found[0].words] for found in (one, many)]
         assert texts[0] == texts[1]
@@ -106,7 +106,7 @@ def test_variables_arrays_and_arithmetic_are_worked_out() -> None:
         'swift sft "${ARGS[@]}" --c $((N * M)) --d $(expr 16 / $N / $M) --e ${Z:-7} --f $K \\\n'
         "  --g $(hostname) --h ${N}k # --no\n"
     )
-    command = parse_commands(text, file="a")[-1]
+    command = parse_script(text, file="a").commands[-1]
     data, _, _ = parse_flags(command.words[2:])
     opened = data.pop("g")
     assert type(opened).__name__ == "Unresolved"

@@ -100,7 +100,14 @@ def _file_names(row: ModelRow) -> Iterable[str]:
 
 
 MODELS: Shelf[ModelRow] = Shelf(
-    "model", "models", "models.json", _row, lambda row: row.hub_ids, _file_names
+    "model",
+    "models",
+    "models.json",
+    _row,
+    ids=lambda row: row.hub_ids,
+    spellings=_file_names,
+    otherwise="; a finetuned model has the shape of the one it was made from: pass --model with "
+    "that name, or --config with its config.json",
 )
 """All models."""
 

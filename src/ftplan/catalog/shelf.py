@@ -70,7 +70,8 @@ class Shelf(Generic[RowT]):
 
     ``ids`` gives further names a row answers to exactly (hub ids). ``spellings`` gives those it
     answers to when nothing does exactly (a hub id without its owner); two rows may share such a
-    key, and then the name is ambiguous.
+    key, and then the name is ambiguous. ``otherwise`` is what helps somebody whose name is on no
+    shelf.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Shelf(Generic[RowT]):
         make: Callable[[Mapping[str, Any]], RowT],
         ids: Callable[[RowT], Iterable[str]] = lambda row: (),
         spellings: Callable[[RowT], Iterable[str]] = lambda row: (),
+        otherwise: str = "",
     ) -> None:
         self.kind = kind
         self.command = command
@@ -88,6 +90,7 @@ class Shelf(Generic[RowT]):
         self._make = make
         self._ids = ids
         self._spellings = spellings
+        self._otherwise = otherwise
         self._made: dict[str, RowT] = {}
 
     @cached_property
@@ -144,7 +147,7 @@ class Shelf(Generic[RowT]):
                 self.kind,
                 name,
                 suggestions=self.suggestions(name),
-                remedy=f"`ftplan {self.command}` lists them all",
+                remedy=f"`ftplan {self.command}` lists them all" + self._otherwise,
             )
         return found[0]
 

@@ -149,7 +149,8 @@ def _written(change: Mapping[str, Any], prefix: str = "") -> list[str]:
         if isinstance(value, Mapping):
             texts += _written(value, f"{prefix}{key}.")
         else:
-            texts.append(f"{prefix}{key}: {_shown(value)}")
+            name = f"{prefix}{key}"
+            texts.append(f"no {name}" if value is None else f"{name}: {_shown(value)}")
     return texts
 
 

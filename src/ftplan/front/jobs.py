@@ -5,7 +5,7 @@ Part of the library's front: it joins files, trainers and the calculator, and kn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,10 +199,12 @@ def _reworded(job: JobInput, remedies: Sequence[Remedy]) -> tuple[Remedy, ...]:
     from ftplan.trainers.rewording import reworded
 
     plan = explicit(job.plan)
-    return tuple(
-        replace(remedy, in_file=reworded(plan, apply_change(plan, remedy.change), job.trainer))
-        for remedy in remedies
-    )
+    keys = job.document.data if job.document is not None else ()
+
+    def in_file(change: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        return reworded(plan, apply_change(plan, change), job.trainer or "", keys)
+
+    return tuple(replace(remedy, in_file=in_file(remedy.change)) for remedy in remedies)
 
 
 def explicit(plan: Plan) -> Plan:

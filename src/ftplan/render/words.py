@@ -155,7 +155,10 @@ def change_text(change: Mapping[str, Any], separator: str = ", ") -> str:
     """A remedy's change as a user writes it: ``batch.micro: 1``; the last may change nothing."""
     if not change:
         return "-"
-    return separator.join(f"{key}: {_value(value)}" for key, value in _flatten(change))
+    return separator.join(
+        f"no {key}" if value is None else f"{key}: {_value(value)}"
+        for key, value in _flatten(change)
+    )
 
 
 def _flatten(change: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -15,8 +15,9 @@ from ftplan.trainers.shell import (
     Command,
     CommandDocument,
     Word,
-    parse_commands,
+    Written,
     parse_flags,
+    parse_script,
     scalar,
 )
 
@@ -49,6 +50,8 @@ class Job:
     """What the program's own name says is done (`dpo`)."""
     configs: list[Word] = field(default_factory=list)
     """Configuration files the command names, lowest first."""
+    files: dict[str, Written] = field(default_factory=dict)
+    """Files that the script writes itself, by name."""
     others: int = 0
     """How many more training commands the script holds."""
 
@@ -86,7 +89,8 @@ def find_job(text: str, *, file: str) -> Job:
     """
     jobs: list[Job] = []
     refusals: list[tuple[Word, str]] = []
-    for command in parse_commands(text, file=file):
+    script = parse_script(text, file=file)
+    for command in script.commands:
         job = _identify(command, text, file, refusals)
         if job is not None:
             jobs.append(job)
@@ -94,6 +98,7 @@ def find_job(text: str, *, file: str) -> Job:
         named = [job for job in jobs if job.document.data or job.configs]
         jobs = named or jobs
         jobs[0].others = len(jobs) - 1
+        jobs[0].files = script.files
         return jobs[0]
     if refusals:
         word, why = refusals[0]

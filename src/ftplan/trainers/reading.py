@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ftplan.trainers import (
 )
 from ftplan.trainers.commands import Job, find_job, looks_like_script
 from ftplan.trainers.draft import Draft, Imported
-from ftplan.trainers.keys import Keys
+from ftplan.trainers.keys import Keys, Unresolved
 from ftplan.trainers.launch import Context
 from ftplan.trainers.lint import lint_draft, lint_plan
 
@@ -258,9 +259,34 @@ def _import_plan(document: Document) -> Imported:
     )
 
 
+def _left_open(value: Any) -> Any:
+    """Values in which a shell's expression is left are those that only running would tell."""
+    if isinstance(value, dict):
+        return {key: _left_open(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_left_open(inner) for inner in value]
+    return Unresolved(value) if isinstance(value, str) and re.search(r"[$`]", value) else value
+
+
+def _within(job: Job, resolve: Resolve | None) -> Resolve:
+    """Files that the script writes itself come before those that lie beside it."""
+
+    def found(name: str) -> Document | None:
+        if name in job.files:
+            written = job.files[name]
+            document = parse_document(written.text, file=job.document.file)
+            if written.is_filled:
+                document.data = _left_open(document.data)
+            return document
+        return resolve(name) if resolve is not None else None
+
+    return found
+
+
 def _import_job(
     job: Job, overlays: tuple[Document, ...], trainer: str | None, resolve: Resolve | None
 ) -> Imported:
+    resolve = _within(job, resolve)
     layers: list[Document] = [job.document]
     unread: list[tuple[str, Location]] = []
     for word in reversed(job.configs):

@@ -6,7 +6,7 @@ has to write. Where the trainer has no key for a plan there are no words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import yaml
@@ -18,10 +18,13 @@ from ftplan.trainers.exporting import EXPORTS, export_plan
 __all__ = ["reworded"]
 
 
-def reworded(before: Plan, after: Plan, trainer: str) -> Mapping[str, Any] | None:
-    """Keys of the trainer's file and what they become (None: the key goes), or None.
+def reworded(
+    before: Plan, after: Plan, trainer: str, written: Collection[str] = ()
+) -> Mapping[str, Any] | None:
+    """Keys of the trainer's file and what they become, or None when there are no words for it.
 
-    A nested mapping comes whole: its other keys are needed too.
+    A nested mapping comes whole: its other keys are needed too. Of the keys that are ``written``
+    in the file those that have to go become None.
     """
     if trainer not in EXPORTS:
         return None
@@ -30,7 +33,7 @@ def reworded(before: Plan, after: Plan, trainer: str) -> Mapping[str, Any] | Non
     except UnsupportedError:
         return None
     changed = {key: value for key, value in new.items() if old.get(key) != value}
-    return changed | {key: None for key in old if key not in new} or None
+    return changed | {key: None for key in old if key in written and key not in new} or None
 
 
 def _written(plan: Plan, trainer: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ftplan.errors import InputError, Location
 from ftplan.files.document import Document, Key
 from ftplan.trainers.keys import Unresolved
 
-__all__ = ["Command", "CommandDocument", "Word", "parse_commands", "parse_flags"]
+__all__ = ["Command", "CommandDocument", "Script", "Word", "Written", "parse_flags", "parse_script"]
 
 MAX_WORDS = 50_000
 """Longer scripts are no job."""
@@ -40,6 +40,24 @@ class Command:
 
     words: list[Word]
     env: dict[str, Word] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A file that a script writes from a here-document."""
+
+    text: str
+    """It begins with as many empty lines as the script has before it."""
+    is_filled: bool
+    """Whether the shell fills it in: a dollar that is left is something only running would tell."""
+
+
+@dataclass(slots=True)
+class Script:
+    """What a script runs, in order, and the files that it writes from here-documents."""
+
+    commands: list[Command]
+    files: dict[str, Written]
 
 
 class CommandDocument(Document):
@@ -79,12 +97,13 @@ _REDIRECT = re.compile(r"(?:\d*|&)(?:<<<|>>|>&|<&|>|<)")
 _ARRAY = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\[[@*]\]\}")
 
 
-def parse_commands(text: str, *, file: str) -> list[Command]:
+def parse_script(text: str, *, file: str) -> Script:
     """The simple commands of a script, in order, with the variables known at each.
 
     Raises :class:`InputError` for text that is no script (an unclosed quote, far too long).
     """
-    return _Parser(text, file).run()
+    parser = _Parser(text, file)
+    return Script(parser.run(), parser.files)
 
 
 class _Parser:
@@ -94,6 +113,9 @@ class _Parser:
         self.place = 0
         self.variables: dict[str, Word] = {}
         self.arrays: dict[str, list[Word]] = {}
+        self.files: dict[str, Written] = {}
+        self.target: str | None = None
+        self.body: Written | None = None
         self.count = 0
         self.starts = [0, *(m.end() for m in re.finditer("\n", self.text))]
         self.row = 0
@@ -125,10 +147,12 @@ class _Parser:
                 words += token
                 continue
             if words:
+                self._keep(words)
                 command = self._command(words)
                 if command is not None:
                     commands.append(command)
                 words = []
+            self.target = self.body = None
             if token is None:
                 return commands
 
@@ -190,7 +214,9 @@ class _Parser:
                 self.place = redirect.end()
                 self._skip_blanks()
                 if self.place < len(text) and text[self.place] not in "\n;|&":
-                    self._word()
+                    target = self._word()
+                    if redirect[0] in (">", "1>", ">>") and isinstance(target, Word):
+                        self.target = target.text
             else:
                 for separator in _SEPARATORS:
                     if text.startswith(separator, self.place):
@@ -215,8 +241,35 @@ class _Parser:
         if found is not None:
             head = self.text[: line + 1]
             body = self.text[line + 1 : found.end()]
+            inner = self.text[line + 1 : found.start()]
+            blank = "\n" * self.text.count("\n", 0, line + 1)
+            filled = not match[1]
+            self.body = Written(blank + (self._expanded(inner) if filled else inner), filled)
             self.text = head + re.sub(r"[^\n]", " ", body) + self.text[found.end() :]
         self.place = match.end()
+
+    def _expanded(self, body: str) -> str:
+        """A here-document with its variables filled in; what only running would tell stays."""
+        inner = _Parser(body, self.file)
+        inner.variables = self.variables
+        out: list[str] = []
+        while inner.place < len(inner.text):
+            char = inner.text[inner.place]
+            start = inner.place
+            if char in "$`":
+                piece, unknown = inner._expand()
+                out.append(inner.text[start : inner.place] if unknown else piece)
+            else:
+                out.append(char)
+                inner.place += 1
+        return "".join(out)
+
+    def _keep(self, words: list[Word]) -> None:
+        """``cat > FILE << EOF`` and ``tee FILE << EOF`` write a file."""
+        name = words[0].text
+        target = self.target if name == "cat" else words[-1].text if name == "tee" else None
+        if target is not None and self.body is not None:
+            self.files[target] = self.body
 
     def _word(self) -> Word | list[Word]:
         text, start = self.text, self.place
