@@ -140,9 +140,9 @@ def test_a_file_that_the_script_writes_is_read(line: str) -> None:
     found = import_text(WRITES % line, file="job.sh")
     assert found.plan.model.name == "mistralai/Mistral-7B-v0.1"
     assert found.plan.batch.micro == 3 and found.plan.batch.seq_len == 2048
-    assert any(f.code == "IMP003" and "$(nproc)" in f.message for f in found.findings), (
-        found.findings
-    )
+    (unknown,) = [finding for finding in found.findings if finding.code == "IMP006"]
+    assert "$(nproc)" in unknown.message and unknown.location is not None
+    assert unknown.location.line == 9
     place = found.places["batch.seq_len"]
     assert (place.file, place.line) == ("job.sh", 7)
 
