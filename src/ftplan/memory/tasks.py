@@ -193,14 +193,14 @@ def objective_of(job: Job) -> Objective:
             remedy=f"size one of {', '.join(MODELLED)}; its policy's step is that of grpo",
         )
     if job.modules:
-        return Objective(kind="native")
+        # a packed row is as long as it says, with both of a pair in it (ms-swift's packing)
+        together = 1 if job.environment.packed else sequences_of(job.task)
+        return Objective(kind="native", sequences=together, resident=_reference(job))
     other: Network | None = None
     resident: tuple[Resident, ...] = ()
     if job.task in ("dpo", "kto", "grpo", "ppo") and job.reference in ("model", "adapter"):
-        other = prepare(_frozen(job))
-        if job.reference == "model":
-            why = "a second, frozen model gives the reference's log-probabilities"
-            resident = (Resident(name="weights/reference", network=other, why=why),)
+        resident = _reference(job)
+        other = resident[0].network if resident else prepare(_frozen(job))
     if job.task == "distill":
         if job.teacher is None:
             raise UnsupportedError(
@@ -232,6 +232,15 @@ def objective_of(job: Job) -> Objective:
         critic=critic,
         scorers=scorers,
     )
+
+
+def _reference(job: Job) -> tuple[Resident, ...]:
+    """The frozen model that gives the reference's log-probabilities, where it is a second one."""
+    if job.task not in ("dpo", "kto", "grpo", "ppo") or job.reference != "model":
+        return ()
+    why = "a second, frozen model gives the reference's log-probabilities"
+    network = prepare(_frozen(job))
+    return (Resident(name="weights/reference", network=network, why=why),)
 
 
 def _refuse_sharded_ppo(job: Job) -> None:
