@@ -3,7 +3,8 @@
     python -m ftplan.trace.megatron [--out validation/trainers]
 
 Transformer Engine's functions are stood in for (:mod:`ftplan.trace.transformer_engine`), kernels
-that ``torch.compile`` makes are one operation each, communication carries nothing, and every expert
+that ``torch.compile`` makes are one operation each (with the buffers that inductor of torch 2.13
+allocates beside their outputs), communication carries nothing, and every expert
 gets an even share of the tokens. The rest, adapters of mcore-bridge included, is the packages' code.
 """
 
@@ -49,7 +50,7 @@ def _job(name: str, model: str, layers: int, **plan: Any) -> Job:
         "loss": "full", "hardware": {"gpu": "a100-80gb", "count": ranks}, "sharding": sharding,
         **plan,
     }  # fmt: skip
-    return {"name": name, "layers": layers, "plan": way}
+    return {"name": f"megatron {name}", "layers": layers, "plan": way}
 
 
 _LORA = {"kind": "lora", "rank": 8, "targets": "all-linear", "dropout": 0.0, "adapter_dtype": "bf16"}
@@ -111,6 +112,10 @@ class _Counts(list[int]):
         return list(self)
 
     def ravel(self) -> _Counts:
+        return self
+
+    @property
+    def T(self) -> _Counts:  # noqa: N802 - a tensor's name
         return self
 
 
@@ -187,7 +192,12 @@ def _patches() -> list[tuple[Any, str, Any]]:
         return y.new_empty((*y.shape[:-1], y.shape[-1] // 2))
 
     def weighted_back(_g: Any, y: Any, weights: Any) -> Any:
+        _joined = torch.empty_like(y, dtype=torch.float32)
         return torch.empty_like(y), torch.empty_like(weights)
+
+    def gradients(softmax: Any, *_rest: Any) -> Any:
+        _copied = torch.empty_like(softmax)
+        return torch.empty_like(softmax, dtype=torch.bfloat16)
 
     def largest(logits: Any) -> Any:
         logits = logits.float()
@@ -218,8 +228,7 @@ def _patches() -> list[tuple[Any, str, Any]]:
         (entropy, "calculate_logits_max", largest),
         (entropy, "calculate_predicted_logits", predicted),
         (entropy, "calculate_cross_entropy_loss", loss),
-        (entropy, "calculate_gradients",
-         lambda softmax, *_: torch.empty_like(softmax, dtype=torch.bfloat16)),
+        (entropy, "calculate_gradients", gradients),
         (dropout, "get_bias_dropout_add", lambda training, _fused: added(training)),
         (_core("models.gpt.gpt_layer_specs"), "get_bias_dropout_add",
          lambda training, _fused: added(training)),
@@ -238,6 +247,7 @@ def _patches() -> list[tuple[Any, str, Any]]:
         (dispatcher.MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize",
          lambda _self, _point, counts=None: counts),
         (torch.cuda, "Stream", lambda *_: None),
+        (torch.nn.functional, "dropout", _dropout),
         (utils, "te_general_gemm", None),
         (router, "save_to_aux_losses_tracker", _carry_nothing),
         (rope, "_apply_rotary_pos_emb_thd", turned),
@@ -312,14 +322,21 @@ def _model(config: Mapping[str, Any], job: Job) -> Any:
     return model.train()
 
 
+def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """CUDA's, which keeps a one-byte mask."""
+    return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
+
+
 def _adapt(model: Any, method: Mapping[str, Any]) -> None:
     lora = importlib.import_module("mcore_bridge.tuners.lora")
+    lora.LoraParallelLinear._move_adapter_to_device_of_base_layer = _carry_nothing
     te = _core("extensions.transformer_engine")
     kinds = (te.TELinear, te.TELayerNormColumnParallelLinear, te.TEGroupedLinear)
     for parameter in model.parameters():
         parameter.requires_grad = False
     for path, module in list(model.decoder.named_modules()):
         if isinstance(module, kinds):
+            module.is_expert = isinstance(module, te.TEGroupedLinear)  # ``set_linear_is_expert``
             parent = model.decoder.get_submodule(path.rpartition(".")[0])
             made = lora.LoraParallelLinear(
                 module, "default", r=method["rank"], lora_alpha=32, lora_dropout=method["dropout"]
@@ -415,10 +432,7 @@ def record(jobs: Sequence[Job], out: Path) -> Path:
     }
     path, configs, lines = out / f"megatron-core-{versions['megatron-core']}.json", catalogue(), []
     for job in jobs:
-        try:
-            line = {**job, **trace(job, configs[job["plan"]["model"]])}
-        except Exception as e:
-            print(job["name"], type(e), e); continue
+        line = {**job, **trace(job, configs[job["plan"]["model"]])}
         lines.append("  " + json.dumps(line))
         print(job["name"], line["allocated_bytes"], file=sys.stderr)
     rows = ",\n".join(lines)
@@ -439,7 +453,7 @@ def main() -> None:
         from ftplan.trace.bench import catalogue
 
         for job in JOBS:
-            if job["name"] == options.only:
+            if job["name"].partition(" ")[2] == options.only:
                 print(trace(job, catalogue()[job["plan"]["model"]]))
         return
     print(record(JOBS, options.out), file=sys.stderr)

@@ -176,7 +176,7 @@ class SelfAttention(Module):
             query = self.q_layernorm.forward(query)
             key = self.k_layernorm.forward(key, strided=self.shape.groups > 1)
         query, key = self._turned(query, shared), self._turned(key, shared)
-        out = attend(query, key, ops.copy(value), self.heads)
+        out = attend(query, key, value, self.heads, apart=True)
         made: Tensor = self.linear_proj.forward(out)
         return made
 
@@ -236,7 +236,8 @@ class TransformerLayer(Module):
 
 
 class OutputLayer(Module):
-    """``ColumnParallelLinear``, Megatron's own: it gathers into a buffer that is there for good."""
+    """``ColumnParallelLinear``, Megatron's own: what is trained gathers into a buffer that is there
+    for good, what is frozen into a tensor of its own."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -244,21 +245,25 @@ class OutputLayer(Module):
         self.weight = self.parameter("weight", shape.vocab_size, shape.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        trains = self.weight.trainable
+        if self.sequence and not trains:
+            x = _gather(x)
         tape, weight = x.tape, x.tape.leaf(self.weight)
-        rows = TOKENS if self.sequence else x.rows
         count, width = self.weight.shape
+        split = self.sequence and trains
+        rows, own, dtype = TOKENS if split else x.rows, x.rows, x.dtype
         tape.multiply(rows, width, count)
-        out = tape.tensor(rows, count, x.dtype, "logits")
-        saved, own, split = x, x.rows, self.sequence
-        wants, parameter = x.requires_grad, self.weight
+        out = tape.tensor(rows, count, dtype, "logits")
+        saved, wants = x if trains else None, x.requires_grad
 
         def apply(grad: Tensor) -> Grads:
             _kept = saved
-            tape.multiply(rows, width, count, times=wants + parameter.trainable)
-            made = tape.tensor(rows, width, grad.dtype, "gradient")
-            part = tape.tensor(own, width, grad.dtype, "scattered") if split else made
-            parameter.reached = parameter.trainable
-            return (part if wants else None), None
+            tape.multiply(rows, width, count, times=wants + trains)
+            made = tape.tensor(rows, width, dtype, "gradient")
+            part = tape.tensor(own, width, dtype, "scattered") if split else made
+            dummy = Tensor(tape, None, ONE * count, width, dtype)
+            dummy.based = True  # a tied table's gradient is not added to it in place
+            return (part if wants else None), (dummy if trains else None)
 
         ops.record([out], "output layer", [x, weight], apply)
         return out
@@ -267,7 +272,8 @@ class OutputLayer(Module):
 def vocab_parallel_cross_entropy(logits: Tensor) -> Tensor:
     """``fused_vocab_parallel_cross_entropy``: logits in fp32 become their softmax in place.
 
-    The way back turns it into the gradient, again in place, and casts that.
+    The way back makes the gradient in a copy, which is cast (``calculate_gradients``, compiled:
+    inductor of torch 2.13 does not write into an input by index).
     """
     tape = logits.tape
     softmax = tape.tensor(logits.rows, logits.width, "fp32", "softmax")
@@ -276,10 +282,12 @@ def vocab_parallel_cross_entropy(logits: Tensor) -> Tensor:
     loss = tape.tensor(logits.rows, 1, "fp32", "loss")
     saved = (softmax, target, masked)
     del softmax, target, masked
-    make = ops.like(logits.rows, logits.width, logits.dtype, logits.requires_grad)
+    rows, width = logits.rows, logits.width
+    make = ops.like(rows, width, logits.dtype, logits.requires_grad)
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved
+        _copied = tape.tensor(rows, width, "fp32", "gradient")
         return (make(grad),)
 
     ops.record([loss], "cross entropy", [logits], apply)
@@ -317,11 +325,19 @@ class GPTModel(Native):
         return TransformerLayer(self.shape, dense=bool(self._kind(layer)))
 
     def inputs(self, tape: Tape) -> list[Tensor]:
-        """The global buffer into which the output layer gathers."""
-        if not self.shape.sequence or self.scores:
-            return []
+        """What is there from one micro batch to the next: the buffer into which a trained output
+        layer gathers, and what each layer's token dispatcher has names for."""
+        shape, held = self.shape, []
         with tape.scoped("temporary"):
-            return [tape.tensor(TOKENS, self.shape.hidden_size, "bf16", "global memory buffer")]
+            if shape.sequence and not self.scores and self.output_layer.weight.trainable:
+                held.append(tape.tensor(TOKENS, shape.hidden_size, "bf16", "global memory buffer"))
+            stack = self.stages[0].stack
+            routed = sum(stack.kinds[kind].routed for kind in stack.pattern)
+            if routed:  # probabilities, the map of them, and in which order tokens were sent
+                width = (5 * shape.all_experts + 8 * shape.topk) * routed
+                rows = te.rows_of(shape.sequence)
+                held.append(tape.tensor(rows, width, "int8", "token dispatchers"))
+        return held
 
     def _enter(self, tape: Tape, shared: Shared) -> Tensor:
         """Every rank looks up its rows; their sum is scattered over a sequence's ranks."""
@@ -410,5 +426,3 @@ def build(job: Job) -> Native:
     network.buffer_bytes = _dummies(network)
     return network
 
-
-_ = ONE

@@ -162,8 +162,9 @@ class RMSNorm(Module):
 def swiglu(x: Tensor, weights: Tensor | None = None) -> Tensor:
     """``silu(x1) x2`` of the halves of x as one function, which keeps x.
 
-    ``weights``: a probability for each row. Compiled, so it needs nothing between.
-    Source: megatron/core/fusions/fused_bias_swiglu.py, megatron-core 0.16.1.
+    ``weights``: a probability for each row, in fp32: so the gradient of x is joined, and then cast.
+    Source: megatron/core/fusions/fused_bias_swiglu.py, megatron-core 0.16.1, and what inductor of
+    torch 2.13 allocates for it.
     """
     tape = x.tape
     out = tape.tensor(x.rows, x.width // 2, x.dtype, "swiglu")
@@ -171,8 +172,11 @@ def swiglu(x: Tensor, weights: Tensor | None = None) -> Tensor:
     saved = tuple(inputs)
     makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in inputs]
 
+    rows, width = x.rows, x.width
+
     def apply(grad: Tensor) -> Grads:
         _kept = saved
+        _joined = tape.tensor(rows, width, "fp32", "gradient") if weights is not None else None
         return tuple(make(grad) for make in makers)
 
     ops.record([out], "swiglu", inputs, apply)
