@@ -320,14 +320,16 @@ def is_traced(resolved: Resolved) -> bool:
     from ftplan.front.assembling import modules_of
 
     modules, checkpointing = modules_of(resolved), plan.gradient_checkpointing
-    sharded = plan.sharding.kind not in (None, "none") or plan.sharding.offload not in (
-        None,
-        "none",
-    )
-    in_backward = plan.optimizer is not None and plan.optimizer.in_backward
-    if not modules or sharded or in_backward or plan.batch.packing or plan.batch.eval_micro:
+    if not modules or plan.batch.eval_micro:
         return False
-    from ftplan.memory.families.native import checkpoints
+    from ftplan.memory.families.native import checkpoints, parallel
+
+    spread = bool(parallel(modules))  # its buffers and packed rows are those that were traced
+    whole = ("none", "ddp", "zero1") if spread else ("none",)
+    sharded = plan.sharding.kind not in (None, *whole) or plan.sharding.offload not in (None, "none")
+    in_backward = plan.optimizer is not None and plan.optimizer.in_backward
+    if sharded or in_backward or (plan.batch.packing and not spread):
+        return False
 
     if checkpointing is None or checkpointing.kind == "none":
         return True

@@ -91,6 +91,8 @@ class Objective:
     kind: Kind
     sequences: int = 1
     """Sequences that go through the model for each of the micro batch."""
+    turns: int = 1
+    """Parts of a packed row that go through the model one after another."""
     other: Network | None = None
     """Whose forward runs without a graph on the same batch: the reference, or the teacher."""
     before: bool = False
@@ -193,9 +195,15 @@ def objective_of(job: Job) -> Objective:
             remedy=f"size one of {', '.join(MODELLED)}; its policy's step is that of grpo",
         )
     if job.modules:
-        # a packed row is as long as it says, with both of a pair in it (ms-swift's packing)
-        together = 1 if job.environment.packed else sequences_of(job.task)
-        return Objective(kind="native", sequences=together, resident=_reference(job))
+        # ms-swift packs samples whole: a row has both of a pair, or a completion and a mismatched
+        # one, which have a forward each (swift/template/base.py: ``lengths`` of a sample, summed)
+        packed = job.environment.packed
+        return Objective(
+            kind="native",
+            sequences=1 if packed else sequences_of(job.task),
+            turns=2 if packed and job.task == "kto" else 1,
+            resident=_reference(job),
+        )
     other: Network | None = None
     resident: tuple[Resident, ...] = ()
     if job.task in ("dpo", "kto", "grpo", "ppo") and job.reference in ("model", "adapter"):
