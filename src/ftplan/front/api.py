@@ -326,7 +326,10 @@ def is_traced(resolved: Resolved) -> bool:
 
     spread = bool(parallel(modules))  # its buffers and packed rows are those that were traced
     whole = ("none", "ddp", "zero1") if spread else ("none",)
-    sharded = plan.sharding.kind not in (None, *whole) or plan.sharding.offload not in (None, "none")
+    sharded = plan.sharding.kind not in (None, *whole) or plan.sharding.offload not in (
+        None,
+        "none",
+    )
     in_backward = plan.optimizer is not None and plan.optimizer.in_backward
     if sharded or in_backward or (plan.batch.packing and not spread):
         return False

@@ -1,11 +1,11 @@
-"""Megatron-Core's real modules on fake tensors: one rank's micro batches, with its gradient buffers.
+"""Megatron-Core's real modules on fake tensors: a rank's micro batch, with its gradient buffers.
 
     python -m ftplan.trace.megatron [--out validation/trainers]
 
-Transformer Engine's functions are stood in for (:mod:`ftplan.trace.transformer_engine`), kernels
-that ``torch.compile`` makes are one operation each (with the buffers that inductor of torch 2.13
-allocates beside their outputs), communication carries nothing, and every expert
-gets an even share of the tokens. The rest, adapters of mcore-bridge included, is the packages' code.
+Transformer Engine's functions are stood in for (:mod:`ftplan.trace.transformer_engine`); kernels
+that ``torch.compile`` makes are one operation each, with the buffers that inductor of torch 2.13
+allocates beside their outputs; communication carries nothing; and every expert gets an even share
+of the tokens. The rest, mcore-bridge's adapters included, is the packages' own code.
 """
 
 # torch is not installed where types are checked: its classes are Any there
@@ -53,7 +53,13 @@ def _job(name: str, model: str, layers: int, **plan: Any) -> Job:
     return {"name": f"megatron {name}", "layers": layers, "plan": way}
 
 
-_LORA = {"kind": "lora", "rank": 8, "targets": "all-linear", "dropout": 0.0, "adapter_dtype": "bf16"}
+_LORA = {
+    "kind": "lora",
+    "rank": 8,
+    "targets": "all-linear",
+    "dropout": 0.0,
+    "adapter_dtype": "bf16",
+}
 _DROPS = {**_LORA, "dropout": 0.05}
 _FULL = {"kind": "full", "reentrant": True}
 _CORE = {"kind": "selective", "reentrant": True}
@@ -115,7 +121,7 @@ class _Counts(list[int]):
         return self
 
     @property
-    def T(self) -> _Counts:  # noqa: N802 - a tensor's name
+    def T(self) -> _Counts:
         return self
 
 
@@ -177,7 +183,9 @@ def _spread(total: int, parts: int) -> _Counts:
 
 def _sorted_chunks(x: Any, sizes: Any, order: Any, probs: Any = None, fused: bool = False) -> Any:
     out = torch.cat(list(torch.split(x, sizes.tolist())), dim=0)
-    return out, torch.cat(list(torch.split(probs, sizes.tolist())), 0) if probs is not None else None
+    return out, torch.cat(
+        list(torch.split(probs, sizes.tolist())), 0
+    ) if probs is not None else None
 
 
 def _patches() -> list[tuple[Any, str, Any]]:
@@ -185,7 +193,10 @@ def _patches() -> list[tuple[Any, str, Any]]:
     swiglu, entropy = _core("fusions.fused_bias_swiglu"), _core("fusions.fused_cross_entropy")
     layers, maps = _core("tensor_parallel.layers"), _core("tensor_parallel.mappings")
     random, dropout = _core("tensor_parallel.random"), _core("fusions.fused_bias_dropout")
-    dispatcher, utils = _core("transformer.moe.token_dispatcher"), _core("transformer.moe.moe_utils")
+    dispatcher, utils = (
+        _core("transformer.moe.token_dispatcher"),
+        _core("transformer.moe.moe_utils"),
+    )
     router, rope = _core("transformer.moe.router"), _core("models.common.embeddings.rope_utils")
 
     def half(y: Any, *_rest: Any) -> Any:

@@ -107,7 +107,7 @@ class _LayerNormLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Any, more: Any = None) -> Any:
-        x, weight, norm_weight, normal, _root = ctx.saved_tensors
+        _x, weight, norm_weight, normal, _root = ctx.saved_tensors
         dgrad, wgrad, _ = _linear_backward(ctx, grad, normal, weight)
         if ctx.returned:
             dgrad = dgrad + more.view_as(dgrad)
@@ -315,7 +315,8 @@ def install() -> None:
     names = (
         "", "pytorch", "common", "common.recipe", "pytorch.fp8", "pytorch.distributed",
         "pytorch.attention", "pytorch.attention.rope", "pytorch.ops",
-        "pytorch.float8_tensor", "pytorch.tensor", "pytorch.optimizers", "pytorch.utils", "pytorch.module",
+        "pytorch.float8_tensor", "pytorch.tensor", "pytorch.optimizers", "pytorch.utils",
+        "pytorch.module",
         "pytorch.module.base",
     )  # fmt: skip
     made: dict[str, Any] = {}

@@ -162,9 +162,7 @@ class SelfAttention(Module):
         )
         if shape.qk_layernorm:
             self.q_layernorm, self.k_layernorm = te.RMSNorm(size), te.RMSNorm(size)
-        self.heads = Heads(
-            count=shape.heads, kv_count=shape.groups, size=size, value_size=size
-        )
+        self.heads = Heads(count=shape.heads, kv_count=shape.groups, size=size, value_size=size)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         mixed = self.linear_qkv.forward(x)
@@ -301,9 +299,8 @@ class GPTModel(Native):
         super().__init__()
         self.shape, self.task = shape, job.task
         self.embedding = Module()
-        self.embedding.word_embeddings = Embedding(  # type: ignore[attr-defined]
-            shape.vocab_size, shape.hidden_size
-        )
+        table = Embedding(shape.vocab_size, shape.hidden_size)
+        self.embedding.replace("word_embeddings", table)
         self.embedding_names = ("embedding.word_embeddings",)
         self.head_name = "output_layer"
         labels = {"rm": 1, "classify": job.labels}.get(job.task)
@@ -329,10 +326,12 @@ class GPTModel(Native):
         layer gathers, and what each layer's token dispatcher has names for."""
         shape, held = self.shape, []
         with tape.scoped("temporary"):
-            if shape.sequence and not self.scores and self.output_layer.weight.trainable:
+            trained = any(parameter.trainable for parameter in self.head_parameters())
+            if shape.sequence and trained and not self.scores:
                 held.append(tape.tensor(TOKENS, shape.hidden_size, "bf16", "global memory buffer"))
             stack = self.stages[0].stack
-            routed = sum(stack.kinds[kind].routed for kind in stack.pattern)
+            layers = [stack.kinds[kind] for kind in stack.pattern]
+            routed = sum(isinstance(layer, TransformerLayer) and layer.routed for layer in layers)
             if routed:  # probabilities, the map of them, and in which order tokens were sent
                 width = (5 * shape.all_experts + 8 * shape.topk) * routed
                 rows = te.rows_of(shape.sequence)
@@ -389,7 +388,7 @@ def _tower(network: GPTModel, job: Job) -> None:
     if path is None:
         return
     tower = build_whole(job.config).child(path)
-    network.visual = tower  # type: ignore[attr-defined]
+    network.replace("visual", tower)
     for _, parameter in tower.named_parameters():
         parameter.fixed = True
 
@@ -425,4 +424,3 @@ def build(job: Job) -> Native:
     settle(network, job, job.adapter.dtype if job.adapter is not None else "bf16")
     network.buffer_bytes = _dummies(network)
     return network
-

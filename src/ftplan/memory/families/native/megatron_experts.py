@@ -3,8 +3,8 @@
 Of the tokens of all ranks each rank's experts get an even share: ``topk`` times the rank's own.
 
 Source: megatron-core 0.16.1 megatron/core/transformer/moe/{router, moe_layer, token_dispatcher,
-moe_utils, experts, shared_experts}.py: ``MoEAlltoAllTokenDispatcher``, ``TEGroupedMLP``, permutation
-not fused.
+moe_utils, experts, shared_experts}.py: ``MoEAlltoAllTokenDispatcher``, ``TEGroupedMLP``, with
+permutations that are not fused.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _with_auxiliary_loss(probs: Tensor, logits: Tensor) -> Tensor:
 
 
 class GroupedMLP(Module):
-    """``TEGroupedMLP``: experts side by side in grouped products, weighted inside the activation."""
+    """``TEGroupedMLP``: experts in grouped products, weighted inside the activation."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -179,9 +179,7 @@ class MoELayer(Module):
         made = self.experts.forward(x, probs)
         return ops.copy(made, "restored") if self.shape.experts > 1 else made
 
-    def _permuted(
-        self, x: Tensor, probs: Tensor, routing_map: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _permuted(self, x: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of each token's experts, and their probabilities."""
         tape, rows = x.tape, x.rows * self.shape.topk
         turned = tape.tensor(probs.rows, probs.width, "bool", "routing map")

@@ -18,6 +18,12 @@ from ftplan.memory.tape import Tensor
 
 __all__ = ["OutputToSave", "adapted"]
 
+_SPLIT: dict[te.Mode, tuple[te.Mode, te.Mode]] = {
+    "column": ("duplicated", "column"),
+    "row": ("row", "duplicated"),
+    "grouped": ("grouped", "grouped"),
+}
+"""How the two thin matrices are split beside a layer that is split so."""
 _NAMES = {
     "linear_qkv": {"query", "key", "value"}, "linear_proj": {"projection"},
     "linear_fc1": {"mlp"}, "linear_fc2": {"mlp"},
@@ -33,16 +39,12 @@ class LoraParallelLinear(Module):
         self.dropout = spec.dropout
         count = layer.weight.shape[0] if layer.mode == "grouped" else 0
         sequence = layer.gathers or layer.scatters
-        first, second = {
-            "column": ("duplicated", "column"),
-            "row": ("row", "duplicated"),
-            "grouped": ("grouped", "grouped"),
-        }[layer.mode]
+        first, second = _SPLIT[layer.mode]
         self.lora_A = te.Linear(
-            layer.in_features, spec.rank, first, sequence=sequence, experts=count  # type: ignore[arg-type]
+            layer.in_features, spec.rank, first, sequence=sequence, experts=count
         )
         self.lora_B = te.Linear(
-            spec.rank, layer.out_features, second, sequence=sequence, experts=count  # type: ignore[arg-type]
+            spec.rank, layer.out_features, second, sequence=sequence, experts=count
         )
         for thin in (self.lora_A, self.lora_B):
             thin.weight.added = True
@@ -89,7 +91,7 @@ def adapted(block: Module, spec: AdapterSpec, parts: frozenset[str]) -> None:
             continue
         if not wanted <= parts:
             raise UnsupportedError(
-                f"an adapter on some of {', '.join(sorted(wanted))}: Megatron has one layer of them",
+                f"an adapter on a part of one layer of Megatron's: {', '.join(sorted(wanted & parts))}",
                 remedy="name q_proj, k_proj and v_proj together",
             )
         block.replace(path, LoraParallelLinear(module, spec))
