@@ -151,7 +151,7 @@ def modules_of(resolved: Resolved) -> str:
     others = (
         method.modules_to_save, method.rank_pattern, method.layers_to_transform,
         method.target_parameters, method.use_dora, method.fused_lora, method.options,
-        plan.batch.images, split - {*parallel(modules)},
+        plan.batch.images, split - {*parallel(modules)}, (plan.sharding.etp or 1) > 1,
         plan.batch.padding == "right", plan.kernels not in (None, "none"),
         weights.layout != "plain" and plan.precision.mixed != "no",
     )  # fmt: skip

@@ -15,7 +15,6 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend
 from ftplan.memory.blocks import ask_for_gradient
@@ -39,7 +38,7 @@ METHODS = ("full", "lora")
 WEIGHTS = ("bf16",)
 CHECKPOINTS = ("full", "selective")
 TASKS = ("sft", "pt", "dpo", "kto", "rm", "classify")
-ATTENTION = ("flash",)
+ATTENTION = ("flash", "sdpa")
 PARALLEL = ("tp", "pp", "ep")
 """Degrees that may be more than one."""
 
@@ -407,11 +406,7 @@ def _dummies(network: GPTModel) -> int:
 
 
 def build(job: Job) -> Native:
-    """The network of a job as ms-swift trains it. Raises UnsupportedError, by name."""
-    if job.sharding.expert_tp > 1:
-        raise UnsupportedError(
-            "experts that are themselves cut by tensor parallelism", remedy="set sharding.etp: 1"
-        )
+    """The network of a job as ms-swift trains it."""
     shape = shape_of(job.config, job)
     network = GPTModel(shape, job)
     _tower(network, job)

@@ -91,7 +91,7 @@ def adapted(block: Module, spec: AdapterSpec, parts: frozenset[str]) -> None:
             continue
         if not wanted <= parts:
             raise UnsupportedError(
-                f"an adapter on a part of one layer of Megatron's: {', '.join(sorted(wanted & parts))}",
+                f"an adapter on {', '.join(sorted(wanted & parts))} alone: a part of {path}",
                 remedy="name q_proj, k_proj and v_proj together",
             )
         block.replace(path, LoraParallelLinear(module, spec))
