@@ -67,7 +67,8 @@ was answered with completions of the wanted length. PPO is in no TRL after 1.12.
 
 LitGPT and torchtune run model code of their own: their packages' models, adapters and losses were
 traced as their loops call them, one version for each stack of its time
-(`python -m ftplan.trace.bench_native`).
+(`python -m ftplan.trace.bench_native`). Megatron-Core's modules and mcore-bridge's adapters were
+traced with Transformer Engine's functions stood in for (`python -m ftplan.trace.megatron`).
 """
 IMAGES = """
 ## Vision-language jobs
@@ -79,12 +80,13 @@ READINGS = """\
 Read by others on real GPUs, each with its source in `validation/published.json`. All were made with
 older software than the calculator mirrors; its versions stand beside each reading there, and a
 plan names the stack of that time where there is a profile of it (`transformers-4.46`,
-`ms-swift-2`, `litgpt-0.3`). Of LitGPT and torchtune their own modules are walked; Megatron runs
-modules of its own that are not: its errors are what a plan that names such a stack must expect.
+`ms-swift-2`, `litgpt-0.3`). Of LitGPT, torchtune and Megatron their own modules are walked; what
+others run of their own is not: their errors are what a plan that names such a stack must expect.
 Readings of LitGPT's config hub are of the time at which the number first stood there. Where batches
 differ in length (ms-swift 1.6), what is reserved depends on the order of the samples: their mean
-and deviation are known, no more. Comments in ms-swift's example scripts are rounded, and do not
-say which version was read.
+and deviation are known, no more. Comments in ms-swift's example scripts are rounded, many
+to 5 GiB, and say neither which version was read nor which counter: those of Megatron are low by 3
+to 8 GiB in every task and size, LoRA of 9 GiB in all among them, which no tensor of the step is.
 `inside`: the reading lies between low and high; `width`: (high - low) / expected, the median.
 """
 GPU = """

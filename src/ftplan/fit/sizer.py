@@ -159,6 +159,7 @@ class Sizer:
             capability=room.capability,
             named=room.named,
             gpus=room.gpus,
+            communicators=self.job.sharding.communicators,
             traced=room.traced,
             held=held,
             usable_bytes=room.usable_bytes,

@@ -273,12 +273,21 @@ def _counters(
         capability=capability_of(resolved),
         named=gpu is not None,
         gpus=(hardware.count or 1) * (hardware.nodes or 1),
+        communicators=_communicators(resolved),
         traced=is_traced(resolved),
         cache_bytes=cache_bytes,
         prompt_told=resolved.plan.batch.prompt_len is not None,
         held=held,
         usable_bytes=gpu.usable_bytes if gpu is not None else 0,
     )
+
+
+def _communicators(resolved: Resolved) -> int:
+    if resolved.stack.name != "megatron" or resolved.plan.method is None:
+        return 1
+    from ftplan.front.assembling import job_of
+
+    return job_of(resolved).sharding.communicators
 
 
 def _report(resolved: Resolved, result: Estimate, held: Interval | None = None) -> Report:
@@ -320,14 +329,20 @@ def is_traced(resolved: Resolved) -> bool:
     from ftplan.front.assembling import modules_of
 
     modules, checkpointing = modules_of(resolved), plan.gradient_checkpointing
-    sharded = plan.sharding.kind not in (None, "none") or plan.sharding.offload not in (
+    if not modules or plan.batch.eval_micro:
+        return False
+    from ftplan.memory.families.native import checkpoints, parallel
+
+    spread = bool(parallel(modules))  # its buffers and packed rows are those that were traced
+    whole = ("none", "ddp", "zero1") if spread else ("none",)
+    sharded = plan.sharding.kind not in (None, *whole) or plan.sharding.offload not in (
         None,
         "none",
     )
     in_backward = plan.optimizer is not None and plan.optimizer.in_backward
-    if not modules or sharded or in_backward or plan.batch.packing or plan.batch.eval_micro:
+    staged = (plan.sharding.pp or 1) > 1
+    if sharded or in_backward or staged or (plan.batch.packing and not spread):
         return False
-    from ftplan.memory.families.native import checkpoints
 
     if checkpointing is None or checkpointing.kind == "none":
         return True

@@ -143,16 +143,16 @@ def modules_of(resolved: Resolved) -> str:
     plan, modules = resolved.plan, resolved.stack.modules
     if modules is None or plan.method is None or resolved.config is None:
         return ""
-    from ftplan.memory.families.native import runs
+    from ftplan.memory.families.native import parallel, runs
 
     method = plan.method
     weights = _stored(plan.precision.weights or "bf16", double_quant=bool(method.double_quant))
-    parallel = max(getattr(plan.sharding, name) or 1 for name in ("tp", "pp", "cp", "ep"))
+    split = {n for n in ("tp", "pp", "cp", "ep") if (getattr(plan.sharding, n) or 1) > 1}
     others = (
         method.modules_to_save, method.rank_pattern, method.layers_to_transform,
         method.target_parameters, method.use_dora, method.fused_lora, method.options,
-        plan.batch.images, parallel > 1, plan.batch.padding == "right",
-        plan.attention not in (None, "sdpa"), plan.kernels not in (None, "none"),
+        plan.batch.images, split - {*parallel(modules)}, (plan.sharding.etp or 1) > 1,
+        plan.batch.padding == "right", plan.kernels not in (None, "none"),
         weights.layout != "plain" and plan.precision.mixed != "no",
     )  # fmt: skip
     if any(others):
@@ -160,7 +160,7 @@ def modules_of(resolved: Resolved) -> str:
     loss = plan.loss.kind if plan.loss is not None else "full"
     known = runs(
         modules, resolved.config, task=plan.task or "sft", method=method.kind,
-        weights=weights.name, loss=loss,
+        weights=weights.name, loss=loss, attention=plan.attention or "sdpa",
     )  # fmt: skip
     return modules if known else ""
 

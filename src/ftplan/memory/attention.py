@@ -121,6 +121,7 @@ def attend(
     held: list[Tensor] | None = None,
     window: int | None = None,
     reach: int = 0,
+    apart: bool = False,
 ) -> Tensor:
     """Attention of all heads: tokens x (heads x value size) comes out.
 
@@ -130,7 +131,8 @@ def attend(
     SDPA takes for a mask has it in already. ``eager``: the model has no SDPA, and is eager instead.
     ``held`` receives the attention weights that eager attention returns beside its output, for
     blocks that hold them until they return. ``window``: tokens that each one sees, which flash
-    knows without a mask. ``reach``: keys that a query sees where rows are no tokens (patches).
+    knows without a mask. ``apart``: values lie in something wider, and are laid together for the
+    kernel. ``reach``: keys that a query sees where rows are no tokens (patches).
     """
     env = q.tape.env
     seen = (window, reach)
@@ -142,9 +144,11 @@ def attend(
     if env.checkpoint_attention and q.tape.grad_enabled and bias is None:
 
         def core(q: Tensor) -> Tensor:
-            return _attend(q, k, v, heads, mask, eager, by_head, bias, None, seen)
+            own = ops.copy(v) if apart else v
+            return _attend(q, k, own, heads, mask, eager, by_head, bias, None, seen)
 
         return checkpoint(core, q, [k, v], trains=False)
+    v = ops.copy(v) if apart else v
     return _attend(q, k, v, heads, mask, eager, by_head, bias, held, seen)
 
 

@@ -61,7 +61,10 @@ on a T4 and about 0.5 GiB on an H100. Cards without a reading of their own stand
 neighbours, with a wider interval."""
 _OTHER_CONTEXT = (0, 300, 600)
 _NCCL = (100, 400, 1200)
-"""MiB: channels and their buffers, which grow with the number of GPUs and of communicators."""
+"""MiB: channels and their buffers, of each communicator; they grow with the number of GPUs.
+Megatron has several: 6.5 GiB lay outside the allocator on 8 H200 under tensor parallelism 8, its
+context among them (28.4 and 49.5 in ms-swift's log, 35 and 56 in nvidia-smi:
+basetenlabs/ml-cookbook#105)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +83,7 @@ def counters(
     capability: tuple[int, int] | None,
     named: bool,
     gpus: int,
+    communicators: int = 1,
     traced: bool = True,
     cache_bytes: int | None = None,
     prompt_told: bool = False,
@@ -89,7 +93,8 @@ def counters(
     """The three counters of a job whose walk peaks at ``peak_bytes``.
 
     ``static_bytes`` of them never come and go. ``capability``: of the card, None for one that is
-    not NVIDIA's; ``named``: the plan names a card, so its workspaces are counted. ``traced``: the
+    not NVIDIA's; ``named``: the plan names a card, so its workspaces are counted.
+    ``communicators``: groups of ranks, each with NCCL's buffers of its own. ``traced``: the
     stack's modules are those that the walk was held against. ``cache_bytes``: of the key-value
     cache when a model is served. Prompts may be shorter than the context (unless ``prompt_told``),
     so that less is transient; and a cache that grows by concatenation, token by token, leaves
@@ -114,7 +119,7 @@ def counters(
         expected=expected + round(transient * middle) + segments,
         high=allocated.high + round(transient * high) + 2 * segments + (cache_bytes or 0),
     )
-    around = _around(capability, gpus)
+    around = _around(capability, gpus, communicators)
     reserved = need if held is None else _shown(allocated, need, held, around, usable_bytes)
     return Counters(allocated=allocated, reserved=reserved, device=reserved.plus(around))
 
@@ -161,9 +166,9 @@ def workspace_bytes(capability: tuple[int, int] | None) -> int:
     return 2 * (32 * MIB if capability >= (9, 0) else 8_519_680)
 
 
-def _around(capability: tuple[int, int] | None, gpus: int) -> Interval:
+def _around(capability: tuple[int, int] | None, gpus: int, communicators: int) -> Interval:
     """What lies on the card outside PyTorch's allocator, in bytes."""
     context = _CONTEXT.get(capability or (0, 0), _OTHER_CONTEXT)
-    nccl = _NCCL if gpus > 1 else (0, 0, 0)
+    nccl = [each * communicators if gpus > 1 else 0 for each in _NCCL]
     low, expected, high = (MIB * (c + n) for c, n in zip(context, nccl, strict=True))
     return Interval(low=low, expected=expected, high=high)

@@ -529,7 +529,7 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
     under_way = stage.in_flight - 1 if stage is not None else 0
     program = Program(recording, recording.phases(under_way=under_way))
     program.virtual_tokens = network.virtual_tokens
-    program.sequences = objective.sequences
+    program.sequences, program.turns = objective.sequences, objective.turns
     program.chunked_by_sequence = isinstance(network, Native) and network.chunked_by_sequence
     program.completion = objective.completion
     program.shifted = job.environment.loss_columns > 0

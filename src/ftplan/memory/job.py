@@ -107,6 +107,18 @@ class ShardingSpec:
         """Ranks that have the same experts."""
         return max(1, self.world // (self.ep * self.expert_tp * self.pp))
 
+    @property
+    def communicators(self) -> int:
+        """Groups of more than one rank that a step talks in: one, but for Megatron's.
+
+        All ranks, and those of each degree; tensor and pipeline ranks together for the norm of
+        gradients (megatron/core/parallel_state.py, ``initialize_model_parallel``).
+        """
+        if not self.megatron:
+            return 1
+        degrees = (self.world, self.tp, self.pp, self.ep, self.data_ranks, self.tp * self.pp)
+        return max(1, sum(degree > 1 for degree in degrees))
+
     def optimizer_ranks(self, expert: bool) -> int:
         """Over how many ranks Megatron's distributed optimizer cuts a parameter's states."""
         if self.kind != "zero1":

@@ -126,6 +126,8 @@ class Program:
         """Learned tokens before each sequence."""
         self.sequences = 1
         """Sequences that go through the model for each of the micro batch."""
+        self.turns = 1
+        """Into how many parts a packed row is cut, that go through the model one after another."""
         self.completion = 0
         """Tokens of each sequence that the loss looks at; 0: all."""
         self.shifted = False
@@ -157,7 +159,7 @@ class Program:
 
     def point(self, micro: int, seq_len: int, chunk: int = 0) -> tuple[int, ...]:
         """The basis of sizes for a batch: a chunk is no more than the rows that are scored."""
-        sequences, length = micro * self.sequences, seq_len + self.virtual_tokens
+        sequences, length = micro * self.sequences, -(-seq_len // self.turns) + self.virtual_tokens
         scored = self.completion or length - self.shifted
         chunk *= micro if self.chunked_by_sequence else 1
         return basis(sequences, length, min(chunk, sequences * scored), self._parts)

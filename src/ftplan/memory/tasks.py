@@ -92,6 +92,8 @@ class Objective:
     kind: Kind
     sequences: int = 1
     """Sequences that go through the model for each of the micro batch."""
+    turns: int = 1
+    """Parts of a packed row that go through the model one after another."""
     other: Network | None = None
     """Whose forward runs without a graph on the same batch: the reference, or the teacher."""
     before: bool = False
@@ -194,14 +196,20 @@ def objective_of(job: Job) -> Objective:
             remedy=f"size one of {', '.join(MODELLED)}; its policy's step is that of grpo",
         )
     if job.modules:
-        return Objective(kind="native")
+        # ms-swift packs samples whole: a row has both of a pair, or a completion and a mismatched
+        # one, which have a forward each (swift/template/base.py: ``lengths`` of a sample, summed)
+        packed = job.environment.packed
+        return Objective(
+            kind="native",
+            sequences=1 if packed else sequences_of(job.task),
+            turns=2 if packed and job.task == "kto" else 1,
+            resident=_reference(job),
+        )
     other: Network | None = None
     resident: tuple[Resident, ...] = ()
     if job.task in ("dpo", "kto", "grpo", "ppo") and job.reference in ("model", "adapter"):
-        other = prepare(_frozen(job))
-        if job.reference == "model":
-            why = "a second, frozen model gives the reference's log-probabilities"
-            resident = (Resident(name="weights/reference", network=other, why=why),)
+        resident = _reference(job)
+        other = resident[0].network if resident else prepare(_frozen(job))
     if job.task == "distill":
         if job.teacher is None:
             raise UnsupportedError(
@@ -233,6 +241,15 @@ def objective_of(job: Job) -> Objective:
         critic=critic,
         scorers=scorers,
     )
+
+
+def _reference(job: Job) -> tuple[Resident, ...]:
+    """The frozen model that gives the reference's log-probabilities, where it is a second one."""
+    if job.task not in ("dpo", "kto", "grpo", "ppo") or job.reference != "model":
+        return ()
+    why = "a second, frozen model gives the reference's log-probabilities"
+    network = prepare(_frozen(job))
+    return (Resident(name="weights/reference", network=network, why=why),)
 
 
 def _refuse_sharded_ppo(job: Job) -> None:

@@ -8,6 +8,7 @@ every weight has its dtype, wraps them.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from typing import cast
 
 from ftplan.errors import UnsupportedError
@@ -170,7 +171,10 @@ def _wrap_modules(network: Network, spec: AdapterSpec, job: Job) -> None:
         elif place.parameters and isinstance(module, Linear):
             _fold_linear(root, path, module, place, spec)
         elif place.parameters:
-            _fold(name, module, place, spec)
+            # Megatron's experts have dropout; PEFT's, which are walked for them, cannot have it:
+            # what it keeps is among what is unexplained of modules that were not traced
+            megatron = job.sharding.megatron and not spec.use_dora
+            _fold(name, module, place, replace(spec, dropout=0.0) if megatron else spec)
         elif spec.kind == "ln_tuning":
             root.replace(path, trained_copy(module))
         elif isinstance(module, Embedding) and spec.kind in LORA:

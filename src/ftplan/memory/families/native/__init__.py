@@ -1,4 +1,4 @@
-"""Trainers that run model code of their own: LitGPT and torchtune.
+"""Trainers that run model code of their own: LitGPT, torchtune and Megatron.
 
 A :class:`Native` network is complete: its weights have their dtypes, what is frozen is frozen, and
 the trainer's own adapters are in place. ``job.modules`` says whose code runs, and of which time
@@ -14,10 +14,10 @@ from typing import Any
 from ftplan.memory.families.native.base import Native
 from ftplan.memory.job import Job
 
-__all__ = ["TASKS", "Native", "checkpoints", "native", "runs"]
+__all__ = ["TASKS", "Native", "checkpoints", "native", "parallel", "runs"]
 
 TASKS = ("sft", "pt")
-"""Tasks whose loop and loss are walked."""
+"""Tasks whose loop and loss are walked, where the trainer's file names no others."""
 
 
 def _file(modules: str) -> Any:
@@ -25,12 +25,16 @@ def _file(modules: str) -> Any:
 
 
 def runs(
-    modules: str, config: Mapping[str, Any], *, task: str, method: str, weights: str, loss: str
-) -> bool:
-    """Whether the trainer's code is walked for this model, task, method, storage and loss."""
-    if task not in TASKS:
-        return False
+    modules: str, config: Mapping[str, Any], *, task: str, method: str, weights: str, loss: str,
+    attention: str,
+) -> bool:  # fmt: skip
+    """Whether the trainer's code is walked for this model, task, method, storage, loss and
+    attention."""
     file = _file(modules)
+    if task not in getattr(file, "TASKS", TASKS):
+        return False
+    if attention not in getattr(file, "ATTENTION", ("sdpa",)):
+        return False
     known: bool = config.get("model_type") in file.model_types(modules, method)
     known = known and method in file.METHODS and weights in file.WEIGHTS
     return known and loss in file.losses(modules, method)
@@ -40,6 +44,12 @@ def checkpoints(modules: str) -> tuple[str, ...]:
     """Kinds of gradient checkpointing that the trainer has on one GPU, and that were traced."""
     kinds: tuple[str, ...] = _file(modules).CHECKPOINTS
     return kinds
+
+
+def parallel(modules: str) -> tuple[str, ...]:
+    """Degrees of parallelism of which the trainer's code is walked."""
+    degrees: tuple[str, ...] = getattr(_file(modules), "PARALLEL", ())
+    return degrees
 
 
 def native(job: Job) -> Native:
