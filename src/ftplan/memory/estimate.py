@@ -148,8 +148,7 @@ def static_terms(
 def resident_terms(model: Resident, sharding: ShardingSpec) -> list[StaticTerm]:
     """A frozen model beside the trained one: sharded with it, and what ZeRO-3 gathers of it."""
     whole = counted_parameters(model.network)
-    ranks = shard_ranks(sharding)
-    terms = [weights_term([(_shard(p, ranks), n, m) for p, n, m in whole], model.name, model.why)]
+    terms = [weights_term(_sharded(whole, sharding), model.name, model.why)]
     if sharding.kind == "zero3":
         terms.append(_live(sharding, whole, f"{model.name}_gathered"))
     if sharding.kind == "fsdp" and sharding.version == 2:
@@ -223,8 +222,7 @@ class Structure:
         objective = objective_of(job)
         own = counted_parameters(network)
         counted = own + (counted_parameters(objective.critic) if objective.critic else [])
-        ranks = shard_ranks(job.sharding)
-        local = [(_shard(p, ranks), times, matrix) for p, times, matrix in counted]
+        local = _sharded(counted, job.sharding)
         layout = layout_of(network, job.sharding) if job.sharding.is_zero else None
         if job.stage is not None:
             one_chunk(network, job.stage)
@@ -451,11 +449,11 @@ def _is_base(parameter: Parameter) -> bool:
     return not parameter.added
 
 
-def shard_ranks(sharding: ShardingSpec) -> int:
-    """Over how many ranks each weight is split."""
+def _sharded(counted: Counted, sharding: ShardingSpec) -> Counted:
+    """A rank's part of every weight."""
     if sharding.kind not in ("fsdp", "zero3"):
-        return 1
-    return sharding.shard_ranks
+        return [(_shard(p, 1), times, inside) for p, times, inside in counted]
+    return [(_shard(p, sharding.ranks_of(p.expert)), times, i) for p, times, i in counted]
 
 
 _SHARED = ("vera", "pvera", "trainable_tokens")

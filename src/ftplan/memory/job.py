@@ -73,6 +73,9 @@ class ShardingSpec:
     """Pipeline: stages on each rank."""
     cp: int = 1
     ep: int = 1
+    """Ranks that each have a part of the experts."""
+    worst_routing: bool = False
+    """Expert parallelism: every rank sends this one all that its experts can take."""
     dp_replicate: int = 1
     bucket_elements: int = 500_000_000
     overlap_comm: bool = False
@@ -99,7 +102,18 @@ class ShardingSpec:
     @property
     def expert_tp(self) -> int:
         """Over how many ranks an expert's own matrices are cut."""
-        return self.etp or (1 if self.megatron else self.tp)
+        return self.etp or (1 if self.megatron or self.ep > 1 else self.tp)
+
+    @property
+    def shares_batch(self) -> bool:
+        """The ranks of an expert parallel group have one batch (transformers: `tp_size=ep_size`)."""
+        return self.ep > 1 and not self.megatron and self.kind == "none"
+
+    def ranks_of(self, expert: bool) -> int:
+        """Over how many ranks a parameter is sharded."""
+        if not expert or self.ep == 1:
+            return self.shard_ranks
+        return max(1, self.expert_ranks // self.dp_replicate)
 
     @property
     def expert_ranks(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.memory.adapters import adapt, distinguish
 from ftplan.memory.adapters.lora import LoraLinear
+from ftplan.memory.dispatch import spread_experts
 from ftplan.memory.families import build
 from ftplan.memory.families.native import native
 from ftplan.memory.job import Job
@@ -54,6 +55,8 @@ def prepare(job: Job) -> Network:
         last.split(lambda layer: layer >= last.count - job.last_layers)
     if job.sharding.tp > 1 and not job.sharding.megatron:
         split_vocabulary(network, job.sharding.tp)
+    if job.sharding.ep > 1 and not job.sharding.megatron:
+        spread_experts(network, job.sharding)
     distinguish(network, job)
     quantized = job.weights.name not in ITEM_BYTES
     casts = job.prepare_kbit and not job.weights.name.startswith(KEPT_BY_PREPARATION)

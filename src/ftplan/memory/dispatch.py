@@ -1,0 +1,154 @@
+"""Expert parallelism: whole experts on each rank, and the tokens that travel to them.
+
+Each rank has a share of every layer's experts. It sorts its (token, expert) pairs by expert, sends
+each to the rank that has the expert in one all-to-all, runs its own experts on what it received
+(one expert a row, weight one), and gets the results back in a second one, which it weights and
+sums (transformers/distributed/expert_parallel.py 5.23, ``AllToAllEP``). Ranks that share a batch
+(``tp_size == ep_size``) each take a slice of its tokens first and gather the sums.
+
+How many rows a rank receives depends on the router. A balanced one, which auxiliary losses and
+biases work towards, sends as many as it would keep; at worst every rank of the group sends every
+token to this one, as often as it has experts for it.
+"""
+
+from __future__ import annotations
+
+from ftplan.errors import UnsupportedError
+from ftplan.memory import ops
+from ftplan.memory.experts import Experts, Routing, gather_rows
+from ftplan.memory.job import ShardingSpec
+from ftplan.memory.nn import Module, Network
+from ftplan.memory.tape import PART, TOKENS, Grads, Size, Tensor
+
+__all__ = ["AllToAll", "spread_experts"]
+
+
+def spread_experts(network: Network, spec: ShardingSpec) -> None:
+    """Leave each rank its experts, reached by all-to-all.
+
+    Raises UnsupportedError for models without experts, or with experts that transformers has no
+    plan for, and for degrees that do not divide them.
+    """
+    found = False
+    for stage in network.stages:
+        for block in stage.stack.kinds:
+            for module in _mixtures(block):
+                _keep_share(module, spec)
+                found = True
+    if not found:
+        raise UnsupportedError(
+            "expert parallelism of this model: transformers has no plan for it",
+            remedy="use sharding.kind: fsdp or zero3 without sharding.ep",
+        )
+
+
+def _mixtures(block: Module) -> list[Experts]:
+    return [module for _, module in block.named_modules() if isinstance(module, Experts)]
+
+
+def _keep_share(experts: Experts, spec: ShardingSpec) -> None:
+    if experts.count % spec.ep:
+        raise UnsupportedError(
+            f"expert parallelism {spec.ep} of {experts.count} experts",
+            remedy=f"use a degree that divides {experts.count}",
+        )
+    experts.count //= spec.ep
+    for parameter in experts.parameters.values():
+        parameter.shape = (experts.count, *parameter.shape[1:])
+        parameter.whole = parameter.shape
+    experts.exchange = AllToAll(spec)
+
+
+class AllToAll:
+    """Dispatch, a rank's experts, combine."""
+
+    def __init__(self, spec: ShardingSpec) -> None:
+        self.ranks = spec.ep
+        self.shares_batch = spec.shares_batch
+        self.worst = spec.worst_routing
+
+    def __call__(self, experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+        """``x`` (tokens x hidden) through the experts of all ranks: the same shape."""
+        if self.shares_batch:
+            x = slice_tokens(x)
+            weights, index = slice_tokens(routing.weights), _like(routing.index, PART)
+        else:
+            weights, index = routing.weights, routing.index
+        rows = x.rows * index.width
+        order = _like(index, rows, 1, "sort order")
+        tokens = self._dispatch(x, rows, self._received(experts, x.rows, index.width))
+        routed = _one_each(tokens)
+        made = experts.run(tokens, routed)
+        total = _combine(made, order, weights, rows)
+        return gather_tokens(total) if self.shares_batch else total
+
+    def _received(self, experts: Experts, tokens: Size, top_k: int) -> Size:
+        """Rows that this rank's experts run on."""
+        if self.worst:
+            return tokens * (self.ranks * min(top_k, experts.count))
+        return tokens * top_k
+
+    def _dispatch(self, x: Tensor, rows: Size, received: Size) -> Tensor:
+        places = x.tape.tensor(rows, 1, "int64", "token order")
+        sent = gather_rows(x, places, rows, x.width, "dispatched tokens")
+        del places
+        return exchange(sent, received, "received tokens")
+
+
+def _like(index: Tensor, rows: Size, width: int = 0, name: str = "routing") -> Tensor:
+    return index.tape.tensor(rows, width or index.width, "int64", name)
+
+
+def _one_each(tokens: Tensor) -> Routing:
+    """Each received row is one expert's, with weight one."""
+    index = _like(tokens, tokens.rows, 1, "experts of received rows")
+    weights = tokens.tape.tensor(tokens.rows, 1, tokens.dtype, "weights of one")
+    return Routing(index, weights, index)
+
+
+def exchange(x: Tensor, rows: Size, name: str) -> Tensor:
+    """``all_to_all_single``: other rows of the same width; the way back is another one."""
+    out = x.tape.tensor(rows, x.width, x.dtype, name)
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+    ops.record([out], "all_to_all", [x], lambda grad: (make(grad),))
+    return out
+
+
+def _combine(made: Tensor, order: Tensor, weights: Tensor, rows: Size) -> Tensor:
+    """Results back in the order of (token, expert) pairs, weighted, and summed for each token."""
+    back = exchange(made, rows, "returned tokens")
+    placed = _put(back, order)
+    weighted = ops.mul(placed, ops.view(weights, rows, 1), "weighted experts")
+    out = weighted.tape.tensor(weights.rows, weighted.width, weighted.dtype, "sum over experts")
+    width = weighted.width  # the way back reads the gradient of a sum for each expert, uncopied
+    ops.record([out], "sum", [weighted], lambda grad: (grad.alias(rows, width),))
+    return out
+
+
+def slice_tokens(x: Tensor) -> Tensor:
+    """A rank's slice of what all have; the way back gathers the slices' gradients."""
+    out = x.alias(PART)
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+    ops.record([out], "slice", [x], lambda grad: (make(grad),))
+    return out
+
+
+def gather_tokens(x: Tensor) -> Tensor:
+    """Every rank's slice; the way back is a slice."""
+    out = x.tape.tensor(TOKENS, x.width, x.dtype, "gathered tokens")
+    ops.record([out], "gather", [x], lambda grad: (grad.alias(PART),))
+    return out
+
+
+def _put(x: Tensor, order: Tensor) -> Tensor:
+    """``empty_like(x)[order] = x``: keeps the order; the way back picks the rows."""
+    out = x.tape.tensor(x.rows, x.width, x.dtype, "rows in order")
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+    saved = order
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved
+        return (make(grad),)
+
+    ops.record([out], "index_put", [x], apply)
+    return out
