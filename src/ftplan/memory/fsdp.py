@@ -175,31 +175,33 @@ class Fsdp:
         if unit.reduced:
             return
         unit.reduced = True
-        grads = [(p, p.grad) for p in unit.parameters if p.grad is not None]
-        for parameter, _ in grads:
+        trained = [p for p in unit.parameters if p.grad is not None]
+        grads = [parameter.grad for parameter in trained]
+        for parameter in trained:
             parameter.grad = None
         unit.gathered = []
         self.scattered.clear()
         if not grads:
             return
-        dtype = self.spec.reduce_dtype or grads[0][0].dtype
-        trained = [parameter for parameter, _ in grads]
+        ranks = self.ranks(unit)
+        dtype = self.spec.reduce_dtype or trained[0].dtype
         orig = trained[0].stored
+        last = grads[-1] if ranks > 1 else None  # ``foreach_reduce``: the variable of its loop
         if unit.accumulated:  # ``accumulate_unsharded_grad_if_needed``: added and gone before
             grads.clear()
         flat = self._total(unit, trained) // ITEM_BYTES[trained[0].dtype] * ITEM_BYTES[dtype]
         self.scattered.append(self._allocate(flat, "flat gradients"))
         del grads
         unit.accumulated.clear()
-        shard = self._allocate(flat // self.ranks(unit), "reduced gradients")
-        if unit.experts and self.ranks(unit) == 1:  # no collective divides them
+        shard = self._allocate(flat // ranks, "reduced gradients")
+        if unit.experts and ranks == 1:  # no collective divides them
             divided = self._allocate(flat, "divided gradients")
             del divided
         if dtype != orig:
             if self.spec.dp_replicate > 1:
                 self.across.append(shard)  # ``AllReduceState``
             shard = self._allocate(
-                flat // self.ranks(unit) // ITEM_BYTES[dtype] * ITEM_BYTES[orig], "reduced gradients"
+                flat // ranks // ITEM_BYTES[dtype] * ITEM_BYTES[orig], "reduced gradients"
             )
         self.tape.labels[shard.index - 1] = Label("gradients", "parameters")
         if self.spec.offload == "params":

@@ -196,7 +196,8 @@ OFFLOAD_REGIMES: dict[str, Mapping] = {
 }  # fmt: skip
 """The same with states, or weights too, on the host."""
 
-ATTENTION: Mapping = {**LORA, "targets": "attention"}
+ATTENTION: Mapping = {**LORA, "targets": ["q_proj", "o_proj"]}
+"""peft 0.21 cannot adapt experts that are spread: its update and their weights do not mix."""
 EXPERT_REGIMES: dict[str, Mapping] = {
     "ep-full-checkpointed": {
         "method": FULL, "precision": BF16, "gradient_checkpointing": True,

@@ -35,6 +35,7 @@ import torch
 
 from ftplan.spec import Plan
 from ftplan.trace import build, cuda
+from ftplan.trace.experts import spread_experts
 from ftplan.trace.images import image_batch
 from ftplan.trace.job import Job, resolve
 from ftplan.trace.ledger import Entry, Ledger
@@ -195,6 +196,8 @@ def trace_job(
                     if loop is not None:
                         loop.prepare(ledger)
                     else:
+                        if job.ep > 1:  # as the model is loaded
+                            model = spread_experts(model, mesh)
                         model = build.adapt(model, job)
                         build.train_in_fp32(job, model)
                 if loop is None:

@@ -35,21 +35,15 @@ def spread_experts(model: Any, mesh: Any) -> Any:
     """Apply the model's own plan (``ep_plan``)."""
     from transformers.distributed.expert_parallel import apply_expert_parallelism
 
-    base = _base(model)
-    plan = base._expand_parallel_plan(dict(base.ep_plan))
-    apply_expert_parallelism(base, mesh.experts["ep"], mesh.batch, plan)
-    return model
+    plan = model._expand_parallel_plan(dict(model.ep_plan))
+    return apply_expert_parallelism(model, mesh.experts["ep"], mesh.batch, plan)
 
 
 def expert_modules(model: Any) -> list[Any]:
     """The modules that hold a layer's experts."""
-    base = _base(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = base._expand_parallel_plan(dict(base.ep_plan)).items()
     return [base.get_submodule(name) for name, style in names if style == "ep_dispatch_experts"]
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch
 
 from ftplan.errors import UnsupportedError
 from ftplan.trace.cuda import patched
-from ftplan.trace.experts import balanced, expert_meshes, expert_modules, spread_experts
+from ftplan.trace.experts import balanced, expert_meshes, expert_modules
 from ftplan.trace.job import Job
 from ftplan.trace.ledger import Ledger
 
@@ -104,8 +104,6 @@ def shard(model: Any, job: Job, mesh: Any) -> Any:
     """Shard the model as the plan says; with ``wrap: block`` each block is a unit of its own."""
     if job.tp > 1:
         return _split(model, job, mesh)
-    if job.ep > 1:
-        model = spread_experts(model, mesh)
     if job.sharding == "ddp" and job.world > 1:
         model.__dict__["_ddp_buckets"] = _ddp_buckets(model)
         return model
