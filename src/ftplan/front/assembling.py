@@ -79,7 +79,7 @@ def job_of(resolved: Resolved) -> Job:
         hooks_hold_inputs=_hooks_hold_inputs(plan),
         keep_outputs=stack.keeps_outputs,
         outputs_to_fp32=autocast is not None and stack.outputs_to_fp32,
-        sequence_parts=sharding.tp if sharding.sequence_parallel else 1,
+        sequence_parts=sharding.token_parts,
         ring=sharding.cp if stack.name in RINGS and sharding.kind == "fsdp" else 1,
         seq_len=local_seq_len(batch.seq_len, sharding),
         one_sequence=batch.micro == 1,

@@ -69,14 +69,16 @@ class AllToAll:
 
     def __call__(self, experts: Experts, x: Tensor, routing: Routing) -> Tensor:
         """``x`` (tokens x hidden) through the experts of all ranks: the same shape."""
+        weights, top_k = routing.weights, routing.index.width
+        own = x.rows
         if self.shares_batch:
-            x = slice_tokens(x)
-            weights, index = slice_tokens(routing.weights), _like(routing.index, PART)
-        else:
-            weights, index = routing.weights, routing.index
-        rows = x.rows * index.width
-        order = _like(index, rows, 1, "sort order")
-        tokens = self._dispatch(x, rows, self._received(experts, x.rows, index.width))
+            own = PART
+            x, weights = slice_tokens(x), slice_tokens(weights)
+        rows = own * top_k
+        order = _index(x, rows, "sort order")
+        tokens = self._dispatch(x, rows, self._received(experts, own, top_k))
+        if self.shares_batch:
+            del x
         routed = _one_each(tokens)
         made = experts.run(tokens, routed)
         total = _combine(made, order, weights, rows)
@@ -95,13 +97,13 @@ class AllToAll:
         return exchange(sent, received, "received tokens")
 
 
-def _like(index: Tensor, rows: Size, width: int = 0, name: str = "routing") -> Tensor:
-    return index.tape.tensor(rows, width or index.width, "int64", name)
+def _index(like: Tensor, rows: Size, name: str) -> Tensor:
+    return like.tape.tensor(rows, 1, "int64", name)
 
 
 def _one_each(tokens: Tensor) -> Routing:
     """Each received row is one expert's, with weight one."""
-    index = _like(tokens, tokens.rows, 1, "experts of received rows")
+    index = _index(tokens, tokens.rows, "experts of received rows")
     weights = tokens.tape.tensor(tokens.rows, 1, tokens.dtype, "weights of one")
     return Routing(index, weights, index)
 
@@ -126,8 +128,8 @@ def _combine(made: Tensor, order: Tensor, weights: Tensor, rows: Size) -> Tensor
 
 
 def slice_tokens(x: Tensor) -> Tensor:
-    """A rank's slice of what all have; the way back gathers the slices' gradients."""
-    out = x.alias(PART)
+    """A copy of a rank's slice of what all have; the way back gathers the slices' gradients."""
+    out = x.tape.tensor(PART, x.width, x.dtype, "slice of tokens")
     make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
     ops.record([out], "slice", [x], lambda grad: (make(grad),))
     return out

@@ -109,6 +109,13 @@ class ShardingSpec:
         """The ranks of an expert parallel group have one batch (transformers: `tp_size=ep_size`)."""
         return self.ep > 1 and not self.megatron and self.kind == "none"
 
+    @property
+    def token_parts(self) -> int:
+        """Among how many ranks a micro batch's tokens are shared out, somewhere in the model."""
+        if self.shares_batch:
+            return self.ep
+        return self.tp if self.sequence_parallel else 1
+
     def ranks_of(self, expert: bool) -> int:
         """Over how many ranks a parameter is sharded."""
         if not expert or self.ep == 1:
