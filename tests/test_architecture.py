@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -225,3 +226,11 @@ def test_unknown_names_are_refused() -> None:
     """The facade has no names but its own."""
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         ftplan.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_dataclasses_are_ours(path: Path) -> None:
+    """The standard library's take their time at each start: see ``ftplan.dataclass``."""
+    text = path.read_text(encoding="utf-8")
+    if path.name != "dataclass.py":
+        assert not re.search(r"from dataclasses import [^\n]*\bdataclass\b", text)

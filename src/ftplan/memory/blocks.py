@@ -6,8 +6,10 @@ import copy
 from collections.abc import Callable, Hashable
 from typing import Any
 
+from ftplan.memory import ops
 from ftplan.memory.checkpointing import checkpoint_all
-from ftplan.memory.fsdp import Unit
+from ftplan.memory.experts import Experts, Routing
+from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.nn import Module, Shared, Stack, Stage
 from ftplan.memory.record import BOUNDARY, HANDED, Recorder
 from ftplan.memory.tape import Node, Tape, Tensor
@@ -95,13 +97,57 @@ def _run_block(
     run = _checkpoint if checkpointed else _run
     if recorder.fsdp is None or recorder.fsdp.spec.wrap == "model":
         return run(block, x, shared)
-    unit = Unit("block", [p for _, p in block.named_parameters()], place=recorder.place)
+    apart = _spread(block) if recorder.fsdp.spec.ep > 1 else []
+    own = {id(p) for experts in apart for _, p in experts.named_parameters()}
+    weights = [p for _, p in block.named_parameters() if id(p) not in own]
+    unit = Unit("block", weights, place=recorder.place)
     recorder.units.append(unit)
     recorder.fsdp.adopt(unit)
+    for experts in apart:
+        _shard_experts(recorder, recorder.fsdp, experts)
     recorder.fsdp.begin_forward(unit)
-    out = run(block, recorder.fsdp.enter(unit, x), shared)
+    out = run(block, recorder.fsdp.enter(unit, x)[0], shared)
     recorder.fsdp.end_forward(unit)
     return recorder.fsdp.leave(unit, out)
+
+
+def _spread(block: Module) -> list[Experts]:
+    """Experts that lie on several ranks, each a unit of FSDP by itself."""
+    experts = (module for _, module in block.named_modules() if isinstance(module, Experts))
+    return [module for module in experts if module.exchange is not None]
+
+
+def _shard_experts(recorder: Recorder, fsdp: Fsdp, experts: Experts) -> None:
+    """Gather a layer's experts when its tokens set out, not with the rest of the block.
+
+    A checkpoint without reentry runs the block again when the way back has entered the experts:
+    they have been gathered by then, and stay until it has left them. axolotl leaves experts that no
+    other rank has to themselves (``ignored_params``).
+    """
+    if fsdp.spec.deep_ep and fsdp.spec.ranks_of(True) == 1:
+        for _, parameter in experts.named_parameters():
+            if fsdp.accumulated and parameter.trainable:
+                parameter.grad = recorder.tape.leaf(parameter)
+        return
+    unit = Unit("experts", [p for _, p in experts.named_parameters()], experts=True)
+    unit.place = recorder.place
+    recorder.units.append(unit)
+    fsdp.adopt(unit)
+    kind = type(experts)
+
+    def forward(x: Tensor, routing: Routing) -> Tensor:
+        again = x.tape.rerun
+        if again is None or not again.deferred:
+            fsdp.begin_forward(unit)
+        dtype = fsdp.spec.param_dtype  # ``cast_forward_inputs``
+        given = [ops.to(t, dtype) if dtype else t for t in (x, routing.weights)]
+        x, weights = fsdp.enter(unit, *given)
+        out = kind.forward(experts, x, Routing(routing.logits, weights, routing.index))
+        if again is None:
+            fsdp.end_forward(unit)
+        return fsdp.leave(unit, out)
+
+    experts.forward = forward  # type: ignore[method-assign]
 
 
 def _run_shared(recorder: Recorder, stack: Stack, x: Tensor, shared: Shared) -> Tensor:

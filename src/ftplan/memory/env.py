@@ -66,7 +66,7 @@ class Environment:
     ring: int = 1
     """Ranks around which keys and values go (PyTorch's ring attention)."""
     sequence_parts: int = 1
-    """Ranks that share the tokens outside of what tensor parallelism cuts."""
+    """Ranks that share the tokens: outside of what tensor parallelism cuts, or in the experts."""
     seq_len: int | None = None
     """Sequence length in tokens, only for decisions (is it longer than the window), not sizes."""
     holds_4bit_inputs: bool = False

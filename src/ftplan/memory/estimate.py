@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from ftplan.dataclass import dataclass
 from ftplan.errors import UnsupportedError
@@ -22,8 +23,13 @@ from ftplan.memory.steps import record_evaluation, record_step
 from ftplan.memory.tape import ITEM_BYTES, Label, Parameter
 from ftplan.memory.tasks import Objective, Resident, objective_of
 from ftplan.memory.zero import Layout, layout_of, live_bytes, partition, step_temporaries
+from ftplan.units import MIB
 
 __all__ = ["Estimate", "StaticTerm", "Structure", "estimate", "structure_of"]
+
+
+DEEP_EP_BUFFER = 256 * MIB
+"""axolotl 0.19: ``expert_parallel_num_nvl_bytes``, over NVLink; DeepEP allocates it by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +144,7 @@ def static_terms(
     if job.sharding.kind == "ddp" and job.sharding.world > 1 and not job.main_weights:
         terms.append(
             weights_term(
-                learned,
+                [entry for entry in learned if not (job.sharding.spread and entry[0].expert)],
                 "gradients/ddp_buckets",
                 "DDP copies every gradient into flat buckets (gradient_as_bucket_view=False)",
             )
@@ -149,8 +155,7 @@ def static_terms(
 def resident_terms(model: Resident, sharding: ShardingSpec) -> list[StaticTerm]:
     """A frozen model beside the trained one: sharded with it, and what ZeRO-3 gathers of it."""
     whole = counted_parameters(model.network)
-    ranks = shard_ranks(sharding)
-    terms = [weights_term([(_shard(p, ranks), n, m) for p, n, m in whole], model.name, model.why)]
+    terms = [weights_term(_sharded(whole, sharding), model.name, model.why)]
     if sharding.kind == "zero3":
         terms.append(_live(sharding, whole, f"{model.name}_gathered"))
     if sharding.kind == "fsdp" and sharding.version == 2:
@@ -218,14 +223,14 @@ class Structure:
 
     def __init__(self, job: Job) -> None:
         network = prepare(job)
+        self._job = job
         self.stage = job.stage
         if job.stage is not None:
             cut(network, job.stage)
         objective = objective_of(job)
         own = counted_parameters(network)
         counted = own + (counted_parameters(objective.critic) if objective.critic else [])
-        ranks = shard_ranks(job.sharding)
-        local = [(_shard(p, ranks), times, matrix) for p, times, matrix in counted]
+        local = _sharded(counted, job.sharding)
         layout = layout_of(network, job.sharding) if job.sharding.is_zero else None
         if job.stage is not None:
             one_chunk(network, job.stage)
@@ -289,14 +294,15 @@ class Structure:
         beside = self.evaluation is not None or self.rollout is not None
         self.asks_count = self.program.asks_count or beside
         """Whether it is another one for one sequence than for several."""
-        self.total_params = sum(
-            parameter.numel * times for parameter, times, _ in own if _is_base(parameter)
+        self.total_params = self._count(p for p in own if _is_base(p[0]))
+        self.trainable_params = self._count(
+            entry for entry in counted if entry[0].trainable and not entry[0].idle
         )
-        self.trainable_params = sum(
-            parameter.numel * times
-            for parameter, times, _ in counted
-            if parameter.trainable and not parameter.idle
-        )
+
+    def _count(self, counted: Iterable[tuple[Parameter, int, bool]]) -> int:
+        """Parameters, with the experts of all ranks."""
+        ranks = self._job.sharding.ep if self._job.sharding.spread else 1
+        return sum(p.numel * times * (ranks if p.expert else 1) for p, times, _ in counted)
 
     def _chunk(self, micro: int, seq_len: int, given: int) -> int:
         """Tokens of a chunk of the loss: ``given``, or by the rule of a fused one."""
@@ -339,6 +345,25 @@ class Structure:
         peak = max(peak, self._evaluated(seq_len, chunk)) if self.evaluation else peak
         stages = [self._at_rest + stage.bytes for stage in self._stages(micro, seq_len)]
         return max([peak, *stages])
+
+    @cached_property
+    def _uneven(self) -> Structure | None:
+        """The same job where the router sends this rank all that it can; None: nothing travels."""
+        sharding = self._job.sharding
+        if not sharding.spread or sharding.worst_routing:
+            return None
+        return Structure(replace(self._job, sharding=replace(sharding, worst_routing=True)))
+
+    def uneven_bytes(self, micro: int, seq_len: int, chunk: int = 0) -> int:
+        """What the most uneven routing adds to the worst moment, where experts are spread."""
+        if self._uneven is None:
+            return 0
+        return self._uneven.peak(micro, seq_len, chunk) - self.peak(micro, seq_len, chunk)
+
+    @property
+    def beside_bytes(self) -> int:
+        """What libraries hold on the card outside of PyTorch's allocator."""
+        return DEEP_EP_BUFFER if self._job.sharding.spread and self._job.sharding.deep_ep else 0
 
     def at(self, micro: int, seq_len: int, chunk: int = 0) -> Estimate:
         """The worst moment for a micro batch, a sequence length and a chunk of the loss."""
@@ -452,11 +477,11 @@ def _is_base(parameter: Parameter) -> bool:
     return not parameter.added
 
 
-def shard_ranks(sharding: ShardingSpec) -> int:
-    """Over how many ranks each weight is split."""
+def _sharded(counted: Counted, sharding: ShardingSpec) -> Counted:
+    """A rank's part of every weight."""
     if sharding.kind not in ("fsdp", "zero3"):
-        return 1
-    return sharding.shard_ranks
+        return [(_shard(p, 1), times, inside) for p, times, inside in counted]
+    return [(_shard(p, sharding.ranks_of(p.expert)), times, i) for p, times, i in counted]
 
 
 _SHARED = ("vera", "pvera", "trainable_tokens")
@@ -487,8 +512,9 @@ def _shard(parameter: Parameter, ranks: int) -> Parameter:
     return part
 
 
-def _step_of(job: Job) -> Callable[[Parameter], int] | None:
-    """What the step of one parameter needs, for an optimizer that steps in backward."""
+def _step_of(job: Job) -> Callable[[Parameter], int | None] | None:
+    """What the step of one parameter needs, for an optimizer that steps in backward, or lets go of
+    the gradients that it has copied to the host; None: its gradient stays."""
     if job.main_weights and not job.sharding.is_zero:
         return lambda _parameter: 0  # added to the buffer and let go
     if not job.optimizer.in_backward:
@@ -498,7 +524,14 @@ def _step_of(job: Job) -> Callable[[Parameter], int] | None:
             "an optimizer that steps in backward with gradient accumulation or sharding",
             remedy="use accumulation: 1 on one GPU: no gradient outlives its parameter's turn",
         )
-    return lambda parameter: step_bytes(job.optimizer, [(parameter, 1, len(parameter.shape) > 1)])
+    optimizer = job.optimizer
+
+    def needs(parameter: Parameter) -> int | None:
+        if optimizer.offloads_from is not None and not optimizer.offloads(parameter):
+            return None
+        return step_bytes(optimizer, [(parameter, 1, len(parameter.shape) > 1)])
+
+    return needs
 
 
 def program_of(job: Job, network: Network, objective: Objective) -> Program:

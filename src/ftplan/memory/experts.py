@@ -157,7 +157,8 @@ def sum_of_groups(x: Tensor, group: int, rows: Size) -> Tensor:
     out = x.tape.tensor(rows, x.width, x.dtype, "sum over experts")
     make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
     assert x.rows == rows * group
-    ops.record([out], "sum", [x], lambda grad: (make(grad),))
+    alone = group == 1  # nothing was expanded, so nothing is copied
+    ops.record([out], "sum", [x], lambda grad: (grad if alone else make(grad),))
     return out
 
 
@@ -281,18 +282,37 @@ class Router(Module):
         return gather_rows(scores, index, scores.rows, self.top_k, "gather"), index
 
 
-def masked(scores: Tensor) -> Tensor:
-    """``masked_fill``: keeps the mask."""
-    mask = scores.tape.tensor(scores.rows, scores.width, "bool", "group mask")
-    out = scores.tape.tensor(scores.rows, scores.width, scores.dtype, "masked_fill")
+def masked(scores: Tensor, mask: Tensor | None = None, *, in_place: bool = False) -> Tensor:
+    """``masked_fill``: keeps the mask; without one given, it is made for every score."""
+    tape = scores.tape
+    if mask is None:
+        mask = tape.tensor(scores.rows, scores.width, "bool", "group mask")
+    if in_place:
+        out = scores.alias()
+    else:
+        out = tape.tensor(scores.rows, scores.width, scores.dtype, "masked_fill")
     make = ops.like(scores.rows, scores.width, scores.dtype, scores.requires_grad)
+    saved = mask
 
     def apply(grad: Tensor) -> Grads:
-        _kept = mask
+        _kept = saved
         return (make(grad),)
 
     ops.record([out], "masked_fill", [scores], apply)
     return out
+
+
+class Exchange(Protocol):
+    """How tokens reach experts that lie on other ranks, and come back."""
+
+    masks: bool
+    """Rows beyond those of a rank's experts are masked before and after either product."""
+    adapts: bool
+    """Adapters of a rank's experts are those of all, cut alike."""
+
+    def __call__(self, experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+        """``x`` (tokens x hidden) through all experts."""
+        ...
 
 
 class Experts(Module):
@@ -312,6 +332,8 @@ class Experts(Module):
         self.folded: dict[str, Folded] = {}
         self.names = ("gate_up_proj" if gated else "up_proj", "down_proj")
         self.has_bias = bias
+        self.exchange: Exchange | None = None
+        """Expert parallelism: what brings a rank's experts their tokens."""
         self.expands_to: str | None = None
         """Experts were linear layers of their own and are stored in few bits: the dtype that one
         after the other is expanded to (transformers until 4.57)."""
@@ -329,7 +351,18 @@ class Experts(Module):
         return ops.mul(activation(gate, self.act), up)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        if self.exchange is None:
+            return self.run(x, routing)
+        return ops.to(self.exchange(self, x, routing), x.dtype)
+
+    def run(self, x: Tensor, routing: Routing) -> Tensor:
+        """The experts that are here, on the rows that are here.
+
+        Rows beyond the last expert's are masked where experts are spread, whether there are any or
+        not: the input in place, and what either product returns.
+        """
         tape = x.tape
+        masks = self.exchange is not None and self.exchange.masks
         top_k = routing.index.width
         if self.expands_to is not None:
             return self._one_by_one(x, routing, top_k, self.expands_to)
@@ -343,12 +376,17 @@ class Experts(Module):
         weights = gather_rows(routing.weights, order, rows, 1)
         counts = tape.tensor(rows, 1, "int32", "experts of rows")
         offsets = tape.tensor(ONE, self.count, "int32", "expert offsets")
+        mask = tape.tensor(rows, 1, "bool", "rows of other ranks") if masks else None
         bias = self._bias(self.names[0], index)
+        if mask is not None:
+            picked = masked(picked, mask, in_place=True)
         folded: list[Tensor] = []  # ``parametrize.cached``: alive until the experts return
         out = self._linear(picked, self.names[0], bias, offsets, updates, folded)
+        out = masked(out, mask) if mask is not None else out
         out = self.gate(out) if self.gated else activation(out, self.act)
         bias = self._bias(self.names[1], index)
         out = self._linear(out, self.names[1], bias, offsets, updates, folded)
+        out = masked(out, mask) if mask is not None else out
         weighted = ops.mul(out, weights, "weighted experts")
         back = _index(routing.index, rows, "inverse order")
         weighted = gather_rows(weighted, back, rows, weighted.width)

@@ -40,7 +40,7 @@ class Flat(Fsdp):
             return
         total = self._total(unit, unit.parameters)
         copies = self.spec.param_dtype is not None or self.spec.offload == "params"
-        shard = self._allocate(total // self.ranks, "shards") if copies else None
+        shard = self._allocate(total // self.ranks(unit), "shards") if copies else None
         unit.gathered = [self._allocate(total, "flat weights")]
         del shard
 
@@ -118,12 +118,13 @@ class Flat(Fsdp):
         if dtype != held:  # the hook holds what autograd computed until it returns
             cast = self._allocate(total // ITEM_BYTES[held] * ITEM_BYTES[dtype], "flat gradients")
         shard = self._allocate(
-            total // self.ranks // ITEM_BYTES[held] * ITEM_BYTES[dtype], "reduced gradients"
+            total // self.ranks(unit) // ITEM_BYTES[held] * ITEM_BYTES[dtype], "reduced gradients"
         )
         del flat, cast
         if dtype != orig:
             shard = self._allocate(
-                total // self.ranks // ITEM_BYTES[held] * ITEM_BYTES[orig], "reduced gradients"
+                total // self.ranks(unit) // ITEM_BYTES[held] * ITEM_BYTES[orig],
+                "reduced gradients",
             )
         self.tape.labels[shard.index - 1] = Label("gradients", "parameters")
         if self.spec.offload == "params" or (self.accumulated and not self.spec.no_sync):

@@ -53,6 +53,8 @@ class Unit:
     """The layer, where it is recorded by itself; else it stands for others too."""
     times: dict[int, int] = field(default_factory=dict)
     """How many tensors of the model a parameter stands for, where that is not one."""
+    experts: bool = False
+    """Experts that are spread, and sharded over those ranks alone that have the same ones."""
 
 
 class Fsdp:
@@ -61,7 +63,6 @@ class Fsdp:
     def __init__(self, tape: Tape, spec: ShardingSpec, *, accumulated: bool) -> None:
         self.tape = tape
         self.spec = spec
-        self.ranks = spec.shard_ranks
         self.accumulated = accumulated
         """Shards of gradients are there already: what arrives is added and freed."""
         self.previous: list[Storage] = []
@@ -72,13 +73,17 @@ class Fsdp:
         """Shards of gradients while replicas sum them, kept until backward has ended."""
         self.order: list[Unit] = []
 
-    def _bytes(self, parameter: Parameter) -> int:
+    def ranks(self, unit: Unit) -> int:
+        """Over how many ranks it is sharded."""
+        return self.spec.ranks_of(unit.experts)
+
+    def _bytes(self, parameter: Parameter, ranks: int) -> int:
         if parameter.dtype.startswith(BUFFERS):
             return 0
-        shape = shard_shape(parameter.shape, self.ranks)
+        shape = shard_shape(parameter.shape, ranks)
         if parameter.dtype not in ITEM_BYTES:  # packed values; their scales are not gathered
-            return find_format(parameter.dtype).storages(shape)[0] * self.ranks
-        return prod(shape) * self.ranks * ITEM_BYTES[parameter.dtype]
+            return find_format(parameter.dtype).storages(shape)[0] * ranks
+        return prod(shape) * ranks * ITEM_BYTES[parameter.dtype]
 
     def _allocate(self, size: int, name: str) -> Storage:
         storage = self.tape.allocate(ONE * size, name)
@@ -86,16 +91,21 @@ class Fsdp:
         return storage
 
     def _gather(self, unit: Unit) -> None:
-        """``foreach_all_gather``: a cast copy of the shards, then the flat buffer."""
-        if unit.flat is not None or unit.gathered:
+        """``foreach_all_gather``: a cast copy of the shards, then the flat buffer.
+
+        On one rank there is nothing to gather: shards are copied out as they are.
+        """
+        if unit.flat is not None or unit.gathered or self.ranks(unit) == 1:
             return
         total = self._total(unit, unit.parameters)
-        casts = self._allocate(total // self.ranks, "shards") if self.spec.param_dtype else None
+        casts = (
+            self._allocate(total // self.ranks(unit), "shards") if self.spec.param_dtype else None
+        )
         unit.flat = self._allocate(total, "flat weights")
         del casts
 
     def _total(self, unit: Unit, parameters: Sequence[Parameter]) -> int:
-        return sum(self._bytes(p) * unit.times.get(id(p), 1) for p in parameters)
+        return sum(self._bytes(p, self.ranks(unit)) * unit.times.get(id(p), 1) for p in parameters)
 
     def _copy_out(self, unit: Unit) -> None:
         unit.gathered = [
@@ -135,9 +145,8 @@ class Fsdp:
             return
         self._gather(unit)
         self._copy_out(unit)
-        assert unit.flat is not None
         # the buffer of the unit before still has a local name while this one is copied out
-        self.previous = [unit.flat]
+        self.previous = [unit.flat] if unit.flat is not None else []
         unit.flat = None
 
     def end_forward(self, unit: Unit) -> None:
@@ -169,28 +178,33 @@ class Fsdp:
         if unit.reduced:
             return
         unit.reduced = True
-        grads = [(p, p.grad) for p in unit.parameters if p.grad is not None]
-        for parameter, _ in grads:
+        trained = [p for p in unit.parameters if p.grad is not None]
+        grads = [parameter.grad for parameter in trained]
+        for parameter in trained:
             parameter.grad = None
         unit.gathered = []
         self.scattered.clear()
         if not grads:
             return
-        dtype = self.spec.reduce_dtype or grads[0][0].dtype
-        trained = [parameter for parameter, _ in grads]
+        ranks = self.ranks(unit)
+        dtype = self.spec.reduce_dtype or trained[0].dtype
         orig = trained[0].stored
+        _last = grads[-1] if ranks > 1 else None  # ``foreach_reduce``: the variable of its loop
         if unit.accumulated:  # ``accumulate_unsharded_grad_if_needed``: added and gone before
             grads.clear()
         flat = self._total(unit, trained) // ITEM_BYTES[trained[0].dtype] * ITEM_BYTES[dtype]
         self.scattered.append(self._allocate(flat, "flat gradients"))
         del grads
         unit.accumulated.clear()
-        shard = self._allocate(flat // self.ranks, "reduced gradients")
+        shard = self._allocate(flat // ranks, "reduced gradients")
+        if ranks == 1 and unit.experts:  # no collective divides them
+            divided = self._allocate(flat, "divided gradients")
+            del divided
         if dtype != orig:
             if self.spec.dp_replicate > 1:
                 self.across.append(shard)  # ``AllReduceState``
             shard = self._allocate(
-                flat // self.ranks // ITEM_BYTES[dtype] * ITEM_BYTES[orig], "reduced gradients"
+                flat // ranks // ITEM_BYTES[dtype] * ITEM_BYTES[orig], "reduced gradients"
             )
         self.tape.labels[shard.index - 1] = Label("gradients", "parameters")
         if self.spec.offload == "params":
@@ -208,16 +222,16 @@ class Fsdp:
         self.scattered.clear()
         self.across.clear()
 
-    def enter(self, unit: Unit, x: Tensor) -> Tensor:
-        """Mark where the way back leaves the unit."""
-        seen = x.alias()
+    def enter(self, unit: Unit, *inputs: Tensor) -> list[Tensor]:
+        """Mark where the way back leaves the unit: when the gradients of all inputs are there."""
+        seen = [x.alias() for x in inputs]
         fsdp = self
 
-        def apply(grad: Tensor) -> tuple[Tensor | None, ...]:
+        def apply(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
             fsdp.end_backward(unit)
-            return (grad,)
+            return grads
 
-        ops.record([seen], "post_backward", [x], apply)
+        ops.record(seen, "post_backward", inputs, apply)
         return seen
 
     def leave(self, unit: Unit, x: Tensor) -> Tensor:

@@ -74,6 +74,11 @@ class ShardingSpec:
     """Pipeline: stages on each rank."""
     cp: int = 1
     ep: int = 1
+    """Ranks that each have a part of the experts."""
+    deep_ep: bool = False
+    """Tokens travel to their experts through DeepEP (axolotl)."""
+    worst_routing: bool = False
+    """Expert parallelism: every rank sends this one all that its experts can take."""
     dp_replicate: int = 1
     bucket_elements: int = 500_000_000
     overlap_comm: bool = False
@@ -100,7 +105,30 @@ class ShardingSpec:
     @property
     def expert_tp(self) -> int:
         """Over how many ranks an expert's own matrices are cut."""
-        return self.etp or (1 if self.megatron else self.tp)
+        return self.etp or (1 if self.megatron or self.ep > 1 else self.tp)
+
+    @property
+    def spread(self) -> bool:
+        """Experts lie on ranks of their own, other than Megatron's."""
+        return self.ep > 1 and not self.megatron
+
+    @property
+    def shares_batch(self) -> bool:
+        """Ranks of an expert parallel group have one batch (transformers: ``tp_size`` above 1)."""
+        return self.spread and not self.deep_ep and (self.kind == "none" or self.tp > 1)
+
+    @property
+    def token_parts(self) -> int:
+        """Among how many ranks a micro batch's tokens are shared out, somewhere in the model."""
+        if self.shares_batch:
+            return self.tp if self.tp > 1 else self.ep
+        return self.tp if self.sequence_parallel else 1
+
+    def ranks_of(self, expert: bool) -> int:
+        """Over how many ranks a parameter is sharded."""
+        if not expert or self.ep == 1:
+            return self.shard_ranks
+        return max(1, self.expert_ranks // self.dp_replicate)
 
     @property
     def expert_ranks(self) -> int:

@@ -44,14 +44,14 @@ def local_config(config: Mapping[str, Any], spec: ShardingSpec) -> Mapping[str, 
             remedy="use zero1, fsdp or ddp",
         )
     nested = config.get("text_config")
-    if isinstance(nested, Mapping) and (spec.tp > 1 or spec.ep > 1):
+    if isinstance(nested, Mapping) and (spec.tp > 1 or (spec.ep > 1 and spec.megatron)):
         return {**config, "text_config": local_config(nested, spec)}
     local = dict(config)
     if spec.tp > 1:
         _split_heads(local, spec)
         if spec.megatron and isinstance(local.get("vocab_size"), int):
             local["vocab_size"] = -(-local["vocab_size"] // (BLOCK * spec.tp)) * BLOCK
-    if spec.ep > 1:
+    if spec.ep > 1 and spec.megatron:  # else the experts are spread once they are built
         _split_experts(local, spec.ep)
     return local
 
@@ -154,7 +154,13 @@ def _split_table(table: Embedding, tp: int) -> None:
         leaf = tape.leaf(weight)
         out = tape.tensor(rows, width, leaf.dtype, "embedding")
         make = like(ONE * count, width, leaf.dtype, leaf.requires_grad)
-        record([out], "embedding", [leaf], lambda grad: (make(grad),))
+        own = leaf.rows
+
+        def apply(grad: Tensor) -> Grads:
+            whole = make(grad)
+            return (None if whole is None else whole.alias(own),)
+
+        record([out], "embedding", [leaf], apply)
         return out
 
     table.forward = looked_up  # type: ignore[method-assign]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.memory.adapters import adapt, distinguish
 from ftplan.memory.adapters.lora import LoraLinear
+from ftplan.memory.dispatch import spread_experts
 from ftplan.memory.families import build
 from ftplan.memory.families.native import native
 from ftplan.memory.job import Job
@@ -55,6 +56,8 @@ def prepare(job: Job) -> Network:
     if job.sharding.tp > 1 and not job.sharding.megatron:
         split_vocabulary(network, job.sharding.tp)
     distinguish(network, job)
+    if job.sharding.spread:
+        spread_experts(network, job.sharding)
     quantized = job.weights.name not in ITEM_BYTES
     casts = job.prepare_kbit and not job.weights.name.startswith(KEPT_BY_PREPARATION)
     plain = ("fp32" if casts else job.base_dtype) if quantized else job.weights.name

@@ -196,6 +196,65 @@ OFFLOAD_REGIMES: dict[str, Mapping] = {
 }  # fmt: skip
 """The same with states, or weights too, on the host."""
 
+ATTENTION: Mapping = {**LORA, "targets": ["q_proj", "o_proj"]}
+"""peft 0.21 cannot adapt experts that are spread: its update and their weights do not mix."""
+EXPERT_REGIMES: dict[str, Mapping] = {
+    "ep-full-checkpointed": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+    },
+    "ep-full": {"method": FULL, "precision": BF16},
+    "ep-lora": {"method": ATTENTION, "precision": BF16},
+    "ep-full-alone": {  # experts whole on their rank
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+        "sharding": {"ep": 8},
+    },
+    "ep-full-fp32-reduced": {
+        "method": FULL, "precision": {"weights": "fp32", "mixed": "no"},
+        "sharding": {"param_dtype": "bf16", "reduce_dtype": "fp32"},
+        "gradient_checkpointing": True,
+    },
+    "ep-lora-checkpointed": {
+        "method": ATTENTION, "precision": BF16, "gradient_checkpointing": True,
+    },
+    "ep-full-shared-batch": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+        "sharding": {"kind": "none"},
+        # kernels that step many weights at once refuse DTensors among others
+        "optimizer": {"name": "adamw_torch", "implementation": "loop"},
+    },
+    "ep-full-mixed-accumulated": {
+        "method": FULL, "precision": AMP, "batch": {"accumulation": 2},
+        "sharding": {"no_sync": True},
+    },
+    "ep-lora-shared-batch": {
+        "method": ATTENTION, "precision": BF16, "sharding": {"kind": "none"},
+    },
+}  # fmt: skip
+"""Regimes of expert parallelism, as transformers runs it: all-to-all, with FSDP2 or one batch."""
+SPLIT_EXPERT_REGIMES: dict[str, Mapping] = {
+    "ep-full-tensor-checkpointed": {
+        **EXPERT_REGIMES["ep-full-shared-batch"], "sharding": {"kind": "none", "tp": 4, "ep": 4},
+    },
+    "ep-full-tensor": {
+        **EXPERT_REGIMES["ep-full-shared-batch"], "sharding": {"kind": "none", "tp": 4, "ep": 4},
+        "gradient_checkpointing": False,
+    },
+}  # fmt: skip
+"""The same with tensor parallelism of everything else."""
+DEEP_EP_REGIMES: dict[str, Mapping] = {
+    "ep-deep-full-checkpointed": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True, "stack": "axolotl",
+    },
+    "ep-deep-full": {"method": FULL, "precision": BF16, "stack": "axolotl"},
+}  # fmt: skip
+"""The same through DeepEP, whose kernels are stubbed: axolotl has to be installed to trace them."""
+SPREAD = {
+    "mixtral-8x7b": 2, "qwen3-30b-a3b": 8, "gpt-oss-20b": 4, "deepseek-v2-lite": 4,
+    "olmoe-1b-7b": 2,
+}  # fmt: skip
+"""Architectures whose experts are spread, and over how many ranks."""
+EXPERT_JOBS_PER_ARCHITECTURE = 5
+
 ARCHITECTURES = (
     "llama-3.1-8b", "llama-2-7b", "qwen2.5-7b", "mistral-7b-v0.1", "pythia-1.4b", "opt-1.3b",
     "mixtral-8x7b", "smollm2-1.7b", "qwen3-4b", "qwen3-8b", "phi-3-mini", "olmo-2-7b",
@@ -219,6 +278,11 @@ def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, 
         yield from _jobs(name, TENSOR_REGIMES, 1)
     if name in RINGED:
         yield from _jobs(name, RING_REGIMES, 1)
+    if name in SPREAD:
+        yield from _jobs(name, EXPERT_REGIMES, EXPERT_JOBS_PER_ARCHITECTURE)
+        yield from _jobs(name, DEEP_EP_REGIMES, 1)
+    if name in ("mixtral-8x7b", "qwen3-30b-a3b"):
+        yield from _jobs(name, SPLIT_EXPERT_REGIMES, 1)
     yield from _jobs(name, ZERO_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
     if name in RINGED:
         yield from _jobs(name, OFFLOAD_REGIMES, 1)
@@ -242,14 +306,14 @@ def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[st
         if kind == "cp":
             micro, seq_len = 1, RING_TOKENS.get(name, 16_384)
             world = max(world, 8)
-        if kind in ("fsdp1", "fsdp2", "cp"):
+        if kind in ("fsdp1", "fsdp2", "cp", "ep"):
             sharding = {
                 "kind": "fsdp", "version": 1 if kind == "fsdp1" else 2, "wrap": "block",
                 "reshard_after_forward": True, "offload": "none",
             }  # fmt: skip
         plan: Mapping = {
-            "version": 1, "model": name, "stack": "transformers", "task": "sft",
-            "method": more["method"], "precision": more["precision"],
+            "version": 1, "model": name, "stack": more.get("stack", "transformers"),
+            "task": "sft", "method": more["method"], "precision": more["precision"],
             "batch": {
                 "micro": micro, "seq_len": seq_len, "accumulation": 1, "padding": "none",
                 **more.get("batch", {}),
@@ -260,4 +324,19 @@ def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[st
             "hardware": {"gpu": "a100-80gb", "count": world},
             "sharding": {**sharding, **more.get("sharding", {})},
         }  # fmt: skip
+        if kind == "ep":
+            _spread(plan, SPREAD[name])
         yield regime, plan, (4, 3, 6)[(index + number) % 3] if index < 6 else 2 + number % 2
+
+
+def _spread(plan: Mapping, ep: int) -> None:
+    """Experts over ``ep`` ranks of twice as many, or over all of them."""
+    sharding = plan["sharding"]
+    count = ep if sharding["kind"] == "none" or "ep" in sharding else 2 * ep
+    if sharding["kind"] == "none":
+        kept = {key: sharding[key] for key in ("kind", "tp", "ep") if key in sharding}
+        sharding = plan["sharding"] = kept
+    sharding.setdefault("ep", ep)
+    plan["hardware"]["count"] = max(count, sharding["ep"])
+    if "tp" in sharding:
+        plan["hardware"]["count"] = sharding["tp"]

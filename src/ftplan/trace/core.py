@@ -36,6 +36,7 @@ import torch
 from ftplan.dataclass import dataclass
 from ftplan.spec import Plan
 from ftplan.trace import build, cuda
+from ftplan.trace.experts import spread_experts
 from ftplan.trace.images import image_batch
 from ftplan.trace.job import Job, resolve
 from ftplan.trace.ledger import Entry, Ledger
@@ -163,7 +164,7 @@ def trace_job(
     with _quiet(), contextlib.ExitStack() as stack:
         stack.callback(gc.unfreeze)
         stack.callback(_forget_autocast)
-        ledger.sharded = job.sharding == "fsdp" or job.tp > 1
+        ledger.sharded = job.sharding == "fsdp" or max(job.tp, job.ep) > 1
         mesh = stack.enter_context(distributed(job, ledger))
         say("building the model")
         loop = loop_of(job, config, layers)
@@ -196,6 +197,8 @@ def trace_job(
                     if loop is not None:
                         loop.prepare(ledger)
                     else:
+                        if job.ep > 1:  # as the model is loaded
+                            model = spread_experts(model, job, mesh)
                         model = build.adapt(model, job)
                         build.train_in_fp32(job, model)
                 if loop is None:
@@ -405,7 +408,7 @@ def _backward(loss: Any) -> None:
 def _update(job: Job, model: Any, optimizer: Any, ledger: Ledger) -> None:
     ledger.mark((local(p.grad) for p in model.parameters() if p.grad is not None), "gradients")
     clips = job.stack != "pytorch" and job.stack not in OWN
-    if clips and job.tp == 1:  # its norm mixes DTensors and others
+    if clips and max(job.tp, job.ep) == 1:  # else its norm mixes meshes, and other tensors
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
     ledger.mark((local(t) for t in _state_tensors(optimizer)), "optimizer")

@@ -86,6 +86,7 @@ class Job:
     use_orig_params: bool
     tp: int
     cp: int
+    ep: int
     zero: dict[str, Any]
     """DeepSpeed's ``zero_optimization``."""
     traced_rank: int = 0
@@ -133,9 +134,13 @@ def _refuse(plan: Plan) -> None:
             "tracing a ring of ranks but with FSDP2, as accelerate has it",
             remedy="set sharding: {kind: fsdp, version: 2}",
         )
-    for name in ("pp", "ep"):
-        if (getattr(sharding, name) or 1) > 1:
-            raise UnsupportedError(f"tracing sharding.{name}", remedy="leave it at 1")
+    if (sharding.pp or 1) > 1:
+        raise UnsupportedError("tracing sharding.pp", remedy="leave it at 1")
+    if (sharding.ep or 1) > 1 and (ring or sharding.kind not in (None, "none", "fsdp")):
+        raise UnsupportedError(
+            f"tracing expert parallelism with {sharding.kind}",
+            remedy="set sharding.kind: fsdp, or none for one batch of all ranks",
+        )
     if (sharding.tp or 1) > 1 and sharding.kind not in (None, "none"):
         raise UnsupportedError(
             f"tracing tensor parallelism with {sharding.kind}", remedy="trace one of them"
@@ -264,6 +269,7 @@ def resolve(plan: Plan) -> Job:
         use_orig_params=bool(sharding.use_orig_params),
         tp=sharding.tp or 1,
         cp=sharding.cp or 1,
+        ep=sharding.ep or 1,
         zero=_zero(sharding),
     )
 

@@ -15,6 +15,7 @@ import torch
 
 from ftplan.errors import UnsupportedError
 from ftplan.trace.cuda import patched
+from ftplan.trace.experts import balanced, expert_meshes, expert_modules
 from ftplan.trace.job import Job
 from ftplan.trace.ledger import Ledger
 
@@ -32,7 +33,7 @@ def distributed(job: Job, ledger: Ledger) -> Iterator[Any]:
 
     Yields its device mesh, or None.
     """
-    if job.world == 1 or (job.sharding == "none" and job.tp == 1):
+    if job.world == 1 or (job.sharding == "none" and job.tp == job.ep == 1):
         yield None
         return
     if job.sharding.startswith("zero"):  # DeepSpeed makes its own (ftplan.trace.zero)
@@ -54,7 +55,8 @@ def distributed(job: Job, ledger: Ledger) -> Iterator[Any]:
 
     replicas = job.dp_replicate
     shape = (replicas, job.world // replicas) if replicas > 1 else (job.world,)
-    names = ("replicate", "shard")[-len(shape) :] if job.tp == 1 else ("tp",)
+    shared = job.tp > 1 or job.sharding == "none"  # one batch on all ranks
+    names = ("tp",) if shared else ("replicate", "shard")[-len(shape) :]
     if job.cp > 1:
         shape, names = (job.world // job.cp, job.cp), ("dp", "cp")
     try:
@@ -62,7 +64,10 @@ def distributed(job: Job, ledger: Ledger) -> Iterator[Any]:
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
             if job.cp > 1:  # weights are sharded over all ranks, of a sequence and of replicas
                 mesh.all_ranks, mesh.ring = mesh._flatten("dp_cp"), mesh["cp"]
-            yield mesh
+            if job.ep > 1:
+                expert_meshes(job, mesh)
+            with balanced() if job.ep > 1 else contextlib.nullcontext():
+                yield mesh
     finally:
         dist.destroy_process_group()
 
@@ -98,7 +103,7 @@ def _dtype(name: str) -> Any:
 def shard(model: Any, job: Job, mesh: Any) -> Any:
     """Shard the model as the plan says; with ``wrap: block`` each block is a unit of its own."""
     if job.tp > 1:
-        return _split(model, mesh)
+        return _split(model, job, mesh)
     if job.sharding == "ddp" and job.world > 1:
         model.__dict__["_ddp_buckets"] = _ddp_buckets(model)
         return model
@@ -121,17 +126,39 @@ def shard(model: Any, job: Job, mesh: Any) -> Any:
     )
     if job.cp > 1:
         mesh = mesh.all_ranks
+    ignored = _shard_experts(model, job, mesh, mp_policy=policy, offload_policy=offload)
     if job.wrap == "block":
         for block in _units(model):
             fully_shard(
                 block, mesh=mesh, mp_policy=policy, offload_policy=offload,
-                reshard_after_forward=job.reshard_after_forward,
+                reshard_after_forward=job.reshard_after_forward, ignored_params=ignored,
             )  # fmt: skip
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=ignored)
     return model
 
 
-def _split(model: Any, mesh: Any) -> Any:
+def _shard_experts(model: Any, job: Job, mesh: Any, **policies: Any) -> set[Any] | None:
+    """Shard experts that are spread over those ranks that have the same ones.
+
+    Returns what FSDP must leave alone: axolotl's, where no other rank has them.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if job.ep == 1:
+        return None
+    spread = expert_modules(model)
+    if job.stack == "axolotl" and job.world == job.ep:
+        return {weight for experts in spread for weight in experts.parameters()}
+    for experts in spread:
+        fully_shard(experts, mesh=mesh.experts["efsdp"], reshard_after_forward=True, **policies)
+        if job.stack != "axolotl":  # which scales gradients in a hook
+            experts.set_gradient_divide_factor(float(job.world))
+            if job.world > job.ep:
+                experts.set_force_sum_reduction_for_comms(True)
+    return None
+
+
+def _split(model: Any, job: Job, mesh: Any) -> Any:
     """Tensor parallelism by the model's own plan (transformers' ``tp_plan``)."""
     if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
         raise UnsupportedError(
@@ -142,6 +169,7 @@ def _split(model: Any, mesh: Any) -> Any:
     patterns = {
         re.compile(re.escape(name).replace(r"\*", r"\d+")): style
         for name, style in model.tp_plan.items()
+        if job.ep == 1 or not any(name.startswith(spread) for spread in model.ep_plan)
     }
     modules = {
         name: style

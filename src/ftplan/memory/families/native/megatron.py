@@ -12,9 +12,9 @@ mcore-bridge 1.6.3 model/gpt_model.py; ms-swift 4.6.0 swift/megatron/trainers.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from ftplan.dataclass import dataclass
 from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend
 from ftplan.memory.blocks import ask_for_gradient
