@@ -164,6 +164,11 @@ def _world(plan: Plan) -> int:
 def _shard(plan: Plan, card: Card) -> Iterator[Change]:
     if _world(plan) == 1 or plan.sharding.kind in ("fsdp", "zero3"):
         return
+    if trainer_of(plan) == "megatron":  # its optimizer is spread already: what is left is to cut
+        degrees = (d for d in (2, 4, 8) if (plan.hardware.count or 1) % d == 0)
+        for degree in (d for d in degrees if d > (plan.sharding.tp or 1)):
+            yield {"sharding": {"tp": degree, "sequence_parallel": True}}
+        return
     deepspeed = plan.stack == "deepspeed" or (plan.sharding.kind or "").startswith("zero")
     yield {"sharding": {"kind": "zero3" if deepspeed else "fsdp"}}
 
@@ -321,7 +326,7 @@ LADDER: tuple[Rung, ...] = (
     _rung("fused loss", _fused_loss, _FREE, "nothing: the same loss without whole logits"),
     _rung("checkpointing", _checkpointing, _SPEED, "a second forward: about a third more compute"),
     _rung("attention", _attention, _FREE, "nothing: the same attention without a score matrix"),
-    _rung("shard", _shard, _SPEED, "weights are gathered over the links for each block"),
+    _rung("shard", _shard, _SPEED, "each block waits for the links"),
     _rung("fused optimizer", _fused_optimizer, _FREE, "nothing: the same update in one kernel"),
     _rung("8-bit optimizer", _eight_bit, _SPEED, "next to nothing: states in 8 bits, scaled"),
     _rung("paged optimizer", _paged, _SPEED, "steps wait for the host when the card is full"),
@@ -356,6 +361,16 @@ SERVING: tuple[Rung, ...] = (
 """Inference."""
 
 
+_LACKS = {
+    "megatron": (
+        "fused loss", "fused optimizer", "8-bit optimizer", "paged optimizer", "attention",
+        "bf16 adapter", "double quantisation", "k-bit preparation", "checkpoints to host",
+        "quantise",
+    ),
+}  # fmt: skip
+"""Rungs for which a trainer has no key."""
+
+
 def remedies(plan: Plan, before: Judged, judge: Judge, card: Card) -> tuple[Remedy, ...]:
     """What would help a job that is over or tight, ordered and cumulative.
 
@@ -365,6 +380,8 @@ def remedies(plan: Plan, before: Judged, judge: Judge, card: Card) -> tuple[Reme
     its last entry changes nothing and says so.
     """
     ladder = SERVING if before.plan.task == "serve" else LADDER
+    lacks = _LACKS.get(trainer_of(before.plan), ())
+    ladder = tuple(rung for rung in ladder if rung.name not in lacks)
     taken = _Climb(plan, before, judge, card).run(ladder)
     result = []
     verdict: Verdict = before.verdict
