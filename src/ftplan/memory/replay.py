@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import mul
 from typing import Any
 
 from ftplan.memory.moments import WorstMoments
@@ -379,11 +380,9 @@ def _lasting(events: Sequence[int]) -> list[int]:
 
 def per_sample(size: Size, sequences: int) -> Size:
     """A size as an expression in samples, where each is so many sequences."""
-    batch = (BATCH, TOKENS, SCORES, PART)
-    return Size(
-        value * sequences if any(unit[at] for unit in batch) else value
-        for at, value in enumerate(size)
-    )
+    *once, _ = BATCH + TOKENS + SCORES + PART
+    times = (*(sequences if grows else 1 for grows in once), sequences**2)
+    return Size(map(mul, size, times))
 
 
 def _final_labels(recording: Recording) -> list[Label]:

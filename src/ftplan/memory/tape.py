@@ -26,6 +26,7 @@ from ftplan.memory.env import Environment
 __all__ = [
     "BATCH",
     "CHUNK",
+    "CROSSED",
     "NOTHING",
     "ONE",
     "PART",
@@ -57,9 +58,9 @@ ITEM_BYTES = {
 class Size(tuple[int, ...]):
     """A number of elements or bytes, as coefficients of what the batch is made of.
 
-    The basis is (1, s, b, b s, b s^2, s^2, c, r) with b the micro batch (sequences), s the sequence
-    length (tokens), c the tokens of one chunk of the loss, and r a rank's part of the tokens
-    where a sequence is split over ranks (b s / t).
+    The basis is (1, s, b, b s, b s^2, s^2, c, r, b^2) with b the micro batch (sequences), s the
+    sequence length (tokens), c the tokens of one chunk of the loss, and r a rank's part of the
+    tokens where a sequence is split over ranks (b s / t).
     """
 
     __slots__ = ()
@@ -68,22 +69,22 @@ class Size(tuple[int, ...]):
 
     def __add__(self, other: object) -> Size:
         assert isinstance(other, Size)
-        a, b, c, d, e, f, g, r = self
-        h, i, j, k, m, n, o, q = other
-        return Size((a + h, b + i, c + j, d + k, e + m, f + n, g + o, r + q))
+        a, b, c, d, e, f, g, r, t = self
+        h, i, j, k, m, n, o, q, u = other
+        return Size((a + h, b + i, c + j, d + k, e + m, f + n, g + o, r + q, t + u))
 
     def __mul__(self, factor: object) -> Size:
         assert isinstance(factor, int)
-        a, b, c, d, e, f, g, r = self
+        a, b, c, d, e, f, g, r, t = self
         k = factor
-        return Size((a * k, b * k, c * k, d * k, e * k, f * k, g * k, r * k))
+        return Size((a * k, b * k, c * k, d * k, e * k, f * k, g * k, r * k, t * k))
 
     __rmul__ = __mul__
 
     def alone(self) -> Size:
         """The same for a batch of one sequence: b is 1."""
-        one, s, b, bs, bss, ss, c, r = self
-        return Size((one + b, s + bs, 0, 0, 0, bss + ss, c, r))
+        one, s, b, bs, bss, ss, c, r, bb = self
+        return Size((one + b + bb, s + bs, 0, 0, 0, bss + ss, c, r, 0))
 
     def at(self, point: Sequence[int]) -> int:
         """The value where the basis has the values ``point`` (see :func:`basis`)."""
@@ -95,12 +96,13 @@ def basis(micro: int, seq_len: int, chunk: int = 0, parts: int = 1) -> tuple[int
     how many parts a sequence is split."""
     tokens, square = micro * seq_len, seq_len * seq_len
     part = micro * -(-seq_len // parts)
-    return (1, seq_len, micro, tokens, micro * square, square, min(chunk, tokens), part)
+    crossed = micro * micro
+    return (1, seq_len, micro, tokens, micro * square, square, min(chunk, tokens), part, crossed)
 
 
-NOTHING = Size((0,) * 8)
-ONE, SEQ, BATCH, TOKENS, SCORES, SQUARE, CHUNK, PART = (
-    Size(int(i == j) for j in range(8)) for i in range(8)
+NOTHING = Size((0,) * 9)
+ONE, SEQ, BATCH, TOKENS, SCORES, SQUARE, CHUNK, PART, CROSSED = (
+    Size(int(i == j) for j in range(9)) for i in range(9)
 )
 
 

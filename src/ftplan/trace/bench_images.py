@@ -40,6 +40,12 @@ MODELS: dict[str, tuple[int, tuple[int, int] | None]] = {
     "qwen2-vl-2b": (512, (224, 336)),
     "qwen2.5-vl-3b": (512, (224, 336)),
     "qwen3-vl-2b": (512, (224, 320)),
+    "qwen3.5-0.8b": (512, (224, 320)),
+    "smolvlm-2.2b": (512, None),
+    "smolvlm2-500m": (512, None),
+    "pixtral-12b": (512, (224, 320)),
+    "mistral-small-3.1-24b": (512, (224, 336)),
+    "llama-3.2-11b-vision": (512, None),
 }
 """Models with the sequence length and the size of an image, where there is a choice of it."""
 VOCABULARY, BLOCKS, TOWER = 8192, 2, 3
@@ -55,9 +61,14 @@ def cut(config: Mapping) -> Mapping:
     config = copy.deepcopy(config)
     text, vision = config["text_config"], config["vision_config"]
     text |= {"vocab_size": VOCABULARY, "num_hidden_layers": BLOCKS}
-    if "layer_types" in text:
-        text["layer_types"] = text["layer_types"][:BLOCKS]
+    if "layer_types" in text:  # one of each
+        text["layer_types"] = sorted(dict.fromkeys(text["layer_types"]), reverse=True)[:BLOCKS]
+    if "cross_attention_layers" in text:
+        text["cross_attention_layers"] = [BLOCKS - 1]
     vision |= {key: TOWER for key in ("depth", "num_hidden_layers") if key in vision}
+    if "num_global_layers" in vision:
+        vision |= {"num_global_layers": BLOCKS, "intermediate_layers_indices": [0, 1]}
+        vision["vision_output_dim"] = 3 * vision["hidden_size"]
     if "fullatt_block_indexes" in vision:
         vision["fullatt_block_indexes"] = [TOWER - 1]
     if "deepstack_visual_indexes" in vision:
