@@ -29,6 +29,7 @@ from ftplan.memory.tape import (
 
 __all__ = [
     "Heads",
+    "KeptStates",
     "additive",
     "attend",
     "attend_broadcast",
@@ -220,6 +221,20 @@ def _without_padding(
 
     ops.record([back], "index_put", [out], apply)
     return back
+
+
+class KeptStates:
+    """A model's cache, which it fills though nobody asks for it (``DynamicCache.update``): keys
+    and values are joined to nothing, and live until its outputs go."""
+
+    tokens = 0
+    mask = None
+
+    def join(self, x: Tensor) -> Tensor:
+        """Keys or values as the cache hands them back."""
+        out = ops.cat((x,), "cached states")
+        out.tape.cached.append(out.alias())
+        return out
 
 
 def with_prefix(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -139,7 +139,7 @@ class Joins(Protocol):
     """What attention does to keys and to values before it uses them."""
 
     tokens: int
-    mask: Tensor
+    mask: Tensor | None
 
     def join(self, x: Tensor) -> Tensor:
         """Keys or values, longer."""
@@ -176,7 +176,7 @@ class Tape:
     """What is held beside the graph: keys and values in the model's cache, inputs in hooks."""
     sequence: int = 0
     prefix: Joins | None = None
-    """Learned keys and values before those of every layer (prefix tuning)."""
+    """Learned keys and values before those of every layer (prefix tuning), or the model's cache."""
     escaped: list[Tensor] | None = None
     """Inside a checkpoint: what its functions hold by themselves, out of the checkpoint's sight."""
     attributes: list[object] = field(default_factory=list)

@@ -44,7 +44,7 @@ MODELS: dict[str, tuple[int, tuple[int, int] | None]] = {
     "smolvlm-2.2b": (512, None),
     "smolvlm2-500m": (512, None),
     "pixtral-12b": (512, (224, 320)),
-    "mistral-small-3.1-24b": (512, (224, 336)),
+    "ministral-3-3b": (512, (224, 336)),
     "llama-3.2-11b-vision": (512, None),
 }
 """Models with the sequence length and the size of an image, where there is a choice of it."""
@@ -64,11 +64,11 @@ def cut(config: Mapping) -> Mapping:
     if "layer_types" in text:  # one of each
         text["layer_types"] = sorted(dict.fromkeys(text["layer_types"]), reverse=True)[:BLOCKS]
     if "cross_attention_layers" in text:
-        text["cross_attention_layers"] = [BLOCKS - 1]
+        text |= {"cross_attention_layers": [BLOCKS - 1], "pad_token_id": 0}
     vision |= {key: TOWER for key in ("depth", "num_hidden_layers") if key in vision}
     if "num_global_layers" in vision:
         vision |= {"num_global_layers": BLOCKS, "intermediate_layers_indices": [0, 1]}
-        vision["vision_output_dim"] = 3 * vision["hidden_size"]
+        vision |= {"vision_output_dim": 3 * vision["hidden_size"], "image_size": 280}
     if "fullatt_block_indexes" in vision:
         vision["fullatt_block_indexes"] = [TOWER - 1]
     if "deepstack_visual_indexes" in vision:

@@ -93,9 +93,9 @@ def _patched(config: Any, vision: Any, count: int, size: tuple[int, int]) -> tup
 
 
 def _sized(config: Any, vision: Any, count: int, size: tuple[int, int]) -> tuple[int, Batch]:
-    """Pixtral's tower: any size, said beside the pixels."""
+    """Pixtral's tower: any size, rounded up to whole patches and said beside the pixels."""
     unit = vision.patch_size * getattr(config, "spatial_merge_size", 1)
-    high, wide = (extent // unit * unit for extent in size)
+    high, wide = (-(-extent // unit) * unit for extent in size)
     return high * wide // unit**2, {
         "pixel_values": torch.zeros(count, 3, high, wide),
         "image_sizes": torch.tensor([[high, wide]] * count),

@@ -19,7 +19,7 @@ from ftplan.memory.tape import BATCH, CROSSED, ONE, Grads, Size, Tape, Tensor
 
 __all__ = [
     "Beside", "Conv", "Crops", "Tower", "VisionBlock", "divided", "embed_patches", "grouped", "merged", "plant",
-    "run_linear", "stack_blocks", "weight",
+    "run_linear", "stack_blocks", "weight", "with_class",
 ]  # fmt: skip
 
 
@@ -293,7 +293,7 @@ class Tower(Module):
     def embedded(self, pixels: Tensor, rows: Size) -> Tensor:
         """Patches, with a token before those of each image where the tower has one."""
         x = self.first.forward(self.in_patches(ops.to(pixels, self.patch.weight.dtype)))
-        return _with_class(x, self.class_token(x.tape), rows) if self.classed else x
+        return with_class(x, self.class_token(x.tape), rows) if self.classed else x
 
     def in_patches(self, pixels: Tensor) -> Tensor:
         """A row for each patch; the last pixels of an image may be in none."""
@@ -304,7 +304,7 @@ class Tower(Module):
     def class_token(self, tape: Tape) -> Tensor:
         """The learned token."""
         path, _, name = self.token.rpartition(".")
-        return tape.leaf(self.child(path).parameters[name])
+        return tape.leaf((self.child(path) if path else self).parameters[name])
 
     def placed(self, x: Tensor, rows: Size) -> Tensor:
         """Positions are added."""
@@ -386,7 +386,7 @@ class Crops(Tower):
         return x
 
 
-def _with_class(x: Tensor, token: Tensor, rows: Size) -> Tensor:
+def with_class(x: Tensor, token: Tensor, rows: Size) -> Tensor:
     """A row for each image before its patches: a copy."""
     dtype = ops.promote(x.dtype, token.dtype)
     x = ops.to(x, dtype)

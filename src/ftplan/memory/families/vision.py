@@ -13,6 +13,7 @@ from typing import Any
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory import families, ops
+from ftplan.memory.attention import KeptStates
 from ftplan.memory.families.decoder import (
     MLP,
     Attention,
@@ -66,12 +67,17 @@ class VisionLanguage(Network):
         """The tower's forward is modelled."""
         self.joins = False
         """The features of all images are joined into one tensor."""
+        self.caches = True
+        """Keys and values fill a cache: the Trainer turns it off in the wrapper's config alone
+        (``model.config.use_cache``), and the language model looks into its own."""
         self.bidirectional = False
         """Image tokens see each other: a mask of its own for every sequence."""
 
     def enter(self, tape: Tape, shared: Shared) -> Tensor:
         """Embed the text; put projected image features in the places of image tokens."""
         x = self.text.stages[0].enter(tape, shared)
+        if self.caches and not shared.checkpointed and tape.prefix is None:
+            tape.prefix = KeptStates()
         if not self.images:
             return x
         if self.bidirectional:
@@ -300,6 +306,7 @@ def vision_language(raw: Config) -> Network:
         tower_name=tower_name, text_name=text_name,
     )  # fmt: skip
     network.joins = kind in _JOINED
+    network.caches = kind not in ("idefics3", "smolvlm")  # which hand their own setting down
     network.bidirectional = kind in ("gemma3", "paligemma")
     network.shows = kind in _SHOWN
     network.image_tokens = _image_tokens(config, network.tower)
