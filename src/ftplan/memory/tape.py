@@ -585,7 +585,8 @@ def _count_dependencies(roots: Sequence[Node], since: int = 0) -> None:
 def _expand(node: Node, tape: Tape) -> tuple[list[Node], Rerun]:
     """Run a checkpointed function again: the graph that it leaves takes the place of ``node``.
 
-    Returns the nodes of that graph whose gradients are all there.
+    Returns the nodes of that graph whose gradients are all there, and those before it that were
+    waiting for no more than to see what it does with its inputs.
     """
     assert node.recompute is not None
     run = node.recompute(node.buffers)
@@ -603,6 +604,8 @@ def _expand(node: Node, tape: Tape) -> tuple[list[Node], Rerun]:
             edge.pending -= 1
         elif edge is not None:
             edge[0].pending -= 1
+            if edge[0].pending == 0 and any(edge[0].buffers):  # an input that it does not use
+                roots.append(edge[0])
     node.buffers = []
     node.recompute = None
     run.outputs = []

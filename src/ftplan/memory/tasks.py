@@ -42,7 +42,7 @@ from ftplan.memory.log_probs import (
 from ftplan.memory.loss import tiled_divergence
 from ftplan.memory.nn import Network
 from ftplan.memory.prepare import prepare
-from ftplan.memory.tape import BATCH, ITEM_BYTES, TOKENS, Tensor
+from ftplan.memory.tape import BATCH, TOKENS, Tensor
 
 __all__ = [
     "FULL_LOSS",
@@ -240,16 +240,18 @@ def _refuse_sharded_ppo(job: Job) -> None:
             f"ppo sharded by {job.sharding.kind}: a policy and a critic in one wrapper",
             remedy="size it on one GPU or with sharding: ddp",
         )
-    if job.weights.name not in ITEM_BYTES:
-        raise UnsupportedError(
-            "ppo on quantised weights: its critic is trained whole",
-            remedy="use bf16 or fp32 weights, or task: grpo, which has no critic",
-        )
 
 
 def _scoring(job: Job, method: Literal["full", "partial"]) -> Job:
-    """A model with a head of one number: the critic (trained whole), or the reward model."""
-    return replace(job, method=method, last_layers=0, adapter=None, task="rm")
+    """A model with a head of one number: the critic, or the reward model.
+
+    TRL's script loads both as it does the policy: of a quantised critic what is not quantised is
+    trained, and nobody prepares it.
+    """
+    return replace(
+        job, method=method, last_layers=0, adapter=None, task="rm", prepare_kbit=False,
+        norms_in_fp32=False,
+    )  # fmt: skip
 
 
 def _frozen(job: Job) -> Job:
