@@ -240,7 +240,7 @@ class Recorder:
         """
         tape = self.tape
         for casts, cached in zip(self.casts, self.caches, strict=True):
-            held = [] if tape.env.keep_outputs else cached
+            held = [] if tape.env.keep_outputs or self.states is not None else cached
             self.recording.autocast_exit.append(self._drop(casts, held))
         self.start = len(tape.events)
 

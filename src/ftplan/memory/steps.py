@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ftplan.memory import ops
+from ftplan.memory.attention import KeptStates
 from ftplan.memory.blocks import ask_for_gradient, run_stage
 from ftplan.memory.env import Environment
 from ftplan.memory.families.native import Native
@@ -77,6 +78,7 @@ def record_step(
     x: Tensor | None = None
     if objective is not None and objective.all_states:
         recorder.states = States(recorder)
+        _fill_cache(tape)
     for number, stage in enumerate(network.stages):
         if x is not None:
             shared.memory = x
@@ -172,6 +174,7 @@ def record_scoring(network: Network, env: Environment, completion: int) -> Recor
     recorder = Recorder(network, env)
     tape = recorder.tape
     recorder.states = States(recorder)
+    _fill_cache(tape)
     with tape.no_grad():
         inputs = _inputs(tape)
         recorder.order.append(recorder.cut("inputs"))
@@ -302,6 +305,12 @@ def _left_over(recorder: Recorder, objective: Objective, ahead: int) -> list[Ten
         ]
 
 
+def _fill_cache(tape: Tape) -> None:
+    """PPO's trainer is no Trainer: nobody turns the models' caches off."""
+    if tape.prefix is None:
+        tape.prefix = KeptStates()
+
+
 def _run_critic(recorder: Recorder, objective: Objective, accumulated: bool) -> list[Tensor]:
     """The value of every token, with a graph of its own; its hidden states go before the policy's
     outputs are there."""
@@ -313,6 +322,7 @@ def _run_critic(recorder: Recorder, objective: Objective, accumulated: bool) -> 
     shared = Shared()
     x: Tensor | None = None
     states = recorder.states = States(recorder)
+    _fill_cache(recorder.tape)
     with recorder.apart(critic, beside=True):
         for stage in critic.stages:
             x = run_stage(recorder, stage, shared, 0, False)
