@@ -65,7 +65,7 @@ def record_step(
     further = [
         tape.tensor(t.rows * ahead, t.width, t.dtype, "batches ahead") for t in batch if ahead
     ]
-    recorder.recording.batch = batch + further
+    recorder.recording.batch = [*batch, *further, *network.tables(tape)]
     before = _left_over(recorder, objective, ahead) if objective is not None else []
     values = _run_critic(recorder, objective, accumulated) if objective is not None else []
     received = share is not None and not share.first
@@ -203,7 +203,7 @@ def record_evaluation(network: Network, env: Environment) -> Recording:
     recorder = Recorder(network, env)
     tape = recorder.tape
     with tape.no_grad():
-        inputs = [*_inputs(tape), *network.inputs(tape)]
+        inputs = [*_inputs(tape), *network.inputs(tape), *network.tables(tape)]
         recorder.order.append(recorder.cut("inputs"))
         shared = Shared()
         x: Tensor | None = None
