@@ -92,11 +92,13 @@ def record_step(
     elif objective is None or objective.inside:
         states = [x]
         del x
-        root = _loss(recorder, states, objective)
-        shared.memory = None
+        root, outputs = _loss(recorder, states, objective)
+        if shared.memory is not None:  # ``encoder_last_hidden_state``
+            outputs.append(shared.memory)
+            shared.memory = None
         root = recorder.end_root(root)
         recorder.order.append(recorder.cut("the model returns"))
-        recorder.end_autocast()
+        recorder.end_autocast(outputs)
     else:
         held = [x]
         del x
@@ -214,9 +216,9 @@ def record_evaluation(network: Network, env: Environment) -> Recording:
         assert x is not None
         states = [x]
         del x
-        loss_value = _loss(recorder, states, None)
+        loss_value, outputs = _loss(recorder, states, None)
         recorder.order.append(recorder.cut("the model returns"))
-    recorder.end_autocast()
+        recorder.end_autocast(outputs)
     recorder.recording.saved = _alive(tape)
     del inputs, loss_value
     recorder.end_step(shared)
@@ -334,8 +336,10 @@ def _run_critic(recorder: Recorder, objective: Objective, accumulated: bool) -> 
     return [values]
 
 
-def _loss(recorder: Recorder, states: list[Tensor], objective: Objective | None) -> Tensor:
-    """Logits and loss, as the model class computes them inside its forward.
+def _loss(
+    recorder: Recorder, states: list[Tensor], objective: Objective | None
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss and the logits, as the model class computes them inside its forward.
 
     ``states`` holds the last hidden states, which go when that forward returns.
     """
@@ -348,20 +352,10 @@ def _loss(recorder: Recorder, states: list[Tensor], objective: Objective | None)
         else:
             loss, logits = compute_loss(recorder.network, x)
         del x
-        if logits is not None and tape.env.outputs_to_fp32:
-            given, logits = logits, ops.to(logits, "fp32")
-            others = [  # every layer's, while what the model returned is still held
-                tape.tensor(cached.rows, cached.width, "fp32", "returned cache in fp32")
-                for index in recorder.order
-                for cached in recorder.caches[index]
-                if recorder.network.returns_tuples and cached.dtype != "fp32"
-            ]
-            del others, given
-    if logits is not None and tape.env.keep_outputs:
-        recorder.recording.outputs.append(logits)
+    outputs = [] if logits is None else [logits]
     del logits
     recorder.order.append(recorder.cut("loss"))
-    return loss
+    return loss, outputs
 
 
 def _outputs(recorder: Recorder, states: list[Tensor], objective: Objective) -> list[Tensor]:
