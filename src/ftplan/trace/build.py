@@ -132,8 +132,11 @@ def auto_class(config: Any, job: Job) -> Any:
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
         "vision": transformers.AutoModelForCausalLM,
     }[family_of(config)]
-    known = not job.images and type(config) in found._model_mapping
-    return found if known else transformers.AutoModelForImageTextToText
+    if not job.images and type(config) in found._model_mapping:
+        return found
+    if type(config) in transformers.AutoModelForImageTextToText._model_mapping:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForMultimodalLM
 
 
 def build_model(job: Job, config: Any) -> Any:
