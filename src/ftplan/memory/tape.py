@@ -138,8 +138,15 @@ class Product(NamedTuple):
 class Joins(Protocol):
     """What attention does to keys and to values before it uses them."""
 
-    tokens: int
-    mask: Tensor | None
+    @property
+    def tokens(self) -> int:
+        """How many come before those of the sequence."""
+        ...
+
+    @property
+    def mask(self) -> Tensor | None:
+        """What attention needs because of them."""
+        ...
 
     def join(self, x: Tensor) -> Tensor:
         """Keys or values, longer."""

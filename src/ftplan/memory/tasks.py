@@ -235,9 +235,23 @@ def objective_of(job: Job) -> Objective:
 
 
 def _refuse_sharded_ppo(job: Job) -> None:
-    if job.sharding.kind not in ("none", "ddp"):
+    """What TRL's loop cannot run, by its own code (trl/experimental/ppo/ppo_trainer.py 1.12)."""
+    kind, world = job.sharding.kind, job.sharding.world
+    if kind == "fsdp":
         raise UnsupportedError(
-            f"ppo sharded by {job.sharding.kind}: a policy and a critic in one wrapper",
+            "ppo under fsdp: TRL generates with the bare policy and scores with the bare critic, "
+            "outside of the wrapper whose forward gathers their weights",
+            remedy="size it with sharding: ddp; TRL's own launch files for ppo use DeepSpeed",
+        )
+    if kind == "ddp" and world > 1 and job.reference == "adapter":
+        raise UnsupportedError(
+            "ppo under ddp with the policy's adapters off as the reference: TRL asks the wrapper "
+            "for `model.policy`, which DistributedDataParallel does not have",
+            remedy="give TRL a ref_model (reference: model), or use one GPU",
+        )
+    if kind not in ("none", "ddp"):
+        raise UnsupportedError(
+            f"ppo sharded by {kind}: one engine around a policy and a critic",
             remedy="size it on one GPU or with sharding: ddp",
         )
 

@@ -1,9 +1,11 @@
-"""The bench of vision-language jobs: real tensors, true widths, few layers, a small vocabulary.
+"""The bench of models that see or hear: true widths, few layers.
 
     python -m ftplan.trace.bench_images [--out validation/images.json] [--only NAME ...]
 
-Each job carries the config it was traced with: a catalogue model cut to two blocks and a tower of
-three. A job that is there already is not traced again (``--fresh`` does).
+Jobs with images run on real tensors, with a small vocabulary; ``text`` ones, of models whose tower
+is not run, on fake ones. Each job carries the config it was traced with: a catalogue model cut to
+two blocks, and a tower of three. A job that is there already is not traced again (``--fresh``
+does).
 """
 
 from __future__ import annotations
@@ -48,6 +50,12 @@ MODELS: dict[str, tuple[int, tuple[int, int] | None]] = {
     "llama-3.2-11b-vision": (512, None),
 }
 """Models with the sequence length and the size of an image, where there is a choice of it."""
+TEXTS = (
+    "qwen2-audio-7b", "voxtral-mini-3b", "qwen2.5-omni-7b", "qwen3-omni-30b-a3b",
+    "llava-onevision-0.5b", "kimi-k2.5", "gemma-3n-e2b", "ernie-4.5-vl-28b-a3b",
+)  # fmt: skip
+"""Models that are trained on text alone here."""
+TEXT_WAYS = ("full", "lora", "lora-checkpointed")
 VOCABULARY, BLOCKS, TOWER = 8192, 2, 3
 _TOKEN, _OTHER = 100, 101
 _OTHERS = (
@@ -61,8 +69,10 @@ def cut(config: Mapping) -> Mapping:
     config = copy.deepcopy(config)
     text, vision = config["text_config"], config["vision_config"]
     text |= {"vocab_size": VOCABULARY, "num_hidden_layers": BLOCKS}
-    if "layer_types" in text:  # one of each
-        text["layer_types"] = sorted(dict.fromkeys(text["layer_types"]), reverse=True)[:BLOCKS]
+    if "layer_types" in text:
+        types = text["layer_types"]
+        mixed = "linear_attention" in types  # whose last two are one of each
+        text["layer_types"] = types[-BLOCKS:] if mixed else types[:BLOCKS]
     if "cross_attention_layers" in text:
         text |= {"cross_attention_layers": [BLOCKS - 1], "pad_token_id": 0}
     vision |= {key: TOWER for key in ("depth", "num_hidden_layers") if key in vision}
@@ -81,20 +91,36 @@ def cut(config: Mapping) -> Mapping:
 
 def jobs() -> Iterator[Mapping]:
     """Every job, always the same ones."""
+    from ftplan.trace.build import cut_depth
+
     configs = catalogue()
     for model, (seq_len, size) in MODELS.items():
-        for way, keys in WAYS.items():
+        for way in WAYS:
             batch: Mapping = {"micro": 2, "seq_len": seq_len, "images": 1}
             if size is not None:
                 batch["image_size"] = list(size)
-            plan = {
-                "version": 1, "model": model, "stack": "transformers", "task": "sft", **keys,
-                "batch": batch, "optimizer": "adamw_torch_fused", "loss": "full",
-                "attention": "sdpa", "hardware": {"gpu": "a100-80gb", "count": 1},
-                "sharding": {"kind": "none"},
+            yield {
+                "name": f"{model} {way}", "plan": _plan(model, way, batch),
+                "config": cut(configs[model]),
             }  # fmt: skip
-            plan.setdefault("gradient_checkpointing", False)
-            yield {"name": f"{model} {way}", "plan": plan, "config": cut(configs[model])}
+    for model in TEXTS:
+        for way in TEXT_WAYS:
+            yield {
+                "name": f"{model} text {way}",
+                "plan": _plan(model, way, {"micro": 2, "seq_len": 512}),
+                "config": cut_depth(configs[model], BLOCKS),
+            }
+
+
+def _plan(model: str, way: str, batch: Mapping) -> Mapping:
+    plan = {
+        "version": 1, "model": model, "stack": "transformers", "task": "sft", **WAYS[way],
+        "batch": batch, "optimizer": "adamw_torch_fused", "loss": "full",
+        "attention": "sdpa", "hardware": {"gpu": "a100-80gb", "count": 1},
+        "sharding": {"kind": "none"},
+    }  # fmt: skip
+    plan.setdefault("gradient_checkpointing", False)
+    return plan
 
 
 def record(job: Mapping) -> Mapping:

@@ -285,8 +285,9 @@ class _GroupedMM(torch.autograd.Function):
             out = torch.empty(input.shape[0], weight.shape[-1], dtype=input.dtype)
         wants_input, wants_weight, _ = ctx.needs_input_grad  # each needs the other operand alone
         ctx.save_for_backward(input if wants_weight else None, weight if wants_input else None)
-        ctx.ledger, ctx.like = ledger, tuple(
-            (t.shape, t.stride(), t.dtype) for t in (input, weight)
+        ctx.ledger, ctx.like = (
+            ledger,
+            tuple((t.shape, t.stride(), t.dtype) for t in (input, weight)),
         )
         return out
 

@@ -18,8 +18,8 @@ from ftplan.memory.nn import LayerNorm, Linear, Module, RMSNorm, activation, rop
 from ftplan.memory.tape import BATCH, CROSSED, ONE, Grads, Size, Tape, Tensor
 
 __all__ = [
-    "Beside", "Conv", "Crops", "Tower", "VisionBlock", "divided", "embed_patches", "grouped", "merged", "plant",
-    "run_linear", "stack_blocks", "weight", "with_class",
+    "Beside", "Conv", "Crops", "Tower", "VisionBlock", "divided", "embed_patches", "grouped",
+    "merged", "plant", "run_linear", "stack_blocks", "weight", "with_class",
 ]  # fmt: skip
 
 
@@ -128,7 +128,8 @@ class VisionBlock(Module):
         if self.turns == "fp32":
             q, k = _turned(q), _turned(k)
         elif self.turns:
-            q, k = (rotate(t, *beside.rope) for t in (q, k))
+            assert beside.rope is not None
+            q, k = rotate(q, *beside.rope), rotate(k, *beside.rope)
         out = self.attended(q, k, v, beside.mask)
         del q, k, v
         added = self.scaled(self.linear(self.out_path, out), 0)
