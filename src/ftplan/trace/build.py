@@ -83,7 +83,10 @@ DEPTHS = (
     "encoder_layers", "decoder_layers",
 )  # fmt: skip
 """Names of a config for how many layers there are."""
-PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+PER_LAYER = (
+    "layer_types", "mlp_layer_types", "no_rope_layers", "intermediate_size",
+    "activation_sparsity_pattern",
+)  # fmt: skip
 """Names of lists with an entry for each layer."""
 
 

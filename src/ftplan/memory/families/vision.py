@@ -286,6 +286,8 @@ _JOINED = (
     "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
 )  # fmt: skip
 """Wrappers that call ``torch.cat`` on the features of each image."""
+_HANDED_DOWN = ("idefics3", "smolvlm", "mistral3", "llava_next", "llava_onevision")
+"""Wrappers that tell the language model whether to fill a cache, by their own config."""
 _TEXT_TIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "glm4v")
 
 
@@ -306,7 +308,8 @@ def vision_language(raw: Config) -> Network:
         tower_name=tower_name, text_name=text_name,
     )  # fmt: skip
     network.joins = kind in _JOINED
-    network.caches = kind not in ("idefics3", "smolvlm")  # which hand their own setting down
+    # Kimi's cache is of latents, which the product that expands them keeps anyway
+    network.caches = kind not in (*_HANDED_DOWN, "kimi_k25")
     network.bidirectional = kind in ("gemma3", "paligemma")
     network.shows = kind in _SHOWN
     network.image_tokens = _image_tokens(config, network.tower)
