@@ -47,7 +47,7 @@ def test_real_trainers_peak_where_the_walk_says(trained: list[Any]) -> None:
 
 
 def test_jobs_with_images_are_near(shown: list[Any]) -> None:
-    """Towers, projectors and what the wrapper holds: half of the jobs within 0.01 %, all in 0.5 %."""
+    """Towers, projectors and what the wrapper holds: half within 0.01 %, all within 0.5 %."""
     assert len(shown) >= LEAST_SHOWN
     assert all(row.predicted_bytes is not None for row in shown), [row.refusal for row in shown]
     assert accuracy.summary(row.error for row in shown).median <= 0.0001
