@@ -111,6 +111,7 @@ def played(network: Network, mode: str) -> list[int]:
         _ask_for_gradients(network, kept)
     loss = _forward(tape, network)
     tape.weight_cache.clear()
+    tape.cached.clear()  # with the model's outputs
     middle = len(tape.events)
     backward(loss, tape.tensor(ONE, 1, "fp32", "seed"))
     sizes = [-(-size.at(basis(MICRO, SEQ_LEN)) // 512) * 512 for size in tape.sizes]

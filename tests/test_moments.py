@@ -27,7 +27,7 @@ PLANS = [
 STRUCTURES = [Structure(job_of(resolve(plan))) for plan in PLANS]
 
 sizes = st.lists(
-    st.tuples(*[st.integers(0, 3)] * 8).map(lambda values: Size(v * 100 for v in values)),
+    st.tuples(*[st.integers(0, 3)] * 9).map(lambda values: Size(v * 100 for v in values)),
     min_size=1, max_size=5, unique=True,
 )  # fmt: skip
 

@@ -185,11 +185,37 @@ def test_ppo_keeps_the_scores_of_its_rollout() -> None:
     assert all(longer[name] > short[name] for name in short)
 
 
-@pytest.mark.parametrize("kind", ["zero3", "fsdp"])
-def test_ppo_sharded_is_refused_by_name(kind: str) -> None:
-    """What is not modelled is said, never sized as something else."""
-    with pytest.raises(UnsupportedError, match="ppo"):
-        sized(**PPO, sharding={"kind": kind}, hardware={"gpu": "h100", "count": 2})
+@pytest.mark.parametrize(
+    ("kind", "method", "why"),
+    [
+        ("zero3", {"kind": "full"}, "one engine"),
+        ("fsdp", {"kind": "full"}, "outside of the wrapper"),
+        ("ddp", LORA, "model.policy"),
+    ],
+)
+def test_ppo_sharded_is_refused_by_name(kind: str, method: dict[str, Any], why: str) -> None:
+    """What TRL's own loop cannot run, or is not modelled, is said, never sized as another job."""
+    with pytest.raises(UnsupportedError, match=why):
+        sized(**PPO, method=method, sharding={"kind": kind}, hardware={"gpu": "h100", "count": 2})
+
+
+def test_ppo_runs_on_several_gpus_where_its_trainer_does() -> None:
+    """Under DDP with a reference of its own a GPU holds what one GPU holds, and the buckets."""
+    one = sized(**PPO)
+    two = sized(**PPO, sharding={"kind": "ddp"}, hardware={"gpu": "h100", "count": 2})
+    assert two.peak_bytes >= one.peak_bytes
+
+
+def test_of_a_quantised_critic_the_rest_is_trained() -> None:
+    """A 4-bit critic trains its embeddings, norms and head: far less than a whole one's states."""
+    quantised: dict[str, Any] = {
+        "method": {"kind": "qlora", "rank": 8, "targets": "all-linear", "prepare_kbit": False},
+        "precision": {"weights": "nf4", "mixed": "bf16"},
+    }
+    whole = {term.name: term.bytes for term in sized(**PPO, method=LORA).static}
+    packed = {term.name: term.bytes for term in sized(**PPO, **quantised).static}
+    assert packed["optimizer/states"] < whole["optimizer/states"]
+    assert packed["weights/reward"] < whole["weights/reward"]
 
 
 @pytest.mark.parametrize("kind", ["zero3", "fsdp"])

@@ -71,10 +71,11 @@ traced as their loops call them, one version for each stack of its time
 traced with Transformer Engine's functions stood in for (`python -m ftplan.trace.megatron`).
 """
 IMAGES = """
-## Vision-language jobs
+## Models that see or hear
 
 Towers and language models of true widths, few layers and a small vocabulary, traced on real tensors
-(`python -m ftplan.trace.bench_images`): one image in each of two sequences.
+(`python -m ftplan.trace.bench_images`): one image in each of two sequences. Those called *text* are
+of models whose tower is counted and not run: their batch has none.
 """
 READINGS = """\
 Read by others on real GPUs, each with its source in `validation/published.json`. All were made with

@@ -110,6 +110,8 @@ def job_of(resolved: Resolved) -> Job:
         compute_dtype=method.compute_dtype or "bf16",
         prepare_kbit=quantised and bool(method.prepare_kbit) and engine is None,
         kbit_casts_back=plan.task in stack.kbit_casts_back and mixed == "bf16",
+        # trl/experimental/ppo/ppo_trainer.py 1.12: peft_module_casting_to_bf16 of a 4-bit policy
+        norms_in_fp32=plan.task == "ppo" and mixed == "bf16" and storage.name[:3] in ("nf4", "fp4"),
         separate_experts=stack.separate_experts,
         trainable_dtype=stack.trainable_dtype
         if method.kind in ("full", "partial") and engine is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -412,7 +413,9 @@ def image_tokens(batch: Batch, config: Mapping[str, Any]) -> int:
     """Tokens of one image: by its size, or as many as are usual."""
     unit = image_unit(config)
     if unit and batch.image_size is not None:
-        high, wide = (max(1, round(extent / unit)) for extent in batch.image_size)
+        vision = config.get("vision_config") or {}  # Pixtral's processor rounds up
+        count = ceil if vision.get("model_type") == "pixtral" else round
+        high, wide = (max(1, count(extent / unit)) for extent in batch.image_size)
         return int(high * wide)
     return min(IMAGE_TOKENS, (batch.seq_len or 1) // (batch.images or 1))
 

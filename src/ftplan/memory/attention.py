@@ -28,6 +28,7 @@ from ftplan.memory.tape import (
 
 __all__ = [
     "Heads",
+    "KeptStates",
     "additive",
     "attend",
     "attend_broadcast",
@@ -167,7 +168,7 @@ def _attend(
     env = q.tape.env
     if env.attention == "eager" or (eager and env.attention == "sdpa"):
         return _eager(q, k, v, heads, mask, bias, held, by_head=by_head)
-    masked = mask is not None or env.padding_mask
+    masked = mask is not None or (env.padding_mask and not seen[1])  # patches are never padded
     choice = kernel(env, heads, env.autocast or q.dtype, masked=masked)
     if choice == "efficient":  # transformers repeats the heads; one head by a view
         k, v = (ops.expand_heads(t, heads.groups, copied=heads.kv_count > 1) for t in (k, v))
@@ -177,7 +178,7 @@ def _attend(
     if choice == "flash" and masked:
         return _without_padding(q, k, v, heads, seen, by_head=by_head)
     if masked and choice == "efficient":
-        mask = _padded(ops.autocast(additive(mask, q.tape, q.dtype)), q.tape)
+        mask = _padded(ops.autocast(additive(mask, q.tape, q.dtype)), q.tape, seen[1])
     if env.ring > 1 and choice == "flash" and heads.causal:
         out = _ring(q, k, v, heads)
     else:
@@ -223,6 +224,20 @@ def _without_padding(
 
     ops.record([back], "index_put", [out], apply)
     return back
+
+
+class KeptStates:
+    """A model's cache, which it fills though nobody asks for it (``DynamicCache.update``): keys
+    and values are joined to nothing, and live until its outputs go."""
+
+    tokens = 0
+    mask = None
+
+    def join(self, x: Tensor) -> Tensor:
+        """Keys or values as the cache hands them back."""
+        out = ops.cat((x,), "cached states")
+        out.tape.cached.append(out.alias())
+        return out
 
 
 def with_prefix(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -278,12 +293,17 @@ def _hidden(tape: Tape, every: Size, heads: Heads, window: int | None, *, masked
     return SCORES * 2 + TOKENS * (-2 * window) + BATCH * (window * (window - 1))
 
 
-def _padded(mask: Tensor, tape: Tape) -> Tensor:
-    """Rows of a mask are padded to 16 numbers for the kernel (``pad_bias``)."""
-    keys = (tape.env.seq_len or 0) + (tape.prefix.tokens if tape.prefix else 0)
+def _padded(mask: Tensor, tape: Tape, reach: int) -> Tensor:
+    """Rows of a mask are padded to 16 numbers for the kernel (``pad_bias``).
+
+    Where all images are one sequence (``reach``), those of one sample decide: several samples may
+    make a multiple of 16 by themselves.
+    """
+    keys = reach or (tape.env.seq_len or 0) + (tape.prefix.tokens if tape.prefix else 0)
     if keys % 16 == 0:
         return mask
-    return ops.pad(mask, mask.rows + _lines(mask) * (-keys % 16))
+    lines = Size(count // reach for count in mask.rows) if reach else _lines(mask)
+    return ops.pad(mask, mask.rows + lines * (-keys % 16))
 
 
 def _lines(mask: Tensor) -> Size:
@@ -308,6 +328,7 @@ def _fused(
     tape = q.tape
     window, reach = seen
     every = q.rows * reach if reach else pairs(tape) if heads.causal else SCORES
+    every = mask.rows if reach and mask is not None else every
     skipped = _hidden(tape, every, heads, window, masked=mask is not None)
     _count(tape, every, skipped, heads, choice, backward=False)
     out = tape.kept(q.rows, heads.count * heads.value_size, q.dtype, choice)

@@ -176,6 +176,8 @@ class Job:
     prepare_kbit: bool = False
     kbit_casts_back: bool = False
     """After the preparation embeddings and head go back to the base's dtype; norms do not."""
+    norms_in_fp32: bool = False
+    """Norms of quantised weights are cast without any preparation."""
     separate_experts: bool = False
     """Experts are linear layers, which quantisation takes (transformers until 4.57)."""
     trainable_dtype: str | None = None

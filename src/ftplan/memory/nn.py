@@ -441,6 +441,10 @@ class Network(Module):
         """What the caller passes beside the text, and holds: none, but for images."""
         return []
 
+    def tables(self, tape: Tape) -> list[Tensor]:
+        """What the model keeps from batch to batch, as long as the longest: none, usually."""
+        return []
+
     def after_block(self, _layer: int, x: Tensor) -> Tensor:
         """What the model does to the hidden states between two blocks: nothing, but for images."""
         return x

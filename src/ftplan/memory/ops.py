@@ -245,7 +245,7 @@ def _summed(a: Tensor, rows: Size, width: int) -> tuple[Size, int | None, int]:
     return rows, None, width
 
 
-_LARGE = (1, 4096, 64, 64 * 4096, 64 * 4096 * 4096, 4096 * 4096, 256, 64 * 1024)
+_LARGE = (1, 4096, 64, 64 * 4096, 64 * 4096 * 4096, 4096 * 4096, 256, 64 * 1024, 64 * 64)
 
 
 def _broadcast(a: Tensor, b: Tensor) -> tuple[Size, int]:

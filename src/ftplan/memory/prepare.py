@@ -65,7 +65,7 @@ def prepare(job: Job) -> Network:
     for parameter in _everything(network):
         parameter.dtype = plain
         parameter.trainable = job.method == "full" and not parameter.fixed
-    for parameter in _kept_in_fp32(network):
+    for parameter in _kept_in_fp32(network, norms=job.norms_in_fp32):
         parameter.dtype = "fp32"
     if quantized and casts and job.kbit_casts_back:
         for matrix in _embeddings_and_head(network):
@@ -94,12 +94,13 @@ def prepare(job: Job) -> Network:
     return network
 
 
-def _kept_in_fp32(network: Network) -> Iterator[Parameter]:
-    """What the class loads in fp32 in any case, by parts of its name."""
+def _kept_in_fp32(network: Network, *, norms: bool) -> Iterator[Parameter]:
+    """What the class loads in fp32 in any case, by parts of its name; with ``norms``, those too."""
     blocks = [block for stage in network.stages for block in stage.stack.kinds]
     for root in (network, *blocks):
         for path, parameter in root.named_parameters():
-            if any(f".{name}." in f".{path}." for name in network.kept_in_fp32):
+            kept = any(f".{name}." in f".{path}." for name in network.kept_in_fp32)
+            if kept or (norms and "norm" in path):
                 yield parameter
 
 

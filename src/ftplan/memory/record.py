@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import field
 
 from ftplan.dataclass import dataclass
+from ftplan.memory import ops
 from ftplan.memory.env import Environment
 from ftplan.memory.families.native import Native
 from ftplan.memory.fsdp import Fsdp, Unit
@@ -46,6 +47,10 @@ class Recording:
     forward: list[Segment] = field(default_factory=list)
     autocast_exit: list[Segment] = field(default_factory=list)
     """Per forward segment: what dies when autocast ends."""
+    cast_order: list[int] = field(default_factory=list)
+    """What is done with the model's outputs then, before they reach the caller."""
+    cache_exit: list[Segment] = field(default_factory=list)
+    """Per forward segment: what dies with the outputs that the caller drops."""
     backward: list[Segment] = field(default_factory=list)
     """Per forward segment: its way back."""
     forward_order: list[int] = field(default_factory=list)
@@ -82,11 +87,13 @@ class Recording:
         ``under_way``: other micro batches of a pipeline whose forward is done before, and whose
         backward comes after.
         """
-        order = self.forward_order
-        everything = [*order, *self.tail_order] if self.carried else []
+        order, after = self.forward_order, [*self.cast_order, *self.tail_order]
+        everything = [*order, *after] if self.carried else []
         forward = [self.carried[index] for index in everything]
         forward += [self.forward[index] for index in order]
         forward += [self.autocast_exit[index] for index in order]
+        forward += [self.forward[index] for index in self.cast_order]
+        forward += [self.cache_exit[index] for index in order]
         forward += [self.replaced[index] for index in everything]
         forward += [self.forward[index] for index in self.tail_order]
         phases = [("forward", forward)]
@@ -94,7 +101,7 @@ class Recording:
             phases.insert(0, ("scoring", [self.forward[index] for index in self.before_order]))
         if self.backward:
             backward: list[Segment] = []
-            order = list(reversed(order + self.tail_order))
+            order = list(reversed(order + after))
             for index in order:
                 backward.append(self.backward[index])
                 if index in self.regained:
@@ -234,16 +241,40 @@ class Recorder:
             storages_of.clear()
             recording.replaced.append(Segment("previous batch goes", start, len(tape.events)))
 
-    def end_autocast(self) -> None:
+    def end_autocast(self, outputs: list[Tensor] | None = None) -> None:
         """Autocast drops its casts of weights, those of each block when the model is deep.
 
-        Unless the caller keeps what the model returned, its cache goes too.
+        Accelerate casts the model's ``outputs`` only then. Unless the caller keeps what the model
+        returned, its cache goes too.
         """
         tape = self.tape
-        for casts, cached in zip(self.casts, self.caches, strict=True):
-            held = [] if tape.env.keep_outputs else cached
-            self.recording.autocast_exit.append(self._drop(casts, held))
+        self.recording.autocast_exit = [self._drop(casts) for casts in self.casts]
         self.start = len(tape.events)
+        if outputs:
+            if tape.env.outputs_to_fp32:
+                self._cast(outputs)
+            if tape.env.keep_outputs:
+                self.recording.outputs += outputs
+            outputs.clear()
+            self.recording.cast_order.append(self.cut("outputs"))
+        keeps = tape.env.keep_outputs or self.states is not None
+        caches = self.caches[: len(self.recording.autocast_exit)]
+        self.recording.cache_exit = [self._drop([] if keeps else cached) for cached in caches]
+        self.start = len(tape.events)
+
+    def _cast(self, outputs: list[Tensor]) -> None:
+        """Outputs, and every layer's cache where it is tuples, while the first ones are held."""
+        tape = self.tape
+        with tape.scoped("logits"):
+            cast = [ops.to(output, "fp32") for output in outputs]
+            others = [
+                tape.tensor(cached.rows, cached.width, "fp32", "returned cache in fp32")
+                for index in self.order
+                for cached in self.caches[index]
+                if self.network.returns_tuples and cached.dtype != "fp32"
+            ]
+            outputs[:] = cast
+            del others, cast
 
     def _drop(self, *held: dict[int, Tensor] | list[Tensor] | list[object]) -> Segment:
         start = len(self.tape.events)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
+from operator import mul
 from typing import Any
 
 from ftplan.dataclass import dataclass
@@ -381,11 +382,9 @@ def _lasting(events: Sequence[int]) -> list[int]:
 
 def per_sample(size: Size, sequences: int) -> Size:
     """A size as an expression in samples, where each is so many sequences."""
-    batch = (BATCH, TOKENS, SCORES, PART)
-    return Size(
-        value * sequences if any(unit[at] for unit in batch) else value
-        for at, value in enumerate(size)
-    )
+    *once, _ = BATCH + TOKENS + SCORES + PART
+    times = (*(sequences if grows else 1 for grows in once), sequences**2)
+    return Size(map(mul, size, times))
 
 
 def _final_labels(recording: Recording) -> list[Label]:

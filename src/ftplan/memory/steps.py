@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ftplan.memory import ops
+from ftplan.memory.attention import KeptStates
 from ftplan.memory.blocks import ask_for_gradient, run_stage
 from ftplan.memory.env import Environment
 from ftplan.memory.families.native import Native
@@ -64,7 +65,7 @@ def record_step(
     further = [
         tape.tensor(t.rows * ahead, t.width, t.dtype, "batches ahead") for t in batch if ahead
     ]
-    recorder.recording.batch = batch + further
+    recorder.recording.batch = [*batch, *further, *network.tables(tape)]
     before = _left_over(recorder, objective, ahead) if objective is not None else []
     values = _run_critic(recorder, objective, accumulated) if objective is not None else []
     received = share is not None and not share.first
@@ -77,6 +78,7 @@ def record_step(
     x: Tensor | None = None
     if objective is not None and objective.all_states:
         recorder.states = States(recorder)
+        _fill_cache(tape)
     for number, stage in enumerate(network.stages):
         if x is not None:
             shared.memory = x
@@ -90,11 +92,13 @@ def record_step(
     elif objective is None or objective.inside:
         states = [x]
         del x
-        root = _loss(recorder, states, objective)
-        shared.memory = None
+        root, outputs = _loss(recorder, states, objective)
+        if shared.memory is not None:  # ``encoder_last_hidden_state``
+            outputs.append(shared.memory)
+            shared.memory = None
         root = recorder.end_root(root)
         recorder.order.append(recorder.cut("the model returns"))
-        recorder.end_autocast()
+        recorder.end_autocast(outputs)
     else:
         held = [x]
         del x
@@ -172,6 +176,7 @@ def record_scoring(network: Network, env: Environment, completion: int) -> Recor
     recorder = Recorder(network, env)
     tape = recorder.tape
     recorder.states = States(recorder)
+    _fill_cache(tape)
     with tape.no_grad():
         inputs = _inputs(tape)
         recorder.order.append(recorder.cut("inputs"))
@@ -200,7 +205,7 @@ def record_evaluation(network: Network, env: Environment) -> Recording:
     recorder = Recorder(network, env)
     tape = recorder.tape
     with tape.no_grad():
-        inputs = [*_inputs(tape), *network.inputs(tape)]
+        inputs = [*_inputs(tape), *network.inputs(tape), *network.tables(tape)]
         recorder.order.append(recorder.cut("inputs"))
         shared = Shared()
         x: Tensor | None = None
@@ -211,9 +216,9 @@ def record_evaluation(network: Network, env: Environment) -> Recording:
         assert x is not None
         states = [x]
         del x
-        loss_value = _loss(recorder, states, None)
+        loss_value, outputs = _loss(recorder, states, None)
         recorder.order.append(recorder.cut("the model returns"))
-    recorder.end_autocast()
+        recorder.end_autocast(outputs)
     recorder.recording.saved = _alive(tape)
     del inputs, loss_value
     recorder.end_step(shared)
@@ -302,6 +307,12 @@ def _left_over(recorder: Recorder, objective: Objective, ahead: int) -> list[Ten
         ]
 
 
+def _fill_cache(tape: Tape) -> None:
+    """PPO's trainer is no Trainer: nobody turns the models' caches off."""
+    if tape.prefix is None:
+        tape.prefix = KeptStates()
+
+
 def _run_critic(recorder: Recorder, objective: Objective, accumulated: bool) -> list[Tensor]:
     """The value of every token, with a graph of its own; its hidden states go before the policy's
     outputs are there."""
@@ -313,6 +324,7 @@ def _run_critic(recorder: Recorder, objective: Objective, accumulated: bool) -> 
     shared = Shared()
     x: Tensor | None = None
     states = recorder.states = States(recorder)
+    _fill_cache(recorder.tape)
     with recorder.apart(critic, beside=True):
         for stage in critic.stages:
             x = run_stage(recorder, stage, shared, 0, False)
@@ -324,8 +336,10 @@ def _run_critic(recorder: Recorder, objective: Objective, accumulated: bool) -> 
     return [values]
 
 
-def _loss(recorder: Recorder, states: list[Tensor], objective: Objective | None) -> Tensor:
-    """Logits and loss, as the model class computes them inside its forward.
+def _loss(
+    recorder: Recorder, states: list[Tensor], objective: Objective | None
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss and the logits, as the model class computes them inside its forward.
 
     ``states`` holds the last hidden states, which go when that forward returns.
     """
@@ -338,20 +352,10 @@ def _loss(recorder: Recorder, states: list[Tensor], objective: Objective | None)
         else:
             loss, logits = compute_loss(recorder.network, x)
         del x
-        if logits is not None and tape.env.outputs_to_fp32:
-            given, logits = logits, ops.to(logits, "fp32")
-            others = [  # every layer's, while what the model returned is still held
-                tape.tensor(cached.rows, cached.width, "fp32", "returned cache in fp32")
-                for index in recorder.order
-                for cached in recorder.caches[index]
-                if recorder.network.returns_tuples and cached.dtype != "fp32"
-            ]
-            del others, given
-    if logits is not None and tape.env.keep_outputs:
-        recorder.recording.outputs.append(logits)
+    outputs = [] if logits is None else [logits]
     del logits
     recorder.order.append(recorder.cut("loss"))
-    return loss
+    return loss, outputs
 
 
 def _outputs(recorder: Recorder, states: list[Tensor], objective: Objective) -> list[Tensor]:

@@ -27,6 +27,7 @@ from ftplan.memory.env import Environment
 __all__ = [
     "BATCH",
     "CHUNK",
+    "CROSSED",
     "NOTHING",
     "ONE",
     "PART",
@@ -58,9 +59,9 @@ ITEM_BYTES = {
 class Size(tuple[int, ...]):
     """A number of elements or bytes, as coefficients of what the batch is made of.
 
-    The basis is (1, s, b, b s, b s^2, s^2, c, r) with b the micro batch (sequences), s the sequence
-    length (tokens), c the tokens of one chunk of the loss, and r a rank's part of the tokens
-    where a sequence is split over ranks (b s / t).
+    The basis is (1, s, b, b s, b s^2, s^2, c, r, b^2) with b the micro batch (sequences), s the
+    sequence length (tokens), c the tokens of one chunk of the loss, and r a rank's part of the
+    tokens where a sequence is split over ranks (b s / t).
     """
 
     __slots__ = ()
@@ -69,22 +70,22 @@ class Size(tuple[int, ...]):
 
     def __add__(self, other: object) -> Size:
         assert isinstance(other, Size)
-        a, b, c, d, e, f, g, r = self
-        h, i, j, k, m, n, o, q = other
-        return Size((a + h, b + i, c + j, d + k, e + m, f + n, g + o, r + q))
+        a, b, c, d, e, f, g, r, t = self
+        h, i, j, k, m, n, o, q, u = other
+        return Size((a + h, b + i, c + j, d + k, e + m, f + n, g + o, r + q, t + u))
 
     def __mul__(self, factor: object) -> Size:
         assert isinstance(factor, int)
-        a, b, c, d, e, f, g, r = self
+        a, b, c, d, e, f, g, r, t = self
         k = factor
-        return Size((a * k, b * k, c * k, d * k, e * k, f * k, g * k, r * k))
+        return Size((a * k, b * k, c * k, d * k, e * k, f * k, g * k, r * k, t * k))
 
     __rmul__ = __mul__
 
     def alone(self) -> Size:
         """The same for a batch of one sequence: b is 1."""
-        one, s, b, bs, bss, ss, c, r = self
-        return Size((one + b, s + bs, 0, 0, 0, bss + ss, c, r))
+        one, s, b, bs, bss, ss, c, r, bb = self
+        return Size((one + b + bb, s + bs, 0, 0, 0, bss + ss, c, r, 0))
 
     def at(self, point: Sequence[int]) -> int:
         """The value where the basis has the values ``point`` (see :func:`basis`)."""
@@ -96,12 +97,13 @@ def basis(micro: int, seq_len: int, chunk: int = 0, parts: int = 1) -> tuple[int
     how many parts a sequence is split."""
     tokens, square = micro * seq_len, seq_len * seq_len
     part = micro * -(-seq_len // parts)
-    return (1, seq_len, micro, tokens, micro * square, square, min(chunk, tokens), part)
+    crossed = micro * micro
+    return (1, seq_len, micro, tokens, micro * square, square, min(chunk, tokens), part, crossed)
 
 
-NOTHING = Size((0,) * 8)
-ONE, SEQ, BATCH, TOKENS, SCORES, SQUARE, CHUNK, PART = (
-    Size(int(i == j) for j in range(8)) for i in range(8)
+NOTHING = Size((0,) * 9)
+ONE, SEQ, BATCH, TOKENS, SCORES, SQUARE, CHUNK, PART, CROSSED = (
+    Size(int(i == j) for j in range(9)) for i in range(9)
 )
 
 
@@ -137,8 +139,15 @@ class Product(NamedTuple):
 class Joins(Protocol):
     """What attention does to keys and to values before it uses them."""
 
-    tokens: int
-    mask: Tensor
+    @property
+    def tokens(self) -> int:
+        """How many come before those of the sequence."""
+        ...
+
+    @property
+    def mask(self) -> Tensor | None:
+        """What attention needs because of them."""
+        ...
 
     def join(self, x: Tensor) -> Tensor:
         """Keys or values, longer."""
@@ -175,7 +184,7 @@ class Tape:
     """What is held beside the graph: keys and values in the model's cache, inputs in hooks."""
     sequence: int = 0
     prefix: Joins | None = None
-    """Learned keys and values before those of every layer (prefix tuning)."""
+    """Learned keys and values before those of every layer (prefix tuning), or the model's cache."""
     escaped: list[Tensor] | None = None
     """Inside a checkpoint: what its functions hold by themselves, out of the checkpoint's sight."""
     attributes: list[object] = field(default_factory=list)
@@ -584,7 +593,8 @@ def _count_dependencies(roots: Sequence[Node], since: int = 0) -> None:
 def _expand(node: Node, tape: Tape) -> tuple[list[Node], Rerun]:
     """Run a checkpointed function again: the graph that it leaves takes the place of ``node``.
 
-    Returns the nodes of that graph whose gradients are all there.
+    Returns the nodes of that graph whose gradients are all there, and those before it that were
+    waiting for no more than to see what it does with its inputs.
     """
     assert node.recompute is not None
     run = node.recompute(node.buffers)
@@ -602,6 +612,8 @@ def _expand(node: Node, tape: Tape) -> tuple[list[Node], Rerun]:
             edge.pending -= 1
         elif edge is not None:
             edge[0].pending -= 1
+            if edge[0].pending == 0 and any(edge[0].buffers):  # an input that it does not use
+                roots.append(edge[0])
     node.buffers = []
     node.recompute = None
     run.outputs = []

@@ -43,7 +43,7 @@ from ftplan.memory.log_probs import (
 from ftplan.memory.loss import tiled_divergence
 from ftplan.memory.nn import Network
 from ftplan.memory.prepare import prepare
-from ftplan.memory.tape import BATCH, ITEM_BYTES, TOKENS, Tensor
+from ftplan.memory.tape import BATCH, TOKENS, Tensor
 
 __all__ = [
     "FULL_LOSS",
@@ -253,21 +253,37 @@ def _reference(job: Job) -> tuple[Resident, ...]:
 
 
 def _refuse_sharded_ppo(job: Job) -> None:
-    if job.sharding.kind not in ("none", "ddp"):
+    """What TRL's loop cannot run, by its own code (trl/experimental/ppo/ppo_trainer.py 1.12)."""
+    kind, world = job.sharding.kind, job.sharding.world
+    if kind == "fsdp":
         raise UnsupportedError(
-            f"ppo sharded by {job.sharding.kind}: a policy and a critic in one wrapper",
-            remedy="size it on one GPU or with sharding: ddp",
+            "ppo under fsdp: TRL generates with the bare policy and scores with the bare critic, "
+            "outside of the wrapper whose forward gathers their weights",
+            remedy="size it with sharding: ddp; TRL's own launch files for ppo use DeepSpeed",
         )
-    if job.weights.name not in ITEM_BYTES:
+    if kind == "ddp" and world > 1 and job.reference == "adapter":
         raise UnsupportedError(
-            "ppo on quantised weights: its critic is trained whole",
-            remedy="use bf16 or fp32 weights, or task: grpo, which has no critic",
+            "ppo under ddp with the policy's adapters off as the reference: TRL asks the wrapper "
+            "for `model.policy`, which DistributedDataParallel does not have",
+            remedy="give TRL a ref_model (reference: model), or use one GPU",
+        )
+    if kind not in ("none", "ddp"):
+        raise UnsupportedError(
+            f"ppo sharded by {kind}: one engine around a policy and a critic",
+            remedy="size it on one GPU or with sharding: ddp",
         )
 
 
 def _scoring(job: Job, method: Literal["full", "partial"]) -> Job:
-    """A model with a head of one number: the critic (trained whole), or the reward model."""
-    return replace(job, method=method, last_layers=0, adapter=None, task="rm")
+    """A model with a head of one number: the critic, or the reward model.
+
+    TRL's script loads both as it does the policy: of a quantised critic what is not quantised is
+    trained, and nobody prepares it.
+    """
+    return replace(
+        job, method=method, last_layers=0, adapter=None, task="rm", prepare_kbit=False,
+        norms_in_fp32=False,
+    )  # fmt: skip
 
 
 def _frozen(job: Job) -> Job:

@@ -20,7 +20,10 @@ _GROUPS = {
     "temporary": ("temporary", "needed for a moment"),
     "gathered": ("temporary/gathered", "weights or gradients gathered from all ranks"),
 }
-_SYMBOLS = ("", "seq", "micro", "tokens", "micro x seq^2", "seq^2", "chunk tokens", "rank's tokens")
+_SYMBOLS = (
+    "", "seq", "micro", "tokens", "micro x seq^2", "seq^2", "chunk tokens", "rank's tokens",
+    "micro^2",
+)  # fmt: skip
 
 
 def formula(size: Size) -> str:

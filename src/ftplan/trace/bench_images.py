@@ -1,9 +1,11 @@
-"""The bench of vision-language jobs: real tensors, true widths, few layers, a small vocabulary.
+"""The bench of models that see or hear: true widths, few layers.
 
     python -m ftplan.trace.bench_images [--out validation/images.json] [--only NAME ...]
 
-Each job carries the config it was traced with: a catalogue model cut to two blocks and a tower of
-three. A job that is there already is not traced again (``--fresh`` does).
+Jobs with images run on real tensors, with a small vocabulary; ``text`` ones, of models whose tower
+is not run, on fake ones. Each job carries the config it was traced with: a catalogue model cut to
+two blocks, and a tower of three. A job that is there already is not traced again (``--fresh``
+does).
 """
 
 from __future__ import annotations
@@ -40,8 +42,26 @@ MODELS: dict[str, tuple[int, tuple[int, int] | None]] = {
     "qwen2-vl-2b": (512, (224, 336)),
     "qwen2.5-vl-3b": (512, (224, 336)),
     "qwen3-vl-2b": (512, (224, 320)),
+    "qwen3.5-0.8b": (512, (224, 320)),
+    "smolvlm-2.2b": (512, None),
+    "smolvlm2-500m": (512, None),
+    "pixtral-12b": (512, (224, 320)),
+    "ministral-3-3b": (512, (224, 336)),
+    "llama-3.2-11b-vision": (512, None),
 }
 """Models with the sequence length and the size of an image, where there is a choice of it."""
+TEXT_WAYS = ("full", "lora", "lora-checkpointed")
+TEXTS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            "qwen2-audio-7b", "voxtral-mini-3b", "qwen2.5-omni-7b", "llava-onevision-0.5b",
+            "kimi-k2.5", "ernie-4.5-vl-28b-a3b",
+        ),
+        TEXT_WAYS,
+    ),
+    "qwen3-omni-30b-a3b": ("full",),  # PEFT's all-linear takes its blocks for layers, and refuses
+}  # fmt: skip
+"""Models that are trained on text alone here, and how."""
 VOCABULARY, BLOCKS, TOWER = 8192, 2, 3
 _TOKEN, _OTHER = 100, 101
 _OTHERS = (
@@ -56,8 +76,15 @@ def cut(config: Mapping) -> Mapping:
     text, vision = config["text_config"], config["vision_config"]
     text |= {"vocab_size": VOCABULARY, "num_hidden_layers": BLOCKS}
     if "layer_types" in text:
-        text["layer_types"] = text["layer_types"][:BLOCKS]
+        types = text["layer_types"]
+        mixed = "linear_attention" in types  # whose last two are one of each
+        text["layer_types"] = types[-BLOCKS:] if mixed else types[:BLOCKS]
+    if "cross_attention_layers" in text:
+        text |= {"cross_attention_layers": [BLOCKS - 1], "pad_token_id": 0}
     vision |= {key: TOWER for key in ("depth", "num_hidden_layers") if key in vision}
+    if "num_global_layers" in vision:
+        vision |= {"num_global_layers": BLOCKS, "intermediate_layers_indices": [0, 1]}
+        vision |= {"vision_output_dim": 3 * vision["hidden_size"], "image_size": 280}
     if "fullatt_block_indexes" in vision:
         vision["fullatt_block_indexes"] = [TOWER - 1]
     if "deepstack_visual_indexes" in vision:
@@ -70,20 +97,36 @@ def cut(config: Mapping) -> Mapping:
 
 def jobs() -> Iterator[Mapping]:
     """Every job, always the same ones."""
+    from ftplan.trace.build import cut_depth
+
     configs = catalogue()
     for model, (seq_len, size) in MODELS.items():
-        for way, keys in WAYS.items():
+        for way in WAYS:
             batch: Mapping = {"micro": 2, "seq_len": seq_len, "images": 1}
             if size is not None:
                 batch["image_size"] = list(size)
-            plan = {
-                "version": 1, "model": model, "stack": "transformers", "task": "sft", **keys,
-                "batch": batch, "optimizer": "adamw_torch_fused", "loss": "full",
-                "attention": "sdpa", "hardware": {"gpu": "a100-80gb", "count": 1},
-                "sharding": {"kind": "none"},
+            yield {
+                "name": f"{model} {way}", "plan": _plan(model, way, batch),
+                "config": cut(configs[model]),
             }  # fmt: skip
-            plan.setdefault("gradient_checkpointing", False)
-            yield {"name": f"{model} {way}", "plan": plan, "config": cut(configs[model])}
+    for model, ways in TEXTS.items():
+        for way in ways:
+            yield {
+                "name": f"{model} text {way}",
+                "plan": _plan(model, way, {"micro": 2, "seq_len": 512}),
+                "config": cut_depth(configs[model], BLOCKS),
+            }
+
+
+def _plan(model: str, way: str, batch: Mapping) -> Mapping:
+    plan = {
+        "version": 1, "model": model, "stack": "transformers", "task": "sft", **WAYS[way],
+        "batch": batch, "optimizer": "adamw_torch_fused", "loss": "full",
+        "attention": "sdpa", "hardware": {"gpu": "a100-80gb", "count": 1},
+        "sharding": {"kind": "none"},
+    }  # fmt: skip
+    plan.setdefault("gradient_checkpointing", False)
+    return plan
 
 
 def record(job: Mapping) -> Mapping:

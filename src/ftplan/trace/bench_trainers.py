@@ -85,7 +85,8 @@ TASKS: dict[str, tuple[str, Mapping, Mapping, Sequence[str]]] = {
     "ppo": (
         "trl.experimental.PPOTrainer",
         {"task": "ppo", "rollout": {**ROLLOUT, "sampler": "trainer"}}, {},
-        ("lora", "lora-accumulated", "full-bf16-checkpointed", "full-autocast"),
+        ("lora", "lora-accumulated", "full-bf16-checkpointed", "full-autocast",
+         "qlora-checkpointed"),
     ),
     # last: Liger puts its functions into the modules of transformers, for good
     "sft-liger": (
@@ -126,6 +127,8 @@ def _plan(model: str, keys: Mapping, way: Mapping) -> Mapping:
         plan.setdefault("reference", "adapter" if way["method"] is not FULL else "model")
     if plan["task"] == "orpo" and way["method"] is QLORA:  # it prepares the model by itself
         plan["method"] = {**QLORA, "prepare_kbit": True, "adapter_dtype": "fp32"}
+    if plan["task"] == "ppo" and way["method"] is QLORA:  # PEFT's own dtype, and it is never cast
+        plan["method"] = {**QLORA, "adapter_dtype": "fp32"}
     if plan["task"] == "distill":
         plan["teacher"] = model
     if plan.get("rollout") and "generations" not in plan["rollout"]:

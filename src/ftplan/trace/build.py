@@ -83,7 +83,10 @@ DEPTHS = (
     "encoder_layers", "decoder_layers",
 )  # fmt: skip
 """Names of a config for how many layers there are."""
-PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+PER_LAYER = (
+    "layer_types", "mlp_layer_types", "no_rope_layers", "intermediate_size",
+    "activation_sparsity_pattern",
+)  # fmt: skip
 """Names of lists with an entry for each layer."""
 
 
@@ -132,8 +135,11 @@ def auto_class(config: Any, job: Job) -> Any:
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
         "vision": transformers.AutoModelForCausalLM,
     }[family_of(config)]
-    known = not job.images and type(config) in found._model_mapping
-    return found if known else transformers.AutoModelForImageTextToText
+    if not job.images and type(config) in found._model_mapping:
+        return found
+    if type(config) in transformers.AutoModelForImageTextToText._model_mapping:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForMultimodalLM
 
 
 def build_model(job: Job, config: Any) -> Any:

@@ -283,20 +283,23 @@ class _GroupedMM(torch.autograd.Function):
     def forward(ctx: Any, input: Any, weight: Any, ledger: Ledger) -> Any:
         with ledger.named_op("_grouped_mm"):
             out = torch.empty(input.shape[0], weight.shape[-1], dtype=input.dtype)
-        ctx.save_for_backward(input, weight)
-        ctx.ledger = ledger
+        wants_input, wants_weight, _ = ctx.needs_input_grad  # each needs the other operand alone
+        ctx.save_for_backward(input if wants_weight else None, weight if wants_input else None)
+        ctx.ledger, ctx.like = (
+            ledger,
+            tuple((t.shape, t.stride(), t.dtype) for t in (input, weight)),
+        )
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        input, weight = ctx.saved_tensors
-        grad_input = grad_weight = None
+        _kept = ctx.saved_tensors
+        grads = [None, None]
         with ctx.ledger.named_op("_grouped_mm"):
-            if ctx.needs_input_grad[0]:
-                grad_input = torch.empty(input.shape, dtype=input.dtype)
-            if ctx.needs_input_grad[1]:
-                grad_weight = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype)
-        return grad_input, grad_weight, None
+            for place, (shape, stride, dtype) in enumerate(ctx.like):
+                if ctx.needs_input_grad[place]:
+                    grads[place] = torch.empty_strided(shape, stride, dtype=dtype)
+        return *grads, None
 
 
 def _grouped_mm(original: Any, ledger: Ledger) -> Any:

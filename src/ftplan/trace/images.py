@@ -40,7 +40,7 @@ def image_batch(config: Any, ids: Any, images: int, size: tuple[int, int]) -> Ba
     token = config.image_token_index if token is None else token
     if tokens:
         ids[:, : images * tokens] = token
-    if config.model_type in ("gemma3", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+    if config.model_type.startswith(("gemma3", "paligemma", "qwen")):
         kind = "token_type_ids" if "gemma" in config.model_type else "mm_token_type_ids"
         batch[kind] = (ids == token).to(torch.int64)
     if config.model_type in ("idefics3", "smolvlm", "mllama"):
@@ -68,9 +68,16 @@ def _fixed(config: Any, vision: Any, count: int, _size: tuple[int, int]) -> tupl
         tokens = config.mm_tokens_per_image
     if config.model_type == "internvl":
         tokens = int(tokens * config.downsample_ratio**2)
-    if config.model_type in ("idefics3", "smolvlm"):
-        tokens //= config.scale_factor**2
     return tokens, {"pixel_values": torch.zeros(count, 3, side, side)}
+
+
+def _cropped(config: Any, vision: Any, count: int, _size: tuple[int, int]) -> tuple[int, Batch]:
+    """Idefics 3: crops of one size and which of their pixels are real; a crop of zeros is none."""
+    side = _side(vision.image_size)
+    return (side // _side(vision.patch_size)) ** 2 // config.scale_factor**2, {
+        "pixel_values": torch.ones(count, 3, side, side),
+        "pixel_attention_mask": torch.ones(count, side, side, dtype=torch.int64),
+    }
 
 
 def _patched(config: Any, vision: Any, count: int, size: tuple[int, int]) -> tuple[int, Batch]:
@@ -86,9 +93,9 @@ def _patched(config: Any, vision: Any, count: int, size: tuple[int, int]) -> tup
 
 
 def _sized(config: Any, vision: Any, count: int, size: tuple[int, int]) -> tuple[int, Batch]:
-    """Pixtral's tower: any size, said beside the pixels."""
+    """Pixtral's tower: any size, rounded up to whole patches and said beside the pixels."""
     unit = vision.patch_size * getattr(config, "spatial_merge_size", 1)
-    high, wide = (extent // unit * unit for extent in size)
+    high, wide = (-(-extent // unit) * unit for extent in size)
     return high * wide // unit**2, {
         "pixel_values": torch.zeros(count, 3, high, wide),
         "image_sizes": torch.tensor([[high, wide]] * count),
@@ -110,7 +117,8 @@ def _tiled(_config: Any, vision: Any, count: int, _size: tuple[int, int]) -> tup
 
 
 _MAKERS = {
-    **dict.fromkeys(("gemma3", "paligemma", "internvl", "idefics3", "smolvlm"), _fixed),
+    **dict.fromkeys(("gemma3", "paligemma", "internvl"), _fixed),
+    **dict.fromkeys(("idefics3", "smolvlm"), _cropped),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"), _patched),
     "llava": _llava,
     "mistral3": _sized,

@@ -448,7 +448,8 @@ def run_trainer(
         enter(cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors))
         enter(cuda.patched(torch.Tensor, "__deepcopy__", build.copy_tensor))
         if job.quantized:
-            quantize(model, job)
+            for each in (model, *beside):  # one configuration for all that the script loads
+                quantize(each, job)
             model.hf_quantizer = _Quantizer()
         run = Run(job, model, other, arguments or {}, prompt_tokens, ledger, folder, beside)
         run.evaluates = evaluates

@@ -65,6 +65,8 @@ def thinker(raw: Config) -> Network:
     )  # fmt: skip
     network.shows = False
     plant(network, "model.audio_tower", omni_encoder(sound) if old else strided_encoder(sound))
+    # ``SinusoidsPositionEmbedding``: a table in fp32 that is no weight
+    network.buffer_bytes += sound["max_source_positions"] * sound["d_model"] * 4
     return network
 
 

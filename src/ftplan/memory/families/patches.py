@@ -6,17 +6,20 @@ for. Source: transformers 5.23.0, models/<type>/modeling_<type>.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
+from ftplan.dataclass import dataclass
 from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend
 from ftplan.memory.checkpointing import checkpoint
-from ftplan.memory.nn import LayerNorm, Linear, Module, RMSNorm, Shared, activation
-from ftplan.memory.tape import BATCH, ONE, Grads, Size, Tape, Tensor
+from ftplan.memory.families.llama import rotate
+from ftplan.memory.nn import LayerNorm, Linear, Module, RMSNorm, activation, rope_table
+from ftplan.memory.tape import BATCH, CROSSED, ONE, Grads, Size, Tape, Tensor
 
 __all__ = [
-    "Conv", "Tower", "VisionBlock", "divided", "embed_patches", "grouped", "merged", "plant",
-    "run_linear", "stack_blocks", "weight",
+    "Beside", "Conv", "Crops", "Tower", "VisionBlock", "divided", "embed_patches", "grouped",
+    "merged", "plant", "run_linear", "stack_blocks", "weight", "with_class",
 ]  # fmt: skip
 
 
@@ -43,6 +46,15 @@ def _paths(root: Module) -> set[str]:
     return {path for path, _ in root.named_modules()}
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What a tower hands to each of its blocks."""
+
+    rope: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines of each patch."""
+    mask: Tensor | None = None
+
+
 class VisionBlock(Module):
     """A pre-norm transformer layer over patches. ``names`` of norms, attention and MLP parts."""
 
@@ -52,16 +64,19 @@ class VisionBlock(Module):
         fused: bool = False, qkv: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"),
         out: str = "out_proj", qkv_bias: bool = True, out_bias: bool = True, mlp: str = "mlp",
         mlp_names: tuple[str, ...] = ("fc1", "fc2"), mlp_bias: bool = True, act: str = "gelu",
-        scales: tuple[str, ...] = (),
+        scales: tuple[str, ...] = (), scale_width: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         size = hidden // heads
-        self.turns = False
-        """Queries and keys are rotated, in fp32 (Qwen-VL)."""
+        self.turns: Literal["", "fp32", "own"] = ""
+        """Queries and keys are rotated: in fp32 (Qwen-VL), or in their own dtype (Pixtral)."""
         self.pieces = False
         """Images or windows are attended to one by one, and joined again."""
         self.reach = 0
         """Patches that a patch sees, where the scores are kept."""
+        self.gated = len(scales) == 2 and scale_width == 1
+        self.names_added = bool(scales) and not self.gated
+        """What attention returned has a name until the block returns (InternVL)."""
         self.heads = Heads(count=heads, kv_count=heads, size=size, value_size=size, causal=False)
         self.norms, self.act, self.fused, self.scales = norms, act, fused, scales
         for name in norms:
@@ -76,21 +91,24 @@ class VisionBlock(Module):
             plant(self, path, Linear(hidden, inner, bias=mlp_bias))
         plant(self, self.mlp_paths[-1], Linear(inner, hidden, bias=mlp_bias))
         for name in scales:
-            self.parameter(name, hidden)
+            self.parameter(name, scale_width or hidden)
 
-    def attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention among the patches of an image, or of one window of it."""
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention among the patches of an image, or of one window of it; under a mask, among
+        those of all images."""
         heads = self.heads
-        if q.tape.env.attention == "eager":
-            width = heads.count * self.reach
-            scores = ops.matmul(q, k, q.rows, width, "scores", inner=heads.size)
-            weights = ops.scale(scores)
-            del scores
-            weights = ops.to(ops.softmax(weights, "fp32"), q.dtype)
-            width = heads.count * heads.size
-            out = ops.copy(ops.matmul(weights, v, q.rows, width, "attention", inner=self.reach))
-        else:
-            out = attend(q, k, v, heads, reach=self.reach)
+        if q.tape.env.attention != "eager":
+            out = attend(q, k, v, heads, mask, reach=self.reach, by_head=self.turns == "own")
+            return ops.copy(out, "windows joined") if self.pieces else out
+        rows, width = q.rows, heads.count * self.reach
+        if mask is not None:
+            rows, width = mask.rows, heads.count
+        weights = ops.scale(ops.matmul(q, k, rows, width, "scores", inner=heads.size))
+        if mask is not None:
+            weights = ops.add(weights, mask)
+        weights = ops.to(ops.softmax(weights, "fp32"), q.dtype)
+        width = heads.count * heads.size
+        out = ops.copy(ops.matmul(weights, v, q.rows, width, "attention", inner=self.reach))
         return ops.copy(out, "windows joined") if self.pieces else out
 
     def linear(self, path: str, x: Tensor) -> Tensor:
@@ -98,7 +116,7 @@ class VisionBlock(Module):
         out: Tensor = self.child(path).forward(x)
         return out
 
-    def forward(self, x: Tensor, _shared: Shared | None = None) -> Tensor:
+    def forward(self, x: Tensor, beside: Beside) -> Tensor:
         residual = x
         x = self.child(self.norms[0]).forward(x)
         if self.fused:
@@ -107,27 +125,39 @@ class VisionBlock(Module):
             del qkv
         else:
             q, k, v = (self.linear(path, x) for path in self.attn_paths)
-        if self.turns:
+        if self.turns == "fp32":
             q, k = _turned(q), _turned(k)
-        out = self.attended(q, k, v)
+        elif self.turns:
+            assert beside.rope is not None
+            q, k = rotate(q, *beside.rope), rotate(k, *beside.rope)
+        out = self.attended(q, k, v, beside.mask)
         del q, k, v
-        x = self.scaled(self.linear(self.out_path, out), 0)
+        added = self.scaled(self.linear(self.out_path, out), 0)
         del out
-        x = ops.add(residual, x)
+        x = ops.add(residual, added)
+        if not self.names_added:
+            del added
         residual = x
         x = self.child(self.norms[1]).forward(x)
+        x = self.mlp_of(x)  # its input has a name here until it returns
+        return ops.add(residual, self.scaled(x, 1))
+
+    def mlp_of(self, x: Tensor) -> Tensor:
+        """Two linear layers, or three where one of them is a gate."""
         *first, last = self.mlp_paths
         if len(first) == 2:
             x = ops.mul(activation(self.linear(first[0], x), self.act), self.linear(first[1], x))
         else:
             x = activation(self.linear(first[0], x), self.act)
-        return ops.add(residual, self.scaled(self.linear(last, x), 1))
+        return self.linear(last, x)
 
     def scaled(self, x: Tensor, which: int) -> Tensor:
-        """What attention or the MLP returns, times a learned number for each channel (InternVL)."""
+        """What attention or the MLP returns, times a learned number for each channel (InternVL),
+        or times the tanh of one for all (Llama 3.2)."""
         if not self.scales:
             return x
-        return ops.mul(x.tape.leaf(self.parameters[self.scales[which]]), x)
+        scale = x.tape.leaf(self.parameters[self.scales[which]])
+        return ops.mul(ops.unary(scale, "tanh", "output") if self.gated else scale, x)
 
 
 def _turned(x: Tensor) -> Tensor:
@@ -193,10 +223,18 @@ class Tower(Module):
         """Patches of one image, where the config says."""
         self.pixels = 0
         """Numbers of one patch."""
+        self.image_pixels = 0
+        """Numbers of one image, where the last pixels of a row are in no patch."""
         self.classed = False
         """A token of its own stands before the patches of each image."""
+        self.token = ""
+        """Path of the token that stands before the patches of each image."""
+        self.table = ""
+        """Path of the learned positions of patches, the same for all images."""
+        self.packs = False
+        """All images are one sequence, under a mask that keeps them apart (Pixtral)."""
         self.layer: int | None = None
-        """The hidden states that are used (-1: the last block's), where all are kept for it."""
+        """The hidden states that are used (-1: the last block's), where they are kept for it."""
         self.checkpointed = False
         """Blocks are recomputed in backward."""
         self.after: list[Module] = []
@@ -205,39 +243,93 @@ class Tower(Module):
         self.stacks: tuple[int, ...] = ()
         """Blocks whose outputs are merged too, for the first blocks of the language model."""
         self.stacked: list[Tensor] = []
-        self.states: list[Tensor] = []
-        """The hidden states of every block, where they are kept."""
+        self.chosen: list[Tensor] = []
+        """Those hidden states."""
 
-    def pixel_values(self, tape: Tape, images: int) -> Tensor:
+    def pixel_values(self, tape: Tape, images: int) -> list[Tensor]:
         """What the caller passes in, in fp32."""
+        if self.image_pixels:
+            return [tape.tensor(BATCH * images, self.image_pixels, "fp32", "pixel values")]
         rows = BATCH * (images * (self.patches - self.classed))
-        return tape.tensor(rows, self.pixels, "fp32", "pixel values")
+        return [tape.tensor(rows, self.pixels, "fp32", "pixel values")]
 
     def forward(self, pixels: Tensor, images: int) -> Tensor:
         """Features of all patches: (sequences x images x patches) x hidden."""
         rows = BATCH * (images * self.patches)
-        x = self.patch.forward(ops.to(pixels, self.patch.weight.dtype))
-        if self.classed:
-            x = _with_class(x, rows)
-        if "pos_embed" in self.children:
-            x = ops.add(x, self._interpolated(x.dtype, x.tape, rows))
-        elif not any(block.turns for block in self.in_order):
-            x = ops.shift(x, "position embedding")
+        embedded = x = self.embedded(pixels, rows)
+        x = self.placed(x, rows)
+        if self.packs:
+            x = ops.copy(x, "images in a row")
+        else:
+            del embedded
         for norm in self.before:
             x = norm.forward(x)
-        self.states = [x] if self.layer is not None else []
+        beside = Beside(*self._positions_and_mask(x, images))
+        last = len(self.in_order)
+        wanted = None if self.layer is None else self.layer % (last + 1)
+        self.chosen = [x] if wanted == 0 else []
         self.stacked = []
+        reach = self.patches * images if self.packs else self.patches
         for number, block in enumerate(self.in_order):
-            block.reach = block.reach or self.patches
-            x = self._run(block, x)
-            if self.layer is not None:
-                self.states.append(x)
+            block.reach = block.reach or reach
+            x = self._run(block, x, beside)
+            if number + 1 == wanted:
+                self.chosen = [x]
             if number in self.stacks:
                 merger = self.child(f"deepstack_merger_list.{self.stacks.index(number)}")
                 self.stacked.append(merged(merger, x, self.merge, whole=True))
         for norm in self.after:
             x = norm.forward(x)
         return x
+
+    @property
+    def first(self) -> Module:
+        """Whose output transformers makes ask for a gradient (``get_input_embeddings``)."""
+        return self.patch
+
+    def picked(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """What the wrapper makes of the caller's tensors and holds until it has features."""
+        return list(pixels)
+
+    def embedded(self, pixels: Tensor, rows: Size) -> Tensor:
+        """Patches, with a token before those of each image where the tower has one."""
+        x = self.first.forward(self.in_patches(ops.to(pixels, self.patch.weight.dtype)))
+        return with_class(x, self.class_token(x.tape), rows) if self.classed else x
+
+    def in_patches(self, pixels: Tensor) -> Tensor:
+        """A row for each patch; the last pixels of an image may be in none."""
+        if not self.image_pixels:
+            return pixels
+        return ops.view(pixels, pixels.rows * (self.patches - self.classed), self.pixels)
+
+    def class_token(self, tape: Tape) -> Tensor:
+        """The learned token."""
+        path, _, name = self.token.rpartition(".")
+        return tape.leaf((self.child(path) if path else self).parameters[name])
+
+    def placed(self, x: Tensor, rows: Size) -> Tensor:
+        """Positions are added."""
+        if "pos_embed" in self.children:
+            return ops.add(x, self._interpolated(x.dtype, x.tape, rows))
+        if not self.table:
+            return x
+        path, _, name = self.table.rpartition(".")
+        module = self.child(path)
+        if name in module.children:
+            table = module.children[name]
+            return ops.add(x, table.forward(x.tape, ONE * self.patches))
+        return ops.add(x, x.tape.leaf(module.parameters[name]))
+
+    def _positions_and_mask(
+        self, x: Tensor, images: int
+    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        """Of images that are one sequence: a row of sines for each patch, a mask over all."""
+        if not self.packs:
+            return None, None
+        rope = rope_table(x.tape, self.in_order[0].heads.size, x.dtype, x.rows)
+        if x.tape.env.attention == "flash":
+            return rope, None
+        return rope, x.tape.tensor(CROSSED * (images * self.patches) ** 2, 1, x.dtype, "mask")
 
     def _interpolated(self, dtype: str, tape: Tape, rows: Size) -> Tensor:
         """Learned positions of a square, four of them weighted for each patch, in fp32."""
@@ -249,17 +341,60 @@ class Tower(Module):
         ops.record([out], "sum", [weighted], lambda grad: (grad.alias(rows * 4),))
         return ops.to(out, dtype)
 
-    def _run(self, block: VisionBlock, x: Tensor) -> Tensor:
+    def _run(self, block: VisionBlock, x: Tensor, beside: Beside) -> Tensor:
         if not self.checkpointed:
-            return block.forward(x)
+            return block.forward(x, beside)
         trains = any(parameter.trainable for _, parameter in block.named_parameters())
-        return checkpoint(block.forward, x, trains=trains)
+        return checkpoint(lambda x: block.forward(x, beside), x, trains=trains)
 
 
-def _with_class(x: Tensor, rows: Size) -> Tensor:
+class CropEmbeddings(Module):
+    """``Idefics3VisionEmbeddings``: a row of the table of positions is looked up for each patch."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        conv, table = self.children["patch_embedding"], self.children["position_embedding"]
+        x = conv.forward(pixels)
+        return ops.add(x, table.forward(x.tape, x.rows))
+
+
+class Crops(Tower):
+    """Idefics 3's tower: of crops of one size, those that are all zeros are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = CropEmbeddings()
+
+    @property
+    def first(self) -> Module:
+        return self.embeddings
+
+    def pixel_values(self, tape: Tape, images: int) -> list[Tensor]:
+        """Pixels, and which of them are no padding."""
+        mask = tape.tensor(BATCH * images, self.image_pixels // 3, "int64", "pixel mask")
+        return [*super().pixel_values(tape, images), mask]
+
+    def picked(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """The crops that are there: copies of both."""
+        values, mask = pixels
+        values = ops.to(values, self.patch.weight.dtype)
+        zeros = values.tape.tensor(values.rows, values.width, "bool", "zeros")
+        del zeros
+        values = ops.copy(values, "crops")
+        return [values, ops.copy(mask, "pixel mask")]
+
+    def placed(self, x: Tensor, rows: Size) -> Tensor:
+        """Positions are in already."""
+        return x
+
+
+def with_class(x: Tensor, token: Tensor, rows: Size) -> Tensor:
     """A row for each image before its patches: a copy."""
-    out = x.tape.tensor(rows, x.width, x.dtype, "cat")
-    ops.record([out], "cat", [x], lambda grad: (grad,))
+    dtype = ops.promote(x.dtype, token.dtype)
+    x = ops.to(x, dtype)
+    out = x.tape.tensor(rows, x.width, dtype, "cat")
+    shape = (x.rows, x.width)
+    make = ops.like(token.rows, token.width, dtype, token.requires_grad)
+    ops.record([out], "cat", [token, x], lambda grad: (make(grad), grad.alias(*shape)))
     return out
 
 

@@ -16,6 +16,7 @@ __all__ = ["pooled", "projector", "scattered", "stacked"]
 
 def pooled(projector: Module, x: Tensor, rows: Size) -> Tensor:
     """``Gemma3MultiModalProjector``: averaged over squares of patches, normed, multiplied."""
+    dtype = x.dtype
     x = ops.copy(x, "contiguous")
     out = x.tape.tensor(rows, x.width, x.dtype, "avg_pool2d")
     make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
@@ -31,7 +32,7 @@ def pooled(projector: Module, x: Tensor, rows: Size) -> Tensor:
     weight = out.tape.leaf(projector.parameters["mm_input_projection_weight"])
     turned = weight.alias(ONE * weight.width, weight.rows[0])
     turned.requires_grad, turned.node = weight.requires_grad, weight.node
-    return ops.linear(ops.copy(out, "contiguous"), turned)
+    return ops.to(ops.linear(ops.copy(out, "contiguous"), turned), dtype)
 
 
 def scattered(x: Tensor, features: Tensor) -> Tensor:

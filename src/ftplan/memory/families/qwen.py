@@ -141,20 +141,20 @@ class Qwen(Decoder):
         self.loss_shifts = "logits"
         self.returns_tuples = True
         self.buffer_bytes = config["num_hidden_layers"] * 2 * (LOGARITHMS + 1)
-        self.tables: list[Tensor] = []
+        self.rope: list[Tensor] = []
 
-    def inputs(self, tape: Tape) -> list[Tensor]:
+    def tables(self, tape: Tape) -> list[Tensor]:
         """Sines and cosines stay from batch to batch, for twice the longest that came."""
-        self.tables = [
+        self.rope = [
             tape.tensor(SEQ * 2, self.config["kv_channels"], "fp32", "rope") for _ in ("cos", "sin")
         ]
-        return self.tables
+        return self.rope
 
     def prepare(self, tape: Tape, shared: Shared, dtype: str) -> None:
         """Views of the tables; the masks are each layer's own."""
-        cos, sin = self.tables or self.inputs(tape)
+        cos, sin = self.rope or self.tables(tape)
         shared.rope[""] = (cos.alias(rows=SEQ), sin.alias(rows=SEQ))
-        self.tables = []
+        self.rope = []
 
 
 def qwen(raw: Config) -> Network:

@@ -12,6 +12,7 @@ from typing import Any
 from ftplan.memory.families.decoder import Config
 from ftplan.memory.families.mixture import act
 from ftplan.memory.families.patches import (
+    Crops,
     Tower,
     VisionBlock,
     embed_patches,
@@ -34,7 +35,8 @@ def clip(config: Mapping[str, Any]) -> Tower:
         bias=False,
     )  # fmt: skip
     tower.patches, tower.classed = (size // patch) ** 2 + 1, True
-    plant(tower, "embeddings.position_embedding", Embedding(tower.patches, hidden))
+    tower.token, tower.table = "embeddings.class_embedding", "embeddings.position_embedding"
+    plant(tower, tower.table, Embedding(tower.patches, hidden))
     tower.before = [plant(tower, "pre_layrnorm", LayerNorm(hidden))]
     stack_blocks(
         tower, "encoder.layers", config["num_hidden_layers"],
@@ -46,22 +48,25 @@ def clip(config: Mapping[str, Any]) -> Tower:
     return tower
 
 
-def siglip(config: Mapping[str, Any], *, pooled: bool = True) -> Tower:
-    """``SiglipVisionModel`` and, without its pooling head, Idefics 3's."""
-    tower, hidden, inner = Tower(), config["hidden_size"], config["intermediate_size"]
+def siglip(config: Mapping[str, Any], *, crops: bool = False) -> Tower:
+    """``SiglipVisionModel`` and, of crops and without its pooling head, Idefics 3's."""
+    tower = Crops() if crops else Tower()
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
     patch, size = config["patch_size"], config["image_size"]
+    channels = config.get("num_channels", 3)
     embed_patches(
-        tower, "embeddings.patch_embedding", config.get("num_channels", 3), hidden, patch, patch,
-        bias=True,
+        tower, "embeddings.patch_embedding", channels, hidden, patch, patch, bias=True,
     )  # fmt: skip
     tower.patches = (size // patch) ** 2
-    plant(tower, "embeddings.position_embedding", Embedding(tower.patches, hidden))
+    tower.image_pixels = channels * size**2
+    tower.table = "embeddings.position_embedding"
+    plant(tower, tower.table, Embedding(tower.patches, hidden))
     stack_blocks(
         tower, "encoder.layers", config["num_hidden_layers"],
         lambda: VisionBlock(hidden, inner, config["num_attention_heads"], act=act(config)),
     )  # fmt: skip
     tower.after = [plant(tower, "post_layernorm", LayerNorm(hidden))]
-    if pooled and config.get("vision_use_head", True):
+    if not crops and config.get("vision_use_head", True):
         weight(tower, "head.probe", 1, 1, hidden)
         weight(tower, "head.attention.in_proj_weight", 3 * hidden, hidden)
         weight(tower, "head.attention.in_proj_bias", 3 * hidden)
@@ -90,6 +95,9 @@ def pixtral(config: Mapping[str, Any]) -> Tower:
             mlp_bias=False, act=act(config),
         ),
     )  # fmt: skip
+    for block in tower.in_order:
+        block.turns = "own"
+    tower.packs = True
     return tower
 
 
@@ -119,7 +127,7 @@ def qwen_visual(config: Mapping[str, Any], kind: str) -> Tower:
         ),
     )  # fmt: skip
     for block in tower.in_order:
-        block.turns = block.pieces = True
+        block.turns, block.pieces = "fp32", True
         if gated:  # all but a few blocks see one window
             block.reach = (int(config.get("window_size") or 112) // patch) ** 2
     tower.merge = merge
@@ -156,11 +164,13 @@ def intern(config: Mapping[str, Any]) -> Tower:
         for value in (config.get("patch_size", 14), config.get("image_size", 448))
     )
     tower.patches, tower.classed = (size // patch) ** 2 + 1, True
-    weight(tower, "embeddings.cls_token", 1, 1, hidden)
+    tower.token = "embeddings.cls_token"
+    weight(tower, tower.token, 1, 1, hidden)
     if config.get("use_mask_token"):
         weight(tower, "embeddings.mask_token", 1, 1, hidden)
     if config.get("use_absolute_position_embeddings", True):
-        weight(tower, "embeddings.position_embeddings", 1, tower.patches, hidden)
+        tower.table = "embeddings.position_embeddings"
+        weight(tower, tower.table, 1, tower.patches, hidden)
     embed_patches(
         tower, "embeddings.patch_embeddings.projection", config.get("num_channels", 3), hidden,
         patch, patch, bias=True,
@@ -228,7 +238,7 @@ def vision_tower(config: Config) -> Tower:
     if kind == "siglip_vision_model":
         return siglip(config)
     if kind in ("idefics3_vision", "smolvlm_vision"):
-        return siglip(config, pooled=False)
+        return siglip(config, crops=True)
     if kind == "pixtral":
         return pixtral(config)
     if kind == "internvl_vision":

@@ -13,6 +13,7 @@ from typing import Any
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory import families, ops
+from ftplan.memory.attention import KeptStates
 from ftplan.memory.families.decoder import (
     MLP,
     Attention,
@@ -66,24 +67,30 @@ class VisionLanguage(Network):
         """The tower's forward is modelled."""
         self.joins = False
         """The features of all images are joined into one tensor."""
+        self.caches = True
+        """Keys and values fill a cache: the Trainer turns it off in the wrapper's config alone
+        (``model.config.use_cache``), and the language model looks into its own."""
         self.bidirectional = False
         """Image tokens see each other: a mask of its own for every sequence."""
 
     def enter(self, tape: Tape, shared: Shared) -> Tensor:
         """Embed the text; put projected image features in the places of image tokens."""
         x = self.text.stages[0].enter(tape, shared)
+        if self.caches and not shared.checkpointed and tape.prefix is None:
+            tape.prefix = KeptStates()
         if not self.images:
             return x
         if self.bidirectional:
             for name in shared.masks:
                 shared.masks[name] = self._image_mask(tape, x.dtype)
-        pixels = self.pixels.pop() if self.pixels else self.tower.pixel_values(tape, self.images)
-        returned = self.tower.forward(pixels, self.images)
-        del pixels
-        chosen = returned if self.tower.layer is None else self.tower.states[self.tower.layer]
-        features = self.project(chosen)
-        shared.held += [returned, *self.tower.states, features, *self.tower.stacked]
-        self.tower.states.clear()
+        tower = self.tower
+        picked = tower.picked(self.pixels or tower.pixel_values(tape, self.images))
+        self.pixels = []
+        returned = tower.forward(picked[0], self.images)
+        features = self.project(tower.chosen[0] if tower.chosen else returned)
+        del picked
+        shared.held += [returned, *tower.chosen, features, *tower.stacked]
+        tower.chosen.clear()
         if self.joins:
             features = ops.copy(features, "cat")
         features = ops.to(features, x.dtype)
@@ -119,12 +126,11 @@ class VisionLanguage(Network):
         """Pixel values, which the caller holds."""
         if not self.images:
             return []
-        pixels = self.tower.pixel_values(tape, self.images)
-        self.pixels = [pixels]
-        return [pixels]
+        self.pixels = self.tower.pixel_values(tape, self.images)
+        return list(self.pixels)
 
     def further_inputs(self) -> list[Module]:
-        return [self.tower.patch] if self.images else []
+        return [self.tower.first] if self.images else []
 
     def _image_mask(self, tape: Tape, dtype: str) -> Tensor | None:
         if tape.env.attention == "flash":
@@ -139,7 +145,7 @@ class VisionLanguage(Network):
             return merged(self.tower.child("merger"), x, self.tower.merge)
         if projector is None:  # Idefics 3: patches side by side, one linear layer
             linear = self.model.child("connector.modality_projection.proj")
-            return run_linear(linear, ops.copy(grouped(x, linear)))
+            return run_linear(linear, ops.copy(ops.copy(grouped(x, linear))))
         if "linear" in projector.children:
             return run_linear(projector.child("linear"), x)
         if "mm_soft_emb_norm" in projector.children:
@@ -272,11 +278,16 @@ _ONEVISION = {
 """Of a LLaVA-OneVision without a vision_config."""
 _SHOWN = (
     "llava", "gemma3", "paligemma", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
-    "qwen3_vl_moe",
+    "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "idefics3", "smolvlm", "mistral3",
 )  # fmt: skip
 """Wrappers whose tower is run; the others' weights are counted."""
-_JOINED = ("llava", "llava_next", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+_JOINED = (
+    "llava", "llava_next", "mistral3", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
+    "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
+)  # fmt: skip
 """Wrappers that call ``torch.cat`` on the features of each image."""
+_HANDED_DOWN = ("idefics3", "smolvlm", "mistral3", "llava_next", "llava_onevision")
+"""Wrappers that tell the language model whether to fill a cache, by their own config."""
 _TEXT_TIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "glm4v")
 
 
@@ -297,11 +308,13 @@ def vision_language(raw: Config) -> Network:
         tower_name=tower_name, text_name=text_name,
     )  # fmt: skip
     network.joins = kind in _JOINED
+    # Kimi's cache is of latents, which the product that expands them keeps anyway
+    network.caches = kind not in (*_HANDED_DOWN, "kimi_k25")
     network.bidirectional = kind in ("gemma3", "paligemma")
-    network.shows = kind in _SHOWN and vision["model_type"] != "pixtral"
+    network.shows = kind in _SHOWN
     network.image_tokens = _image_tokens(config, network.tower)
-    if kind in ("llava", "llava_next"):
-        layer = config.get("vision_feature_layer", -2)
+    if kind in ("llava", "llava_next", "mistral3"):
+        layer = config.get("vision_feature_layer", -1 if kind == "mistral3" else -2)
         network.tower.layer = layer if isinstance(layer, int) else layer[-1]
     projector(network.model, config, text, vision)
     return network
@@ -316,8 +329,8 @@ def _image_tokens(config: Config, tower: Tower) -> int:
         return int(patches // config.get("scale_factor", 2) ** 2)
     if kind == "internvl":
         return int(patches * config.get("downsample_ratio", 0.5) ** 2)
-    if kind == "mistral3":
-        tower.patches, tower.merge = 0, config["spatial_merge_size"] ** 2
+    if tower.packs:  # any size
+        tower.patches, tower.merge = 0, config.get("spatial_merge_size", 1) ** 2
         return 0
     return patches if tower.patches else 0
 
