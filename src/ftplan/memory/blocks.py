@@ -95,7 +95,8 @@ def _run_block(
     run = _checkpoint if checkpointed else _run
     if recorder.fsdp is None or recorder.fsdp.spec.wrap == "model":
         return run(block, x, shared)
-    unit = Unit("block", [p for _, p in block.named_parameters()], place=recorder.place)
+    weights = [p for _, p in block.named_parameters()]
+    unit = Unit("block", weights, place=recorder.place, module=block)
     recorder.units.append(unit)
     recorder.fsdp.adopt(unit)
     recorder.fsdp.begin_forward(unit)

@@ -10,14 +10,15 @@ and scattered, and that buffer lives until the next unit's turn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
 from ftplan.dtypes import find_format
 from ftplan.memory import ops
 from ftplan.memory.job import ShardingSpec
-from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Storage, Tape, Tensor
+from ftplan.memory.nn import Module
+from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Phases, Storage, Tape, Tensor
 
 __all__ = ["ACCUMULATED", "BUFFERS", "Fsdp", "Unit", "shard_shape"]
 
@@ -50,6 +51,7 @@ class Unit:
     """Whole gradients of earlier micro batches, in the dtype that they will be reduced in."""
     place: int | str | None = None
     """The layer, where it is recorded by itself; else it stands for others too."""
+    module: Module | None = None
     times: dict[int, int] = field(default_factory=dict)
     """How many tensors of the model a parameter stands for, where that is not one."""
 
@@ -70,6 +72,12 @@ class Fsdp:
         self.across: list[Storage] = []
         """Shards of gradients while replicas sum them, kept until backward has ended."""
         self.order: list[Unit] = []
+        self.beside = False
+        """Another network runs, which is sharded by itself."""
+
+    def played(self) -> Callable[[Phases], Phases] | None:
+        """The step is recorded: what comes between its segments at full depth, if anything."""
+        return None
 
     def _bytes(self, parameter: Parameter) -> int:
         if parameter.dtype.startswith(BUFFERS):

@@ -7,15 +7,17 @@ the borders of the blocks; :mod:`replay` then plays the segments as often as the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ftplan.memory.env import Environment
 from ftplan.memory.families.native import Native
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.nn import Module, Network, Shared
-from ftplan.memory.tape import Label, Node, Size, Storage, Tape, Tensor, backward
+from ftplan.memory.tape import (
+    Label, Node, Phases, Segment, Size, Storage, Tape, Tensor, backward,
+)  # fmt: skip
 
 __all__ = [
     "BORDER", "BOUNDARY", "HANDED", "PREVIOUS", "Recorder", "Recording", "Segment", "States",
@@ -26,15 +28,6 @@ BOUNDARY = Label("activations", "block inputs")
 HANDED = Label("activations", "tokens that a layer picked")
 BORDER = Label("temporary", "gradient between blocks")
 PREVIOUS = Label("logits", "the batch before")
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A run of events ``[start, stop)`` of the tape."""
-
-    name: str
-    start: int
-    stop: int
 
 
 @dataclass(slots=True)
@@ -74,6 +67,8 @@ class Recording:
     """Per forward segment: what of it the loop still holds when the next batch enters."""
     replaced: list[Segment] = field(default_factory=list)
     """The same, where the next batch's outputs take its place."""
+    gathered: Callable[[Phases], Phases] | None = None
+    """Puts what ZeRO-3 gathers into the phases."""
 
     def phases(self, *, under_way: int = 0) -> list[tuple[str, list[Segment]]]:
         """Forward and backward of the model at full depth, as segments in order.
@@ -84,27 +79,41 @@ class Recording:
         order = self.forward_order
         everything = [*order, *self.tail_order] if self.carried else []
         forward = [self.carried[index] for index in everything]
-        forward += [self.forward[index] for index in order]
+        forward += self._placed(self.forward, order)
         forward += [self.autocast_exit[index] for index in order]
         forward += [self.replaced[index] for index in everything]
-        forward += [self.forward[index] for index in self.tail_order]
+        forward += self._placed(self.forward, self.tail_order)
         phases = [("forward", forward)]
         if self.before_order:
-            phases.insert(0, ("scoring", [self.forward[index] for index in self.before_order]))
+            phases.insert(0, ("scoring", self._placed(self.forward, self.before_order)))
         if self.backward:
             backward: list[Segment] = []
-            order = list(reversed(order + self.tail_order))
-            for index in order:
-                backward.append(self.backward[index])
+            order = order + self.tail_order
+            places = self._placed(self.backward, order)
+            for index, place in zip(reversed(order), reversed(places), strict=True):
+                backward.append(place)
                 if index in self.regained:
                     backward.append(self.regained[index])
+            order = list(reversed(order))
             dropped = [self.dropped[index] for index in order]
             phases.append(("backward", [*backward, *dropped, self.after]))
         if under_way:
             phases.insert(0, ("warm-up", forward * under_way))
         if self.once:
             phases.insert(0, ("receive", [self.forward[index] for index in self.once]))
-        return phases
+        return phases if self.gathered is None else self.gathered(phases)
+
+    def _placed(self, segments: Sequence[Segment], order: Sequence[int]) -> list[Segment]:
+        """The segments in order, blocks with their layers: each pass of the model has them all."""
+        blocks = [self.forward[index].name == "block" for index in self.forward_order]
+        depth, layer, placed = max(1, sum(blocks)), 0, []
+        for index in order:
+            segment = segments[index]
+            if self.forward[index].name == "block":
+                segment = replace(segment, layer=layer % depth)
+                layer += 1
+            placed.append(segment)
+        return placed
 
 
 @dataclass(slots=True)
@@ -147,7 +156,7 @@ class Recorder:
         """Make the root a unit; blocks become one as they run."""
         self.fsdp = fsdp
         own = {id(p): p for _, p in self.network.named_parameters()}  # tied weights once
-        root = Unit("root", list(own.values()))
+        root = Unit("root", list(own.values()), module=self.network)
         if fsdp.spec.wrap == "model":
             for stage in self.network.stages:
                 root.times.update(stage.stack.times())
@@ -169,11 +178,12 @@ class Recorder:
         if self.fsdp is not None:
             order = list(self.fsdp.order)
             self.units = [Unit("root", [])] if beside else self.units[:1]
+            self.fsdp.beside = beside
         yield
         self.network, fsdp, self.units = before
         self.blocks = blocks
         if fsdp is not None:
-            fsdp.order = order
+            fsdp.order, fsdp.beside = order, False
 
     def begin_root(self) -> None:
         """Gather what belongs to no block."""
@@ -213,6 +223,8 @@ class Recorder:
         self.recording.after = Segment("outputs dropped", start, len(self.tape.events))
         if own is not None and own.meets_previous:
             self._carry()
+        if self.fsdp is not None:
+            self.recording.gathered = self.fsdp.played()
 
     def _carry(self) -> None:
         """What the loop holds of this batch is there when the next one enters."""

@@ -37,8 +37,10 @@ __all__ = [
     "Label",
     "Node",
     "Parameter",
+    "Phases",
     "Product",
     "Rerun",
+    "Segment",
     "Size",
     "Storage",
     "Tape",
@@ -114,6 +116,19 @@ class Label:
     """The part of the block, or else the operation, that made it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of events ``[start, stop)`` of the tape."""
+
+    name: str
+    start: int
+    stop: int
+    layer: int = -1
+    """Of a block in the model at full depth."""
+
+
+Phases = list[tuple[str, list[Segment]]]
+"""What a step plays, in order, by phase."""
 Kind = Literal["linear", "attention", "hidden"]
 """Of a product. ``hidden``: scores that a mask hides and the kernel does not compute, to be taken
 off what it would compute without one."""

@@ -15,16 +15,15 @@ than its share.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ftplan.dtypes import find_format
-from ftplan.memory.fsdp import ACCUMULATED, BUFFERS, Fsdp, Unit
+from ftplan.memory.fsdp import ACCUMULATED, Fsdp, Unit
+from ftplan.memory.gathering import Gathering, Hooks, Visit, stored
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Network
-from ftplan.memory.prepare import counted_parameters
-from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Storage, Tape
+from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Phases, Storage, Tape
 
 __all__ = ["Layout", "Zero", "layout_of", "live_bytes", "partition", "step_temporaries"]
 
@@ -60,12 +59,6 @@ class Layout:
     """One block."""
     calm: int
     """Blocks whose gradients go into one later bucket, at least."""
-    live_bytes: int
-    """Stage 3: bytes of the weights that are gathered at once."""
-    whole_live: bool
-    """Stage 3: all weights may be gathered at once, and each goes once it has been used."""
-    table_bytes: int
-    """The largest table of embeddings, which is gathered once more at the very end."""
     first: int
     """What fills the first bucket, where it fills when backward has ended (stage 1)."""
 
@@ -81,7 +74,7 @@ def trained_in_order(network: Network) -> list[Parameter]:
 
 def layout_of(network: Network, spec: ShardingSpec) -> Layout:
     """The cut: weights of two dimensions and the others are groups of their own (Trainer)."""
-    trained, counted = trained_in_order(network), counted_parameters(network)
+    trained = trained_in_order(network)
     ranks = spec.data_ranks
     kinds = [
         [p for p in trained if len(p.shape) > 1],
@@ -116,16 +109,6 @@ def layout_of(network: Network, spec: ShardingSpec) -> Layout:
         quiet=_blocks(network, spec.bucket_elements, first=True),
         calm=_blocks(network, spec.bucket_elements, first=False),
         block=_block(network),
-        live_bytes=live_bytes(spec, counted),
-        whole_live=sum(_stored(p)[0] * n for p, n, _ in counted) <= spec.max_live_elements,
-        table_bytes=max(
-            (
-                p.numel * ITEM_BYTES[p.dtype]
-                for p, _, _ in counted
-                if p.embedding and p.dtype in ITEM_BYTES
-            ),
-            default=0,
-        ),
         first=_first_fill([*groups[0], *groups[1]], spec.bucket_elements),
     )
 
@@ -186,7 +169,8 @@ class Zero(Fsdp):
         self._parts: list[Storage] = []
         self._filled = 0
         self._turn = self._quiet = 0
-        self._live: list[Storage] = []
+        self._hooks = Hooks(tape) if spec.kind == "zero3" else None
+        self._root: Visit | None = None
         self._large: Parameter | None = None
         """Stage 3: whose gradient is larger than the bucket, and waits for the next one to come."""
         tape.step_of = self._arrive
@@ -206,41 +190,49 @@ class Zero(Fsdp):
     def adopt(self, unit: Unit) -> None:
         """Know the unit of each gradient; stage 1 adds to those of earlier micro batches."""
         self.units.append(unit)
+        if self._hooks is not None and unit.name == "block" and not self.beside:
+            self._hooks.watch(unit)
         for parameter in unit.parameters:
             self._unit_of[id(parameter)] = unit
             if self.waits and self.accumulated and parameter.trainable:
                 parameter.grad = self.tape.leaf(parameter)
 
     def begin_forward(self, unit: Unit) -> None:
-        """Stage 3: weights are gathered, and stay where all of them may."""
-        if self.spec.kind == "zero3" and self.layout.whole_live:
-            size = sum(n * item for n, item in map(_stored, unit.parameters))
-            unit.gathered = [self._named(ONE * size, "live weights")]
+        """Stage 3 fetches weights as modules ask for them."""
 
     def end_forward(self, unit: Unit) -> None:
         """Nothing is freed at the borders of blocks."""
 
     def begin_model(self, root: Unit) -> None:
-        """Stage 3 soon has as many weights as it may have."""
-        if self.spec.kind == "zero3" and self.layout.whole_live:
-            self.begin_forward(root)
-        elif self.spec.kind == "zero3":
-            self._live.append(self._named(ONE * self.layout.live_bytes, "live weights"))
+        """``_start_of_forward_hook``: the model itself is the first module."""
+        if self._hooks is not None and not self.beside and self._root is None:
+            self._hooks.watch(root)
+            self._root = self._hooks.root(root)
+        self._mark_root(forward=True)
 
     def end_model(self, root: Unit) -> None:
         """Nor at the end of the model."""
 
     def begin_backward(self, unit: Unit) -> None:
-        """Nothing is gathered at the borders of blocks."""
+        """Nothing is gathered at the borders of blocks; the model's loss wakes the model."""
+        if unit.module is not None and unit.place is None and unit.name == "root":
+            self._mark_root(forward=False)
+
+    def _mark_root(self, *, forward: bool) -> None:
+        if self._hooks is not None and self._root is not None and not self.beside:
+            self._hooks.mark(self._root, fetches=True, forward=forward)
 
     def end_backward(self, unit: Unit) -> None:
         """Gradients have gone as they arrived, and weights with the last use of them."""
-        unit.gathered = []
-        if unit.place == 0 and self._live:
-            self._live.clear()
-            self._live.append(self._named(ONE * self.layout.table_bytes, "live weights"))
         if unit.place == self._turn > 0 and not self.waits:
             self._own_part()
+
+    def played(self) -> Callable[[Phases], Phases] | None:
+        """Stage 3: the live weights between what was recorded."""
+        if self._hooks is None:
+            return None
+        self._hooks.unhook()
+        return Gathering(self._hooks, self.spec, 2 if self.accumulated else 1).play
 
     def _arrive(self, parameter: Parameter) -> int | None:
         """A gradient is there: bytes needed to reduce a bucket now; None: it stays as it is."""
@@ -334,9 +326,6 @@ class Zero(Fsdp):
         if self.waits:
             self._drop_gradients()
         self._buckets.clear()
-        self._live.clear()
-        for unit in units:
-            unit.gathered = []
         if self.accumulated and not self.waits:
             self._parts.clear()  # added to the part of earlier micro batches
 
@@ -376,7 +365,7 @@ def live_bytes(spec: ShardingSpec, counted: Sequence[tuple[Parameter, int, bool]
     """
     elements = total = stay = 0
     for parameter, times, _ in counted:
-        count, item = _stored(parameter)
+        count, item = stored(parameter)
         elements += count * times
         total += count * times * item
         if count <= spec.persistence_elements:  # gathered once, to stay
@@ -385,15 +374,6 @@ def live_bytes(spec: ShardingSpec, counted: Sequence[tuple[Parameter, int, bool]
         return 0
     live = stay + min(elements - stay, spec.max_live_elements + spec.prefetch_elements)
     return total * live // elements
-
-
-def _stored(parameter: Parameter) -> tuple[int, int]:
-    """Elements of a weight as it is stored, and bytes of each: packed values are bytes."""
-    if parameter.dtype.startswith(BUFFERS):
-        return 0, 0
-    if parameter.dtype in ITEM_BYTES:
-        return parameter.numel, ITEM_BYTES[parameter.dtype]
-    return find_format(parameter.dtype).storages(parameter.shape)[0], 1
 
 
 def step_temporaries(spec: ShardingSpec, layout: Layout, optimizer_bytes: int) -> int:

@@ -1,0 +1,537 @@
+"""ZeRO-3's live weights: which of them are gathered when, as DeepSpeed's coordinator decides it.
+
+DeepSpeed hooks every module. Before one runs, forward or backward, its weights are fetched, and the
+next ones in the order of the first iteration are fetched ahead, ``stage3_prefetch_bucket_size``
+elements with each module, while there are fewer than ``stage3_max_live_parameters``. After it has
+run its weights go, unless they are wanted again within ``stage3_max_reuse_distance`` elements.
+Several weights that are fetched together come as one flat buffer, from which each is copied out
+when the first of them is needed; the buffer stays until the last one has been
+(deepspeed/runtime/zero/partitioned_param_coordinator.py, parameter_offload.py and
+partition_parameters.py, 0.19.8: ``fetch_sub_module``, ``release_sub_module``, ``reset_step``,
+``all_gather_coalesced``, ``AllGatherCoalescedHandle.wait``).
+
+Hooks leave marks on the tape (:class:`Hooks`). What lies between two marks is played as before;
+at each mark :class:`Coordinator` says what comes alive and what is freed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from ftplan.dtypes import find_format
+from ftplan.memory import ops
+from ftplan.memory.fsdp import BUFFERS, Unit
+from ftplan.memory.job import ShardingSpec
+from ftplan.memory.nn import Module
+from ftplan.memory.tape import (
+    ITEM_BYTES, NOTHING, ONE, Label, Parameter, Phases, Segment, Tape, Tensor,
+)  # fmt: skip
+
+__all__ = ["Gathering", "Hooks", "stored"]
+
+LIVE = Label("gathered", "live weights")
+FLAT = Label("gathered", "flat weights")
+REUSE_ELEMENTS = 1_000_000_000
+"""``stage3_max_reuse_distance``."""
+MARKS = 40
+"""Events of marks that follow each other, at most."""
+
+
+def stored(parameter: Parameter) -> tuple[int, int]:
+    """Elements of a weight as it is stored, and bytes of each: packed values are bytes."""
+    if parameter.dtype.startswith(BUFFERS):
+        return 0, 0
+    if parameter.dtype in ITEM_BYTES:
+        return parameter.numel, ITEM_BYTES[parameter.dtype]
+    return find_format(parameter.dtype).storages(parameter.shape)[0], 1
+
+
+@dataclass(slots=True, eq=False)
+class Visit:
+    """A module that runs."""
+
+    unit: Unit
+    path: str
+    """In the unit."""
+    parameters: list[Parameter]
+    called: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A moment at which a module starts (its weights are fetched) or has ended."""
+
+    visit: Visit
+    fetches: bool
+    forward: bool
+
+
+class Hooks:
+    """Hooks on the modules of every unit, which leave marks on the tape."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self.marks: dict[int, Mark] = {}
+        """By the storage that stands for the mark."""
+        self.visits: list[Visit] = []
+        self._before: list[tuple[Module, Callable[..., Any] | None]] = []
+
+    def root(self, unit: Unit) -> Visit:
+        """The whole model, which has weights that it uses by itself."""
+        visit = Visit(unit, "", [])
+        self.visits.append(visit)
+        return visit
+
+    def watch(self, unit: Unit) -> None:
+        """Hook every module of the unit."""
+        assert unit.module is not None
+        for path, module in unit.module.named_modules():
+            if hasattr(module, "forward"):
+                visit = Visit(unit, path, list(module.parameters.values()))
+                self.visits.append(visit)
+                self._hook(module, visit)
+
+    def unhook(self) -> None:
+        """The step has been recorded: modules run by themselves again."""
+        for module, own in reversed(self._before):
+            _restore(module, own)
+
+    def _hook(self, module: Module, visit: Visit) -> None:
+        own = vars(module).get("forward")
+        if hasattr(own, "hooked"):  # a copy of a block that has hooks
+            own = own.hooked
+            _restore(module, own)
+        self._before.append((module, own))
+        forward = module.forward
+
+        def hooked(*args: Any, **kwargs: Any) -> Any:
+            left = [0]
+            self.mark(visit, fetches=True, forward=True)
+            out = forward(*(self._enter(value, visit, left) for value in args), **kwargs)
+            self.mark(visit, fetches=False, forward=True)
+            return self._leave(out, visit)
+
+        hooked.hooked = own  # type: ignore[attr-defined]
+        module.forward = hooked
+
+    def mark(self, visit: Visit, *, fetches: bool, forward: bool) -> None:
+        """A storage without bytes that comes and goes: what moves events moves it too."""
+        visit.called = True
+        storage = self.tape.allocate(NOTHING, "mark")
+        self.marks[storage.index] = Mark(visit, fetches, forward)
+
+    def _enter(self, x: Any, visit: Visit, left: list[int]) -> Any:
+        """``PostBackwardFunctionModule``: the module has ended with its last input's gradient."""
+        if not isinstance(x, Tensor) or not x.requires_grad:
+            return x
+        left[0] += 1
+
+        def ended() -> None:
+            left[0] -= 1
+            if not left[0]:
+                self.mark(visit, fetches=False, forward=False)
+
+        return _seen(x, "post_backward", ended)
+
+    def _leave(self, out: Any, visit: Visit) -> Any:
+        """``PreBackwardFunctionForModule``: it starts with the gradient of an output."""
+        if isinstance(out, (list, tuple)):
+            return type(out)(self._leave(item, visit) for item in out)
+        if not isinstance(out, Tensor) or not out.requires_grad:
+            return out
+        return _seen(
+            out, "pre_backward", lambda: self.mark(visit, fetches=True, forward=False)
+        )
+
+
+def _restore(module: Module, own: Callable[..., Any] | None) -> None:
+    vars(module).pop("forward", None)
+    if own is not None:
+        module.forward = own
+
+
+def _seen(x: Tensor, name: str, note: Callable[[], None]) -> Tensor:
+    """The same tensor, whose gradient is noted when it comes by."""
+    seen = x.alias()
+    seen.part = x.part
+
+    def apply(grad: Tensor) -> tuple[Tensor | None, ...]:
+        note()
+        return (grad,)
+
+    ops.record([seen], name, [x], apply)
+    return seen
+
+
+@dataclass(slots=True, eq=False)
+class Weight:
+    """One weight of the model at full depth."""
+
+    numel: int
+    size: int
+    """Bytes when it is gathered."""
+    part: int
+    """Bytes that are copied from the host to be gathered."""
+    stays: bool
+    """So small that it is never released (``stage3_param_persistence_threshold``)."""
+    frozen: bool
+    storage: int
+    here: bool = False
+    flight: Flight | None = None
+    """What it comes with, until it has been asked for."""
+    active: set[Running] = field(default_factory=set)
+    fetched: int = -1
+    """The last step for which it has been taken off the queue."""
+    uses: list[int] = field(default_factory=list)
+    """Steps at which it is fetched."""
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """Weights that are gathered together. ``flat``: their buffer, where there are several."""
+
+    weights: list[Weight]
+    flat: int
+    waited: bool = False
+    left: int = 0
+    """How many have not been asked for."""
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A module of the model at full depth."""
+
+    weights: list[Weight]
+    again: list[Weight] = field(default_factory=list)
+    """Frozen weights that a checkpoint fetched for it."""
+
+
+class Coordinator:
+    """``PartitionedParameterCoordinator`` with a complete trace.
+
+    ``events`` fills with births and deaths of storages.
+    """
+
+    def __init__(self, tape: Tape, spec: ShardingSpec, trace: Sequence[Running]) -> None:
+        self._tape = tape
+        self._spec = spec
+        self.events: list[int] = []
+        self.alive: dict[int, None] = {}
+        self._queue = [(w, step) for step, running in enumerate(trace) for w in running.weights]
+        self._passed = list(
+            accumulate((sum(w.numel for w in r.weights) for r in trace), initial=0)
+        )
+        self._weights = list(dict.fromkeys(w for w, _ in self._queue))
+        for weight, step in self._queue:
+            weight.uses.append(step)
+        self._flying: dict[Weight, Flight] = {}
+        self._backward: dict[Running, None] = {}
+        """Modules that run backward."""
+        self._goes: dict[tuple[Running, int], list[Weight]] = {}
+        self._next = self._step = self._live = 0
+        self.in_backward = False
+
+    def _born(self, storage: int) -> None:
+        self.alive[storage] = None
+        self.events.append(storage)
+
+    def _dies(self, storage: int) -> None:
+        del self.alive[storage]
+        self.events.append(-storage)
+
+    def gather_small(self) -> None:
+        """``_post_step``: all that stays is gathered."""
+        for weight in self._weights:
+            if weight.stays:
+                weight.here = True
+                self._born(weight.storage)
+
+    def reset(self) -> None:
+        """``reset_step``: a forward begins. What is still there is no longer counted."""
+        for weight in list(self._flying):
+            self._wait(weight)
+            self._release(weight)
+        for weight in self._weights:
+            weight.fetched = -1
+        self._next = self._step = self._live = 0
+        self.in_backward = False
+
+    def leftovers(self) -> None:
+        """``release_backward_leftovers``: modules whose input asked for no gradient."""
+        for running in reversed(list(self._backward)):
+            self._end(running, [w for w in running.weights + running.again if not w.stays])
+        self._backward.clear()
+
+    def fetch(self, running: Running, *, forward: bool) -> None:
+        """``fetch_sub_module``."""
+        if not forward:
+            self._backward[running] = None
+        self._gather([w for w in running.weights if not w.here and w.flight is None])
+        for weight in running.weights:
+            weight.active.add(running)
+            if forward and self.in_backward and self._backward and weight.frozen:
+                owner = next(reversed(self._backward))
+                owner.again.append(weight)
+                weight.active.add(owner)
+            if weight.flight is not None:
+                self._wait(weight)
+        self._skip({w for w in running.weights if w.fetched < self._step})
+        self._ahead()
+        self._step += 1
+
+    def release(self, running: Running, *, forward: bool) -> None:
+        """``release_sub_module``."""
+        gone = self._released(running)
+        if not forward:
+            gone = [*gone, *(w for w in running.again if not w.stays)]
+            self._backward.pop(running, None)
+        self._end(running, gone)
+
+    def _end(self, running: Running, gone: list[Weight]) -> None:
+        for weight in (*running.weights, *running.again):
+            weight.active.discard(running)
+        running.again = []
+        for weight in gone:
+            self._release(weight)
+
+    def _released(self, running: Running) -> list[Weight]:
+        """``__params_to_release``, which remembers what it said."""
+        key = (running, self._step)
+        if key not in self._goes:
+            self._goes[key] = [
+                w for w in running.weights
+                if not w.stays and w.fetched <= self._step and not self._reused(w)
+            ]  # fmt: skip
+        return self._goes[key]
+
+    def _reused(self, weight: Weight) -> bool:
+        place = bisect_left(weight.uses, self._step)
+        if place == len(weight.uses):
+            return False
+        between = self._passed[weight.uses[place]] - self._passed[self._step]
+        return between < REUSE_ELEMENTS
+
+    def _release(self, weight: Weight) -> None:
+        if weight.here and not weight.active:
+            weight.here = False
+            self._dies(weight.storage)
+            self._live -= weight.numel
+
+    def _gather(self, weights: list[Weight]) -> None:
+        if not weights:
+            return
+        self._live += sum(w.numel for w in weights)
+        several = len(weights) > 1
+        size = sum(w.size for w in weights)
+        flight = Flight(weights, self._storage(size, FLAT) if several else 0)
+        flight.left = len(weights)
+        self._born(flight.flat if several else weights[0].storage)
+        copied = sum(w.part for w in weights)
+        if copied:
+            copy = self._storage(copied, FLAT)
+            self.events += [copy, -copy]
+        for weight in weights:
+            weight.flight = self._flying[weight] = flight
+
+    def _storage(self, size: int, label: Label) -> int:
+        return new_storage(self._tape, size, label)
+
+    def _wait(self, weight: Weight) -> None:
+        """Copy all that came together out of the buffer, which goes with the last one waited for."""
+        flight = self._flying.pop(weight)
+        weight.flight = None
+        if not flight.waited:
+            flight.waited = True
+            for each in flight.weights:
+                each.here = True
+                if flight.flat:
+                    self._born(each.storage)
+        flight.left -= 1
+        if not flight.left and flight.flat:
+            self._dies(flight.flat)
+
+    def _skip(self, wanted: set[Weight]) -> None:
+        """Take off the queue what has just been fetched."""
+        found: set[Weight] = set()
+        while self._next < len(self._queue) and len(found) < len(wanted):
+            weight, weight.fetched = self._queue[self._next]
+            found.add(weight)
+            self._next += 1
+
+    def _ahead(self) -> None:
+        """Fetch what comes next."""
+        most = min(self._spec.max_live_elements - self._live, self._spec.prefetch_elements)
+        chosen: dict[Weight, None] = {}
+        elements = 0
+        while self._next < len(self._queue) and elements < most:
+            weight, step = self._queue[self._next]
+            self._next += 1
+            weight.fetched = max(weight.fetched, step)
+            if not weight.here and weight.flight is None and weight not in chosen:
+                chosen[weight] = None
+                elements += weight.numel
+        self._gather(list(chosen))
+
+
+def new_storage(tape: Tape, size: int, label: Label) -> int:
+    """A storage whose births and deaths are written by hand."""
+    tape.sizes.append(ONE * size)
+    tape.labels.append(label)
+    return len(tape.sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A mark in the model at full depth."""
+
+    running: Running
+    mark: Mark
+
+
+class Gathering:
+    """The live weights of a step, put between what is on the tape."""
+
+    def __init__(self, hooks: Hooks, spec: ShardingSpec, batches: int) -> None:
+        self._hooks = hooks
+        self._tape = hooks.tape
+        self._spec = spec
+        self._batches = batches
+        """Micro batches in a row that are played, of which the last one is shown."""
+        self._weights: dict[object, Weight] = {}
+        self._running: dict[tuple[object, str], Running] = {}
+        self._pieces: dict[tuple[int, int], list[Segment | Mark]] = {}
+        self._owned = self._owners()
+
+    def _owners(self) -> dict[Visit, list[Parameter]]:
+        """Weights of modules that never run belong to the one around them, as in DeepSpeed."""
+        owned: dict[Visit, list[Parameter]] = {}
+        by_unit: dict[int, dict[str, Visit]] = {}
+        for visit in self._hooks.visits:
+            by_unit.setdefault(id(visit.unit), {})[visit.path] = visit
+        for visits in by_unit.values():
+            unit = next(iter(visits.values())).unit
+            assert unit.module is not None
+            for path, module in unit.module.named_modules():
+                owner = _runner(visits, path)
+                if owner is not None:
+                    owned.setdefault(owner, []).extend(module.parameters.values())
+        return owned
+
+    def play(self, phases: Phases) -> Phases:
+        """The phases with the births and deaths of weights in them."""
+        cut = [(name, [*self._cut(parts)]) for name, parts in phases]
+        trace = [
+            item.running for _, items in cut for item in items
+            if isinstance(item, _Call) and item.mark.fetches
+        ]  # fmt: skip
+        coordinator = Coordinator(self._tape, self._spec, trace)
+        coordinator.gather_small()
+        for _ in range(self._batches - 1):
+            self._pass(coordinator, cut)
+        alive = list(coordinator.alive)
+        coordinator.events = []
+        played = self._pass(coordinator, cut)
+        played[0][1].insert(0, self._write(alive))
+        played[-1][1].append(self._write([-storage for storage in coordinator.alive]))
+        return played
+
+    def _pass(self, coordinator: Coordinator, cut: Sequence[tuple[str, list[Any]]]) -> Phases:
+        coordinator.reset()
+        played: Phases = []
+        for name, items in cut:
+            coordinator.in_backward = name == "backward"
+            out: list[Segment] = []
+            for item in items:
+                if isinstance(item, Segment):
+                    _join(out, item, self._hooks.marks, self._tape.events)
+                    continue
+                act = coordinator.fetch if item.mark.fetches else coordinator.release
+                act(item.running, forward=item.mark.forward)
+                if coordinator.events:
+                    out.append(self._write(coordinator.events))
+                    coordinator.events = []
+            played.append((name, out))
+        coordinator.leftovers()
+        return played
+
+    def _write(self, events: Iterable[int]) -> Segment:
+        start = len(self._tape.events)
+        self._tape.events += events
+        return Segment("live weights", start, len(self._tape.events))
+
+    def _cut(self, parts: Iterable[Segment]) -> Iterator[Segment | _Call]:
+        """Segments in pieces, and the marks between them in the model at full depth."""
+        for part in parts:
+            key = (part.start, part.stop)
+            if key not in self._pieces:
+                self._pieces[key] = [*self._split(part)]
+            for piece in self._pieces[key]:
+                if isinstance(piece, Segment):
+                    yield piece
+                else:
+                    yield _Call(self._run_of(piece.visit, part.layer), piece)
+
+    def _split(self, part: Segment) -> Iterator[Segment | Mark]:
+        start, marks, events = part.start, self._hooks.marks, self._tape.events
+        for place in range(part.start, part.stop):
+            if abs(events[place]) not in marks:
+                continue
+            if place > start:
+                yield Segment(part.name, start, place)
+            start = place + 1
+            if events[place] > 0:
+                yield marks[events[place]]
+        if part.stop > start:
+            yield Segment(part.name, start, part.stop)
+
+    def _run_of(self, visit: Visit, layer: int) -> Running:
+        """The module of a layer: blocks that are alike were recorded once."""
+        inside = visit.unit.name == "block" and layer >= 0
+        key = (layer if inside else id(visit.unit), visit.path)
+        if key not in self._running:
+            places = {id(p): n for n, p in enumerate(visit.unit.parameters)} if inside else {}
+            weights = [
+                self._weight_of(p, (layer, places[id(p)]) if id(p) in places else id(p))
+                for p in self._owned.get(visit, ())
+            ]
+            self._running[key] = Running([w for w in weights if w.numel])
+        return self._running[key]
+
+    def _weight_of(self, parameter: Parameter, key: object) -> Weight:
+        if key not in self._weights:
+            numel, item = stored(parameter)
+            part = -(-numel // self._spec.shard_ranks) * item
+            stays = numel <= self._spec.persistence_elements
+            waits = self._spec.offload in ("params", "nvme") and not stays
+            size = part * self._spec.shard_ranks
+            self._weights[key] = Weight(
+                numel, size, part if waits else 0, stays, not parameter.trainable,
+                new_storage(self._tape, size, LIVE),
+            )  # fmt: skip
+        return self._weights[key]
+
+
+def _runner(visits: dict[str, Visit], path: str) -> Visit | None:
+    """The nearest module at ``path`` or around it that has run."""
+    while True:
+        visit = visits.get(path)
+        if visit is not None and visit.called:
+            return visit
+        if not path:
+            return None
+        path = path.rpartition(".")[0]
+
+
+def _join(out: list[Segment], piece: Segment, marks: Container[int], events: list[int]) -> None:
+    """Add a piece, or make the one before longer where nothing happened at the marks between."""
+    before = out[-1] if out else None
+    if before is not None and before.stop < piece.start <= before.stop + MARKS:
+        between = events[before.stop : piece.start]
+        if all(abs(event) in marks for event in between):
+            out[-1] = Segment(before.name, before.start, piece.stop)
+            return
+    out.append(piece)
