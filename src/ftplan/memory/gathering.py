@@ -436,7 +436,8 @@ class Gathering:
         coordinator.events = []
         played = self._pass(coordinator, cut)
         played[0][1].insert(0, self._write(alive))
-        played[-1][1].append(self._write([-storage for storage in coordinator.alive]))
+        gone = [*coordinator.events, *(-storage for storage in coordinator.alive)]
+        played[-1][1].append(self._write(gone))
         return played
 
     def _pass(self, coordinator: Coordinator, cut: Sequence[tuple[str, list[Any]]]) -> Phases:
