@@ -397,7 +397,7 @@ class Experts(Module):
             operand = self.folded[name].fold(updates[name])
             folded.append(operand)
         else:
-            operand = x.tape.leaf(weight)
+            operand = x.tape.leaf(weight) if self.transposed else x.tape.view(weight)
         return grouped_linear(x, operand, offsets, width, bias)
 
 

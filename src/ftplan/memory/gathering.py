@@ -17,8 +17,8 @@ at each mark :class:`Coordinator` says what comes alive and what is freed.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -28,7 +28,7 @@ from ftplan.memory.fsdp import BUFFERS, Unit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Module
 from ftplan.memory.tape import (
-    ITEM_BYTES, NOTHING, ONE, Label, Parameter, Phases, Segment, Tape, Tensor,
+    ITEM_BYTES, NOTHING, ONE, Label, Parameter, Phases, Segment, Storage, Tape, Tensor,
 )  # fmt: skip
 
 __all__ = ["Gathering", "Hooks", "stored"]
@@ -58,7 +58,11 @@ class Visit:
     path: str
     """In the unit."""
     parameters: list[Parameter]
+    around: Visit | None = None
+    """A module that has no forward code here, and runs while those in it do."""
     called: bool = False
+    first: dict[bool, Visit] = field(default_factory=dict)
+    """Of a module without forward code: which of those in it runs first, each way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,35 +74,54 @@ class Mark:
     forward: bool
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """The graph keeps a view of a weight, from the birth of a storage to its death."""
+
+    unit: Unit
+    parameter: Parameter
+
+
 class Hooks:
     """Hooks on the modules of every unit, which leave marks on the tape."""
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
-        self.marks: dict[int, Mark] = {}
-        """By the storage that stands for the mark."""
+        tape.viewed, tape.module_hook = self._viewed, self._runs
+        self._nameless = Visit(Unit("nameless", []), "", [])
+        self.marks: dict[int, Mark | View] = {}
+        """By the storage without bytes that stands for the mark."""
+        self._unit_of: dict[int, Unit] = {}
         self.visits: list[Visit] = []
         self._before: list[tuple[Module, Callable[..., Any] | None]] = []
 
-    def root(self, unit: Unit) -> Visit:
-        """The whole model, which has weights that it uses by itself."""
-        visit = Visit(unit, "", [])
-        self.visits.append(visit)
-        return visit
-
-    def watch(self, unit: Unit) -> None:
-        """Hook every module of the unit."""
+    def watch(self, unit: Unit) -> Visit:
+        """Hook every module of the unit but the unit itself, which is returned."""
         assert unit.module is not None
+        self._unit_of.update((id(parameter), unit) for parameter in unit.parameters)
+        whole = Visit(unit, "", list(unit.module.parameters.values()))
+        around: dict[str, Visit | None] = {"": None}
         for path, module in unit.module.named_modules():
+            if not path:
+                continue
+            outer = around[path.rpartition(".")[0]]
+            visit = Visit(unit, path, list(module.parameters.values()), outer)
             if hasattr(module, "forward"):
-                visit = Visit(unit, path, list(module.parameters.values()))
-                self.visits.append(visit)
+                around[path] = None
                 self._hook(module, visit)
+            else:
+                around[path] = outer if _is_list(module) else visit
+                if around[path] is outer:
+                    continue
+            self.visits.append(visit)
+        self.visits.append(whole)
+        return whole
 
     def unhook(self) -> None:
         """The step has been recorded: modules run by themselves again."""
         for module, own in reversed(self._before):
             _restore(module, own)
+        self.tape.viewed = self.tape.module_hook = None
 
     def _hook(self, module: Module, visit: Visit) -> None:
         own = vars(module).get("forward")
@@ -109,20 +132,38 @@ class Hooks:
         forward = module.forward
 
         def hooked(*args: Any, **kwargs: Any) -> Any:
-            left = [0]
-            self.mark(visit, fetches=True, forward=True)
-            out = forward(*(self._enter(value, visit, left) for value in args), **kwargs)
-            self.mark(visit, fetches=False, forward=True)
-            return self._leave(out, visit)
+            return self._run(visit, forward, args, kwargs)
 
         hooked.hooked = own  # type: ignore[attr-defined]
         module.forward = hooked
 
+    def _run(
+        self, visit: Visit, forward: Callable[..., Any], args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:  # fmt: skip
+        left = [0]
+        self.mark(visit, fetches=True, forward=True)
+        out = forward(*(self._enter(value, visit, left) for value in args), **kwargs)
+        self.mark(visit, fetches=False, forward=True)
+        return self._leave(out, visit)
+
+    def _runs(self, x: Tensor | None, forward: Callable[[Any], Any]) -> Any:
+        return self._run(self._nameless, forward, (x,), {})
+
     def mark(self, visit: Visit, *, fetches: bool, forward: bool) -> None:
         """A storage without bytes that comes and goes: what moves events moves it too."""
         visit.called = True
+        outer = visit.around
+        if outer is not None and fetches and outer.first.setdefault(forward, visit) is visit:
+            self.mark(outer, fetches=True, forward=forward)
         storage = self.tape.allocate(NOTHING, "mark")
         self.marks[storage.index] = Mark(visit, fetches, forward)
+
+    def _viewed(self, parameter: Parameter) -> Storage:
+        storage = self.tape.allocate(NOTHING, "view")
+        if id(parameter) in self._unit_of:
+            self.marks[storage.index] = View(self._unit_of[id(parameter)], parameter)
+        return storage
 
     def _enter(self, x: Any, visit: Visit, left: list[int]) -> Any:
         """``PostBackwardFunctionModule``: the module has ended with its last input's gradient."""
@@ -141,11 +182,19 @@ class Hooks:
         """``PreBackwardFunctionForModule``: it starts with the gradient of an output."""
         if isinstance(out, (list, tuple)):
             return type(out)(self._leave(item, visit) for item in out)
+        if is_dataclass(out) and not isinstance(out, type):
+            parts = {part.name: getattr(out, part.name) for part in fields(out)}
+            return replace(out, **{name: self._leave(part, visit) for name, part in parts.items()})
         if not isinstance(out, Tensor) or not out.requires_grad:
             return out
         return _seen(
             out, "pre_backward", lambda: self.mark(visit, fetches=True, forward=False)
         )
+
+
+def _is_list(module: Module) -> bool:
+    """``ModuleList`` or ``ModuleDict``, which nobody calls."""
+    return all(name.isdigit() or name == "default" for name in module.children)
 
 
 def _restore(module: Module, own: Callable[..., Any] | None) -> None:
@@ -188,6 +237,8 @@ class Weight:
     """The last step for which it has been taken off the queue."""
     uses: list[int] = field(default_factory=list)
     """Steps at which it is fetched."""
+    views: list[int] = field(default_factory=list)
+    """Storages of which the graph keeps views, the latest last."""
 
 
 @dataclass(slots=True, eq=False)
@@ -316,10 +367,24 @@ class Coordinator:
         return between < REUSE_ELEMENTS
 
     def _release(self, weight: Weight) -> None:
-        if weight.here and not weight.active:
-            weight.here = False
+        if not weight.here or weight.active:
+            return
+        weight.here = False
+        self._live -= weight.numel
+        if weight.storage in weight.views:  # the next time it comes it is another one
+            weight.storage = self._storage(weight.size, LIVE)
+        else:
             self._dies(weight.storage)
-            self._live -= weight.numel
+
+    def keep(self, weight: Weight) -> None:
+        """The graph keeps a view of a weight that is there."""
+        weight.views.append(weight.storage)
+
+    def let_go(self, weight: Weight) -> None:
+        """The graph has used its latest view of a weight."""
+        storage = weight.views.pop()
+        if storage not in weight.views and storage != weight.storage:
+            self._dies(storage)
 
     def _gather(self, weights: list[Weight]) -> None:
         if not weights:
@@ -389,7 +454,25 @@ class _Call:
     """A mark in the model at full depth."""
 
     running: Running
-    mark: Mark
+    fetches: bool
+    forward: bool
+
+    def act(self, coordinator: Coordinator) -> None:
+        """Do what the hook does."""
+        does = coordinator.fetch if self.fetches else coordinator.release
+        does(self.running, forward=self.forward)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A view of a weight comes or goes in the model at full depth."""
+
+    weight: Weight
+    comes: bool
+
+    def act(self, coordinator: Coordinator) -> None:
+        """Note it."""
+        (coordinator.keep if self.comes else coordinator.let_go)(self.weight)
 
 
 class Gathering:
@@ -403,7 +486,9 @@ class Gathering:
         """Micro batches in a row that are played, of which the last one is shown."""
         self._weights: dict[object, Weight] = {}
         self._running: dict[tuple[object, str], Running] = {}
-        self._pieces: dict[tuple[int, int], list[Segment | Mark]] = {}
+        self._places: dict[int, dict[int, int]] = {}
+        self._pieces: dict[tuple[int, int], list[Segment | int]] = {}
+        """Per segment: what lies between marks, and the events of marks."""
         self._owned = self._owners()
 
     def _owners(self) -> dict[Visit, list[Parameter]]:
@@ -426,7 +511,7 @@ class Gathering:
         cut = [(name, [*self._cut(parts)]) for name, parts in phases]
         trace = [
             item.running for _, items in cut for item in items
-            if isinstance(item, _Call) and item.mark.fetches
+            if isinstance(item, _Call) and item.fetches
         ]  # fmt: skip
         coordinator = Coordinator(self._tape, self._spec, trace)
         coordinator.gather_small()
@@ -450,8 +535,7 @@ class Gathering:
                 if isinstance(item, Segment):
                     _join(out, item, self._hooks.marks, self._tape.events)
                     continue
-                act = coordinator.fetch if item.mark.fetches else coordinator.release
-                act(item.running, forward=item.mark.forward)
+                item.act(coordinator)
                 if coordinator.events:
                     out.append(self._write(coordinator.events))
                     coordinator.events = []
@@ -464,7 +548,7 @@ class Gathering:
         self._tape.events += events
         return Segment("live weights", start, len(self._tape.events))
 
-    def _cut(self, parts: Iterable[Segment]) -> Iterator[Segment | _Call]:
+    def _cut(self, parts: Iterable[Segment]) -> Iterator[Segment | _Call | _Kept]:
         """Segments in pieces, and the marks between them in the model at full depth."""
         for part in parts:
             key = (part.start, part.stop)
@@ -473,10 +557,14 @@ class Gathering:
             for piece in self._pieces[key]:
                 if isinstance(piece, Segment):
                     yield piece
-                else:
-                    yield _Call(self._run_of(piece.visit, part.layer), piece)
+                    continue
+                mark = self._hooks.marks[abs(piece)]
+                if isinstance(mark, View):
+                    yield _Kept(self._weight(mark.unit, mark.parameter, part.layer), piece > 0)
+                elif piece > 0:
+                    yield _Call(self._run_of(mark.visit, part.layer), mark.fetches, mark.forward)
 
-    def _split(self, part: Segment) -> Iterator[Segment | Mark]:
+    def _split(self, part: Segment) -> Iterator[Segment | int]:
         start, marks, events = part.start, self._hooks.marks, self._tape.events
         for place in range(part.start, part.stop):
             if abs(events[place]) not in marks:
@@ -484,23 +572,30 @@ class Gathering:
             if place > start:
                 yield Segment(part.name, start, place)
             start = place + 1
-            if events[place] > 0:
-                yield marks[events[place]]
+            yield events[place]
         if part.stop > start:
             yield Segment(part.name, start, part.stop)
 
     def _run_of(self, visit: Visit, layer: int) -> Running:
         """The module of a layer: blocks that are alike were recorded once."""
-        inside = visit.unit.name == "block" and layer >= 0
-        key = (layer if inside else id(visit.unit), visit.path)
+        unit = visit.unit
+        key = (layer if _in_layer(unit, layer) else id(unit), visit.path)
         if key not in self._running:
-            places = {id(p): n for n, p in enumerate(visit.unit.parameters)} if inside else {}
-            weights = [
-                self._weight_of(p, (layer, places[id(p)]) if id(p) in places else id(p))
-                for p in self._owned.get(visit, ())
-            ]
+            weights = [self._weight(unit, p, layer) for p in self._owned.get(visit, ())]
             self._running[key] = Running([w for w in weights if w.numel])
         return self._running[key]
+
+    def _weight(self, unit: Unit, parameter: Parameter, layer: int) -> Weight:
+        key: object = id(parameter)
+        if _in_layer(unit, layer):
+            key = (layer, self._place(unit)[id(parameter)])
+        return self._weight_of(parameter, key)
+
+    def _place(self, unit: Unit) -> dict[int, int]:
+        """The numbers of a unit's weights."""
+        if id(unit) not in self._places:
+            self._places[id(unit)] = {id(p): n for n, p in enumerate(unit.parameters)}
+        return self._places[id(unit)]
 
     def _weight_of(self, parameter: Parameter, key: object) -> Weight:
         if key not in self._weights:
@@ -514,6 +609,11 @@ class Gathering:
                 new_storage(self._tape, size, LIVE),
             )  # fmt: skip
         return self._weights[key]
+
+
+def _in_layer(unit: Unit, layer: int) -> bool:
+    """Whether a unit stands for others too: blocks that are alike were recorded once."""
+    return unit.name == "block" and layer >= 0
 
 
 def _runner(visits: dict[str, Visit], path: str) -> Visit | None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from sys import getrefcount
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from ftplan.memory.env import Environment
 
@@ -211,8 +211,14 @@ class Tape:
     chunks_played: int = 1
     """How many chunks of the loss are on the tape for all there are; 0: the others are there too,
     as one."""
-    views: bool = True
-    """A linear layer hands out its gradients as views, which autograd will not add to in place."""
+    own_linear: bool = False
+    """``F.linear`` is a function of DeepSpeed's (``LinearFunctionForZeroStage3``): it keeps its
+    input whatever trains. What PyTorch's hands out are views, which autograd will not add to in
+    place; this one's are products."""
+    viewed: Callable[[Parameter], Storage] | None = None
+    """Where weights are gathered for a while: stands for a view that the graph keeps of one."""
+    module_hook: Callable[[Tensor | None, Callable[[Any], Any]], Any] | None = None
+    """Runs a function that is a module without weights, where modules have hooks."""
     selected: Selected | None = None
     """Inside a block that is checkpointed by operation."""
     asks_count: bool = False
@@ -306,6 +312,17 @@ class Tape:
         tensor = Tensor(self, None, ONE * rows, width, parameter.dtype)
         tensor.requires_grad = parameter.trainable
         tensor.node = parameter if parameter.trainable else None
+        return tensor
+
+    def runs(self, x: Tensor | None, forward: Callable[[Any], Any]) -> Any:
+        """What is a function here and a module without weights there."""
+        return forward(x) if self.module_hook is None else self.module_hook(x, forward)
+
+    def view(self, parameter: Parameter) -> Tensor:
+        """A view of a weight: what keeps it keeps the weight as it was when it was gathered."""
+        tensor = self.leaf(parameter)
+        if self.viewed is not None:
+            tensor.storage = self.viewed(parameter)
         return tensor
 
     @contextmanager

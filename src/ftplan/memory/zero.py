@@ -170,11 +170,12 @@ class Zero(Fsdp):
         self._filled = 0
         self._turn = self._quiet = 0
         self._hooks = Hooks(tape) if spec.kind == "zero3" else None
-        self._root: Visit | None = None
+        self._whole: dict[int, Visit] = {}
+        """Units as modules, which have others in them."""
         self._large: Parameter | None = None
         """Stage 3: whose gradient is larger than the bucket, and waits for the next one to come."""
         tape.step_of = self._arrive
-        tape.views = spec.kind != "zero3"  # ``LinearFunctionForZeroStage3`` returns products
+        tape.own_linear = spec.kind == "zero3"
 
     def place(self, layer: int, count: int) -> int | str | None:
         """Blocks that are recorded by themselves: the first, the last, that of the first bucket.
@@ -191,41 +192,45 @@ class Zero(Fsdp):
         """Know the unit of each gradient; stage 1 adds to those of earlier micro batches."""
         self.units.append(unit)
         if self._hooks is not None and unit.name == "block" and not self.beside:
-            self._hooks.watch(unit)
+            self._whole[id(unit)] = self._hooks.watch(unit)
         for parameter in unit.parameters:
             self._unit_of[id(parameter)] = unit
             if self.waits and self.accumulated and parameter.trainable:
                 parameter.grad = self.tape.leaf(parameter)
 
     def begin_forward(self, unit: Unit) -> None:
-        """Stage 3 fetches weights as modules ask for them."""
+        """Stage 3 fetches weights as modules ask for them; a block is one that has none."""
+        self._mark(unit, fetches=True, forward=True)
 
     def end_forward(self, unit: Unit) -> None:
-        """Nothing is freed at the borders of blocks."""
+        """The module has ended."""
+        self._mark(unit, fetches=False, forward=True)
 
     def begin_model(self, root: Unit) -> None:
-        """``_start_of_forward_hook``: the model itself is the first module."""
-        if self._hooks is not None and not self.beside and self._root is None:
-            self._hooks.watch(root)
-            self._root = self._hooks.root(root)
-        self._mark_root(forward=True)
+        """``_start_of_forward_hook``: the model itself is the first module, in PEFT's if need be."""
+        if self._hooks is not None and not self.beside and id(root) not in self._whole:
+            self._whole[id(root)] = self._hooks.watch(root)
+        added = any(p.added for unit in (root, *self.units) for p in unit.parameters)
+        for _ in range(3 if added else 1):
+            self._mark(root, fetches=True, forward=True)
 
     def end_model(self, root: Unit) -> None:
         """Nor at the end of the model."""
 
     def begin_backward(self, unit: Unit) -> None:
-        """Nothing is gathered at the borders of blocks; the model's loss wakes the model."""
-        if unit.module is not None and unit.place is None and unit.name == "root":
-            self._mark_root(forward=False)
+        """A gradient of its output wakes the module."""
+        self._mark(unit, fetches=True, forward=False)
 
-    def _mark_root(self, *, forward: bool) -> None:
-        if self._hooks is not None and self._root is not None and not self.beside:
-            self._hooks.mark(self._root, fetches=True, forward=forward)
+    def _mark(self, unit: Unit, *, fetches: bool, forward: bool) -> None:
+        if self._hooks is not None and not self.beside and id(unit) in self._whole:
+            self._hooks.mark(self._whole[id(unit)], fetches=fetches, forward=forward)
 
     def end_backward(self, unit: Unit) -> None:
         """Gradients have gone as they arrived, and weights with the last use of them."""
         if unit.place == self._turn > 0 and not self.waits:
             self._own_part()
+        if unit.name == "block":
+            self._mark(unit, fetches=False, forward=False)
 
     def played(self) -> Callable[[Phases], Phases] | None:
         """Stage 3: the live weights between what was recorded."""

@@ -156,7 +156,8 @@ class LoraLinear(Adapted):
 
     def _delta(self, x: Tensor) -> Tensor:
         # what dropout returns has no name: it goes when the first matrix has seen it
-        low = self.lora_A.default.forward(ops.dropout(x, self.dropout))
+        dropped = x.tape.runs
+        low = self.lora_A.default.forward(dropped(x, lambda x: ops.dropout(x, self.dropout)))
         return ops.scale(self.lora_B.default.forward(low))
 
     def _forward_dora(self, x: Tensor, result: Tensor) -> Tensor:
