@@ -10,6 +10,7 @@ autocast's list: under autocast with fp32 weights the experts run in fp32.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from ftplan.memory import ops
@@ -191,16 +192,14 @@ class Folded(Protocol):
         ...
 
 
+@dataclass(slots=True)
 class Routing:
     """What a router says of each token: ``weights`` and ``index`` (tokens x top_k)."""
 
-    __slots__ = ("index", "logits", "weights")
-
-    def __init__(self, logits: Tensor, weights: Tensor, index: Tensor) -> None:
-        self.logits = logits
-        """Tokens x experts; they live as long as the block's forward."""
-        self.weights = weights
-        self.index = index
+    logits: Tensor
+    """Tokens x experts; they live as long as the block's forward."""
+    weights: Tensor
+    index: Tensor
 
 
 class Router(Module):

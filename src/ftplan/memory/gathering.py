@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
 from ftplan.dtypes import find_format
 from ftplan.memory import ops
+from ftplan.memory.experts import Routing
 from ftplan.memory.fsdp import BUFFERS, Unit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Module
@@ -167,6 +168,8 @@ class Hooks:
 
     def _enter(self, x: Any, visit: Visit, left: list[int]) -> Any:
         """``PostBackwardFunctionModule``: the module has ended with its last input's gradient."""
+        if isinstance(x, Routing):
+            return Routing(x.logits, self._enter(x.weights, visit, left), x.index)
         if not isinstance(x, Tensor) or not x.requires_grad:
             return x
         left[0] += 1
@@ -182,9 +185,9 @@ class Hooks:
         """``PreBackwardFunctionForModule``: it starts with the gradient of an output."""
         if isinstance(out, (list, tuple)):
             return type(out)(self._leave(item, visit) for item in out)
-        if is_dataclass(out) and not isinstance(out, type):
-            parts = {part.name: getattr(out, part.name) for part in fields(out)}
-            return replace(out, **{name: self._leave(part, visit) for name, part in parts.items()})
+        if isinstance(out, Routing):
+            parts = (self._leave(part, visit) for part in (out.logits, out.weights, out.index))
+            return Routing(*parts)
         if not isinstance(out, Tensor) or not out.requires_grad:
             return out
         return _seen(
