@@ -17,7 +17,8 @@ at each mark :class:`Coordinator` says what comes alive and what is freed.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -38,8 +39,6 @@ LIVE = Label("gathered", "live weights")
 FLAT = Label("gathered", "flat weights")
 REUSE_ELEMENTS = 1_000_000_000
 """``stage3_max_reuse_distance``."""
-MARKS = 40
-"""Events of marks that follow each other, at most."""
 
 
 def stored(parameter: Parameter) -> tuple[int, int]:
@@ -231,7 +230,6 @@ class Weight:
     stays: bool
     """So small that it is never released (``stage3_param_persistence_threshold``)."""
     frozen: bool
-    storage: int
     here: bool = False
     flight: Flight | None = None
     """What it comes with, until it has been asked for."""
@@ -240,16 +238,19 @@ class Weight:
     """The last step for which it has been taken off the queue."""
     uses: list[int] = field(default_factory=list)
     """Steps at which it is fetched."""
+    copy: int = 0
+    """How often the graph has kept what was gathered before."""
     views: list[int] = field(default_factory=list)
-    """Storages of which the graph keeps views, the latest last."""
+    """The copies of which the graph keeps views, the latest last."""
 
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """Weights that are gathered together. ``flat``: their buffer, where there are several."""
+    """Weights that are gathered together, and the buffer where there are several."""
 
     weights: list[Weight]
     flat: int
+    """Bytes."""
     waited: bool = False
     left: int = 0
     """How many have not been asked for."""
@@ -267,14 +268,16 @@ class Running:
 class Coordinator:
     """``PartitionedParameterCoordinator`` with a complete trace.
 
-    ``events`` fills with births and deaths of storages.
+    ``events`` fills with births and deaths. What has one size has one number: which of two such
+    storages dies makes no difference.
     """
 
     def __init__(self, tape: Tape, spec: ShardingSpec, trace: Sequence[Running]) -> None:
         self._tape = tape
         self._spec = spec
+        self._numbers: dict[tuple[int, Label], int] = {}
         self.events: list[int] = []
-        self.alive: dict[int, None] = {}
+        self.alive: Counter[int] = Counter()
         self._queue = [(w, step) for step, running in enumerate(trace) for w in running.weights]
         self._passed = list(
             accumulate((sum(w.numel for w in r.weights) for r in trace), initial=0)
@@ -289,20 +292,30 @@ class Coordinator:
         self._next = self._step = self._live = 0
         self.in_backward = False
 
-    def _born(self, storage: int) -> None:
-        self.alive[storage] = None
-        self.events.append(storage)
+    def _number(self, size: int, label: Label) -> int:
+        key = (size, label)
+        if key not in self._numbers:
+            self._tape.sizes.append(ONE * size)
+            self._tape.labels.append(label)
+            self._numbers[key] = len(self._tape.sizes)
+        return self._numbers[key]
 
-    def _dies(self, storage: int) -> None:
-        del self.alive[storage]
-        self.events.append(-storage)
+    def _born(self, size: int, label: Label = LIVE) -> None:
+        number = self._number(size, label)
+        self.alive[number] += 1
+        self.events.append(number)
+
+    def _dies(self, size: int, label: Label = LIVE) -> None:
+        number = self._number(size, label)
+        self.alive[number] -= 1
+        self.events.append(-number)
 
     def gather_small(self) -> None:
         """``_post_step``: all that stays is gathered."""
         for weight in self._weights:
             if weight.stays:
                 weight.here = True
-                self._born(weight.storage)
+                self._born(weight.size)
 
     def reset(self) -> None:
         """``reset_step``: a forward begins. What is still there is no longer counted."""
@@ -320,7 +333,7 @@ class Coordinator:
             self._end(running, [w for w in running.weights + running.again if not w.stays])
         self._backward.clear()
 
-    def fetch(self, running: Running, *, forward: bool) -> None:
+    def fetch(self, running: Running, forward: bool) -> None:
         """``fetch_sub_module``."""
         if not forward:
             self._backward[running] = None
@@ -337,8 +350,11 @@ class Coordinator:
         self._ahead()
         self._step += 1
 
-    def release(self, running: Running, *, forward: bool) -> None:
+    def release(self, running: Running, forward: bool) -> None:
         """``release_sub_module``."""
+        if not running.weights and not running.again:
+            self._backward.pop(running, None) if not forward else None
+            return
         gone = self._released(running)
         if not forward:
             gone = [*gone, *(w for w in running.again if not w.stays)]
@@ -374,39 +390,34 @@ class Coordinator:
             return
         weight.here = False
         self._live -= weight.numel
-        if weight.storage in weight.views:  # the next time it comes it is another one
-            weight.storage = self._storage(weight.size, LIVE)
+        if weight.copy in weight.views:
+            weight.copy += 1  # the next time it comes it is another one
         else:
-            self._dies(weight.storage)
+            self._dies(weight.size)
 
     def keep(self, weight: Weight) -> None:
         """The graph keeps a view of a weight that is there."""
-        weight.views.append(weight.storage)
+        weight.views.append(weight.copy)
 
     def let_go(self, weight: Weight) -> None:
         """The graph has used its latest view of a weight."""
-        storage = weight.views.pop()
-        if storage not in weight.views and storage != weight.storage:
-            self._dies(storage)
+        copy = weight.views.pop()
+        if copy not in weight.views and copy != weight.copy:
+            self._dies(weight.size)
 
     def _gather(self, weights: list[Weight]) -> None:
         if not weights:
             return
         self._live += sum(w.numel for w in weights)
-        several = len(weights) > 1
-        size = sum(w.size for w in weights)
-        flight = Flight(weights, self._storage(size, FLAT) if several else 0)
-        flight.left = len(weights)
-        self._born(flight.flat if several else weights[0].storage)
+        size, several = sum(w.size for w in weights), len(weights) > 1
+        flight = Flight(weights, size if several else 0, left=len(weights))
+        self._born(size, FLAT if several else LIVE)
         copied = sum(w.part for w in weights)
         if copied:
-            copy = self._storage(copied, FLAT)
-            self.events += [copy, -copy]
+            self._born(copied, FLAT)
+            self._dies(copied, FLAT)
         for weight in weights:
             weight.flight = self._flying[weight] = flight
-
-    def _storage(self, size: int, label: Label) -> int:
-        return new_storage(self._tape, size, label)
 
     def _wait(self, weight: Weight) -> None:
         """Copy all that came together out of the buffer, which goes with the last one waited for."""
@@ -417,10 +428,10 @@ class Coordinator:
             for each in flight.weights:
                 each.here = True
                 if flight.flat:
-                    self._born(each.storage)
+                    self._born(each.size)
         flight.left -= 1
         if not flight.left and flight.flat:
-            self._dies(flight.flat)
+            self._dies(flight.flat, FLAT)
 
     def _skip(self, wanted: set[Weight]) -> None:
         """Take off the queue what has just been fetched."""
@@ -445,37 +456,8 @@ class Coordinator:
         self._gather(list(chosen))
 
 
-def new_storage(tape: Tape, size: int, label: Label) -> int:
-    """A storage whose births and deaths are written by hand."""
-    tape.sizes.append(ONE * size)
-    tape.labels.append(label)
-    return len(tape.sizes)
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A mark in the model at full depth."""
-
-    running: Running
-    fetches: bool
-    forward: bool
-
-    def act(self, coordinator: Coordinator) -> None:
-        """Do what the hook does."""
-        does = coordinator.fetch if self.fetches else coordinator.release
-        does(self.running, forward=self.forward)
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """A view of a weight comes or goes in the model at full depth."""
-
-    weight: Weight
-    comes: bool
-
-    def act(self, coordinator: Coordinator) -> None:
-        """Note it."""
-        (coordinator.keep if self.comes else coordinator.let_go)(self.weight)
+Act = tuple[int, Callable[..., None], tuple[Any, ...]]
+"""A place in a segment, what a hook does there, and on what."""
 
 
 class Gathering:
@@ -489,9 +471,13 @@ class Gathering:
         """Micro batches in a row that are played, of which the last one is shown."""
         self._weights: dict[object, Weight] = {}
         self._running: dict[tuple[object, str], Running] = {}
-        self._places: dict[int, dict[int, int]] = {}
-        self._pieces: dict[tuple[int, int], list[Segment | int]] = {}
-        """Per segment: what lies between marks, and the events of marks."""
+        self._marked: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        """Per segment: places and events of marks."""
+        self._written: dict[object, Segment] = {}
+        self._places = {
+            id(p): n for unit in {id(v.unit): v.unit for v in hooks.visits}.values()
+            for n, p in enumerate(unit.parameters)
+        }  # fmt: skip
         self._owned = self._owners()
 
     def _owners(self) -> dict[Visit, list[Parameter]]:
@@ -501,7 +487,7 @@ class Gathering:
         for visit in self._hooks.visits:
             by_unit.setdefault(id(visit.unit), {})[visit.path] = visit
         for visits in by_unit.values():
-            unit = next(iter(visits.values())).unit
+            unit = visits[""].unit
             assert unit.module is not None
             for path, module in unit.module.named_modules():
                 owner = _runner(visits, path)
@@ -511,37 +497,39 @@ class Gathering:
 
     def play(self, phases: Phases) -> Phases:
         """The phases with the births and deaths of weights in them."""
-        cut = [(name, [*self._cut(parts)]) for name, parts in phases]
+        acts = [(name, [(part, self._acts(part)) for part in parts]) for name, parts in phases]
         trace = [
-            item.running for _, items in cut for item in items
-            if isinstance(item, _Call) and item.fetches
+            on[0] for _, parts in acts for _, does in parts for _, act, on in does
+            if act is Coordinator.fetch
         ]  # fmt: skip
         coordinator = Coordinator(self._tape, self._spec, trace)
         coordinator.gather_small()
         for _ in range(self._batches - 1):
-            self._pass(coordinator, cut)
-        alive = list(coordinator.alive)
+            self._pass(coordinator, acts)
+        alive = list(coordinator.alive.elements())
         coordinator.events = []
-        played = self._pass(coordinator, cut)
+        played = self._pass(coordinator, acts)
         played[0][1].insert(0, self._write(alive))
-        gone = [*coordinator.events, *(-storage for storage in coordinator.alive)]
+        gone = [*coordinator.events, *(-number for number in coordinator.alive.elements())]
         played[-1][1].append(self._write(gone))
         return played
 
-    def _pass(self, coordinator: Coordinator, cut: Sequence[tuple[str, list[Any]]]) -> Phases:
+    def _pass(
+        self, coordinator: Coordinator, acts: Sequence[tuple[str, Sequence[tuple[Segment, list[Act]]]]]
+    ) -> Phases:
         coordinator.reset()
         played: Phases = []
-        for name, items in cut:
+        for name, parts in acts:
             coordinator.in_backward = name == "backward"
             out: list[Segment] = []
-            for item in items:
-                if isinstance(item, Segment):
-                    _join(out, item, self._hooks.marks, self._tape.events)
-                    continue
-                item.act(coordinator)
-                if coordinator.events:
-                    out.append(self._write(coordinator.events))
-                    coordinator.events = []
+            for part, does in parts:
+                changes: list[tuple[int, tuple[int, ...]]] = []
+                for place, act, on in does:
+                    act(coordinator, *on)
+                    if coordinator.events:
+                        changes.append((place, tuple(coordinator.events)))
+                        coordinator.events = []
+                out.append(self._changed(part, changes) if does else part)
             played.append((name, out))
         coordinator.leftovers()
         return played
@@ -551,65 +539,69 @@ class Gathering:
         self._tape.events += events
         return Segment("live weights", start, len(self._tape.events))
 
-    def _cut(self, parts: Iterable[Segment]) -> Iterator[Segment | _Call | _Kept]:
-        """Segments in pieces, and the marks between them in the model at full depth."""
-        for part in parts:
-            key = (part.start, part.stop)
-            if key not in self._pieces:
-                self._pieces[key] = [*self._split(part)]
-            for piece in self._pieces[key]:
-                if isinstance(piece, Segment):
-                    yield piece
-                    continue
-                mark = self._hooks.marks[abs(piece)]
-                if isinstance(mark, View):
-                    yield _Kept(self._weight(mark.unit, mark.parameter, part.layer), piece > 0)
-                elif piece > 0:
-                    yield _Call(self._run_of(mark.visit, part.layer), mark.fetches, mark.forward)
+    def _changed(self, part: Segment, changes: list[tuple[int, tuple[int, ...]]]) -> Segment:
+        """The segment without its marks, with other events in their places."""
+        key = (part.start, part.stop, tuple(changes))
+        if key not in self._written:
+            marks, tape, instead = self._hooks.marks, self._tape, dict(changes)
+            made: list[int] = []
+            moved: list[int] = []
+            """Where each event of the segment is now."""
+            for place in range(part.start, part.stop):
+                moved.append(len(made))
+                made += instead.get(place, ())
+                if abs(tape.events[place]) not in marks:
+                    made.append(tape.events[place])
+            segment = self._write(made)
+            tape.products += [
+                product._replace(event=segment.start + moved[product.event - part.start])
+                for product in tape.products
+                if part.start <= product.event < part.stop
+            ]
+            self._written[key] = Segment(part.name, segment.start, segment.stop)
+        return self._written[key]
 
-    def _split(self, part: Segment) -> Iterator[Segment | int]:
-        start, marks, events = part.start, self._hooks.marks, self._tape.events
-        for place in range(part.start, part.stop):
-            if abs(events[place]) not in marks:
-                continue
-            if place > start:
-                yield Segment(part.name, start, place)
-            start = place + 1
-            yield events[place]
-        if part.stop > start:
-            yield Segment(part.name, start, part.stop)
+    def _acts(self, part: Segment) -> list[Act]:
+        """What hooks do in a segment, in the model at full depth."""
+        key, marks, acts = (part.start, part.stop), self._hooks.marks, []
+        if key not in self._marked:
+            events = self._tape.events[part.start : part.stop]
+            self._marked[key] = [
+                (place, event) for place, event in enumerate(events, part.start)
+                if abs(event) in marks
+            ]  # fmt: skip
+        for place, event in self._marked[key]:
+            mark = marks[abs(event)]
+            if isinstance(mark, View):
+                act = Coordinator.keep if event > 0 else Coordinator.let_go
+                acts.append((place, act, (self._weight(mark.unit, mark.parameter, part.layer),)))
+            elif event > 0:
+                does = Coordinator.fetch if mark.fetches else Coordinator.release
+                acts.append((place, does, (self._run_of(mark.visit, part.layer), mark.forward)))
+        return acts
 
     def _run_of(self, visit: Visit, layer: int) -> Running:
         """The module of a layer: blocks that are alike were recorded once."""
         unit = visit.unit
         key = (layer if _in_layer(unit, layer) else id(unit), visit.path)
-        if key not in self._running:
+        running = self._running.get(key)
+        if running is None:
             weights = [self._weight(unit, p, layer) for p in self._owned.get(visit, ())]
-            self._running[key] = Running([w for w in weights if w.numel])
-        return self._running[key]
+            running = self._running[key] = Running([w for w in weights if w.numel])
+        return running
 
     def _weight(self, unit: Unit, parameter: Parameter, layer: int) -> Weight:
         key: object = id(parameter)
         if _in_layer(unit, layer):
-            key = (layer, self._place(unit)[id(parameter)])
-        return self._weight_of(parameter, key)
-
-    def _place(self, unit: Unit) -> dict[int, int]:
-        """The numbers of a unit's weights."""
-        if id(unit) not in self._places:
-            self._places[id(unit)] = {id(p): n for n, p in enumerate(unit.parameters)}
-        return self._places[id(unit)]
-
-    def _weight_of(self, parameter: Parameter, key: object) -> Weight:
+            key = (layer, self._places[id(parameter)])
         if key not in self._weights:
             numel, item = stored(parameter)
             part = -(-numel // self._spec.shard_ranks) * item
             stays = numel <= self._spec.persistence_elements
             waits = self._spec.offload in ("params", "nvme") and not stays
-            size = part * self._spec.shard_ranks
             self._weights[key] = Weight(
-                numel, size, part if waits else 0, stays, not parameter.trainable,
-                new_storage(self._tape, size, LIVE),
+                numel, part * self._spec.shard_ranks, part if waits else 0, stays,
+                not parameter.trainable,
             )  # fmt: skip
         return self._weights[key]
 
@@ -628,14 +620,3 @@ def _runner(visits: dict[str, Visit], path: str) -> Visit | None:
         if not path:
             return None
         path = path.rpartition(".")[0]
-
-
-def _join(out: list[Segment], piece: Segment, marks: Container[int], events: list[int]) -> None:
-    """Add a piece, or make the one before longer where nothing happened at the marks between."""
-    before = out[-1] if out else None
-    if before is not None and before.stop < piece.start <= before.stop + MARKS:
-        between = events[before.stop : piece.start]
-        if all(abs(event) in marks for event in between):
-            out[-1] = Segment(before.name, before.start, piece.stop)
-            return
-    out.append(piece)
