@@ -337,6 +337,13 @@ class Coordinator:
         """``fetch_sub_module``."""
         if not forward:
             self._backward[running] = None
+        if running.weights:
+            self._fetch(running, forward)
+        if self._next < len(self._queue):
+            self._ahead()
+        self._step += 1
+
+    def _fetch(self, running: Running, forward: bool) -> None:
         self._gather([w for w in running.weights if not w.here and w.flight is None])
         for weight in running.weights:
             weight.active.add(running)
@@ -347,13 +354,12 @@ class Coordinator:
             if weight.flight is not None:
                 self._wait(weight)
         self._skip({w for w in running.weights if w.fetched < self._step})
-        self._ahead()
-        self._step += 1
 
     def release(self, running: Running, forward: bool) -> None:
         """``release_sub_module``."""
         if not running.weights and not running.again:
-            self._backward.pop(running, None) if not forward else None
+            if not forward:
+                self._backward.pop(running, None)
             return
         gone = self._released(running)
         if not forward:
@@ -395,11 +401,11 @@ class Coordinator:
         else:
             self._dies(weight.size)
 
-    def keep(self, weight: Weight) -> None:
+    def keep(self, weight: Weight, _forward: bool) -> None:
         """The graph keeps a view of a weight that is there."""
         weight.views.append(weight.copy)
 
-    def let_go(self, weight: Weight) -> None:
+    def let_go(self, weight: Weight, _forward: bool) -> None:
         """The graph has used its latest view of a weight."""
         copy = weight.views.pop()
         if copy not in weight.views and copy != weight.copy:
@@ -456,8 +462,23 @@ class Coordinator:
         self._gather(list(chosen))
 
 
-Act = tuple[int, Callable[..., None], tuple[Any, ...]]
-"""A place in a segment, what a hook does there, and on what."""
+@dataclass(slots=True)
+class _Marked:
+    """A segment's marks: where they are, what is done there, with what, and whether forward."""
+
+    places: list[int] = field(default_factory=list)
+    acts: list[Callable[[Coordinator, Any, bool], None]] = field(default_factory=list)
+    marks: list[Mark | View] = field(default_factory=list)
+    forward: list[bool] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A segment in the model at full depth, and the modules and weights of its marks."""
+
+    segment: Segment
+    marked: _Marked
+    on: list[Any]
 
 
 class Gathering:
@@ -471,8 +492,9 @@ class Gathering:
         """Micro batches in a row that are played, of which the last one is shown."""
         self._weights: dict[object, Weight] = {}
         self._running: dict[tuple[object, str], Running] = {}
-        self._marked: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        """Per segment: places and events of marks."""
+        self._bare: dict[str, Running] = {}
+        """Modules without weights of their own, whichever layer's."""
+        self._marked: dict[tuple[int, int], _Marked] = {}
         self._written: dict[object, Segment] = {}
         self._places = {
             id(p): n for unit in {id(v.unit): v.unit for v in hooks.visits}.values()
@@ -497,42 +519,47 @@ class Gathering:
 
     def play(self, phases: Phases) -> Phases:
         """The phases with the births and deaths of weights in them."""
-        acts = [(name, [(part, self._acts(part)) for part in parts]) for name, parts in phases]
+        placed = [(name, [self._placed(part) for part in parts]) for name, parts in phases]
         trace = [
-            on[0] for _, parts in acts for _, does in parts for _, act, on in does
-            if act is Coordinator.fetch
+            on for _, parts in placed for part in parts
+            for act, on in zip(part.marked.acts, part.on, strict=True) if act is Coordinator.fetch
         ]  # fmt: skip
         coordinator = Coordinator(self._tape, self._spec, trace)
         coordinator.gather_small()
         for _ in range(self._batches - 1):
-            self._pass(coordinator, acts)
+            self._pass(coordinator, placed)
         alive = list(coordinator.alive.elements())
         coordinator.events = []
-        played = self._pass(coordinator, acts)
+        played = self._pass(coordinator, placed)
         played[0][1].insert(0, self._write(alive))
         gone = [*coordinator.events, *(-number for number in coordinator.alive.elements())]
         played[-1][1].append(self._write(gone))
         return played
 
     def _pass(
-        self, coordinator: Coordinator, acts: Sequence[tuple[str, Sequence[tuple[Segment, list[Act]]]]]
+        self, coordinator: Coordinator, placed: Sequence[tuple[str, Sequence[_Part]]]
     ) -> Phases:
         coordinator.reset()
         played: Phases = []
-        for name, parts in acts:
+        for name, parts in placed:
             coordinator.in_backward = name == "backward"
-            out: list[Segment] = []
-            for part, does in parts:
-                changes: list[tuple[int, tuple[int, ...]]] = []
-                for place, act, on in does:
-                    act(coordinator, *on)
-                    if coordinator.events:
-                        changes.append((place, tuple(coordinator.events)))
-                        coordinator.events = []
-                out.append(self._changed(part, changes) if does else part)
-            played.append((name, out))
+            played.append((name, [self._run(coordinator, part) for part in parts]))
         coordinator.leftovers()
         return played
+
+    def _run(self, coordinator: Coordinator, part: _Part) -> Segment:
+        marked = part.marked
+        if not marked.places:
+            return part.segment
+        changes: list[tuple[int, tuple[int, ...]]] = []
+        for place, act, on, forward in zip(
+            marked.places, marked.acts, part.on, marked.forward, strict=True
+        ):
+            act(coordinator, on, forward)
+            if coordinator.events:
+                changes.append((place, tuple(coordinator.events)))
+                coordinator.events = []
+        return self._changed(part.segment, changes)
 
     def _write(self, events: Iterable[int]) -> Segment:
         start = len(self._tape.events)
@@ -561,32 +588,44 @@ class Gathering:
             self._written[key] = Segment(part.name, segment.start, segment.stop)
         return self._written[key]
 
-    def _acts(self, part: Segment) -> list[Act]:
-        """What hooks do in a segment, in the model at full depth."""
-        key, marks, acts = (part.start, part.stop), self._hooks.marks, []
+    def _placed(self, part: Segment) -> _Part:
+        key, layer = (part.start, part.stop), part.layer
         if key not in self._marked:
-            events = self._tape.events[part.start : part.stop]
-            self._marked[key] = [
-                (place, event) for place, event in enumerate(events, part.start)
-                if abs(event) in marks
-            ]  # fmt: skip
-        for place, event in self._marked[key]:
-            mark = marks[abs(event)]
+            self._marked[key] = self._marks_of(part)
+        marked = self._marked[key]
+        on = [
+            self._weight(mark.unit, mark.parameter, layer)
+            if isinstance(mark, View) else self._run_of(mark.visit, layer)
+            for mark in marked.marks
+        ]  # fmt: skip
+        return _Part(part, marked, on)
+
+    def _marks_of(self, part: Segment) -> _Marked:
+        found, marks = _Marked(), self._hooks.marks
+        for place in range(part.start, part.stop):
+            event = self._tape.events[place]
+            mark = marks.get(abs(event))
             if isinstance(mark, View):
                 act = Coordinator.keep if event > 0 else Coordinator.let_go
-                acts.append((place, act, (self._weight(mark.unit, mark.parameter, part.layer),)))
-            elif event > 0:
-                does = Coordinator.fetch if mark.fetches else Coordinator.release
-                acts.append((place, does, (self._run_of(mark.visit, part.layer), mark.forward)))
-        return acts
+            elif mark is not None and event > 0:
+                act = Coordinator.fetch if mark.fetches else Coordinator.release
+            else:
+                continue
+            found.places.append(place)
+            found.acts.append(act)
+            found.marks.append(mark)
+            found.forward.append(isinstance(mark, Mark) and mark.forward)
+        return found
 
     def _run_of(self, visit: Visit, layer: int) -> Running:
         """The module of a layer: blocks that are alike were recorded once."""
-        unit = visit.unit
+        unit, owned = visit.unit, self._owned.get(visit)
+        if not owned:
+            return self._bare.setdefault(visit.path, Running([]))
         key = (layer if _in_layer(unit, layer) else id(unit), visit.path)
         running = self._running.get(key)
         if running is None:
-            weights = [self._weight(unit, p, layer) for p in self._owned.get(visit, ())]
+            weights = [self._weight(unit, p, layer) for p in owned]
             running = self._running[key] = Running([w for w in weights if w.numel])
         return running
 
