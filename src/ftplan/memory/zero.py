@@ -23,6 +23,7 @@ from ftplan.memory.fsdp import ACCUMULATED, Fsdp, Unit
 from ftplan.memory.gathering import Gathering, Hooks, Visit, stored
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Network
+from ftplan.memory.statics import weight_bytes
 from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Phases, Storage, Tape
 
 __all__ = ["Layout", "Zero", "layout_of", "live_bytes", "partition", "step_temporaries"]
@@ -61,6 +62,8 @@ class Layout:
     """Blocks whose gradients go into one later bucket, at least."""
     first: int
     """What fills the first bucket, where it fills when backward has ended (stage 1)."""
+    gradients: tuple[Parameter, ...]
+    """Whose gradients there may be, one entry for each tensor."""
 
 
 def trained_in_order(network: Network) -> list[Parameter]:
@@ -110,6 +113,7 @@ def layout_of(network: Network, spec: ShardingSpec) -> Layout:
         calm=_blocks(network, spec.bucket_elements, first=False),
         block=_block(network),
         first=_first_fill([*groups[0], *groups[1]], spec.bucket_elements),
+        gradients=tuple(trained),
     )
 
 
@@ -340,15 +344,16 @@ class Zero(Fsdp):
 
     def _drop_gradients(self) -> None:
         """Every gradient has gone into a bucket: those of the layers that are like these, too."""
-        if not self._own_gradients():
+        own = self._own_gradients()
+        if not own:
             return
-        there = sum(p.numel for p in self._own_gradients())
-        for parameter in self._own_gradients():
+        size = sum(weight_bytes(p) for p in self.layout.gradients if p.reached)
+        if not self.accumulated:
+            size -= sum(weight_bytes(p) for p in own)
+        for parameter in own:
             parameter.grad = None
-        if self.accumulated:  # static until now
-            self.tape.before(ONE * (self.layout.total * self.layout.item), ACCUMULATED)
-        else:
-            self.tape.before(ONE * ((self.layout.total - there) * self.layout.item), GRADIENTS)
+        # of earlier micro batches, which were static until now; or those of the other layers
+        self.tape.before(ONE * size, ACCUMULATED if self.accumulated else GRADIENTS)
 
     def _own_gradients(self) -> list[Parameter]:
         found = {id(p): p for unit in self.units for p in unit.parameters if p.grad is not None}
