@@ -10,7 +10,7 @@ and scattered, and that buffer lives until the next unit's turn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -18,7 +18,7 @@ from ftplan.dtypes import find_format
 from ftplan.memory import ops
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Module
-from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Phases, Storage, Tape, Tensor
+from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Played, Storage, Tape, Tensor
 
 __all__ = ["ACCUMULATED", "BUFFERS", "Fsdp", "Unit", "shard_shape"]
 
@@ -75,8 +75,11 @@ class Fsdp:
         self.beside = False
         """Another network runs, which is sharded by itself."""
 
-    def played(self) -> Callable[[Phases], Phases] | None:
-        """The step is recorded: what comes between its segments at full depth, if anything."""
+    def played(self, trained: Played | None = None) -> Played | None:
+        """All is recorded: what comes between its segments at full depth, if anything.
+
+        ``trained``: the same of the training that an evaluation interrupts.
+        """
         return None
 
     def _bytes(self, parameter: Parameter) -> int:

@@ -243,6 +243,12 @@ class Weight:
     views: list[int] = field(default_factory=list)
     """The copies of which the graph keeps views, the latest last."""
 
+    def restart(self) -> None:
+        """``_partition_all_parameters``: before a step nothing is gathered."""
+        self.here, self.flight, self.copy = False, None, 0
+        for held in (self.active, self.uses, self.views):
+            held.clear()
+
 
 @dataclass(slots=True, eq=False)
 class Flight:
@@ -283,6 +289,8 @@ class Coordinator:
             accumulate((sum(w.numel for w in r.weights) for r in trace), initial=0)
         )
         self._weights = list(dict.fromkeys(w for w, _ in self._queue))
+        for weight in self._weights:
+            weight.restart()
         for weight, step in self._queue:
             weight.uses.append(step)
         self._flying: dict[Weight, Flight] = {}
@@ -484,14 +492,18 @@ class _Part:
 class Gathering:
     """The live weights of a step, put between what is on the tape."""
 
-    def __init__(self, hooks: Hooks, spec: ShardingSpec, batches: int) -> None:
+    def __init__(
+        self, hooks: Hooks, spec: ShardingSpec, batches: int, trained: Gathering | None = None
+    ) -> None:
         self._hooks = hooks
         self._tape = hooks.tape
         self._spec = spec
         self._batches = batches
-        """Micro batches in a row that are played, of which the last one is shown."""
-        self._weights: dict[object, Weight] = {}
-        self._running: dict[tuple[object, str], Running] = {}
+        """Batches in a row that are played, of which the last one is shown."""
+        self._trace = trained._trace if trained else []
+        """In what order modules run in training, which an evaluation follows as far as it goes."""
+        self._weights: dict[object, Weight] = trained._weights if trained else {}
+        self._running: dict[tuple[int, str], Running] = trained._running if trained else {}
         self._bare: dict[str, Running] = {}
         """Modules without weights of their own, whichever layer's."""
         self._marked: dict[tuple[int, int], _Marked] = {}
@@ -517,14 +529,14 @@ class Gathering:
                     owned.setdefault(owner, []).extend(module.parameters.values())
         return owned
 
-    def play(self, phases: Phases) -> Phases:
+    def __call__(self, phases: Phases) -> Phases:
         """The phases with the births and deaths of weights in them."""
         placed = [(name, [self._placed(part) for part in parts]) for name, parts in phases]
-        trace = [
+        self._trace = self._trace or [
             on for _, parts in placed for part in parts
             for act, on in zip(part.marked.acts, part.on, strict=True) if act is Coordinator.fetch
         ]  # fmt: skip
-        coordinator = Coordinator(self._tape, self._spec, trace)
+        coordinator = Coordinator(self._tape, self._spec, self._trace)
         coordinator.gather_small()
         for _ in range(self._batches - 1):
             self._pass(coordinator, placed)
@@ -622,7 +634,7 @@ class Gathering:
         unit, owned = visit.unit, self._owned.get(visit)
         if not owned:
             return self._bare.setdefault(visit.path, Running([]))
-        key = (layer if _in_layer(unit, layer) else id(unit), visit.path)
+        key = (layer if _in_layer(unit, layer) else id(owned[0]), visit.path)
         running = self._running.get(key)
         if running is None:
             weights = [self._weight(unit, p, layer) for p in owned]

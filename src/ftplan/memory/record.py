@@ -7,7 +7,7 @@ the borders of the blocks; :mod:`replay` then plays the segments as often as the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +16,7 @@ from ftplan.memory.families.native import Native
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.nn import Module, Network, Shared
 from ftplan.memory.tape import (
-    Label, Node, Phases, Segment, Size, Storage, Tape, Tensor, backward,
+    Label, Node, Phases, Played, Segment, Size, Storage, Tape, Tensor, backward,
 )  # fmt: skip
 
 __all__ = [
@@ -67,7 +67,7 @@ class Recording:
     """Per forward segment: what of it the loop still holds when the next batch enters."""
     replaced: list[Segment] = field(default_factory=list)
     """The same, where the next batch's outputs take its place."""
-    gathered: Callable[[Phases], Phases] | None = None
+    gathered: Played | None = None
     """Puts what ZeRO-3 gathers into the phases."""
 
     def phases(self, *, under_way: int = 0) -> list[tuple[str, list[Segment]]]:
@@ -210,7 +210,7 @@ class Recorder:
         self.tape.weight_cache, self.tape.cached, self.tape.attributes = {}, [], []
         return index
 
-    def end_step(self, shared: Shared) -> None:
+    def end_step(self, shared: Shared, trained: Played | None = None) -> None:
         """The caller lets go of what the model returned, and of what every block was handed."""
         own = self.network if isinstance(self.network, Native) else None
         outlive = own is not None and own.outputs_outlive_step
@@ -224,7 +224,7 @@ class Recorder:
         if own is not None and own.meets_previous:
             self._carry()
         if self.fsdp is not None:
-            self.recording.gathered = self.fsdp.played()
+            self.recording.gathered = self.fsdp.played(trained)
 
     def _carry(self) -> None:
         """What the loop holds of this batch is there when the next one enters."""

@@ -38,6 +38,7 @@ __all__ = [
     "Node",
     "Parameter",
     "Phases",
+    "Played",
     "Product",
     "Rerun",
     "Segment",
@@ -129,6 +130,8 @@ class Segment:
 
 Phases = list[tuple[str, list[Segment]]]
 """What a step plays, in order, by phase."""
+Played = Callable[[Phases], Phases]
+"""Puts what is gathered for a while between what was recorded."""
 Kind = Literal["linear", "attention", "hidden"]
 """Of a product. ``hidden``: scores that a mask hides and the kernel does not compute, to be taken
 off what it would compute without one."""

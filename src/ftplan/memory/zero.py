@@ -15,7 +15,7 @@ than its share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -24,7 +24,7 @@ from ftplan.memory.gathering import Gathering, Hooks, Visit, stored
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Network
 from ftplan.memory.statics import weight_bytes
-from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Phases, Storage, Tape
+from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Played, Storage, Tape
 
 __all__ = ["Layout", "Zero", "layout_of", "live_bytes", "partition", "step_temporaries"]
 
@@ -236,12 +236,13 @@ class Zero(Fsdp):
         if unit.name == "block":
             self._mark(unit, fetches=False, forward=False)
 
-    def played(self) -> Callable[[Phases], Phases] | None:
-        """Stage 3: the live weights between what was recorded."""
+    def played(self, trained: Played | None = None) -> Played | None:
+        """Stage 3: the live weights, which between two steps are those of the batch before too."""
         if self._hooks is None:
             return None
         self._hooks.unhook()
-        return Gathering(self._hooks, self.spec, 2 if self.accumulated else 1).play
+        before = trained if isinstance(trained, Gathering) else None
+        return Gathering(self._hooks, self.spec, 2 if self.accumulated or before else 1, before)
 
     def _arrive(self, parameter: Parameter) -> int | None:
         """A gradient is there: bytes needed to reduce a bucket now; None: it stays as it is."""
