@@ -60,6 +60,9 @@ class Visit:
     parameters: list[Parameter]
     around: Visit | None = None
     """A module that has no forward code here, and runs while those in it do."""
+    looks_at: Sequence[Parameter] = ()
+    """Weights of modules inside that DeepSpeed finds away, and from then on fetches with this one
+    (``register_external_parameter``)."""
     called: bool = False
     first: dict[bool, Visit] = field(default_factory=dict)
     """Of a module without forward code: which of those in it runs first, each way."""
@@ -106,6 +109,7 @@ class Hooks:
                 continue
             outer = around[path.rpartition(".")[0]]
             visit = Visit(unit, path, list(module.parameters.values()), outer)
+            visit.looks_at = module.looks_at()
             if hasattr(module, "forward"):
                 around[path] = None
                 self._hook(module, visit)
@@ -631,13 +635,14 @@ class Gathering:
 
     def _run_of(self, visit: Visit, layer: int) -> Running:
         """The module of a layer: blocks that are alike were recorded once."""
-        unit, owned = visit.unit, self._owned.get(visit)
+        unit, owned = visit.unit, [*self._owned.get(visit, ()), *visit.looks_at]
         if not owned:
             return self._bare.setdefault(visit.path, Running([]))
         key = (layer if _in_layer(unit, layer) else id(owned[0]), visit.path)
         running = self._running.get(key)
         if running is None:
-            weights = [self._weight(unit, p, layer) for p in owned]
+            weights = [self._weight(unit, p, layer) for p in self._owned.get(visit, ())]
+            weights += [w for p in visit.looks_at if not (w := self._weight(unit, p, layer)).stays]
             running = self._running[key] = Running([w for w in weights if w.numel])
         return running
 

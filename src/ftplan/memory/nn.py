@@ -67,6 +67,10 @@ class Module:
         setattr(self, name, weight)
         return weight
 
+    def looks_at(self) -> Sequence[Parameter]:
+        """Weights of modules inside whose dtype the forward code asks for before they run."""
+        return ()
+
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """This module and all below it, with dotted names, parents first."""
         yield prefix, self

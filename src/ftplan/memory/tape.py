@@ -646,12 +646,15 @@ def _expand(node: Node, tape: Tape) -> tuple[list[Node], Rerun]:
 
 
 def _arrive(parameter: Parameter, grad: Tensor | None) -> None:
-    """Gradients of one parameter are summed; the last one to come makes ``.grad``."""
+    """Gradients of one parameter are summed."""
     held = parameter.sum
     if grad is not None:
         parameter.sum = _own(grad) if held is None else _sum(held, grad)
-    held = grad = None
     parameter.pending -= 1
+
+
+def _settle(parameter: Parameter) -> None:
+    """The last gradient to come makes ``.grad``, when only the sum is left of them."""
     if parameter.pending == 0 and parameter.sum is not None:
         total, parameter.sum = parameter.sum, None
         _accumulate(parameter, total)
@@ -700,10 +703,10 @@ def _as_many(grad: Tensor, rows: Size, width: int) -> bool:
 
 def _own(grad: Tensor) -> Tensor:
     """A gradient that somebody else holds too is copied (``AccumulateGrad::accumulateGrad``)."""
-    # references here: backward's results, its zip, its variable, two arguments, getrefcount's own
+    # references here: backward's variable, two arguments, getrefcount's own
     return (
         grad
-        if getrefcount(grad) <= 6
+        if getrefcount(grad) <= 4
         else grad.tape.tensor(grad.rows, grad.width, grad.dtype, "gradient copy")
     )
 
@@ -753,11 +756,15 @@ def backward(
         del grads
         node.apply = None  # what was saved for this node is released
         edges, node.edges = node.edges, ()
-        for edge, result in zip(edges, results, strict=True):
+        assert len(edges) == len(results), node.name
+        for place, edge in enumerate(edges):
+            result, results[place] = results[place], None
             if edge is None:
                 continue
             if isinstance(edge, Parameter):
                 _arrive(edge, result)
+                result = None
+                _settle(edge)
                 continue
             child, number = edge
             held = child.buffers[number]

@@ -82,6 +82,9 @@ class LoraLinear(Adapted):
             )
         self.dropout = spec.dropout
 
+    def looks_at(self) -> Sequence[Parameter]:
+        return (self._down.weight,)
+
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer
         if isinstance(base, QuantizedLinear) and (base.bitsandbytes or x.tape.env.unpacks_gptq):
