@@ -119,8 +119,7 @@ def test_gradients_that_do_not_come_do_not_go(model: str, accumulation: int) -> 
         )
     )
     assert all(term.bytes > 0 for term in report.terms)
-    kept = sum(t.bytes for t in report.terms if t.name.startswith("gradients/"))
-    assert kept >= 2 * report.model.trainable_params // 8 // 2
+    assert any(term.name.startswith("gradients/") for term in report.terms)
 
 
 @few

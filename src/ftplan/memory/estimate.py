@@ -284,9 +284,7 @@ class Structure:
         self.eval_micro = job.eval_micro
         evaluated = job.eval_micro and job.stage is None
         trained, self.program.gathered = self.program.gathered, None  # it holds the whole record
-        self.evaluation = (
-            _evaluation_of(job, network, objective, trained) if evaluated else None
-        )
+        self.evaluation = _evaluation_of(job, network, objective, trained) if evaluated else None
         self.rollout = Rollout(job, network, objective) if job.generates else None
         beside = self.evaluation is not None or self.rollout is not None
         self.asks_count = self.program.asks_count or beside

@@ -16,7 +16,15 @@ from ftplan.memory.families.native import Native
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.nn import Module, Network, Shared
 from ftplan.memory.tape import (
-    Label, Node, Phases, Played, Segment, Size, Storage, Tape, Tensor, backward,
+    Label,
+    Node,
+    Played,
+    Segment,
+    Size,
+    Storage,
+    Tape,
+    Tensor,
+    backward,
 )  # fmt: skip
 
 __all__ = [
@@ -59,7 +67,7 @@ class Recording:
     dropped: list[Segment] = field(default_factory=list)
     """Per forward segment: what dies when backward has ended: with the graph, with hooks, or with
     the model's cache, where the caller keeps that."""
-    after: Segment = Segment("", 0, 0)
+    after: Segment = field(default_factory=lambda: Segment("", 0, 0))
     """What else dies then."""
     saved: set[int] = field(default_factory=set)
     """Storages that are alive between forward and backward."""

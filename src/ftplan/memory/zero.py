@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ftplan.memory.fsdp import ACCUMULATED, Fsdp, Unit
-from ftplan.memory.gathering import Gathering, Hooks, Visit, stored
+from ftplan.memory.gathering import Gathering, stored
+from ftplan.memory.hooks import Hooks, Visit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Network
 from ftplan.memory.statics import weight_bytes
@@ -211,7 +212,7 @@ class Zero(Fsdp):
         self._mark(unit, fetches=False, forward=True)
 
     def begin_model(self, root: Unit) -> None:
-        """``_start_of_forward_hook``: the model itself is the first module, in PEFT's if need be."""
+        """``_start_of_forward_hook``: the model is the first module, inside PEFT's if need be."""
         if self._hooks is not None and not self.beside and id(root) not in self._whole:
             self._whole[id(root)] = self._hooks.watch(root)
         added = any(p.added for unit in (root, *self.units) for p in unit.parameters)

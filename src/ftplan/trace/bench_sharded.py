@@ -229,6 +229,29 @@ GATHER_REGIMES: dict[str, Mapping] = {
     },
 }  # fmt: skip
 """Regimes of ZeRO-3 that differ in what is gathered when."""
+EVALUATED: Mapping = {"batch": {"eval_micro": 8}, "gradient_checkpointing": True}
+EVALUATED_REGIMES: dict[str, Mapping] = {
+    "zero3-lora-evaluated": {
+        **EVALUATED, "method": {**LORA, "targets": ["q_proj", "v_proj", "c_attn"]},
+        "precision": BF16, "sharding": {**SMALL, "max_live_elements": 200_000_000},
+    },
+    "fsdp2-full-evaluated": {**EVALUATED, "method": FULL, "precision": BF16},
+    "zero3-full-evaluated": {**EVALUATED, "method": FULL, "precision": BF16},
+    "fsdp1-full-mixed-evaluated": {**EVALUATED, "method": FULL, "precision": AMP},
+    "zero3-full-params-offloaded-evaluated": {
+        **EVALUATED, "method": FULL, "precision": BF16, "sharding": {**SMALL, "offload": "params"},
+    },
+    "fsdp2-lora-kept-evaluated": {
+        **EVALUATED, "method": LORA, "precision": BF16,
+        "sharding": {"reshard_after_forward": False},
+    },
+    "ddp-full-evaluated": {**EVALUATED, "method": FULL, "precision": BF16},
+    "zero3-full-small-buckets-evaluated": {
+        "batch": {"eval_micro": 4, "accumulation": 2}, "gradient_checkpointing": True,
+        "method": FULL, "precision": BF16, "sharding": SMALL,
+    },
+}  # fmt: skip
+"""Regimes with an evaluation between two steps."""
 GATHERED = (
     "llama-3.1-8b", "qwen2.5-7b", "mistral-7b-v0.1", "pythia-1.4b", "opt-1.3b", "smollm2-1.7b",
     "qwen3-4b", "phi-3-mini", "olmo-2-7b", "granite-3.1-2b", "gpt2-xl", "gemma-2-2b",
@@ -263,6 +286,7 @@ def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, 
         yield from _jobs(name, OFFLOAD_REGIMES, 1)
     if name in GATHERED:
         yield from _jobs(name, GATHER_REGIMES, 1)
+        yield from _jobs(name, EVALUATED_REGIMES, 1)
 
 
 def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[str, Mapping, int]]:
