@@ -22,7 +22,7 @@ from itertools import accumulate
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.tape import ONE, Label, Tape
 
-__all__ = ["Coordinator", "Running", "Weight"]
+__all__ = ["REUSE_ELEMENTS", "Coordinator", "Running", "Weight"]
 
 LIVE = Label("gathered", "live weights")
 FLAT = Label("gathered", "flat weights")
@@ -110,7 +110,8 @@ class Coordinator:
         self._next = self._step = self._live = 0
         self.in_backward = False
 
-    def _number(self, size: int, label: Label) -> int:
+    def number(self, size: int, label: Label = LIVE) -> int:
+        """What stands for storages of a size."""
         key = (size, label)
         if key not in self._numbers:
             self._tape.sizes.append(ONE * size)
@@ -119,12 +120,12 @@ class Coordinator:
         return self._numbers[key]
 
     def _born(self, size: int, label: Label = LIVE) -> None:
-        number = self._number(size, label)
+        number = self.number(size, label)
         self.alive[number] += 1
         self.events.append(number)
 
     def _dies(self, size: int, label: Label = LIVE) -> None:
-        number = self._number(size, label)
+        number = self.number(size, label)
         self.alive[number] -= 1
         self.events.append(-number)
 

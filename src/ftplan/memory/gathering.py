@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftplan.dtypes import find_format
-from ftplan.memory.coordinator import Coordinator, Running, Weight
+from ftplan.memory.coordinator import REUSE_ELEMENTS, Coordinator, Running, Weight
 from ftplan.memory.fsdp import BUFFERS, Unit
 from ftplan.memory.hooks import Hooks, Mark, View, Visit
 from ftplan.memory.job import ShardingSpec
@@ -60,10 +60,15 @@ class Gathering:
         self._spec = spec
         self._batches = batches
         """Batches in a row that are played, of which the last one is shown."""
-        self._trace: Sequence[Running] = trained._trace if trained else []
+        self._trained = trained
+        """The training that an evaluation interrupts."""
+        self._trace: Sequence[Running] = []
         """In what order modules run in training, which an evaluation follows as far as it goes."""
-        self._weights: dict[object, Weight] = trained._weights if trained else {}
-        self._running: dict[tuple[int, str], Running] = trained._running if trained else {}
+        self._phases: Phases = []
+        self._skipped = range(0)
+        """Layers that are not played, because they are like those before and behind them."""
+        self._weights: dict[object, Weight] = {}
+        self._running: dict[tuple[int, str], Running] = {}
         self._bare: dict[str, Running] = {}
         """Modules without weights of their own, whichever layer's."""
         self._marked: dict[tuple[int, int], _Marked] = {}
@@ -90,8 +95,44 @@ class Gathering:
         return owned
 
     def __call__(self, phases: Phases) -> Phases:
-        """The phases with the births and deaths of weights in them."""
-        placed = [(name, [self._placed(part) for part in parts]) for name, parts in phases]
+        """The phases with the births and deaths of weights in them.
+
+        Of a deep model the middle is played once, where its layers turn out to be all alike.
+        """
+        self._phases = phases
+        if self._trained is not None:
+            self._follow(self._trained)
+            return self._play(phases, range(0))
+        self._skipped = _middle(phases, self._reach(phases))
+        try:
+            return self._play(phases, self._skipped)
+        except _UnlikeError:
+            return self._in_full()
+
+    def _in_full(self) -> Phases:
+        """Every layer is played."""
+        self._skipped, self._trace = range(0), []
+        return self._play(self._phases, self._skipped)
+
+    def _follow(self, trained: Gathering) -> None:
+        if trained._skipped:
+            trained._in_full()
+        self._trace = trained._trace
+        self._weights, self._running = trained._weights, trained._running
+
+    def _reach(self, phases: Phases) -> int:
+        """Over how many layers what happens in one may reach."""
+        first = next((part for _, parts in phases for part in parts if part.layer == 0), None)
+        if first is None:
+            return 0
+        self._placed(first)
+        layer = sum(w.numel for key, w in self._weights.items() if isinstance(key, tuple))
+        reach = REUSE_ELEMENTS + self._spec.max_live_elements + self._spec.prefetch_elements
+        return -(-reach // max(1, layer)) + 3
+
+    def _play(self, phases: Phases, skipped: range) -> Phases:
+        short = [(name, [p for p in parts if p.layer not in skipped]) for name, parts in phases]
+        placed = [(name, [self._placed(part) for part in parts]) for name, parts in short]
         self._trace = self._trace or [
             on for _, parts in placed for part in parts
             for act, on in zip(part.marked.acts, part.on, strict=True) if act is Coordinator.fetch
@@ -103,10 +144,23 @@ class Gathering:
         alive = list(coordinator.alive.elements())
         coordinator.events = []
         played = self._pass(coordinator, placed)
-        played[0][1].insert(0, self._write(alive))
+        stays = self._small_of(skipped, coordinator)
+        if skipped:
+            played = [
+                (name, _widened(whole, shorter, skipped))
+                for (name, whole), (_, shorter) in zip(phases, played, strict=True)
+            ]
+        played[0][1].insert(0, self._write([*alive, *stays]))
         gone = [*coordinator.events, *(-number for number in coordinator.alive.elements())]
-        played[-1][1].append(self._write(gone))
+        played[-1][1].append(self._write([*gone, *(-number for number in stays)]))
         return played
+
+    def _small_of(self, skipped: range, coordinator: Coordinator) -> list[int]:
+        """What stays of the layers that are not played: as much as of one before them."""
+        return [
+            coordinator.number(w.size) for key, w in self._weights.items()
+            if isinstance(key, tuple) and key[0] == skipped.start - 1 and w.stays
+        ] * len(skipped)  # fmt: skip
 
     def _pass(
         self, coordinator: Coordinator, placed: Sequence[tuple[str, Sequence[_Part]]]
@@ -217,6 +271,43 @@ class Gathering:
                 not parameter.trainable,
             )  # fmt: skip
         return self._weights[key]
+
+
+class _UnlikeError(Exception):
+    """Layers that were taken to be alike are not."""
+
+
+def _middle(phases: Phases, reach: int) -> range:
+    """Layers that are recorded as one, but for so many on either side of them."""
+    runs: list[dict[int, tuple[int, int]]] = []
+    for _, parts in phases:
+        runs.append({part.layer: (part.start, part.stop) for part in parts if part.layer >= 0})
+    depth = max((max(run, default=-1) for run in runs), default=-1) + 1
+    same = [
+        layer for layer in range(1, depth)
+        if all(run.get(layer) == run.get(layer - 1) for run in runs)
+    ]  # fmt: skip
+    start, stop = depth, depth
+    while stop > 1 and stop - 1 not in same:
+        stop -= 1
+    start = stop
+    while start - 1 in same:
+        start -= 1
+    return range(start + reach, max(start + reach, stop - reach))
+
+
+def _widened(whole: Sequence[Segment], played: Sequence[Segment], skipped: range) -> list[Segment]:
+    """What was played of a phase, with the skipped layers like the one before them."""
+    shorter = [part for part in whole if part.layer not in skipped]
+    made = {part.layer: out for part, out in zip(shorter, played, strict=True)}
+    around = range(skipped.start - 2, skipped.stop + 2)
+    alike = {(made[n].start, made[n].stop) for n in around if n in made}
+    if len(alike) > 1:
+        raise _UnlikeError
+    rest = iter(played)
+    return [
+        made[skipped.start - 1] if part.layer in skipped else next(rest) for part in whole
+    ]  # fmt: skip
 
 
 def _in_layer(unit: Unit, layer: int) -> bool:

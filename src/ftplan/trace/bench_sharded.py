@@ -232,8 +232,9 @@ GATHER_REGIMES: dict[str, Mapping] = {
 EVALUATED: Mapping = {"batch": {"eval_micro": 8}, "gradient_checkpointing": True}
 EVALUATED_REGIMES: dict[str, Mapping] = {
     "zero3-lora-evaluated": {
-        **EVALUATED, "method": {**LORA, "targets": ["q_proj", "v_proj", "c_attn"]},
-        "precision": BF16, "sharding": {**SMALL, "max_live_elements": 200_000_000},
+        **EVALUATED, "precision": BF16,
+        "method": {**LORA, "targets": "attention", "adapter_dtype": "bf16"},
+        "sharding": {**SMALL, "max_live_elements": 200_000_000},
     },
     "fsdp2-full-evaluated": {**EVALUATED, "method": FULL, "precision": BF16},
     "zero3-full-evaluated": {**EVALUATED, "method": FULL, "precision": BF16},
