@@ -77,6 +77,51 @@ def test_terms_add_up_and_intervals_are_ordered(plan: Plan) -> None:
     assert max(phase.peak_bytes for phase in report.phases) == report.allocated_bytes.expected
 
 
+KINDS = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+small_buckets = st.sampled_from((None, 1_000_000))
+
+
+@few
+@given(plans(), st.sampled_from(KINDS), st.integers(1, 4), st.booleans(), small_buckets)
+def test_no_term_is_below_zero_however_the_job_is_spread(
+    plan: Plan, kind: Any, accumulation: int, flag: bool, bucket: int | None
+) -> None:
+    """Over several GPUs too, terms at the peak add up to it and each is above zero: gradients of
+    earlier micro batches are never more than there were, nor are gathered weights."""
+    zero = kind.startswith("zero")
+    sharding = Sharding(
+        kind=kind, bucket_elements=bucket if zero else None,
+        overlap_comm=flag if kind in ("zero1", "zero2") else None,
+        no_sync=flag if kind == "fsdp" else None,
+        max_live_elements=bucket if kind == "zero3" and flag else None,
+    )  # fmt: skip
+    assert plan.batch.seq_len
+    batch = replace(plan.batch, accumulation=accumulation)
+    report = estimate(replace(plan, sharding=sharding, batch=batch, hardware=Hardware(count=4)))
+    assert report.allocated_bytes and report.total() == report.allocated_bytes.expected
+    assert all(term.bytes > 0 for term in report.terms)
+
+
+@pytest.mark.parametrize("model", ["llava-onevision-0.5b", "t5-base", "gemma-3n-e2b"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_gradients_that_do_not_come_do_not_go(model: str, accumulation: int) -> None:
+    """ZeRO-1 lets go of every gradient at the end of backward: a tower that no image wakes has
+    none, and what is left is what a rank owns. The step of so short a batch is the worst moment."""
+    report = estimate(
+        Plan(
+            model=Model(name=model),
+            method=Method(kind="full"),
+            precision=Precision(weights="bf16", mixed="no"),
+            batch=Batch(micro=1, seq_len=16, accumulation=accumulation),
+            optimizer=OptimizerChoice(name="adamw_torch"),
+            sharding=Sharding(kind="zero1"),
+            hardware=Hardware(count=8),
+        )
+    )
+    assert all(term.bytes > 0 for term in report.terms)
+    assert any(term.name.startswith("gradients/") for term in report.terms)
+
+
 @few
 @given(plans(), st.integers(1, 4), st.integers(1, 200))
 def test_memory_never_falls_with_the_batch(plan: Plan, more: int, longer: int) -> None:

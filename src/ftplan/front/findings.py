@@ -126,6 +126,6 @@ def _not_evaluated(structure: Structure, job: Job) -> Iterator[Finding]:
             code="MEM006",
             severity="info",
             message="the evaluation (batch.eval_micro) is not in this answer: for this task or "
-            "sharding only training is sized",
+            "in a pipeline only training is sized",
             help="keep the evaluation's batch at or below the micro batch of training",
         )

@@ -100,7 +100,7 @@ def _run_block(
     apart = _spread(block) if recorder.fsdp.spec.ep > 1 else []
     own = {id(p) for experts in apart for _, p in experts.named_parameters()}
     weights = [p for _, p in block.named_parameters() if id(p) not in own]
-    unit = Unit("block", weights, place=recorder.place)
+    unit = Unit("block", weights, place=recorder.place, module=block)
     recorder.units.append(unit)
     recorder.fsdp.adopt(unit)
     for experts in apart:

@@ -20,7 +20,7 @@ from ftplan.memory.replay import Alive, Program
 from ftplan.memory.rollout import Rollout, Stage
 from ftplan.memory.statics import Counted, StaticTerm, weight_bytes, weights_term
 from ftplan.memory.steps import record_evaluation, record_step
-from ftplan.memory.tape import ITEM_BYTES, Label, Parameter
+from ftplan.memory.tape import ITEM_BYTES, Label, Parameter, Played
 from ftplan.memory.tasks import Objective, Resident, objective_of
 from ftplan.memory.zero import Layout, layout_of, live_bytes, partition, step_temporaries
 from ftplan.units import MIB
@@ -289,7 +289,8 @@ class Structure:
         self._fused = _fused_chunk(job, network, self.static_bytes)
         self.eval_micro = job.eval_micro
         evaluated = job.eval_micro and job.stage is None
-        self.evaluation = _evaluation_of(job, network, objective) if evaluated else None
+        trained, self.program.gathered = self.program.gathered, None  # it holds the whole record
+        self.evaluation = _evaluation_of(job, network, objective, trained) if evaluated else None
         self.rollout = Rollout(job, network, objective) if job.generates else None
         beside = self.evaluation is not None or self.rollout is not None
         self.asks_count = self.program.asks_count or beside
@@ -422,7 +423,8 @@ def _fused_chunk(job: Job, network: Network, static_bytes: int) -> Callable[[int
 
 
 def _without_gradients(static: Sequence[StaticTerm]) -> tuple[StaticTerm, ...]:
-    return tuple(term for term in static if not term.name.startswith("gradients/"))
+    """``zero_grad`` drops gradients; the buffers that DDP, ZeRO-3 and Megatron keep stay."""
+    return tuple(term for term in static if term.name != "gradients/accumulated")
 
 
 def structure_of(job: Job) -> Structure:
@@ -577,14 +579,17 @@ def _gathered_as(network: Network, dtype: str | None) -> None:
             parameter.dtype = dtype or parameter.dtype
 
 
-def _evaluation_of(job: Job, network: Network, objective: Objective) -> Program | None:
-    """A batch of the evaluation, where it is the model's own loss on one GPU's whole weights.
+def _evaluation_of(
+    job: Job, network: Network, objective: Objective, trained: Played | None
+) -> Program | None:
+    """A batch of the evaluation, where it is the model's own loss.
 
     None for others: the answer is then about training alone, and has to say so.
     """
-    if not objective.inside or job.sharding.kind in ("fsdp", "zero3"):
+    if not objective.inside:
         return None
-    recording = record_evaluation(network, job.environment)
+    sharded = job.sharding if job.sharding.kind in ("fsdp", "zero3") else None
+    recording = record_evaluation(network, job.environment, sharding=sharded, trained=trained)
     program = Program(recording, recording.phases())
     program.virtual_tokens = network.virtual_tokens
     return program

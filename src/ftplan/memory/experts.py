@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ftplan.dataclass import dataclass
 from ftplan.memory import ops
 from ftplan.memory.nn import Module, activation
 from ftplan.memory.tape import ONE, Grads, Size, Tape, Tensor
@@ -192,16 +193,14 @@ class Folded(Protocol):
         ...
 
 
+@dataclass(slots=True)
 class Routing:
     """What a router says of each token: ``weights`` and ``index`` (tokens x top_k)."""
 
-    __slots__ = ("index", "logits", "weights")
-
-    def __init__(self, logits: Tensor, weights: Tensor, index: Tensor) -> None:
-        self.logits = logits
-        """Tokens x experts; they live as long as the block's forward."""
-        self.weights = weights
-        self.index = index
+    logits: Tensor
+    """Tokens x experts; they live as long as the block's forward."""
+    weights: Tensor
+    index: Tensor
 
 
 class Router(Module):
@@ -435,7 +434,7 @@ class Experts(Module):
             operand = self.folded[name].fold(updates[name])
             folded.append(operand)
         else:
-            operand = x.tape.leaf(weight)
+            operand = x.tape.leaf(weight) if self.transposed else x.tape.view(weight)
         return grouped_linear(x, operand, offsets, width, bias)
 
 

@@ -18,7 +18,8 @@ from ftplan.dataclass import dataclass
 from ftplan.dtypes import find_format
 from ftplan.memory import ops
 from ftplan.memory.job import ShardingSpec
-from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Storage, Tape, Tensor
+from ftplan.memory.nn import Module
+from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Played, Storage, Tape, Tensor
 
 __all__ = ["ACCUMULATED", "BUFFERS", "Fsdp", "Unit", "shard_shape"]
 
@@ -51,6 +52,7 @@ class Unit:
     """Whole gradients of earlier micro batches, in the dtype that they will be reduced in."""
     place: int | str | None = None
     """The layer, where it is recorded by itself; else it stands for others too."""
+    module: Module | None = None
     times: dict[int, int] = field(default_factory=dict)
     """How many tensors of the model a parameter stands for, where that is not one."""
     experts: bool = False
@@ -72,6 +74,15 @@ class Fsdp:
         self.across: list[Storage] = []
         """Shards of gradients while replicas sum them, kept until backward has ended."""
         self.order: list[Unit] = []
+        self.beside = False
+        """Another network runs, which is sharded by itself."""
+
+    def played(self, trained: Played | None = None) -> Played | None:
+        """All is recorded: what comes between its segments at full depth, if anything.
+
+        ``trained``: the same of the training that an evaluation interrupts.
+        """
+        return None
 
     def ranks(self, unit: Unit) -> int:
         """Over how many ranks it is sharded."""

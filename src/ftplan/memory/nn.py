@@ -68,6 +68,10 @@ class Module:
         setattr(self, name, weight)
         return weight
 
+    def looks_at(self) -> Sequence[Parameter]:
+        """Weights of modules inside whose dtype the forward code asks for before they run."""
+        return ()
+
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """This module and all below it, with dotted names, parents first."""
         yield prefix, self
@@ -128,7 +132,8 @@ class Linear(Module):
         weight = tape.leaf(self.weight)
         if self.transposed:
             weight = _transposed(weight)
-        return ops.linear(x, weight, tape.leaf(self.bias) if self.bias else None)
+        bias = tape.leaf(self.bias) if self.bias else None
+        return ops.linear(x, weight, bias, plain=self.transposed)
 
     def together(self, x: Tensor, layers: Sequence[Linear]) -> list[Tensor] | None:
         """This layer and others on one input as one function, where a library has one."""
@@ -231,6 +236,11 @@ _KEEPS_OUTPUT = {"relu", "sigmoid", "tanh"}
 
 def activation(x: Tensor, name: str) -> Tensor:
     """An activation function by the name that config.json uses (``ACT2FN``)."""
+    out: Tensor = x.tape.runs(x, lambda x: _activate(x, name))
+    return out
+
+
+def _activate(x: Tensor, name: str) -> Tensor:
     if name in ("gelu_new", "gelu_accurate"):
         return _gelu_new(x)
     if name == "gelu_fast":
@@ -518,6 +528,11 @@ def _as_it_is(x: Tensor) -> Tensor:
 
 def rope_table(tape: Tape, width: int, dtype: str, rows: Size = SEQ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of ``width`` for each position, computed in fp32 and cast."""
+    made: tuple[Tensor, Tensor] = tape.runs(None, lambda _: _rope(tape, width, dtype, rows))
+    return made
+
+
+def _rope(tape: Tape, width: int, dtype: str, rows: Size) -> tuple[Tensor, Tensor]:
     angles = tape.tensor(rows, width, "fp32", "rope")
     cos, sin = (
         ops.to(ops.scale(angles, "rope"), dtype),

@@ -159,8 +159,15 @@ def autocast_fp32(x: Tensor) -> Tensor:
     return to(x, "fp32") if x.tape.env.autocast is not None and x.dtype != "fp64" else x
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "linear") -> Tensor:
-    """``x`` (rows x in) times a weight (out x in), plus a bias (out)."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "linear", *,
+    plain: bool = False,
+) -> Tensor:  # fmt: skip
+    """``x`` (rows x in) times a weight (out x in), plus a bias (out).
+
+    ``plain``: written as a product, not as ``F.linear``, which a library may have replaced.
+    """
+    own = x.tape.own_linear and not plain
     # operands are cast from the last to the first, as compilers evaluate autocast's arguments
     bias = None if bias is None else autocast(bias)
     weight = autocast(weight)
@@ -170,7 +177,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
     make = x.tape.product if bias is None else x.tape.tensor
     out = make(x.rows, out_features, x.dtype, name)
     part = x if x.part is None else x.part  # of tokens that other ranks have too
-    saved_x = part if records(weight) and weight.requires_grad else None
+    saved_x = part if records(x, weight) and (weight.requires_grad or own) else None
     saved_weight = weight if x.requires_grad else None
     rows, width, dtype = x.rows, x.width, x.dtype
     again = saved_x is not None and x.part is not None
@@ -189,7 +196,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "l
         grad_x = grad_x if has_bias else make_x(grad)
         for product in (grad_x, grad_weight):
             if product is not None:
-                product.based = grad.tape.views  # seen through a view or a transpose
+                product.based = not own  # seen through a view or a transpose
         del gathered
         if not has_bias:
             return grad_x, grad_weight

@@ -7,9 +7,9 @@ the borders of the blocks; :mod:`replay` then plays the segments as often as the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import field
+from dataclasses import field, replace
 
 from ftplan.dataclass import dataclass
 from ftplan.memory import ops
@@ -17,7 +17,17 @@ from ftplan.memory.env import Environment
 from ftplan.memory.families.native import Native
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.nn import Module, Network, Shared
-from ftplan.memory.tape import Label, Node, Size, Storage, Tape, Tensor, backward
+from ftplan.memory.tape import (
+    Label,
+    Node,
+    Played,
+    Segment,
+    Size,
+    Storage,
+    Tape,
+    Tensor,
+    backward,
+)  # fmt: skip
 
 __all__ = [
     "BORDER", "BOUNDARY", "HANDED", "PREVIOUS", "Recorder", "Recording", "Segment", "States",
@@ -28,15 +38,6 @@ BOUNDARY = Label("activations", "block inputs")
 HANDED = Label("activations", "tokens that a layer picked")
 BORDER = Label("temporary", "gradient between blocks")
 PREVIOUS = Label("logits", "the batch before")
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A run of events ``[start, stop)`` of the tape."""
-
-    name: str
-    start: int
-    stop: int
 
 
 @dataclass(slots=True)
@@ -72,7 +73,7 @@ class Recording:
     dropped: list[Segment] = field(default_factory=list)
     """Per forward segment: what dies when backward has ended: with the graph, with hooks, or with
     the model's cache, where the caller keeps that."""
-    after: Segment = Segment("", 0, 0)
+    after: Segment = field(default_factory=lambda: Segment("", 0, 0))
     """What else dies then."""
     saved: set[int] = field(default_factory=set)
     """Storages that are alive between forward and backward."""
@@ -80,6 +81,8 @@ class Recording:
     """Per forward segment: what of it the loop still holds when the next batch enters."""
     replaced: list[Segment] = field(default_factory=list)
     """The same, where the next batch's outputs take its place."""
+    gathered: Played | None = None
+    """Puts what ZeRO-3 gathers into the phases."""
 
     def phases(self, *, under_way: int = 0) -> list[tuple[str, list[Segment]]]:
         """Forward and backward of the model at full depth, as segments in order.
@@ -90,29 +93,43 @@ class Recording:
         order, after = self.forward_order, [*self.cast_order, *self.tail_order]
         everything = [*order, *after] if self.carried else []
         forward = [self.carried[index] for index in everything]
-        forward += [self.forward[index] for index in order]
+        forward += self._placed(self.forward, order)
         forward += [self.autocast_exit[index] for index in order]
         forward += [self.forward[index] for index in self.cast_order]
         forward += [self.cache_exit[index] for index in order]
         forward += [self.replaced[index] for index in everything]
-        forward += [self.forward[index] for index in self.tail_order]
+        forward += self._placed(self.forward, self.tail_order)
         phases = [("forward", forward)]
         if self.before_order:
-            phases.insert(0, ("scoring", [self.forward[index] for index in self.before_order]))
+            phases.insert(0, ("scoring", self._placed(self.forward, self.before_order)))
         if self.backward:
             backward: list[Segment] = []
-            order = list(reversed(order + after))
-            for index in order:
-                backward.append(self.backward[index])
+            order = order + after
+            places = self._placed(self.backward, order)
+            for index, place in zip(reversed(order), reversed(places), strict=True):
+                backward.append(place)
                 if index in self.regained:
                     backward.append(self.regained[index])
+            order = list(reversed(order))
             dropped = [self.dropped[index] for index in order]
             phases.append(("backward", [*backward, *dropped, self.after]))
         if under_way:
             phases.insert(0, ("warm-up", forward * under_way))
         if self.once:
             phases.insert(0, ("receive", [self.forward[index] for index in self.once]))
-        return phases
+        return phases if self.gathered is None else self.gathered(phases)
+
+    def _placed(self, segments: Sequence[Segment], order: Sequence[int]) -> list[Segment]:
+        """The segments in order, blocks with their layers: each pass of the model has them all."""
+        blocks = [self.forward[index].name == "block" for index in self.forward_order]
+        depth, layer, placed = max(1, sum(blocks)), 0, []
+        for index in order:
+            segment = segments[index]
+            if self.forward[index].name == "block":
+                segment = replace(segment, layer=layer % depth)
+                layer += 1
+            placed.append(segment)
+        return placed
 
 
 @dataclass(slots=True)
@@ -155,7 +172,7 @@ class Recorder:
         """Make the root a unit; blocks become one as they run."""
         self.fsdp = fsdp
         own = {id(p): p for _, p in self.network.named_parameters()}  # tied weights once
-        root = Unit("root", list(own.values()))
+        root = Unit("root", list(own.values()), module=self.network)
         if fsdp.spec.wrap == "model":
             for stage in self.network.stages:
                 root.times.update(stage.stack.times())
@@ -177,11 +194,12 @@ class Recorder:
         if self.fsdp is not None:
             order = list(self.fsdp.order)
             self.units = [Unit("root", [])] if beside else self.units[:1]
+            self.fsdp.beside = beside
         yield
         self.network, fsdp, self.units = before
         self.blocks = blocks
         if fsdp is not None:
-            fsdp.order = order
+            fsdp.order, fsdp.beside = order, False
 
     def begin_root(self) -> None:
         """Gather what belongs to no block."""
@@ -208,7 +226,7 @@ class Recorder:
         self.tape.weight_cache, self.tape.cached, self.tape.attributes = {}, [], []
         return index
 
-    def end_step(self, shared: Shared) -> None:
+    def end_step(self, shared: Shared, trained: Played | None = None) -> None:
         """The caller lets go of what the model returned, and of what every block was handed."""
         own = self.network if isinstance(self.network, Native) else None
         outlive = own is not None and own.outputs_outlive_step
@@ -221,6 +239,8 @@ class Recorder:
         self.recording.after = Segment("outputs dropped", start, len(self.tape.events))
         if own is not None and own.meets_previous:
             self._carry()
+        if self.fsdp is not None:
+            self.recording.gathered = self.fsdp.played(trained)
 
     def _carry(self) -> None:
         """What the loop holds of this batch is there when the next one enters."""

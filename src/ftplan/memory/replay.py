@@ -121,6 +121,8 @@ class Program:
         self._parts = tape.env.sequence_parts
         self._spans: list[tuple[int, int]] = []
         """Per segment: its events on the tape."""
+        self.gathered = recording.gathered
+        """What ZeRO-3 gathers, where an evaluation goes on from there."""
         self.asks_count = tape.asks_count
         """Whether the record is another one for one sequence than for several."""
         self.virtual_tokens = 0

@@ -19,7 +19,7 @@ from ftplan.memory.loss import classify_loss, compute_loss, model_outputs
 from ftplan.memory.nn import Network, Shared
 from ftplan.memory.pipeline import PipelineStage
 from ftplan.memory.record import Recorder, Recording, States, run_backward
-from ftplan.memory.tape import BATCH, ITEM_BYTES, TOKENS, Parameter, Size, Tape, Tensor
+from ftplan.memory.tape import BATCH, ITEM_BYTES, TOKENS, Parameter, Played, Size, Tape, Tensor
 from ftplan.memory.tasks import Objective
 from ftplan.memory.zero import Zero, layout_of
 
@@ -197,15 +197,27 @@ def record_scoring(network: Network, env: Environment, completion: int) -> Recor
     return recorder.recording
 
 
-def record_evaluation(network: Network, env: Environment) -> Recording:
-    """A batch that is evaluated: loss and logits without a graph, the logits kept for metrics."""
+def record_evaluation(
+    network: Network,
+    env: Environment,
+    *,
+    sharding: ShardingSpec | None = None,
+    trained: Played | None = None,
+) -> Recording:
+    """A batch that is evaluated: loss and logits without a graph, the logits kept for metrics.
+
+    ``sharding``: by FSDP or ZeRO-3. ``trained``: what ZeRO-3 gathers in training.
+    """
     # Liger leaves out the logits in training only (liger_kernel: skip_logits = self.training)
     loss = "full" if env.loss == "fused" else env.loss
     env = replace(env, training=False, keep_outputs=True, loss=loss)
     recorder = Recorder(network, env)
     tape = recorder.tape
+    if sharding is not None:
+        recorder.shard(_sharded(network, tape, sharding, accumulated=False))
     with tape.no_grad():
         inputs = [*_inputs(tape), *network.inputs(tape), *network.tables(tape)]
+        recorder.begin_root()
         recorder.order.append(recorder.cut("inputs"))
         shared = Shared()
         x: Tensor | None = None
@@ -217,11 +229,12 @@ def record_evaluation(network: Network, env: Environment) -> Recording:
         states = [x]
         del x
         loss_value, outputs = _loss(recorder, states, None)
+        loss_value = recorder.end_root(loss_value)
         recorder.order.append(recorder.cut("the model returns"))
         recorder.end_autocast(outputs)
     recorder.recording.saved = _alive(tape)
     del inputs, loss_value
-    recorder.end_step(shared)
+    recorder.end_step(shared, trained)
     return recorder.recording
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import field
 from sys import getrefcount
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from ftplan.dataclass import dataclass
 from ftplan.memory.env import Environment
@@ -39,8 +39,11 @@ __all__ = [
     "Label",
     "Node",
     "Parameter",
+    "Phases",
+    "Played",
     "Product",
     "Rerun",
+    "Segment",
     "Size",
     "Storage",
     "Tape",
@@ -117,6 +120,21 @@ class Label:
     """The part of the block, or else the operation, that made it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of events ``[start, stop)`` of the tape."""
+
+    name: str
+    start: int
+    stop: int
+    layer: int = -1
+    """Of a block in the model at full depth."""
+
+
+Phases = list[tuple[str, list[Segment]]]
+"""What a step plays, in order, by phase."""
+Played = Callable[[Phases], Phases]
+"""Puts what is gathered for a while between what was recorded."""
 Kind = Literal["linear", "attention", "hidden"]
 """Of a product. ``hidden``: scores that a mask hides and the kernel does not compute, to be taken
 off what it would compute without one."""
@@ -206,8 +224,14 @@ class Tape:
     chunks_played: int = 1
     """How many chunks of the loss are on the tape for all there are; 0: the others are there too,
     as one."""
-    views: bool = True
-    """A linear layer hands out its gradients as views, which autograd will not add to in place."""
+    own_linear: bool = False
+    """``F.linear`` is a function of DeepSpeed's (``LinearFunctionForZeroStage3``): it keeps its
+    input whatever trains. What PyTorch's hands out are views, which autograd will not add to in
+    place; this one's are products."""
+    viewed: Callable[[Parameter], Storage] | None = None
+    """Where weights are gathered for a while: stands for a view that the graph keeps of one."""
+    module_hook: Callable[[Tensor | None, Callable[[Any], Any]], Any] | None = None
+    """Runs a function that is a module without weights, where modules have hooks."""
     selected: Selected | None = None
     """Inside a block that is checkpointed by operation."""
     asks_count: bool = False
@@ -301,6 +325,17 @@ class Tape:
         tensor = Tensor(self, None, ONE * rows, width, parameter.dtype)
         tensor.requires_grad = parameter.trainable
         tensor.node = parameter if parameter.trainable else None
+        return tensor
+
+    def runs(self, x: Tensor | None, forward: Callable[[Any], Any]) -> Any:
+        """What is a function here and a module without weights there."""
+        return forward(x) if self.module_hook is None else self.module_hook(x, forward)
+
+    def view(self, parameter: Parameter) -> Tensor:
+        """A view of a weight: what keeps it keeps the weight as it was when it was gathered."""
+        tensor = self.leaf(parameter)
+        if self.viewed is not None:
+            tensor.storage = self.viewed(parameter)
         return tensor
 
     @contextmanager
@@ -624,12 +659,15 @@ def _expand(node: Node, tape: Tape) -> tuple[list[Node], Rerun]:
 
 
 def _arrive(parameter: Parameter, grad: Tensor | None) -> None:
-    """Gradients of one parameter are summed; the last one to come makes ``.grad``."""
+    """Gradients of one parameter are summed."""
     held = parameter.sum
     if grad is not None:
         parameter.sum = _own(grad) if held is None else _sum(held, grad)
-    held = grad = None
     parameter.pending -= 1
+
+
+def _settle(parameter: Parameter) -> None:
+    """The last gradient to come makes ``.grad``, when only the sum is left of them."""
     if parameter.pending == 0 and parameter.sum is not None:
         total, parameter.sum = parameter.sum, None
         _accumulate(parameter, total)
@@ -678,10 +716,10 @@ def _as_many(grad: Tensor, rows: Size, width: int) -> bool:
 
 def _own(grad: Tensor) -> Tensor:
     """A gradient that somebody else holds too is copied (``AccumulateGrad::accumulateGrad``)."""
-    # references here: backward's results, its zip, its variable, two arguments, getrefcount's own
+    # references here: backward's variable, two arguments, getrefcount's own
     return (
         grad
-        if getrefcount(grad) <= 6
+        if getrefcount(grad) <= 4
         else grad.tape.tensor(grad.rows, grad.width, grad.dtype, "gradient copy")
     )
 
@@ -731,11 +769,15 @@ def backward(
         del grads
         node.apply = None  # what was saved for this node is released
         edges, node.edges = node.edges, ()
-        for edge, result in zip(edges, results, strict=True):
+        assert len(edges) == len(results), node.name
+        for place, edge in enumerate(edges):
+            result, results[place] = results[place], None
             if edge is None:
                 continue
             if isinstance(edge, Parameter):
                 _arrive(edge, result)
+                result = None
+                _settle(edge)
                 continue
             child, number = edge
             held = child.buffers[number]

@@ -89,6 +89,7 @@ def all_terms(result: Estimate, workspace: int) -> list[Term]:
             source=t.source,
         )
         for t in result.static
+        if t.bytes + freed.get(t.name, 0)
     ]
     terms += moment_terms(result.alive)
     if result.step_temporary_bytes:

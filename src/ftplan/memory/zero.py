@@ -19,12 +19,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from ftplan.dataclass import dataclass
-from ftplan.dtypes import find_format
-from ftplan.memory.fsdp import ACCUMULATED, BUFFERS, Fsdp, Unit
+from ftplan.memory.fsdp import ACCUMULATED, Fsdp, Unit
+from ftplan.memory.gathering import Gathering, stored
+from ftplan.memory.hooks import Hooks, Visit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Network
-from ftplan.memory.prepare import counted_parameters
-from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Storage, Tape
+from ftplan.memory.statics import weight_bytes
+from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Played, Storage, Tape
 
 __all__ = ["Layout", "Zero", "layout_of", "live_bytes", "partition", "step_temporaries"]
 
@@ -60,14 +61,10 @@ class Layout:
     """One block."""
     calm: int
     """Blocks whose gradients go into one later bucket, at least."""
-    live_bytes: int
-    """Stage 3: bytes of the weights that are gathered at once."""
-    whole_live: bool
-    """Stage 3: all weights may be gathered at once, and each goes once it has been used."""
-    table_bytes: int
-    """The largest table of embeddings, which is gathered once more at the very end."""
     first: int
     """What fills the first bucket, where it fills when backward has ended (stage 1)."""
+    gradients: tuple[Parameter, ...]
+    """Whose gradients there may be, one entry for each tensor."""
 
 
 def trained_in_order(network: Network) -> list[Parameter]:
@@ -81,7 +78,7 @@ def trained_in_order(network: Network) -> list[Parameter]:
 
 def layout_of(network: Network, spec: ShardingSpec) -> Layout:
     """The cut: weights of two dimensions and the others are groups of their own (Trainer)."""
-    trained, counted = trained_in_order(network), counted_parameters(network)
+    trained = trained_in_order(network)
     ranks = spec.data_ranks
     kinds = [
         [p for p in trained if len(p.shape) > 1],
@@ -116,17 +113,8 @@ def layout_of(network: Network, spec: ShardingSpec) -> Layout:
         quiet=_blocks(network, spec.bucket_elements, first=True),
         calm=_blocks(network, spec.bucket_elements, first=False),
         block=_block(network),
-        live_bytes=live_bytes(spec, counted),
-        whole_live=sum(_stored(p)[0] * n for p, n, _ in counted) <= spec.max_live_elements,
-        table_bytes=max(
-            (
-                p.numel * ITEM_BYTES[p.dtype]
-                for p, _, _ in counted
-                if p.embedding and p.dtype in ITEM_BYTES
-            ),
-            default=0,
-        ),
         first=_first_fill([*groups[0], *groups[1]], spec.bucket_elements),
+        gradients=tuple(trained),
     )
 
 
@@ -186,11 +174,13 @@ class Zero(Fsdp):
         self._parts: list[Storage] = []
         self._filled = 0
         self._turn = self._quiet = 0
-        self._live: list[Storage] = []
+        self._hooks = Hooks(tape) if spec.kind == "zero3" else None
+        self._whole: dict[int, Visit] = {}
+        """Units as modules, which have others in them."""
         self._large: Parameter | None = None
         """Stage 3: whose gradient is larger than the bucket, and waits for the next one to come."""
         tape.step_of = self._arrive
-        tape.views = spec.kind != "zero3"  # ``LinearFunctionForZeroStage3`` returns products
+        tape.own_linear = spec.kind == "zero3"
 
     def place(self, layer: int, count: int) -> int | str | None:
         """Blocks that are recorded by themselves: the first, the last, that of the first bucket.
@@ -206,41 +196,54 @@ class Zero(Fsdp):
     def adopt(self, unit: Unit) -> None:
         """Know the unit of each gradient; stage 1 adds to those of earlier micro batches."""
         self.units.append(unit)
+        if self._hooks is not None and unit.name == "block" and not self.beside:
+            self._whole[id(unit)] = self._hooks.watch(unit)
         for parameter in unit.parameters:
             self._unit_of[id(parameter)] = unit
             if self.waits and self.accumulated and parameter.trainable:
                 parameter.grad = self.tape.leaf(parameter)
 
     def begin_forward(self, unit: Unit) -> None:
-        """Stage 3: weights are gathered, and stay where all of them may."""
-        if self.spec.kind == "zero3" and self.layout.whole_live:
-            size = sum(n * item for n, item in map(_stored, unit.parameters))
-            unit.gathered = [self._named(ONE * size, "live weights")]
+        """Stage 3 fetches weights as modules ask for them; a block is one that has none."""
+        self._mark(unit, fetches=True, forward=True)
 
     def end_forward(self, unit: Unit) -> None:
-        """Nothing is freed at the borders of blocks."""
+        """The module has ended."""
+        self._mark(unit, fetches=False, forward=True)
 
     def begin_model(self, root: Unit) -> None:
-        """Stage 3 soon has as many weights as it may have."""
-        if self.spec.kind == "zero3" and self.layout.whole_live:
-            self.begin_forward(root)
-        elif self.spec.kind == "zero3":
-            self._live.append(self._named(ONE * self.layout.live_bytes, "live weights"))
+        """``_start_of_forward_hook``: the model is the first module, inside PEFT's if need be."""
+        if self._hooks is not None and not self.beside and id(root) not in self._whole:
+            self._whole[id(root)] = self._hooks.watch(root)
+        added = any(p.added for unit in (root, *self.units) for p in unit.parameters)
+        for _ in range(3 if added else 1):
+            self._mark(root, fetches=True, forward=True)
 
     def end_model(self, root: Unit) -> None:
         """Nor at the end of the model."""
 
     def begin_backward(self, unit: Unit) -> None:
-        """Nothing is gathered at the borders of blocks."""
+        """A gradient of its output wakes the module."""
+        self._mark(unit, fetches=True, forward=False)
+
+    def _mark(self, unit: Unit, *, fetches: bool, forward: bool) -> None:
+        if self._hooks is not None and not self.beside and id(unit) in self._whole:
+            self._hooks.mark(self._whole[id(unit)], fetches=fetches, forward=forward)
 
     def end_backward(self, unit: Unit) -> None:
         """Gradients have gone as they arrived, and weights with the last use of them."""
-        unit.gathered = []
-        if unit.place == 0 and self._live:
-            self._live.clear()
-            self._live.append(self._named(ONE * self.layout.table_bytes, "live weights"))
         if unit.place == self._turn > 0 and not self.waits:
             self._own_part()
+        if unit.name == "block":
+            self._mark(unit, fetches=False, forward=False)
+
+    def played(self, trained: Played | None = None) -> Played | None:
+        """Stage 3: the live weights, which between two steps are those of the batch before too."""
+        if self._hooks is None:
+            return None
+        self._hooks.unhook()
+        before = trained if isinstance(trained, Gathering) else None
+        return Gathering(self._hooks, self.spec, 2 if self.accumulated or before else 1, before)
 
     def _arrive(self, parameter: Parameter) -> int | None:
         """A gradient is there: bytes needed to reduce a bucket now; None: it stays as it is."""
@@ -334,9 +337,6 @@ class Zero(Fsdp):
         if self.waits:
             self._drop_gradients()
         self._buckets.clear()
-        self._live.clear()
-        for unit in units:
-            unit.gathered = []
         if self.accumulated and not self.waits:
             self._parts.clear()  # added to the part of earlier micro batches
 
@@ -346,15 +346,16 @@ class Zero(Fsdp):
 
     def _drop_gradients(self) -> None:
         """Every gradient has gone into a bucket: those of the layers that are like these, too."""
-        if not self._own_gradients():
+        own = self._own_gradients()
+        if not own:
             return
-        there = sum(p.numel for p in self._own_gradients())
-        for parameter in self._own_gradients():
+        size = sum(weight_bytes(p) for p in self.layout.gradients if p.reached)
+        if not self.accumulated:
+            size -= sum(weight_bytes(p) for p in own)
+        for parameter in own:
             parameter.grad = None
-        if self.accumulated:  # static until now
-            self.tape.before(ONE * (self.layout.total * self.layout.item), ACCUMULATED)
-        else:
-            self.tape.before(ONE * ((self.layout.total - there) * self.layout.item), GRADIENTS)
+        # of earlier micro batches, which were static until now; or those of the other layers
+        self.tape.before(ONE * size, ACCUMULATED if self.accumulated else GRADIENTS)
 
     def _own_gradients(self) -> list[Parameter]:
         found = {id(p): p for unit in self.units for p in unit.parameters if p.grad is not None}
@@ -376,7 +377,7 @@ def live_bytes(spec: ShardingSpec, counted: Sequence[tuple[Parameter, int, bool]
     """
     elements = total = stay = 0
     for parameter, times, _ in counted:
-        count, item = _stored(parameter)
+        count, item = stored(parameter)
         elements += count * times
         total += count * times * item
         if count <= spec.persistence_elements:  # gathered once, to stay
@@ -385,15 +386,6 @@ def live_bytes(spec: ShardingSpec, counted: Sequence[tuple[Parameter, int, bool]
         return 0
     live = stay + min(elements - stay, spec.max_live_elements + spec.prefetch_elements)
     return total * live // elements
-
-
-def _stored(parameter: Parameter) -> tuple[int, int]:
-    """Elements of a weight as it is stored, and bytes of each: packed values are bytes."""
-    if parameter.dtype.startswith(BUFFERS):
-        return 0, 0
-    if parameter.dtype in ITEM_BYTES:
-        return parameter.numel, ITEM_BYTES[parameter.dtype]
-    return find_format(parameter.dtype).storages(parameter.shape)[0], 1
 
 
 def step_temporaries(spec: ShardingSpec, layout: Layout, optimizer_bytes: int) -> int:

@@ -195,6 +195,69 @@ OFFLOAD_REGIMES: dict[str, Mapping] = {
     },
 }  # fmt: skip
 """The same with states, or weights too, on the host."""
+SMALL: Mapping = {
+    "bucket_elements": 16_777_216, "prefetch_elements": 15_099_494, "persistence_elements": 40_960,
+}  # fmt: skip
+GATHER_REGIMES: dict[str, Mapping] = {
+    "zero3-full-small-buckets-kept": {"method": FULL, "precision": BF16, "sharding": SMALL},
+    "zero3-lora-small-buckets": {
+        "method": LORA, "precision": BF16, "gradient_checkpointing": True, "sharding": SMALL,
+    },
+    "zero3-full-few-live": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+        "sharding": {"max_live_elements": 200_000_000, "prefetch_elements": 20_000_000},
+    },
+    "zero3-lora-kept": {"method": LORA, "precision": BF16},
+    "zero3-full-offloaded-small-buckets": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+        "sharding": {**SMALL, "offload": "optimizer"},
+    },
+    "zero3-full-params-offloaded-few-live": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+        "sharding": {"offload": "params", "max_live_elements": 100_000_000},
+    },
+    "zero3-full-accumulated-kept": {
+        "method": FULL, "precision": BF16, "batch": {"accumulation": 4}, "sharding": SMALL,
+    },
+    "zero3-full-fp32": {
+        "method": FULL, "precision": {"weights": "fp32", "mixed": "no"},
+        "sharding": {"max_live_elements": 300_000_000},
+    },
+    "zero3-full-little-prefetched": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+        "sharding": {"prefetch_elements": 1, "bucket_elements": 50_000_000},
+    },
+}  # fmt: skip
+"""Regimes of ZeRO-3 that differ in what is gathered when."""
+EVALUATED: Mapping = {"batch": {"eval_micro": 8}, "gradient_checkpointing": True}
+EVALUATED_REGIMES: dict[str, Mapping] = {
+    "zero3-lora-evaluated": {
+        **EVALUATED, "precision": BF16,
+        "method": {**LORA, "targets": "attention", "adapter_dtype": "bf16"},
+        "sharding": {**SMALL, "max_live_elements": 200_000_000},
+    },
+    "fsdp2-full-evaluated": {**EVALUATED, "method": FULL, "precision": BF16},
+    "zero3-full-evaluated": {**EVALUATED, "method": FULL, "precision": BF16},
+    "fsdp1-full-mixed-evaluated": {**EVALUATED, "method": FULL, "precision": AMP},
+    "zero3-full-params-offloaded-evaluated": {
+        **EVALUATED, "method": FULL, "precision": BF16, "sharding": {**SMALL, "offload": "params"},
+    },
+    "fsdp2-lora-kept-evaluated": {
+        **EVALUATED, "method": LORA, "precision": BF16,
+        "sharding": {"reshard_after_forward": False},
+    },
+    "ddp-full-evaluated": {**EVALUATED, "method": FULL, "precision": BF16},
+    "zero3-full-small-buckets-evaluated": {
+        "batch": {"eval_micro": 4, "accumulation": 2}, "gradient_checkpointing": True,
+        "method": FULL, "precision": BF16, "sharding": SMALL,
+    },
+}  # fmt: skip
+"""Regimes with an evaluation between two steps."""
+GATHERED = (
+    "llama-3.1-8b", "qwen2.5-7b", "mistral-7b-v0.1", "pythia-1.4b", "opt-1.3b", "smollm2-1.7b",
+    "qwen3-4b", "phi-3-mini", "olmo-2-7b", "granite-3.1-2b", "gpt2-xl", "gemma-2-2b",
+    "olmoe-1b-7b", "llama-3.2-1b", "qwen2.5-0.5b", "falcon-7b",
+)  # fmt: skip
 
 ATTENTION: Mapping = {**LORA, "targets": ["q_proj", "o_proj"]}
 """peft 0.21 cannot adapt experts that are spread: its update and their weights do not mix."""
@@ -286,6 +349,9 @@ def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, 
     yield from _jobs(name, ZERO_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
     if name in RINGED:
         yield from _jobs(name, OFFLOAD_REGIMES, 1)
+    if name in GATHERED:
+        yield from _jobs(name, GATHER_REGIMES, 1)
+        yield from _jobs(name, EVALUATED_REGIMES, 1)
 
 
 def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[str, Mapping, int]]:

@@ -317,6 +317,7 @@ def _run(
     else:
         _prime(job, model, optimizer, ledger)
     end = _one_step(job, model, optimizer, forward, ledger, say, 2)
+    evaluate(job, model, forward, ledger)
     return end, full or len(reached) == len({id(p) for p in trained})
 
 
@@ -373,6 +374,26 @@ def _one_step(
     optimizer.zero_grad(set_to_none=True)
     ledger.enter("end", step + 1)
     return forward_end
+
+
+EVALUATED = 3
+"""Batches of an evaluation: what one leaves behind the next one meets."""
+
+
+def evaluate(job: Job, model: Any, forward: Callable[..., Any], ledger: Ledger) -> None:
+    """The evaluation between two steps, of which the caller keeps the losses alone."""
+    if not job.eval_micro:
+        return
+    ledger.enter("evaluation", 2)
+    model.eval()
+    losses = []
+    for _ in range(EVALUATED):
+        batch = batch_of(replace(job, micro=job.eval_micro))
+        ledger.mark([t for t in batch.values() if t is not None], "inputs")
+        with torch.no_grad():
+            losses.append(forward(**batch)["loss"])
+    model.train()
+    ledger.enter("end", 3)
 
 
 def _sync(job: Job, model: Any, *, last: bool) -> None:

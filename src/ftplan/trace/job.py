@@ -89,6 +89,8 @@ class Job:
     ep: int
     zero: dict[str, Any]
     """DeepSpeed's ``zero_optimization``."""
+    eval_micro: int = 0
+    """Sequences of a batch that is evaluated after the second step; 0: none is."""
     traced_rank: int = 0
     """ZeRO-1 and 2: 1 stands for the rank that owns the most gradients, but for the first."""
 
@@ -271,6 +273,7 @@ def resolve(plan: Plan) -> Job:
         cp=sharding.cp or 1,
         ep=sharding.ep or 1,
         zero=_zero(sharding),
+        eval_micro=plan.batch.eval_micro or 0,
     )
 
 

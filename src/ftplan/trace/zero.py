@@ -95,7 +95,7 @@ def _without_values() -> Iterator[None]:
 
 def run_steps(job: Job, model: Any, ledger: Ledger, mark: Callable[[Any], None]) -> int:
     """Two steps of DeepSpeed's engine; the clock at the end of the second step's last forward."""
-    from ftplan.trace.core import batch_of
+    from ftplan.trace.core import batch_of, evaluate
 
     ledger.scalar_answer = lambda tensor, _phase: _some_value(tensor)
     dtype = {"bfloat16": "bf16", "float16": "fp16"}.get(_dtype(job))
@@ -136,6 +136,7 @@ def run_steps(job: Job, model: Any, ledger: Ledger, mark: Callable[[Any], None])
                 ledger.enter("step", step)
                 engine.step()
             ledger.enter("end", step + 1)
+        evaluate(job, engine, engine, ledger)
     return forward_end
 
 

@@ -82,6 +82,9 @@ class LoraLinear(Adapted):
             )
         self.dropout = spec.dropout
 
+    def looks_at(self) -> Sequence[Parameter]:
+        return (self._down.weight,)
+
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer
         if isinstance(base, QuantizedLinear) and (base.bitsandbytes or x.tape.env.unpacks_gptq):
@@ -156,7 +159,8 @@ class LoraLinear(Adapted):
 
     def _delta(self, x: Tensor) -> Tensor:
         # what dropout returns has no name: it goes when the first matrix has seen it
-        low = self.lora_A.default.forward(ops.dropout(x, self.dropout))
+        dropped = x.tape.runs
+        low = self.lora_A.default.forward(dropped(x, lambda x: ops.dropout(x, self.dropout)))
         return ops.scale(self.lora_B.default.forward(low))
 
     def _forward_dora(self, x: Tensor, result: Tensor) -> Tensor:

@@ -33,10 +33,10 @@ from ftplan.memory.tape import SCORES, TOKENS, Tape, Tensor
 
 
 class FalconLinear(Linear):
-    """A product and, where there is a bias, a sum of its own."""
+    """A product with a view of the weight and, where there is a bias, a sum of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = ops.linear(x, x.tape.leaf(self.weight))
+        out = ops.linear(x, x.tape.view(self.weight), plain=True)
         return ops.add(out, x.tape.leaf(self.bias)) if self.bias else out
 
 

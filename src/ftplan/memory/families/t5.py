@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend, make_mask
 from ftplan.memory.families.llama import Config
@@ -186,6 +188,9 @@ class FeedForward(Module):
             self.wi = Linear(hidden, inner)
         self.wo = Linear(inner, hidden)
         self.dropout = config.get("dropout_rate") or 0.0
+
+    def looks_at(self) -> Sequence[Parameter]:
+        return (self.wo.weight,)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:

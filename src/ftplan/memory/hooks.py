@@ -1,0 +1,192 @@
+"""Hooks on every module, as DeepSpeed's ZeRO-3 has them: they leave marks on the tape.
+
+A module starts forward before its code runs, and backward with the gradient of an output; it has
+ended forward after its code, and backward with the gradient of its last input
+(deepspeed/runtime/zero/parameter_offload.py, 0.19.8: ``_register_deepspeed_module``,
+``PreBackwardFunctionForModule``, ``PostBackwardFunctionModule``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
+from typing import Any
+
+from ftplan.dataclass import dataclass
+from ftplan.memory import ops
+from ftplan.memory.experts import Routing
+from ftplan.memory.fsdp import Unit
+from ftplan.memory.nn import Module
+from ftplan.memory.tape import NOTHING, Parameter, Storage, Tape, Tensor
+
+__all__ = ["Hooks", "Mark", "View", "Visit"]
+
+
+@dataclass(slots=True, eq=False)
+class Visit:
+    """A module that runs."""
+
+    unit: Unit
+    path: str
+    """In the unit."""
+    parameters: list[Parameter]
+    around: Visit | None = None
+    """A module that has no forward code here, and runs while those in it do."""
+    looks_at: Sequence[Parameter] = ()
+    """Weights of modules inside that DeepSpeed finds away, and from then on fetches with this one
+    (``register_external_parameter``)."""
+    called: bool = False
+    first: dict[bool, Visit] = field(default_factory=dict)
+    """Of a module without forward code: which of those in it runs first, each way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A moment at which a module starts (its weights are fetched) or has ended."""
+
+    visit: Visit
+    fetches: bool
+    forward: bool
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The graph keeps a view of a weight, from the birth of a storage to its death."""
+
+    unit: Unit
+    parameter: Parameter
+
+
+class Hooks:
+    """Hooks on the modules of every unit, which leave marks on the tape."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        tape.viewed, tape.module_hook = self._viewed, self._runs
+        self._nameless = Visit(Unit("nameless", []), "", [])
+        self.marks: dict[int, Mark | View] = {}
+        """By the storage without bytes that stands for the mark."""
+        self._unit_of: dict[int, Unit] = {}
+        self.visits: list[Visit] = []
+        self._before: list[tuple[Module, Callable[..., Any] | None]] = []
+
+    def watch(self, unit: Unit) -> Visit:
+        """Hook every module of the unit but the unit itself, which is returned."""
+        assert unit.module is not None
+        self._unit_of.update((id(parameter), unit) for parameter in unit.parameters)
+        whole = Visit(unit, "", list(unit.module.parameters.values()))
+        around: dict[str, Visit | None] = {"": None}
+        for path, module in unit.module.named_modules():
+            if not path:
+                continue
+            outer = around[path.rpartition(".")[0]]
+            visit = Visit(unit, path, list(module.parameters.values()), outer)
+            visit.looks_at = module.looks_at()
+            if hasattr(module, "forward"):
+                around[path] = None
+                self._hook(module, visit)
+            else:
+                around[path] = outer if _is_list(module) else visit
+                if around[path] is outer:
+                    continue
+            self.visits.append(visit)
+        self.visits.append(whole)
+        return whole
+
+    def unhook(self) -> None:
+        """The step has been recorded: modules run by themselves again."""
+        for module, own in reversed(self._before):
+            _restore(module, own)
+        self.tape.viewed = self.tape.module_hook = None
+
+    def _hook(self, module: Module, visit: Visit) -> None:
+        own: Any = vars(module).get("forward")
+        if hasattr(own, "hooked"):  # a copy of a block that has hooks
+            own = own.hooked
+            _restore(module, own)
+        self._before.append((module, own))
+        forward = module.forward
+
+        def hooked(*args: Any, **kwargs: Any) -> Any:
+            return self._run(visit, forward, args, kwargs)
+
+        hooked.hooked = own  # type: ignore[attr-defined]
+        module.forward = hooked
+
+    def _run(
+        self, visit: Visit, forward: Callable[..., Any], args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:  # fmt: skip
+        left = [0]
+        self.mark(visit, fetches=True, forward=True)
+        out = forward(*(self._enter(value, visit, left) for value in args), **kwargs)
+        self.mark(visit, fetches=False, forward=True)
+        return self._leave(out, visit)
+
+    def _runs(self, x: Tensor | None, forward: Callable[[Any], Any]) -> Any:
+        return self._run(self._nameless, forward, (x,), {})
+
+    def mark(self, visit: Visit, *, fetches: bool, forward: bool) -> None:
+        """A storage without bytes that comes and goes: what moves events moves it too."""
+        visit.called = True
+        outer = visit.around
+        if outer is not None and fetches and outer.first.setdefault(forward, visit) is visit:
+            self.mark(outer, fetches=True, forward=forward)
+        storage = self.tape.allocate(NOTHING, "mark")
+        self.marks[storage.index] = Mark(visit, fetches, forward)
+
+    def _viewed(self, parameter: Parameter) -> Storage:
+        storage = self.tape.allocate(NOTHING, "view")
+        if id(parameter) in self._unit_of:
+            self.marks[storage.index] = View(self._unit_of[id(parameter)], parameter)
+        return storage
+
+    def _enter(self, x: Any, visit: Visit, left: list[int]) -> Any:
+        """``PostBackwardFunctionModule``: the module has ended with its last input's gradient."""
+        if isinstance(x, Routing):
+            return Routing(x.logits, self._enter(x.weights, visit, left), x.index)
+        if not isinstance(x, Tensor) or not x.requires_grad:
+            return x
+        left[0] += 1
+
+        def ended() -> None:
+            left[0] -= 1
+            if not left[0]:
+                self.mark(visit, fetches=False, forward=False)
+
+        return _seen(x, "post_backward", ended)
+
+    def _leave(self, out: Any, visit: Visit) -> Any:
+        """``PreBackwardFunctionForModule``: it starts with the gradient of an output."""
+        if isinstance(out, (list, tuple)):
+            return type(out)(self._leave(item, visit) for item in out)
+        if isinstance(out, Routing):
+            parts = (self._leave(part, visit) for part in (out.logits, out.weights, out.index))
+            return Routing(*parts)
+        if not isinstance(out, Tensor) or not out.requires_grad:
+            return out
+        return _seen(out, "pre_backward", lambda: self.mark(visit, fetches=True, forward=False))
+
+
+def _is_list(module: Module) -> bool:
+    """``ModuleList`` or ``ModuleDict``, which nobody calls."""
+    return all(name.isdigit() or name == "default" for name in module.children)
+
+
+def _restore(module: Module, own: Callable[..., Any] | None) -> None:
+    vars(module).pop("forward", None)
+    if own is not None:
+        module.forward = own
+
+
+def _seen(x: Tensor, name: str, note: Callable[[], None]) -> Tensor:
+    """The same tensor, whose gradient is noted when it comes by."""
+    seen = x.alias()
+    seen.part = x.part
+
+    def apply(grad: Tensor) -> tuple[Tensor | None, ...]:
+        note()
+        return (grad,)
+
+    ops.record([seen], name, [x], apply)
+    return seen
