@@ -89,7 +89,9 @@ def job(model: str, gpus: int, sharding: Sharding) -> Plan:
 
 
 def test_parts_of_the_tokens_save_what_is_whole_without() -> None:
-    """Activations shrink, by less than there are ranks; weights and states by nothing."""
+    """Activations shrink, by less than there are ranks; weights and states by nothing.
+
+    Megatron's fused layers keep little that is whole: two norms' inputs and outputs, in bf16."""
     without, parted = (
         estimate(job("llama-3.1-8b", 8, Sharding(kind="zero1", tp=4, sequence_parallel=on)))
         for on in (None, True)
@@ -102,7 +104,7 @@ def test_parts_of_the_tokens_save_what_is_whole_without() -> None:
         sum(term.bytes for term in report.terms if term.name.startswith("activations/"))
         for report in (without, parted)
     ]
-    assert shares[0] / 4 < shares[1] < shares[0] * 0.6
+    assert shares[0] / 4 < shares[1] < shares[0] * 0.65
     sent = [report.details["communication"] for report in (without, parted)]
     assert ["reduce-scatters of activations" in str(each) for each in sent] == [False, True]
 

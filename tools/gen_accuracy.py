@@ -86,8 +86,7 @@ others run of their own is not: their errors are what a plan that names such a s
 Readings of LitGPT's config hub are of the time at which the number first stood there. Where batches
 differ in length (ms-swift 1.6), what is reserved depends on the order of the samples: their mean
 and deviation are known, no more. Comments in ms-swift's example scripts are rounded, many
-to 5 GiB, and say neither which version was read nor which counter: those of Megatron are low by 3
-to 8 GiB in every task and size, LoRA of 9 GiB in all among them, which no tensor of the step is.
+to 5 GiB, and say neither which version was read nor which counter.
 `inside`: the reading lies between low and high; `width`: (high - low) / expected, the median.
 """
 GPU = """
