@@ -351,7 +351,7 @@ class Structure:
     def _uneven(self) -> Structure | None:
         """The same job where the router sends this rank all that it can; None: nothing travels."""
         sharding = self._job.sharding
-        if not sharding.spread or sharding.worst_routing:
+        if sharding.ep == 1 or sharding.worst_routing:
             return None
         return Structure(replace(self._job, sharding=replace(sharding, worst_routing=True)))
 

@@ -24,7 +24,7 @@ from ftplan.memory.families.native import te
 from ftplan.memory.families.native.base import Native, parts_of, settle
 from ftplan.memory.families.native.megatron_experts import MoELayer
 from ftplan.memory.families.native.megatron_lora import OutputToSave, adapted
-from ftplan.memory.job import Job
+from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.log_probs import scalar
 from ftplan.memory.nn import Embedding, Module, Shared, Stack, Stage
 from ftplan.memory.tape import BATCH, ITEM_BYTES, ONE, TOKENS, Grads, Parameter, Tape, Tensor
@@ -86,8 +86,8 @@ class Shape:
     moe_ffn_hidden_size: int = 0
     shared_ffn_hidden_size: int = 0
     shared_gate: bool = False
-    exchanges: bool = False
-    """Experts are spread over ranks: tokens go to them and back."""
+    arrivals: int = 0
+    """Rows that come to a rank's experts for each of its own tokens; 0: nothing travels."""
     dense_layers: tuple[int, ...] = ()
 
 
@@ -137,11 +137,18 @@ def _mixture(config: Config, kind: str, layers: int, job: Job) -> dict[str, Any]
         "shared_ffn_hidden_size": config.get("shared_expert_intermediate_size") or 0
         if kind == "qwen2_moe" else 0,
         "shared_gate": kind == "qwen2_moe",
-        "exchanges": spec.ep > 1,
+        "arrivals": _arrivals(spec, local, config["num_experts_per_tok"]),
         "dense_layers": tuple(
             layer for layer in range(layers) if layer in dense or (layer + 1) % every
         ) if not routed else (),
     }  # fmt: skip
+
+
+def _arrivals(spec: ShardingSpec, experts: int, topk: int) -> int:
+    """As many as leave where the router is balanced; at worst all tokens of all ranks."""
+    if spec.ep == 1:
+        return 0
+    return spec.ep * min(topk, experts) if spec.worst_routing else topk
 
 
 class SelfAttention(Module):

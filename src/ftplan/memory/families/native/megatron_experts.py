@@ -1,6 +1,7 @@
 """Megatron-Core's mixture of experts: a router, tokens sent to their experts and back.
 
-Of the tokens of all ranks each rank's experts get an even share: ``topk`` times the rank's own.
+Of the tokens of all ranks each rank's experts get an even share, ``topk`` times the rank's own; at
+worst, which is the interval's upper end, all that can come.
 
 Source: megatron-core 0.16.1 megatron/core/transformer/moe/{router, moe_layer, token_dispatcher,
 moe_utils, experts, shared_experts}.py: ``MoEAlltoAllTokenDispatcher``, ``TEGroupedMLP``, with
@@ -166,9 +167,10 @@ class MoELayer(Module):
         extra = beside.forward(hidden) if beside is not None else None
         probs, routing_map = self.router.forward(hidden)
         hidden, probs = self._permuted(hidden, probs, routing_map)
-        dispatched, probs = self._exchanged(hidden), self._exchanged(probs)
+        sent, received = rows * self.shape.topk, rows * self.shape.arrivals
+        dispatched, probs = self._exchanged(hidden, received), self._exchanged(probs, received)
         output = self._experts(dispatched, probs)
-        output = self._exchanged(output)
+        output = self._exchanged(output, sent)
         output = _unpermuted(output, rows, width)
         return output if extra is None else ops.add(output, extra)
 
@@ -196,11 +198,11 @@ class MoELayer(Module):
         del turned, routing_map
         return ops.gather(x, rows, index), chosen
 
-    def _exchanged(self, x: Tensor) -> Tensor:
+    def _exchanged(self, x: Tensor, rows: Size) -> Tensor:
         """``all_to_all`` among the ranks that share the experts."""
-        if not self.shape.exchanges:
+        if not self.shape.arrivals:
             return x
-        out = x.tape.tensor(x.rows, x.width, x.dtype, "exchanged")
+        out = x.tape.tensor(rows, x.width, x.dtype, "exchanged")
         make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
         ops.record([out], "all to all", [x], lambda grad: (make(grad),))
         return out
