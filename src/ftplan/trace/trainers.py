@@ -34,7 +34,10 @@ from ftplan.trace.ledger import Ledger
 from ftplan.trace.quantized import emulated, quantize
 from ftplan.trace.triton import importable
 
-__all__ = ["TRAINERS", "Run", "run_trainer", "trainer_versions"]
+__all__ = [
+    "BATCHES", "TRAINERS", "Quantizer", "Run", "TrainerLedger", "run_trainer", "tokenizer", "train",
+    "trainer_versions",
+]  # fmt: skip
 
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -150,7 +153,7 @@ def _words(count: int, word: str = "w3") -> str:
     return " ".join([word] * count)
 
 
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
     """One token a word."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -204,7 +207,7 @@ def _trl(run: Run, name: str, rows: Sequence[Mapping[str, Any]], **more: Any) ->
     arguments = config(**length, **run.common, **more.pop("config", {}))
     run.trainer = trainer(
         model=run.model, args=arguments, train_dataset=_dataset(rows),
-        processing_class=_tokenizer(), peft_config=run.peft_config(), **more,
+        processing_class=tokenizer(), peft_config=run.peft_config(), **more,
     )  # fmt: skip
     run.trainer.optimizer = build.build_optimizer(run.job, run.trainer.model)
     if not run.batches:
@@ -321,7 +324,7 @@ def _grpo(run: Run, name: str = "grpo") -> None:
     with cuda.patched(home, "create_model_from_path", lambda *_, **__: run.other):
         run.trainer = trainer(
             model=run.model, args=arguments, train_dataset=_dataset(rows),
-            processing_class=_tokenizer(), peft_config=run.peft_config(),
+            processing_class=tokenizer(), peft_config=run.peft_config(),
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
         )  # fmt: skip
     run.trainer.optimizer = build.build_optimizer(job, run.trainer.model)
@@ -358,7 +361,7 @@ def _ppo(run: Run) -> None:
     adapter = run.peft_config()
     reference = None if adapter else run.other
     run.trainer = PPOTrainer(
-        args=arguments, processing_class=_tokenizer(), model=run.model, ref_model=reference,
+        args=arguments, processing_class=tokenizer(), model=run.model, ref_model=reference,
         reward_model=reward, value_model=value, peft_config=adapter,
         train_dataset=_dataset([{"input_ids": [3]}] * batch),
     )  # fmt: skip
@@ -448,16 +451,16 @@ def run_trainer(
         enter(cuda.patched(torch.Tensor, "__deepcopy__", build.copy_tensor))
         if job.quantized:
             quantize(model, job)
-            model.hf_quantizer = _Quantizer()
+            model.hf_quantizer = Quantizer()
         run = Run(job, model, other, arguments or {}, prompt_tokens, ledger, folder, beside)
         run.evaluates = evaluates
         TRAINERS[name](run)
         trainable = core._count(run.trainer.model, trained=True)
-        end = _train(run)
+        end = train(run)
         return core._result(run.trainer.model, ledger, end, total, trainable)
 
 
-class _Quantizer:
+class Quantizer:
     """What Trainer asks of a quantised model before it trains it."""
 
     is_trainable = True
@@ -536,7 +539,7 @@ def _imported(name: str) -> Any:
         return None
 
 
-def _train(run: Run) -> int:
+def train(run: Run) -> int:
     """``trainer.train()``, its phases marked; the clock at the end of the last forward."""
     trainer, ledger = run.trainer, run.ledger
     core._mark_model(ledger, trainer.model)
