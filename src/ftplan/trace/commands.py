@@ -182,7 +182,6 @@ def _trained(run: _Run, inner: Callable[..., Any]) -> Callable[..., Any]:
         with _disable_current_modes():
             watched.batches = list(itertools.islice(trainer.get_train_dataloader(), count))
             run.padded = any(map(_hides, watched.batches))
-            print("BATCH", run.padded, [v.sum(-1).tolist() for k,v in watched.batches[0].items() if "mask" in k])
         trainer.optimizer = build.build_optimizer(job, trainer.model)
         trainable = core._count(trainer.model, trained=True)
         with cuda.patched(_trainer_class(), "train", inner):

@@ -1,0 +1,159 @@
+"""The bench of trainers' own commands: the file that a user writes, run by the trainer itself.
+
+    python -m ftplan.trace.bench_commands llamafactory [--out validation/trainers] [--only NAME ...]
+
+One file for each trainer and version. A job is the trainer's own configuration, so that its
+reader, its profile and the walk are compared with the trainer at once. Needs the trainer and the
+versions that it asks for (the file names them); a job that is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ftplan.catalog.models import find_model
+from ftplan.trace.bench import catalogue
+
+__all__ = ["JOBS", "jobs", "main"]
+
+Settings = Mapping[str, Any]
+MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "smollm2-1.7b", "qwen3-4b", "mistral-7b-v0.1")
+"""In turn: tied and untied heads, biases, normed queries, many and few key-value heads."""
+
+_LF: Settings = {
+    "stage": "sft", "finetuning_type": "lora", "cutoff_len": 512,
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "bf16": True,
+}  # fmt: skip
+_FULL: Settings = {"finetuning_type": "full"}
+_QLORA: Settings = {"quantization_bit": 4, "quantization_method": "bnb"}
+_KEPT: Settings = {"disable_gradient_checkpointing": True}
+_LLAMAFACTORY: dict[str, Settings] = {
+    "sft lora": {},
+    "sft lora kept": _KEPT,
+    "sft lora dropout": {"lora_dropout": 0.05, "lora_rank": 16, **_KEPT},
+    "sft lora targets": {"lora_target": "q_proj,v_proj"},
+    "sft lora embeddings": {"additional_target": "embed_tokens,lm_head"},
+    "sft lora accumulated": {"gradient_accumulation_steps": 4},
+    "sft lora pure": {"pure_bf16": True, "bf16": False},
+    "sft dora": {"use_dora": True},
+    "sft oft": {"finetuning_type": "oft"},
+    "sft lora upcast": {"upcast_layernorm": True},
+    "sft lora flash": {"flash_attn": "fa2", **_KEPT},
+    "sft lora eager": {"flash_attn": "disabled"},
+    "sft qlora": _QLORA,
+    "sft qlora kept": {**_QLORA, **_KEPT},
+    "sft qlora upcast": {**_QLORA, "upcast_layernorm": True},
+    "sft int8": {"quantization_bit": 8, "quantization_method": "bnb"},
+    "sft full": _FULL,
+    "sft full kept": {**_FULL, **_KEPT},
+    "sft full pure": {**_FULL, "pure_bf16": True, "bf16": False, **_KEPT},
+    "sft full 8-bit": {**_FULL, "optim": "adamw_bnb_8bit"},
+    "sft freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
+    "sft packed": {"packing": True},
+    "sft neat": {"neat_packing": True, "flash_attn": "fa2"},
+    "sft no autocast": {"bf16": False},
+    "pt lora": {"stage": "pt"},
+    "pt full": {"stage": "pt", **_FULL},
+    "rm lora": {"stage": "rm"},
+    "rm lora kept": {"stage": "rm", **_KEPT},
+    "rm full": {"stage": "rm", **_FULL},
+    "dpo lora": {"stage": "dpo"},
+    "dpo lora kept": {"stage": "dpo", **_KEPT},
+    "dpo qlora": {"stage": "dpo", **_QLORA},
+    "dpo full": {"stage": "dpo", **_FULL},
+    "orpo lora": {"stage": "dpo", "pref_loss": "orpo"},
+    "simpo full": {"stage": "dpo", "pref_loss": "simpo", **_FULL},
+    "kto lora": {"stage": "kto"},
+    "kto lora kept": {"stage": "kto", **_KEPT},
+    "kto full": {"stage": "kto", **_FULL},
+}
+JOBS: dict[str, tuple[Settings, str, dict[str, Settings]]] = {
+    "llamafactory": (_LF, "model_name_or_path", _LLAMAFACTORY),
+}
+"""By trainer: what every file says, the key of the model, what each job's file says beside it."""
+LENGTHS = ("cutoff_len", "max_length", "sequence_len")
+
+
+def jobs(trainer: str) -> Iterator[Mapping[str, Any]]:
+    """Every job of a trainer, always the same ones."""
+    common, key, each = JOBS[trainer]
+    for number, (name, settings) in enumerate(each.items()):
+        model = MODELS[number % len(MODELS)]
+        yield {
+            "name": f"{trainer} {name}",
+            "model": model,
+            "layers": (2, 3)[number % 2],
+            "settings": {key: find_model(model).hub_ids[0], **common, **settings},
+        }
+
+
+def record(trainer: str, job: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Run one job; its line of the bench."""
+    from ftplan.trace.commands import run_command
+
+    settings = job["settings"]
+    result = run_command(
+        trainer, settings, catalogue()[job["model"]], layers=job["layers"],
+        model=settings[JOBS[trainer][1]],
+        seq_len=next(settings[name] for name in LENGTHS if name in settings),
+    )  # fmt: skip
+    return {
+        **job,
+        "allocated_bytes": result.allocated_bytes,
+        "peak_phase": result.peak_phase,
+        "phases": result.phases,
+        "trainable_params": result.trainable_params,
+    }
+
+
+def write(trainer: str, out: Path, only: Sequence[str], *, fresh: bool) -> int:
+    """Run what is missing; returns how many jobs there are now."""
+    from ftplan.trace.commands import COMMANDS, command_versions
+
+    versions = command_versions(trainer)
+    path = out / f"{trainer}-{versions[COMMANDS[trainer].package]}.json"
+    out.mkdir(parents=True, exist_ok=True)
+    kept = {} if fresh or not path.exists() else _kept(path)
+    for job in jobs(trainer):
+        key = json.dumps(job)
+        if key in kept or (only and not any(word in job["name"] for word in only)):
+            continue
+        began = time.monotonic()
+        try:
+            kept[key] = record(trainer, job)
+        except Exception as error:
+            print(f"{job['name']}: {error!r}"[:300], file=sys.stderr, flush=True)
+            continue
+        print(f"{job['name']} {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+    ordered = [kept[key] for key in map(json.dumps, jobs(trainer)) if key in kept]
+    lines = ",\n".join("  " + json.dumps(job) for job in ordered)
+    path.write_text(f'{{"versions": {json.dumps(versions)}, "jobs": [\n{lines}\n]}}\n', "ascii")
+    return len(ordered)
+
+
+def _kept(path: Path) -> dict[str, Mapping[str, Any]]:
+    found: list[Mapping[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["jobs"]
+    asked = ("name", "model", "layers", "settings")
+    return {json.dumps({name: job[name] for name in asked}): job for job in found}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m ftplan.trace.bench_commands")
+    parser.add_argument("trainer", choices=list(JOBS))
+    parser.add_argument("--out", type=Path, default=Path("validation/trainers"))
+    parser.add_argument("--only", nargs="*", default=[], help="words of the names of jobs")
+    parser.add_argument("--fresh", action="store_true", help="run every job again")
+    options = parser.parse_args()
+    total = write(options.trainer, options.out, options.only, fresh=options.fresh)
+    print(f"{total} jobs in {options.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
