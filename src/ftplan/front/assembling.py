@@ -110,9 +110,8 @@ def job_of(resolved: Resolved) -> Job:
         prepare_kbit=quantised and bool(method.prepare_kbit) and engine is None,
         kbit_casts_back=plan.task in stack.kbit_casts_back and mixed == "bf16",
         separate_experts=stack.separate_experts,
-        trainable_dtype=stack.trainable_dtype
-        if method.kind in ("full", "partial") and engine is None
-        else None,
+        trainable_dtype=_trained(plan, stack) if engine is None else None,
+        norm_dtype=plan.precision.norms if engine is None else None,
         environment=environment,
         micro=batch.micro,
         seq_len=local_seq_len(batch.seq_len, sharding),
@@ -176,6 +175,16 @@ def _engine_dtype(plan: Plan, storage: Format, mixed: str | None) -> str | None:
     if mixed is not None:
         return mixed
     return storage.name if ITEM_BYTES.get(storage.name) == 2 else None
+
+
+def _trained(plan: Plan, stack: Stack) -> str | None:
+    """What the trainer casts every trained parameter to, whole copies beside adapters too."""
+    method = plan.method
+    assert method is not None
+    if plan.precision.trained is not None:
+        return plan.precision.trained
+    adapts = method.kind not in ("full", "partial")
+    return None if adapts and method.adapter_dtype == "bf16" else stack.trainable_dtype
 
 
 def lengths_of(resolved: Resolved) -> Lengths | None:

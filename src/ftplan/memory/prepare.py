@@ -64,6 +64,9 @@ def prepare(job: Job) -> Network:
         parameter.trainable = job.method == "full" and not parameter.fixed
     for parameter in _kept_in_fp32(network):
         parameter.dtype = "fp32"
+    if job.norm_dtype is not None:
+        for parameter in _norms(network):
+            parameter.dtype = job.norm_dtype
     if quantized and casts and job.kbit_casts_back:
         for matrix in _embeddings_and_head(network):
             matrix.dtype = job.base_dtype
@@ -91,13 +94,24 @@ def prepare(job: Job) -> Network:
     return network
 
 
-def _kept_in_fp32(network: Network) -> Iterator[Parameter]:
-    """What the class loads in fp32 in any case, by parts of its name."""
+def _norms(network: Network) -> Iterator[Parameter]:
+    """What LLaMA-Factory casts by name (``upcast_layernorm``, ``LAYERNORM_NAMES``, 0.9.5)."""
+    for path, parameter in _named(network):
+        if len(parameter.shape) == 1 and ("norm" in path or "ln" in path):
+            yield parameter
+
+
+def _named(network: Network) -> Iterator[tuple[str, Parameter]]:
     blocks = [block for stage in network.stages for block in stage.stack.kinds]
     for root in (network, *blocks):
-        for path, parameter in root.named_parameters():
-            if any(f".{name}." in f".{path}." for name in network.kept_in_fp32):
-                yield parameter
+        yield from root.named_parameters()
+
+
+def _kept_in_fp32(network: Network) -> Iterator[Parameter]:
+    """What the class loads in fp32 in any case, by parts of its name."""
+    for path, parameter in _named(network):
+        if any(f".{name}." in f".{path}." for name in network.kept_in_fp32):
+            yield parameter
 
 
 def _expanded_buffer(network: Network) -> int:
