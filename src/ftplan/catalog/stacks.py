@@ -107,6 +107,8 @@ class Stack:
     log_probs: Literal["rows", "whole", "kernel"] = "rows"
     """How a preference task takes log-probabilities out of logits: a sequence at a time, all at
     once, or in a kernel that keeps the logits alone."""
+    reward_head: Literal["score", "value"] = "score"
+    """A reward model's head: in place of the language model's, or beside it, and both run."""
     outputs_to_fp32: bool
     """Whether mixed precision also casts the returned logits to fp32 (accelerate)."""
     without_autocast: tuple[str, ...] = ()

@@ -111,6 +111,7 @@ def job_of(resolved: Resolved) -> Job:
         kbit_casts_back=plan.task in stack.kbit_casts_back and mixed == "bf16",
         separate_experts=stack.separate_experts,
         trainable_dtype=_trained(plan, stack) if engine is None else None,
+        value_head=stack.reward_head == "value",
         norm_dtype=plan.precision.norms if engine is None else None,
         environment=environment,
         micro=batch.micro,

@@ -26,7 +26,7 @@ def prepare(job: Job) -> Network:
     """Build the model of the job and bring every weight to the state it is trained in."""
     if job.modules:
         return native(job)
-    labels = {"rm": 1, "classify": job.labels}.get(job.task)
+    labels = {"rm": None if job.value_head else 1, "classify": job.labels}.get(job.task)
     network = build(job.config, labels=labels)
     if job.checkpoint_every and not network.checkpoints:
         raise UnsupportedError(
@@ -87,6 +87,8 @@ def prepare(job: Job) -> Network:
             network.buffer_bytes += _expanded_buffer(network)
     if job.sharding.sequence_parallel and job.sharding.tp > 1:
         split_sequence(network, job.config, job.sharding)
+    if job.task == "rm" and job.value_head:
+        network.value()
     if job.trainable_dtype is not None:
         for parameter in _everything(network):
             if parameter.trainable:
