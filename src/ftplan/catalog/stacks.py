@@ -145,6 +145,8 @@ class Stack:
     """Whether FSDP reduces gradients with the last micro batch alone; whole ones until then."""
     holds_4bit_inputs: bool = False
     """Whether bitsandbytes' 4-bit product holds its input, out of a checkpoint's sight (< 0.44)."""
+    dora_names_identity: bool = False
+    """Whether DoRA's forward names the identity matrix until it returns (peft before 0.19)."""
     unpacks_gptq: bool = False
     """Whether GPTQ weights are unpacked by elementwise steps and kept for backward (auto_gptq)."""
     lengths: Literal["fixed", "varied"] = "fixed"

@@ -86,6 +86,7 @@ def job_of(resolved: Resolved) -> Job:
         returns_cache=checkpointing.kind == "none",
         holds_4bit_inputs=stack.holds_4bit_inputs,
         unpacks_gptq=stack.unpacks_gptq,
+        dora_names_identity=stack.dora_names_identity,
         reentrant=bool(checkpointing.reentrant),
         dropout=plan.task not in stack.dropout_off,
     )
