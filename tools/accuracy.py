@@ -111,11 +111,16 @@ def trainer_cases() -> list[Case]:
             layers=job["layers"],
             plan=job.get("plan", {}),
             true_bytes=job["allocated_bytes"],
-            file=job.get("command") or json.dumps(job.get("settings", "")),
+            file=_file_of(job.get("settings", {})),
         )
         for path in sorted(TRAINERS.glob("*.json"))
         for number, job in enumerate(json.loads(path.read_text(encoding="utf-8"))["jobs"])
     ]
+
+
+def _file_of(settings: Mapping[str, Any]) -> str:
+    """What a user writes: a YAML file, which JSON is, or a command."""
+    return str(settings.get("command") or json.dumps(settings))
 
 
 def image_cases() -> list[Case]:

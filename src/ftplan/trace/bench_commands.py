@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,11 +74,56 @@ _LLAMAFACTORY: dict[str, Settings] = {
     "kto lora kept": {"stage": "kto", **_KEPT},
     "kto full": {"stage": "kto", **_FULL},
 }
+_SWIFT: Settings = {
+    "tuner_type": "lora", "max_length": 512, "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1, "torch_dtype": "bfloat16",
+}  # fmt: skip
+_ALL: Settings = {"tuner_type": "full"}
+_BNB: Settings = {
+    "quant_method": "bnb", "quant_bits": 4, "bnb_4bit_compute_dtype": "bfloat16",
+}  # fmt: skip
+_OPEN: Settings = {"gradient_checkpointing": False}
+_RL: Settings = {"VERB": "rlhf"}
+_MS_SWIFT: dict[str, Settings] = {
+    "sft lora": {},
+    "sft lora kept": _OPEN,
+    "sft lora dropout": {"lora_dropout": 0.0, "lora_rank": 16, **_OPEN},
+    "sft lora fp32": {"lora_dtype": "float32", **_OPEN},
+    "sft lora targets": {"target_modules": "q_proj v_proj"},
+    "sft lora embeddings": {"modules_to_save": "embed_tokens lm_head"},
+    "sft lora accumulated": {"gradient_accumulation_steps": 4},
+    "sft dora": {"use_dora": True},
+    "sft qlora": _BNB,
+    "sft qlora kept": {**_BNB, **_OPEN},
+    "sft int8": {"quant_method": "bnb", "quant_bits": 8},
+    "sft full": _ALL,
+    "sft full kept": {**_ALL, **_OPEN},
+    "sft full fp32": {**_ALL, "torch_dtype": "float32", "bf16": True},
+    "sft full 8-bit": {**_ALL, "optim": "adamw_bnb_8bit"},
+    "sft lora flash": {"attn_impl": "flash_attention_2", **_OPEN},
+    "sft lora eager": {"attn_impl": "eager"},
+    "sft packed": {"attn_impl": "flash_attention_2", "packing": True},
+    "sft padding-free": {"attn_impl": "flash_attention_2", "padding_free": True},
+    "pt full": {"VERB": "pt", **_ALL},
+    "pt lora": {"VERB": "pt"},
+    "rm lora": {**_RL, "rlhf_type": "rm"},
+    "rm full": {**_RL, "rlhf_type": "rm", **_ALL},
+    "dpo lora": {**_RL, "rlhf_type": "dpo"},
+    "dpo lora kept": {**_RL, "rlhf_type": "dpo", **_OPEN},
+    "dpo qlora": {**_RL, "rlhf_type": "dpo", **_BNB},
+    "dpo full": {**_RL, "rlhf_type": "dpo", **_ALL},
+    "kto lora": {**_RL, "rlhf_type": "kto"},
+    "kto full": {**_RL, "rlhf_type": "kto", **_ALL},
+    "orpo lora": {**_RL, "rlhf_type": "orpo"},
+    "simpo full": {**_RL, "rlhf_type": "simpo", **_ALL},
+    "sft liger": {"use_liger_kernel": True},
+}
 JOBS: dict[str, tuple[Settings, str, dict[str, Settings]]] = {
     "llamafactory": (_LF, "model_name_or_path", _LLAMAFACTORY),
+    "ms-swift": (_SWIFT, "model", _MS_SWIFT),
 }
 """By trainer: what every file says, the key of the model, what each job's file says beside it."""
-LENGTHS = ("cutoff_len", "max_length", "sequence_len")
+SEQ_LEN = 512
 
 
 def jobs(trainer: str) -> Iterator[Mapping[str, Any]]:
@@ -85,23 +131,31 @@ def jobs(trainer: str) -> Iterator[Mapping[str, Any]]:
     common, key, each = JOBS[trainer]
     for number, (name, settings) in enumerate(each.items()):
         model = MODELS[number % len(MODELS)]
+        said = {key: find_model(model).hub_ids[0], **common, **settings}
         yield {
             "name": f"{trainer} {name}",
             "model": model,
             "layers": (2, 3)[number % 2],
-            "settings": {key: find_model(model).hub_ids[0], **common, **settings},
+            "settings": {"command": _command(said)} if trainer == "ms-swift" else said,
         }
+
+
+def _command(settings: Settings) -> str:
+    """``swift sft --model NAME ...``: a user's line."""
+    words = ["swift", settings.get("VERB", "sft")]
+    for name, value in settings.items():
+        if name != "VERB":
+            words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return shlex.join(words)
 
 
 def record(trainer: str, job: Mapping[str, Any]) -> Mapping[str, Any]:
     """Run one job; its line of the bench."""
     from ftplan.trace.commands import run_command
 
-    settings = job["settings"]
     result = run_command(
-        trainer, settings, catalogue()[job["model"]], layers=job["layers"],
-        model=settings[JOBS[trainer][1]],
-        seq_len=next(settings[name] for name in LENGTHS if name in settings),
+        trainer, job["settings"], catalogue()[job["model"]], layers=job["layers"],
+        model=find_model(job["model"]).hub_ids[0], seq_len=SEQ_LEN,
     )  # fmt: skip
     return {
         **job,

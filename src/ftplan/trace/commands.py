@@ -13,11 +13,13 @@ are words without meaning, as many as fill the sequences.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import itertools
 import json
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,6 +61,8 @@ class Command:
     """Functions, by module and name, that prepare data: they run without the modes."""
     yes: tuple[tuple[str, str], ...] = ()
     """Questions for a GPU or a kernel package, by module and name, that a GPU answers with yes."""
+    idle: tuple[tuple[str, str], ...] = ()
+    """Functions that count on the host what has been moved there: they count nothing."""
     absent: tuple[str, ...] = ()
     """Packages that it imports and never calls in these jobs, where they are not installed."""
 
@@ -83,6 +87,13 @@ def _model_folder(home: Path, name: str, config: Mapping[str, Any]) -> None:
     written.setdefault("architectures", [_architecture(config)])
     (folder / "config.json").write_text(json.dumps(written), "utf-8")
     trainers.tokenizer().save_pretrained(str(folder))
+
+
+def _tokenizer(_cls: Any, path: Any, *_args: Any, **given: Any) -> Any:
+    """In place of ``AutoTokenizer.from_pretrained``, which knows better what a model type has."""
+    made = trainers.tokenizer()
+    made.name_or_path, made.padding_side = str(path), given.get("padding_side", "right")
+    return made
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -184,8 +195,8 @@ def _trained(run: _Run, inner: Callable[..., Any]) -> Callable[..., Any]:
             run.padded = any(map(_hides, watched.batches))
         trainer.optimizer = build.build_optimizer(job, trainer.model)
         trainable = core._count(trainer.model, trained=True)
-        with cuda.patched(_trainer_class(), "train", inner):
-            end = trainers.train(watched)
+        trainer.train = functools.partial(inner, trainer)
+        end = trainers.train(watched)
         total = core._count(trainer.model)
         run.result = core._result(trainer.model, run.ledger, end, total, trainable)
         raise _Ended
@@ -236,6 +247,7 @@ def run_command(
 
     ``model``: the hub id that the file names; ``config``: what it leads to, cut to ``layers``.
     """
+    import transformers.modeling_utils
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -257,10 +269,12 @@ def run_command(
         given = {**command.write(settings, folder), **settings}
         run = _Run(ledger, job, str(folder / "out"))
         for module, function in command.on_host:
-            home = importlib.import_module(module)
+            home = _home(module)
             enter(cuda.patched(home, function, _without_modes(getattr(home, function))))
+        for module, function in command.idle:
+            enter(cuda.patched(_home(module), function, lambda *_args, **_kwargs: {}))
         for module, function in command.yes:
-            home = importlib.import_module(module)
+            home = _home(module)
             enter(cuda.patched(home, function, lambda *_args, **_kwargs: True))
         gc.freeze()
         stack.callback(gc.unfreeze)
@@ -274,19 +288,28 @@ def run_command(
         enter(emulated(replace(job, weights="nf4"), ledger))
         enter(cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors))
         enter(cuda.patched(torch.Tensor, "__deepcopy__", build.copy_tensor))
-        enter(
-            cuda.patched(
-                torch.utils.checkpoint, "checkpoint", _checkpoint(torch.utils.checkpoint.checkpoint)
-            )
-        )
+        for home in (torch.utils.checkpoint, transformers.modeling_utils):
+            enter(cuda.patched(home, "checkpoint", _checkpoint(home.checkpoint)))
         enter(cuda.patched(PreTrainedModel, "from_pretrained", classmethod(_loaded(run))))
+        enter(
+            cuda.patched(transformers.AutoTokenizer, "from_pretrained", classmethod(_tokenizer))
+        )
         trainer_class = _trainer_class()
         enter(cuda.patched(trainer_class, "train", _trained(run, trainer_class.train)))
-        with contextlib.suppress(_Ended):
+        try:
             command.run(given, folder)
-    if run.result is None:
-        raise AssertionError(f"{name} ended without training")
+        except Exception:
+            if run.result is None:  # else it is what the command does once its steps are over
+                raise
+    assert run.result is not None, f"{name} ended without training"
     return run.result
+
+
+def _home(name: str) -> Any:
+    """A module, or a class of it (``module:Class``)."""
+    module, _, kind = name.partition(":")
+    home = importlib.import_module(module)
+    return getattr(home, kind) if kind else home
 
 
 @contextlib.contextmanager
@@ -348,6 +371,46 @@ def _llamafactory(settings: Mapping[str, Any], folder: Path) -> None:
     run_exp(dict(settings))
 
 
+# --- ms-swift -------------------------------------------------------------------------------------
+
+
+def _swift_data(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Conversations that are longer than fits, cut on the right."""
+    length = int(_flag(settings["command"], "max_length"))
+    kind = _flag(settings["command"], "rlhf_type")
+    turns = [
+        {"role": "user", "content": words(2)},
+        {"role": "assistant", "content": words(2 * length, "w4")},
+    ]
+    row: dict[str, Any] = {"messages": turns}
+    if kind in ("dpo", "orpo", "cpo", "simpo", "rm"):
+        row["rejected_response"] = words(2 * length)
+    rows = [{**row, "label": number % 2 == 0} if kind == "kto" else row for number in range(64)]
+    lines = "".join(json.dumps(each) + "\n" for each in rows)
+    (folder / "rows.jsonl").write_text(lines, "utf-8")
+    return {
+        "dataset": "rows.jsonl", "truncation_strategy": "right", "output_dir": "out",
+        "save_strategy": "no", "report_to": "none", "max_steps": trainers.BATCHES,
+        "split_dataset_ratio": 0, "dataset_num_proc": 1, "dataloader_num_workers": 0,
+        "add_version": False, "check_model": False, "load_from_cache_file": False,
+    }  # fmt: skip
+
+
+def _flag(command: str, name: str) -> str:
+    parts = shlex.split(command)
+    return parts[parts.index(f"--{name}") + 1] if f"--{name}" in parts else ""
+
+
+def _swift(settings: Mapping[str, Any], folder: Path) -> None:
+    from swift.pipelines import pretrain_main, rlhf_main, sft_main
+
+    _, verb, *flags = shlex.split(settings["command"])
+    for name, value in settings.items():
+        if name != "command":
+            flags += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    {"sft": sft_main, "pt": pretrain_main, "rlhf": rlhf_main}[verb](flags)
+
+
 def _stages(*names: str) -> Sequence[tuple[str, str]]:
     return [(f"llamafactory.train.{name}.workflow", "get_dataset") for name in names]
 
@@ -365,6 +428,15 @@ COMMANDS: dict[str, Command] = {
             ("transformers.utils", "is_flash_attn_2_available"),
         ),
         absent=("torchaudio",),
+    ),
+    "ms-swift": Command(
+        package="ms_swift",
+        beside=("trl", "bitsandbytes", "liger_kernel"),
+        write=_swift_data,
+        run=_swift,
+        on_host=(("swift.pipelines.train.sft:SwiftSft", "_prepare_dataset"),),
+        yes=(("transformers.training_args", "is_torch_bf16_gpu_available"),),
+        idle=(("swift.trainers.mixin", "compute_acc"),),
     ),
 }
 """By the name of the stack."""
