@@ -26,6 +26,8 @@ __all__ = ["JOBS", "jobs", "main"]
 Settings = Mapping[str, Any]
 MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "smollm2-1.7b", "qwen3-4b", "mistral-7b-v0.1")
 """In turn: tied and untied heads, biases, normed queries, many and few key-value heads."""
+_UNKNOWN = {"ms-swift": ("smollm2-1.7b",)}
+"""Models that a trainer does not know by name."""
 
 _LF: Settings = {
     "stage": "sft", "finetuning_type": "lora", "cutoff_len": 512,
@@ -89,8 +91,8 @@ _MS_SWIFT: dict[str, Settings] = {
     "sft lora kept": _OPEN,
     "sft lora dropout": {"lora_dropout": 0.0, "lora_rank": 16, **_OPEN},
     "sft lora fp32": {"lora_dtype": "float32", **_OPEN},
-    "sft lora targets": {"target_modules": "q_proj v_proj"},
-    "sft lora embeddings": {"modules_to_save": "embed_tokens lm_head"},
+    "sft lora targets": {"target_modules": ("q_proj", "v_proj")},
+    "sft lora embeddings": {"modules_to_save": ("embed_tokens", "lm_head")},
     "sft lora accumulated": {"gradient_accumulation_steps": 4},
     "sft dora": {"use_dora": True},
     "sft qlora": _BNB,
@@ -98,7 +100,6 @@ _MS_SWIFT: dict[str, Settings] = {
     "sft int8": {"quant_method": "bnb", "quant_bits": 8},
     "sft full": _ALL,
     "sft full kept": {**_ALL, **_OPEN},
-    "sft full fp32": {**_ALL, "torch_dtype": "float32", "bf16": True},
     "sft full 8-bit": {**_ALL, "optim": "adamw_bnb_8bit"},
     "sft lora flash": {"attn_impl": "flash_attention_2", **_OPEN},
     "sft lora eager": {"attn_impl": "eager"},
@@ -129,8 +130,9 @@ SEQ_LEN = 512
 def jobs(trainer: str) -> Iterator[Mapping[str, Any]]:
     """Every job of a trainer, always the same ones."""
     common, key, each = JOBS[trainer]
+    models = [name for name in MODELS if name not in _UNKNOWN.get(trainer, ())]
     for number, (name, settings) in enumerate(each.items()):
-        model = MODELS[number % len(MODELS)]
+        model = models[number % len(models)]
         said = {key: find_model(model).hub_ids[0], **common, **settings}
         yield {
             "name": f"{trainer} {name}",
@@ -145,7 +147,8 @@ def _command(settings: Settings) -> str:
     words = ["swift", settings.get("VERB", "sft")]
     for name, value in settings.items():
         if name != "VERB":
-            words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{name}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
     return shlex.join(words)
 
 

@@ -378,14 +378,14 @@ def _swift_data(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Conversations that are longer than fits, cut on the right."""
     length = int(_flag(settings["command"], "max_length"))
     kind = _flag(settings["command"], "rlhf_type")
-    turns = [
-        {"role": "user", "content": words(2)},
-        {"role": "assistant", "content": words(2 * length, "w4")},
-    ]
-    row: dict[str, Any] = {"messages": turns}
-    if kind in ("dpo", "orpo", "cpo", "simpo", "rm"):
-        row["rejected_response"] = words(2 * length)
-    rows = [{**row, "label": number % 2 == 0} if kind == "kto" else row for number in range(64)]
+    rows = []
+    for number in range(64):
+        answer = words(2 * length, ("w4", "w3")[number % 2])  # kto pairs each with the next one's
+        question = {"role": "user", "content": words(2)}
+        row: dict[str, Any] = {"messages": [question, {"role": "assistant", "content": answer}]}
+        if kind in ("dpo", "orpo", "cpo", "simpo", "rm"):
+            row["rejected_response"] = words(2 * length, ("w3", "w4")[number % 2])
+        rows.append({**row, "label": number % 2 == 0} if kind == "kto" else row)
     lines = "".join(json.dumps(each) + "\n" for each in rows)
     (folder / "rows.jsonl").write_text(lines, "utf-8")
     return {

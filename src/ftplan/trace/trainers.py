@@ -61,15 +61,19 @@ class TrainerLedger(Ledger):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
         if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-            masks = [t for t in args[1] if t is not None and t.dtype == torch.bool]
-            if masks:
-                rows = self._rows(masks[0])
-                args = (args[0], rows, *args[2:])
+            indices: list[Any] = []
+            for index in args[1]:
+                masks = index is not None and index.dtype == torch.bool
+                indices += self._rows(index) if masks else [index]
+            args = (args[0], indices, *args[2:])
         if func is aten.nonzero.default:
             return torch.empty(self._picked(args[0]), args[0].dim(), dtype=torch.int64)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _picked(self, mask: Any) -> int:
+        if mask.dim() == 1:  # of labels: the first token has none (ms-swift's logits_to_keep)
+            entry = self.entry_of(mask)
+            return int(mask.numel()) - (entry is not None and entry.op == "ne")
         shifted = self.seq_len - mask.shape[-1]
         if mask.dim() != 2 or shifted not in (0, 1):
             return int(mask.numel())
