@@ -157,11 +157,11 @@ class Objective:
             held.append(ops.gather(outputs))  # kto/trainer.py: logits[tags] and logits[~tags]
         if self.other is not None and not self.before:
             with outputs.tape.no_grad():
-                told = [self._whole(again)]
-                if self.kind == "unpaired" and _taken_whole(told[0]):
+                known = [self._whole(again)]
+                if self.kind == "unpaired" and _taken_whole(known[0]):
                     # kto/trainer.py: the mismatched pairs while the first logits are held
-                    told.append(self._whole(again))
-                theirs = log_probs(told[-1], self.completion)
+                    known.append(self._whole(again))
+                theirs = log_probs(known[-1], self.completion)
             return scalar([mine, theirs])
         return scalar([mine])
 

@@ -15,6 +15,8 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +121,40 @@ _MS_SWIFT: dict[str, Settings] = {
     "simpo full": {**_RL, "rlhf_type": "simpo", **_ALL},
     "sft liger": {"use_liger_kernel": True},
 }
+_AX: Settings = {
+    "sequence_len": 512, "micro_batch_size": 2, "gradient_accumulation_steps": 1,
+    "adapter": "lora", "lora_r": 16, "lora_alpha": 32, "lora_target_linear": True,
+    "optimizer": "adamw_torch_fused", "bf16": True, "attn_implementation": "sdpa",
+    "gradient_checkpointing": True,
+}  # fmt: skip
+_NO_ADAPTER: Settings = {"adapter": None}
+_4BIT: Settings = {"adapter": "qlora", "load_in_4bit": True}
+_HELD: Settings = {"gradient_checkpointing": False}
+_PACKED: Settings = {
+    "sample_packing": True, "pad_to_sequence_len": True, "attn_implementation": "flash_attention_2",
+}  # fmt: skip
+_AXOLOTL: dict[str, Settings] = {
+    "sft lora": {},
+    "sft lora kept": _HELD,
+    "sft lora dropout": {"lora_dropout": 0.05, **_HELD},
+    "sft lora accumulated": {"gradient_accumulation_steps": 4},
+    "sft lora flash": {"attn_implementation": "flash_attention_2", **_HELD},
+    "sft lora packed": _PACKED,
+    "sft qlora": _4BIT,
+    "sft qlora kept": {**_4BIT, **_HELD},
+    "sft qlora packed": {**_4BIT, **_PACKED},
+    "sft int8": {"load_in_8bit": True},
+    "sft full": _NO_ADAPTER,
+    "sft full kept": {**_NO_ADAPTER, **_HELD},
+    "sft full 8-bit": {**_NO_ADAPTER, "optimizer": "adamw_bnb_8bit"},
+    "dpo lora": {"rl": "dpo"},
+    "dpo full": {"rl": "dpo", **_NO_ADAPTER},
+    "orpo lora": {"rl": "orpo"},
+}
 JOBS: dict[str, tuple[Settings, str, dict[str, Settings]]] = {
     "llamafactory": (_LF, "model_name_or_path", _LLAMAFACTORY),
     "ms-swift": (_SWIFT, "model", _MS_SWIFT),
+    "axolotl": (_AX, "base_model", _AXOLOTL),
 }
 """By trainer: what every file says, the key of the model, what each job's file says beside it."""
 SEQ_LEN = 512
@@ -148,7 +181,10 @@ def _command(settings: Settings) -> str:
     for name, value in settings.items():
         if name != "VERB":
             values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{name}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+            words += [
+                f"--{name}",
+                *(str(v).lower() if isinstance(v, bool) else str(v) for v in values),
+            ]
     return shlex.join(words)
 
 
@@ -183,15 +219,24 @@ def write(trainer: str, out: Path, only: Sequence[str], *, fresh: bool) -> int:
             continue
         began = time.monotonic()
         try:
-            kept[key] = record(trainer, job)
+            kept[key] = _apart(trainer, job)
         except Exception as error:
             print(f"{job['name']}: {error!r}"[:300], file=sys.stderr, flush=True)
             continue
         print(f"{job['name']} {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
-    ordered = [kept[key] for key in map(json.dumps, jobs(trainer)) if key in kept]
+        _save(path, versions, [kept[key] for key in map(json.dumps, jobs(trainer)) if key in kept])
+    return len(kept)
+
+
+def _save(path: Path, versions: Mapping[str, str], ordered: Sequence[Mapping[str, Any]]) -> None:
     lines = ",\n".join("  " + json.dumps(job) for job in ordered)
     path.write_text(f'{{"versions": {json.dumps(versions)}, "jobs": [\n{lines}\n]}}\n', "ascii")
-    return len(ordered)
+
+
+def _apart(trainer: str, job: Mapping[str, Any]) -> Mapping[str, Any]:
+    """:func:`record` in a process of its own: trainers leave patches and tensors behind."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(record, trainer, job).result()
 
 
 def _kept(path: Path) -> dict[str, Mapping[str, Any]]:

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ftplan.trace import build, core, cuda, trainers
 from ftplan.trace.job import Job, plan_from, resolve
 from ftplan.trace.quantized import emulated, quantize
-from ftplan.trace.triton import stand_in
+from ftplan.trace.triton import importable, stand_in
 
 __all__ = ["COMMANDS", "Command", "command_versions", "run_command"]
 
@@ -63,6 +63,8 @@ class Command:
     """Questions for a GPU or a kernel package, by module and name, that a GPU answers with yes."""
     idle: tuple[tuple[str, str], ...] = ()
     """Functions that count on the host what has been moved there: they count nothing."""
+    triton: bool = False
+    """It imports kernels, which are launched into the void."""
     absent: tuple[str, ...] = ()
     """Packages that it imports and never calls in these jobs, where they are not installed."""
 
@@ -262,6 +264,8 @@ def run_command(
         enter(core._quiet())
         folder = Path(enter(tempfile.TemporaryDirectory()))
         enter(contextlib.chdir(folder))
+        if command.triton:
+            enter(importable())
         for package in command.absent:
             enter(_standing_in(package))
         cut = build.cut_depth(dict(config), layers) if layers is not None else dict(config)
@@ -291,9 +295,7 @@ def run_command(
         for home in (torch.utils.checkpoint, transformers.modeling_utils):
             enter(cuda.patched(home, "checkpoint", _checkpoint(home.checkpoint)))
         enter(cuda.patched(PreTrainedModel, "from_pretrained", classmethod(_loaded(run))))
-        enter(
-            cuda.patched(transformers.AutoTokenizer, "from_pretrained", classmethod(_tokenizer))
-        )
+        enter(cuda.patched(transformers.AutoTokenizer, "from_pretrained", classmethod(_tokenizer)))
         trainer_class = _trainer_class()
         enter(cuda.patched(trainer_class, "train", _trained(run, trainer_class.train)))
         try:
@@ -411,6 +413,49 @@ def _swift(settings: Mapping[str, Any], folder: Path) -> None:
     {"sft": sft_main, "pt": pretrain_main, "rlhf": rlhf_main}[verb](flags)
 
 
+# --- axolotl --------------------------------------------------------------------------------------
+
+
+def _axolotl_data(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Texts that are cut into samples of ``sequence_len``; pairs for preferences."""
+    length = int(settings["sequence_len"])
+    if settings.get("rl") or settings.get("reward_model"):
+        pair = {
+            "prompt": words(2),
+            "chosen": words(length - 3, "w4"),
+            "rejected": words(length - 3),
+        }
+        rows: list[dict[str, Any]] = [pair] * 64
+        kind: Any = {
+            "field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected",
+            "prompt_format": "{prompt}", "chosen_format": " {chosen}",
+            "rejected_format": " {rejected}",
+        }  # fmt: skip
+    else:
+        rows, kind = [{"text": words(64 * length)}], "completion"
+    _write_json(folder / "rows.json", rows)
+    return {
+        "datasets": [{"path": "rows.json", "ds_type": "json", "type": kind}],
+        "dataset_prepared_path": "prepared", "output_dir": "out", "val_set_size": 0,
+        "max_steps": trainers.BATCHES, "save_strategy": "no", "learning_rate": 1e-4,
+        "dataset_num_proc": 1, "num_epochs": 1,
+    }  # fmt: skip
+
+
+def _axolotl(settings: Mapping[str, Any], folder: Path) -> None:
+    import yaml
+    from axolotl.cli import config
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.train import do_train
+
+    (folder / "job.yaml").write_text(yaml.safe_dump(dict(settings)), "utf-8")
+    card = {"bf16": True, "fp8": False, "tf32": False, "n_gpu": 1, "n_node": 1}
+    known = ({**card, "compute_capability": "sm_80"}, {"torch_version": str(torch.__version__)})
+    with cuda.patched(config, "gpu_capabilities", lambda: known):
+        cfg = config.load_cfg(str(folder / "job.yaml"))
+    do_train(cfg, TrainerCliArgs())
+
+
 def _stages(*names: str) -> Sequence[tuple[str, str]]:
     return [(f"llamafactory.train.{name}.workflow", "get_dataset") for name in names]
 
@@ -437,6 +482,18 @@ COMMANDS: dict[str, Command] = {
         on_host=(("swift.pipelines.train.sft:SwiftSft", "_prepare_dataset"),),
         yes=(("transformers.training_args", "is_torch_bf16_gpu_available"),),
         idle=(("swift.trainers.mixin", "compute_acc"),),
+    ),
+    "axolotl": Command(
+        package="axolotl",
+        beside=("trl", "bitsandbytes", "liger_kernel"),
+        write=_axolotl_data,
+        run=_axolotl,
+        on_host=(
+            ("axolotl.common.datasets", "load_datasets"),
+            ("axolotl.common.datasets", "load_preference_datasets"),
+        ),
+        yes=(("transformers.training_args", "is_torch_bf16_gpu_available"),),
+        triton=True,
     ),
 }
 """By the name of the stack."""

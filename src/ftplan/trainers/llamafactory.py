@@ -592,9 +592,12 @@ def export(plan: Plan) -> writing.Exported:
                 out.line("double_quantization", method.double_quant)
     else:
         stored = "fp16" if plan.precision.mixed == "fp16" else "bf16"
-        expected = stored if _pure(plan) or kind == "lora" else "fp32"
-        if plan.precision.weights not in (expected, None):
-            out.refuse(f"weights in {plan.precision.weights} (LLaMA-Factory keeps {expected} here)")
+        # what it trains whole it casts to fp32 by itself
+        expected = (stored, None) if _pure(plan) or kind != "full" else (stored, "fp32", None)
+        if plan.precision.weights not in expected:
+            out.refuse(f"weights in {plan.precision.weights} (LLaMA-Factory keeps {stored} here)")
+    if plan.precision.norms == "fp32":
+        out.line("upcast_layernorm", True)
     out.line("cutoff_len", plan.batch.seq_len)
     out.line("packing", plan.batch.packing)
     out.attention("flash_attn", {"eager": "disabled", "sdpa": "sdpa", "flash": "fa2"})
@@ -630,5 +633,8 @@ def _pure(plan: Plan) -> bool:
     if method is None or plan.precision.mixed not in (None, "no"):
         return False
     if method.kind in ("full", "partial"):
-        return plan.precision.weights == "bf16"
+        trained = plan.precision.trained
+        if trained is None and plan.stack != NAME:
+            trained = "bf16" if plan.precision.weights == "bf16" else None
+        return trained == "bf16"
     return method.adapter_dtype == "bf16"
