@@ -145,6 +145,8 @@ class Stack:
     """Whether FSDP reduces gradients with the last micro batch alone; whole ones until then."""
     holds_4bit_inputs: bool = False
     """Whether bitsandbytes' 4-bit product holds its input, out of a checkpoint's sight (< 0.44)."""
+    asks_input_grads: bool = False
+    """Whether inputs of an adapted model ask for gradients even where nothing is checkpointed."""
     dora_names_identity: bool = False
     """Whether DoRA's forward names the identity matrix until it returns (peft before 0.19)."""
     unpacks_gptq: bool = False

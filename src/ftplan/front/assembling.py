@@ -112,6 +112,7 @@ def job_of(resolved: Resolved) -> Job:
         kbit_casts_back=plan.task in stack.kbit_casts_back and mixed == "bf16",
         separate_experts=stack.separate_experts,
         trainable_dtype=_trained(plan, stack) if engine is None else None,
+        asks_input_grads=stack.asks_input_grads and method.kind not in ("full", "partial"),
         value_head=stack.reward_head == "value",
         norm_dtype=plan.precision.norms if engine is None else None,
         environment=environment,
