@@ -62,9 +62,11 @@ TRAINERS = """
 
 `transformers.Trainer` and TRL's trainers ran two steps by themselves, collator, loss, loop and all,
 on tensors without memory (`python -m ftplan.trace.bench_trainers`; versions in each file of
-`validation/trainers`). LLaMA-Factory, ms-swift and axolotl ran a user's own file from its parser to
-its optimizer (`bench_commands`), and the calculator read the same file. Triton's kernels, TRL's and Liger's, were launched into the void; sampling
+`validation/trainers`). Triton's kernels, TRL's and Liger's, were launched into the void; sampling
 was answered with completions of the wanted length. PPO is in no TRL after 1.12.
+
+LLaMA-Factory, ms-swift and axolotl ran a user's own file, from its parser to its optimizer
+(`python -m ftplan.trace.bench_commands`); the calculator read the same file.
 
 LitGPT and torchtune run model code of their own: their packages' models, adapters and losses were
 traced as their loops call them, one version for each stack of its time
