@@ -24,6 +24,7 @@ from ftplan.front.resolve import resolve
 from ftplan.memory.estimate import estimate as walk
 from ftplan.report import Interval, Verdict
 from ftplan.spec import Plan
+from ftplan.trainers.reading import import_text
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "validation" / "bench"
@@ -55,6 +56,8 @@ class Case:
     true_bytes: int
     config: Mapping[str, Any] | None = None
     """The model it was traced with, where that is no cut of the catalogue's."""
+    file: str = ""
+    """The trainer's own file or command in place of a plan: its reader is tried too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,17 +104,23 @@ def trainer_cases() -> list[Case]:
     """Jobs that real trainers ran by themselves; the regime begins with the task."""
     return [
         Case(
-            architecture=job["plan"]["model"],
+            architecture=job["plan"]["model"] if "plan" in job else job["model"],
             split="trainers",
             regime=job["name"],
             number=number,
             layers=job["layers"],
-            plan=job["plan"],
+            plan=job.get("plan", {}),
             true_bytes=job["allocated_bytes"],
+            file=_file_of(job.get("settings", {})),
         )
         for path in sorted(TRAINERS.glob("*.json"))
         for number, job in enumerate(json.loads(path.read_text(encoding="utf-8"))["jobs"])
     ]
+
+
+def _file_of(settings: Mapping[str, Any]) -> str:
+    """What a user writes: a YAML file, which JSON is, or a command."""
+    return str(settings.get("command") or json.dumps(settings))
 
 
 def image_cases() -> list[Case]:
@@ -137,10 +146,18 @@ def plan_of(mapping: Mapping[str, Any]) -> Plan:
     return parse_plan(parse_document(json.dumps(mapping), file="plan"))
 
 
+def _plan(case: Case) -> Plan:
+    """The plan of a case: its own, or what a reader makes of a trainer's file, on one A100."""
+    if case.plan:
+        return plan_of(case.plan)
+    plan = import_text(case.file, file="job").plan
+    return replace(plan, hardware=replace(plan.hardware, gpu="a100-80gb", count=1))
+
+
 def predict(case: Case) -> Row:
     """The calculator's peak for one case."""
     try:
-        resolved = resolve(plan_of(case.plan))
+        resolved = resolve(_plan(case))
         config = _cut(case.config or resolved.config or {}, case.layers)
         job = job_of(replace(resolved, config=config))
         if job.teacher is not None:

@@ -65,6 +65,9 @@ on tensors without memory (`python -m ftplan.trace.bench_trainers`; versions in 
 `validation/trainers`). Triton's kernels, TRL's and Liger's, were launched into the void; sampling
 was answered with completions of the wanted length. PPO is in no TRL after 1.12.
 
+LLaMA-Factory, ms-swift and axolotl ran a user's own file, from its parser to its optimizer
+(`python -m ftplan.trace.bench_commands`); the calculator read the same file.
+
 LitGPT and torchtune run model code of their own: their packages' models, adapters and losses were
 traced as their loops call them, one version for each stack of its time
 (`python -m ftplan.trace.bench_native`). Megatron-Core's modules and mcore-bridge's adapters were

@@ -108,6 +108,8 @@ class Stack:
     log_probs: Literal["rows", "whole", "kernel"] = "rows"
     """How a preference task takes log-probabilities out of logits: a sequence at a time, all at
     once, or in a kernel that keeps the logits alone."""
+    reward_head: Literal["score", "value"] = "score"
+    """A reward model's head: in place of the language model's, or beside it, and both run."""
     outputs_to_fp32: bool
     """Whether mixed precision also casts the returned logits to fp32 (accelerate)."""
     without_autocast: tuple[str, ...] = ()
@@ -144,6 +146,10 @@ class Stack:
     """Whether FSDP reduces gradients with the last micro batch alone; whole ones until then."""
     holds_4bit_inputs: bool = False
     """Whether bitsandbytes' 4-bit product holds its input, out of a checkpoint's sight (< 0.44)."""
+    asks_input_grads: bool = False
+    """Whether inputs of an adapted model ask for gradients even where nothing is checkpointed."""
+    dora_names_identity: bool = False
+    """Whether DoRA's forward names the identity matrix until it returns (peft before 0.19)."""
     unpacks_gptq: bool = False
     """Whether GPTQ weights are unpacked by elementwise steps and kept for backward (auto_gptq)."""
     lengths: Literal["fixed", "varied"] = "fixed"

@@ -87,6 +87,7 @@ def job_of(resolved: Resolved) -> Job:
         returns_cache=checkpointing.kind == "none",
         holds_4bit_inputs=stack.holds_4bit_inputs,
         unpacks_gptq=stack.unpacks_gptq,
+        dora_names_identity=stack.dora_names_identity,
         reentrant=bool(checkpointing.reentrant),
         dropout=plan.task not in stack.dropout_off,
     )
@@ -113,9 +114,10 @@ def job_of(resolved: Resolved) -> Job:
         # trl/experimental/ppo/ppo_trainer.py 1.12: peft_module_casting_to_bf16 of a 4-bit policy
         norms_in_fp32=plan.task == "ppo" and mixed == "bf16" and storage.name[:3] in ("nf4", "fp4"),
         separate_experts=stack.separate_experts,
-        trainable_dtype=stack.trainable_dtype
-        if method.kind in ("full", "partial") and engine is None
-        else None,
+        trainable_dtype=_trained(plan, stack) if engine is None else None,
+        asks_input_grads=stack.asks_input_grads and method.kind not in ("full", "partial"),
+        value_head=stack.reward_head == "value",
+        norm_dtype=plan.precision.norms if engine is None else None,
         environment=environment,
         micro=batch.micro,
         seq_len=local_seq_len(batch.seq_len, sharding),
@@ -179,6 +181,16 @@ def _engine_dtype(plan: Plan, storage: Format, mixed: str | None) -> str | None:
     if mixed is not None:
         return mixed
     return storage.name if ITEM_BYTES.get(storage.name) == 2 else None
+
+
+def _trained(plan: Plan, stack: Stack) -> str | None:
+    """What the trainer casts every trained parameter to, whole copies beside adapters too."""
+    method = plan.method
+    assert method is not None
+    if plan.precision.trained is not None:
+        return plan.precision.trained
+    adapts = method.kind not in ("full", "partial")
+    return None if adapts and method.adapter_dtype == "bf16" else stack.trainable_dtype
 
 
 def lengths_of(resolved: Resolved) -> Lengths | None:

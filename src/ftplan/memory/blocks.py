@@ -30,7 +30,7 @@ def run_stage(
     if input_grads and not x.requires_grad:
         ask_for_gradient(x)
     for held in recorder.tape.collecting:
-        if held and held[0].storage is x.storage:
+        if checkpoint_every and held and held[0].storage is x.storage:
             held.clear()
     _name_boundary(x)
     if recorder.states is None:  # else the outputs hold it longer
@@ -253,7 +253,7 @@ def ask_for_gradient(x: Tensor) -> None:
     """Make ``x`` the first node of the graph: its gradient arrives outside of the blocks.
 
     What collects a gradient (``AccumulateGrad``) holds the tensor until then; what passes from
-    block to block is held by the blocks anyway (:func:`run_stage` drops it here).
+    checkpointed block to block is held by the blocks anyway (:func:`run_stage` drops it here).
     """
     held = [x.alias()]
     x.tape.collecting.append(held)

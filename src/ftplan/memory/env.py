@@ -73,6 +73,8 @@ class Environment:
     """bitsandbytes' 4-bit product holds its input by itself (before 0.44)."""
     unpacks_gptq: bool = False
     """GPTQ weights are unpacked by elementwise steps, and autograd keeps what comes out."""
+    dora_names_identity: bool = False
+    """DoRA's forward names the identity it multiplied until it returns (peft before 0.19)."""
     returns_cache: bool = False
     """Models whose code returns keys and values as tensors do so: nothing is checkpointed."""
     one_sequence: bool = False

@@ -182,6 +182,12 @@ class Job:
     """Experts are linear layers, which quantisation takes (transformers until 4.57)."""
     trainable_dtype: str | None = None
     """What the trainer casts every trainable parameter to; None: nothing."""
+    asks_input_grads: bool = False
+    """What the embedding returns asks for a gradient even where nothing is checkpointed."""
+    value_head: bool = False
+    """A reward model's head lies beside the language model's, which runs too."""
+    norm_dtype: str | None = None
+    """What the trainer casts the weights of norms to; None: nothing."""
     environment: Environment
     micro: int
     """Sequences per GPU per forward pass."""

@@ -502,6 +502,24 @@ class Network(Module):
         self.replace("score", score)
         self.head = self._scored  # type: ignore[method-assign]
 
+    def value(self) -> None:
+        """Put a head of one number a token beside the language model's head, which stays.
+
+        TRL's ``AutoModelForCausalLMWithValueHead`` (trl/models/modeling_value_head.py, 0.24).
+        """
+        head = self.child(self.head_name)
+        assert isinstance(head, Linear)
+        summary = Linear(head.in_features, 1, bias=True)
+        self.replace("v_head", summary)
+        for _, parameter in summary.named_parameters():
+            parameter.dtype, parameter.trainable = "fp32", True
+
+    def values(self, x: Tensor) -> Tensor:
+        """A number a token, out of the last hidden states."""
+        weight: Parameter = self.children["v_head"].weight  # type: ignore[attr-defined]
+        out: Tensor = self.children["v_head"].forward(ops.to(ops.dropout(x, 0.1), weight.dtype))
+        return out
+
     def _scored(self, x: Tensor) -> Tensor:
         out: Tensor = self.children["score"].forward(x)  # by name: an adapter trains a copy of it
         return out

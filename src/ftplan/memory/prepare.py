@@ -27,7 +27,7 @@ def prepare(job: Job) -> Network:
     """Build the model of the job and bring every weight to the state it is trained in."""
     if job.modules:
         return native(job)
-    labels = {"rm": 1, "classify": job.labels}.get(job.task)
+    labels = {"rm": None if job.value_head else 1, "classify": job.labels}.get(job.task)
     network = build(job.config, labels=labels)
     if job.checkpoint_every and not network.checkpoints:
         raise UnsupportedError(
@@ -67,6 +67,9 @@ def prepare(job: Job) -> Network:
         parameter.trainable = job.method == "full" and not parameter.fixed
     for parameter in _kept_in_fp32(network, norms=job.norms_in_fp32):
         parameter.dtype = "fp32"
+    if job.norm_dtype is not None:
+        for parameter in _norms(network):
+            parameter.dtype = job.norm_dtype
     if quantized and casts and job.kbit_casts_back:
         for matrix in _embeddings_and_head(network):
             matrix.dtype = job.base_dtype
@@ -87,6 +90,8 @@ def prepare(job: Job) -> Network:
             network.buffer_bytes += _expanded_buffer(network)
     if job.sharding.sequence_parallel and job.sharding.tp > 1:
         split_sequence(network, job.config, job.sharding)
+    if job.task == "rm" and job.value_head:
+        network.value()
     if job.trainable_dtype is not None:
         for parameter in _everything(network):
             if parameter.trainable:
@@ -94,14 +99,25 @@ def prepare(job: Job) -> Network:
     return network
 
 
-def _kept_in_fp32(network: Network, *, norms: bool) -> Iterator[Parameter]:
-    """What the class loads in fp32 in any case, by parts of its name; with ``norms``, those too."""
+def _norms(network: Network) -> Iterator[Parameter]:
+    """What LLaMA-Factory casts by name (``upcast_layernorm``, ``LAYERNORM_NAMES``, 0.9.5)."""
+    for path, parameter in _named(network):
+        if len(parameter.shape) == 1 and ("norm" in path or "ln" in path):
+            yield parameter
+
+
+def _named(network: Network) -> Iterator[tuple[str, Parameter]]:
     blocks = [block for stage in network.stages for block in stage.stack.kinds]
     for root in (network, *blocks):
-        for path, parameter in root.named_parameters():
-            kept = any(f".{name}." in f".{path}." for name in network.kept_in_fp32)
-            if kept or (norms and "norm" in path):
-                yield parameter
+        yield from root.named_parameters()
+
+
+def _kept_in_fp32(network: Network, *, norms: bool) -> Iterator[Parameter]:
+    """What the class loads in fp32 in any case, by parts of its name; with ``norms``, those too."""
+    for path, parameter in _named(network):
+        kept = any(f".{name}." in f".{path}." for name in network.kept_in_fp32)
+        if kept or (norms and "norm" in path):
+            yield parameter
 
 
 def _expanded_buffer(network: Network) -> int:

@@ -99,6 +99,14 @@ def record_step(
         root = recorder.end_root(root)
         recorder.order.append(recorder.cut("the model returns"))
         recorder.end_autocast(outputs)
+    elif objective.kind == "values":
+        states = [x]
+        del x
+        held = [recorder.end_root(_values(recorder, states))]
+        shared.memory = None
+        recorder.order.append(recorder.cut("the model returns"))
+        recorder.end_autocast()
+        root = objective.loss(network, held, _never)
     else:
         held = [x]
         del x
@@ -369,6 +377,30 @@ def _loss(
     del logits
     recorder.order.append(recorder.cut("loss"))
     return loss, outputs
+
+
+def _values(recorder: Recorder, states: list[Tensor]) -> Tensor:
+    """A number a token, out of a wrapper that computes logits and their loss and casts the logits.
+
+    trl/models/modeling_value_head.py 0.24; the trainer names the loss until its own returns.
+    """
+    tape = recorder.tape
+    with tape.scoped("logits"):
+        x = states.pop()
+        loss, logits = compute_loss(recorder.network, x)
+        values = recorder.network.values(x)
+        cast = ops.to(logits, "fp32") if logits is not None else None
+        if tape.env.outputs_to_fp32:
+            values = ops.to(values, "fp32")
+        recorder.order.append(recorder.cut("values"))
+        assert recorder.states is not None
+        recorder.states.drop()
+        del x, logits, cast, loss
+    return values
+
+
+def _never(_network: Network) -> Tensor:
+    raise AssertionError("no other network runs")
 
 
 def _outputs(recorder: Recorder, states: list[Tensor], objective: Objective) -> list[Tensor]:

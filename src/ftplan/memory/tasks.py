@@ -10,6 +10,8 @@ trainers that people run; the file and version that each mirrors:
               chosen and rejected in one batch, then the reference's forward without a graph
     kto       trl/trainer/kto_trainer.py 1.16: one completion a sample, then the reference's
               forward; the forwards over mismatched pairs need no more than the reference's
+              LLaMA-Factory's 0.9.5 (train/rm, train/dpo, train/kto): a value head beside the
+              language model's, whose loss is computed and left; log-probabilities of all logits
     orpo      trl/experimental/orpo/orpo_trainer.py 1.16: chosen and rejected in one batch, a
               cross entropy of the chosen half beside the log-probabilities, no reference
     grpo      trl/trainer/grpo_trainer.py 1.16: the old and the reference's log-probabilities are
@@ -56,7 +58,7 @@ __all__ = [
 ]
 
 Kind = Literal["tokens", "labels", "rewards", "pairs", "unpaired", "odds", "policy", "teacher",
-               "contrast", "clipped", "native"]  # fmt: skip
+               "contrast", "clipped", "values", "native"]  # fmt: skip
 
 _KINDS: dict[str, Kind] = {
     "sft": "tokens", "pt": "tokens", "classify": "labels", "rm": "rewards", "dpo": "pairs",
@@ -112,7 +114,7 @@ class Objective:
     @property
     def all_states(self) -> bool:
         """Every hidden state is returned, and held as long as the outputs are."""
-        return self.kind == "clipped"
+        return self.kind in ("clipped", "values")
 
     @property
     def beside(self) -> bool:
@@ -134,7 +136,7 @@ class Objective:
         if _taken_whole(held[0]) and self.kind in ("pairs", "unpaired", "odds"):
             held[0] = ops.to(held[0], "fp32")  # the trainer holds no other copy
         outputs = held[0]
-        if self.kind == "rewards":
+        if self.kind in ("rewards", "values"):
             return scalar([outputs])
         if self.kind == "contrast":
             return _in_batch(outputs)
@@ -158,12 +160,19 @@ class Objective:
             held.append(ops.gather(outputs))  # kto/trainer.py: logits[tags] and logits[~tags]
         if self.other is not None and not self.before:
             with outputs.tape.no_grad():
-                told = again(self.other)
-                if _taken_whole(told):
-                    told = ops.to(told, "fp32")
-                theirs = log_probs(told, self.completion)
+                known = [self._whole(again)]
+                if self.kind == "unpaired" and _taken_whole(known[0]):
+                    # kto/trainer.py: the mismatched pairs while the first logits are held
+                    known.append(self._whole(again))
+                theirs = log_probs(known[-1], self.completion)
             return scalar([mine, theirs])
         return scalar([mine])
+
+    def _whole(self, again: Again) -> Tensor:
+        """The other network's logits, as the loss takes them."""
+        assert self.other is not None
+        told = again(self.other)
+        return ops.to(told, "fp32") if _taken_whole(told) else told
 
     def scores(self, outputs: Tensor) -> Tensor:
         """Log-probabilities alone, for later."""
@@ -230,6 +239,8 @@ def objective_of(job: Job) -> Objective:
         resident += (Resident(name="weights/reward", network=reward, why=why),)
         scorers = (other, critic, reward)
     tiled = job.environment.loss == "chunked"
+    if kind == "rewards" and job.value_head:
+        kind = "values"
     return Objective(
         kind=kind,
         sequences=sequences_of(job.task),

@@ -29,6 +29,7 @@ __all__ = [
     "checkpoint",
     "copy_tensor",
     "family_of",
+    "keep_in_fp32",
     "materialize",
     "model_config",
     "peft_config",
@@ -155,11 +156,11 @@ def build_model(job: Job, config: Any) -> Any:
         model = kind.from_config(config, dtype=dtype, attn_implementation=attention)
         model.train()
         model.config.use_cache = job.method == "prefix_tuning"  # whose prefix is a cache
-        _keep_in_fp32(model, dtype)
+        keep_in_fp32(model, dtype)
     return model
 
 
-def _keep_in_fp32(model: Any, dtype: Any) -> None:
+def keep_in_fp32(model: Any, dtype: Any) -> None:
     """What ``from_pretrained`` loads in fp32 whatever dtype is asked for (transformers 5.23)."""
     names: set[str] = set()
     if dtype == torch.float16:

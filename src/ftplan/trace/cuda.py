@@ -28,7 +28,10 @@ from torch.overrides import TorchFunctionMode
 from ftplan.errors import UnsupportedError
 from ftplan.trace.ledger import Ledger
 
-__all__ = ["FLASH", "AutocastLists", "as_on_cuda", "flash_attention", "patched", "pick_sdpa"]
+__all__ = [
+    "FLASH", "AutocastLists", "as_on_cuda", "flash_attention", "flash_mask", "patched",
+    "pick_sdpa",
+]  # fmt: skip
 
 FLASH = "ftplan_varlen"
 """Name under which the emulated ``flash_attention_2`` is registered with transformers (which asks
@@ -459,7 +462,7 @@ def _no_packed_sequences(original: Any) -> Any:
     return find_packed_sequence_indices
 
 
-def _flash_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+def flash_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
     return attention_mask
 
 
@@ -476,7 +479,7 @@ def as_on_cuda(
     from transformers.utils import import_utils
 
     AttentionInterface.register(FLASH, flash_attention(ledger))
-    AttentionMaskInterface.register(FLASH, _flash_mask)
+    AttentionMaskInterface.register(FLASH, flash_mask)
 
     ledger.scalar_answer = functools.partial(_scalar, padded=padded)
     with contextlib.ExitStack() as stack:

@@ -35,7 +35,10 @@ from ftplan.trace.ledger import Ledger
 from ftplan.trace.quantized import emulated, quantize
 from ftplan.trace.triton import importable
 
-__all__ = ["TRAINERS", "Run", "run_trainer", "trainer_versions"]
+__all__ = [
+    "BATCHES", "TRAINERS", "Quantizer", "Run", "TrainerLedger", "run_trainer", "tokenizer", "train",
+    "trainer_versions",
+]  # fmt: skip
 
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -59,15 +62,19 @@ class TrainerLedger(Ledger):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
         if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-            masks = [t for t in args[1] if t is not None and t.dtype == torch.bool]
-            if masks:
-                rows = self._rows(masks[0])
-                args = (args[0], rows, *args[2:])
+            indices: list[Any] = []
+            for index in args[1]:
+                masks = index is not None and index.dtype == torch.bool
+                indices += self._rows(index) if masks else [index]
+            args = (args[0], indices, *args[2:])
         if func is aten.nonzero.default:
             return torch.empty(self._picked(args[0]), args[0].dim(), dtype=torch.int64)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _picked(self, mask: Any) -> int:
+        if mask.dim() == 1:  # of labels: the first token has none (ms-swift's logits_to_keep)
+            entry = self.entry_of(mask)
+            return int(mask.numel()) - (entry is not None and entry.op == "ne")
         shifted = self.seq_len - mask.shape[-1]
         if mask.dim() != 2 or shifted not in (0, 1):
             return int(mask.numel())
@@ -151,7 +158,7 @@ def _words(count: int, word: str = "w3") -> str:
     return " ".join([word] * count)
 
 
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
     """One token a word."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -205,7 +212,7 @@ def _trl(run: Run, name: str, rows: Sequence[Mapping[str, Any]], **more: Any) ->
     arguments = config(**length, **run.common, **more.pop("config", {}))
     run.trainer = trainer(
         model=run.model, args=arguments, train_dataset=_dataset(rows),
-        processing_class=_tokenizer(), peft_config=run.peft_config(), **more,
+        processing_class=tokenizer(), peft_config=run.peft_config(), **more,
     )  # fmt: skip
     run.trainer.optimizer = build.build_optimizer(run.job, run.trainer.model)
     if not run.batches:
@@ -322,7 +329,7 @@ def _grpo(run: Run, name: str = "grpo") -> None:
     with cuda.patched(home, "create_model_from_path", lambda *_, **__: run.other):
         run.trainer = trainer(
             model=run.model, args=arguments, train_dataset=_dataset(rows),
-            processing_class=_tokenizer(), peft_config=run.peft_config(),
+            processing_class=tokenizer(), peft_config=run.peft_config(),
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
         )  # fmt: skip
     run.trainer.optimizer = build.build_optimizer(job, run.trainer.model)
@@ -359,7 +366,7 @@ def _ppo(run: Run) -> None:
     adapter = run.peft_config()
     reference = None if adapter else run.other
     run.trainer = PPOTrainer(
-        args=arguments, processing_class=_tokenizer(), model=run.model, ref_model=reference,
+        args=arguments, processing_class=tokenizer(), model=run.model, ref_model=reference,
         reward_model=reward, value_model=value, peft_config=adapter,
         train_dataset=_dataset([{"input_ids": [3]}] * batch),
     )  # fmt: skip
@@ -450,16 +457,16 @@ def run_trainer(
         if job.quantized:
             for each in (model, *beside):  # one configuration for all that the script loads
                 quantize(each, job)
-            model.hf_quantizer = _Quantizer()
+            model.hf_quantizer = Quantizer()
         run = Run(job, model, other, arguments or {}, prompt_tokens, ledger, folder, beside)
         run.evaluates = evaluates
         TRAINERS[name](run)
         trainable = core._count(run.trainer.model, trained=True)
-        end = _train(run)
+        end = train(run)
         return core._result(run.trainer.model, ledger, end, total, trainable)
 
 
-class _Quantizer:
+class Quantizer:
     """What Trainer asks of a quantised model before it trains it."""
 
     is_trainable = True
@@ -538,7 +545,7 @@ def _imported(name: str) -> Any:
         return None
 
 
-def _train(run: Run) -> int:
+def train(run: Run) -> int:
     """``trainer.train()``, its phases marked; the clock at the end of the last forward."""
     trainer, ledger = run.trainer, run.ledger
     core._mark_model(ledger, trainer.model)

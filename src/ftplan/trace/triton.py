@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-__all__ = ["importable"]
+__all__ = ["importable", "stand_in"]
 
 _SUBMODULES = (
     "language", "language.extra", "language.extra.libdevice", "language.extra.cuda",
@@ -58,6 +58,11 @@ class _Module(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         return lambda *args, **kwargs: None
+
+
+def stand_in(name: str) -> ModuleType:
+    """A module of that name in which nothing is ever called."""
+    return _Module(name)
 
 
 def _jit(function: Callable[..., Any] | None = None, **_options: Any) -> Any:

@@ -287,26 +287,19 @@ def _classic_quantised(draft: Draft, keys: Keys) -> None:
 def _classic_precision(draft: Draft, keys: Keys) -> None:
     pure = keys.flag("pure_bf16")
     quantised = draft.get("precision.weights") is not None
-    full = draft.get("method.kind") in ("full", "partial")
-    zero3 = draft.get("sharding.kind") == "zero3"
     if pure:
         draft.put("precision.mixed", "no", keys.at("pure_bf16"))
         if not quantised:
             draft.put("precision.weights", "bf16", keys.at("pure_bf16"))
-        if not full:
+        draft.put("precision.trained", "bf16", keys.at("pure_bf16"))
+        if draft.get("method.kind") not in ("full", "partial"):
             draft.put("method.adapter_dtype", "bf16", keys.at("pure_bf16"))
-    elif full and not zero3 and not keys.flag("use_badam"):
-        draft.assume(
-            "precision.weights",
-            "fp32",
-            SOURCE % "model/adapter.py: trainable parameters are cast to float32",
-        )
+    elif keys.flag("use_badam"):
+        draft.put("precision.trained", "bf16", keys.at("use_badam"))
     if draft.get("precision.mixed") == "fp16" and not quantised:
         draft.assume("precision.weights", "fp16", SOURCE % "hparams/parser.py: compute_dtype")
     if keys.flag("upcast_layernorm"):
-        draft.not_modelled(
-            keys, ("upcast_layernorm",), "norm weights in fp32 widen the residual stream"
-        )
+        draft.put("precision.norms", "fp32", keys.at("upcast_layernorm"))
 
 
 def _classic_checkpointing(draft: Draft, keys: Keys) -> None:
@@ -599,9 +592,12 @@ def export(plan: Plan) -> writing.Exported:
                 out.line("double_quantization", method.double_quant)
     else:
         stored = "fp16" if plan.precision.mixed == "fp16" else "bf16"
-        expected = stored if _pure(plan) or kind == "lora" else "fp32"
-        if plan.precision.weights not in (expected, None):
-            out.refuse(f"weights in {plan.precision.weights} (LLaMA-Factory keeps {expected} here)")
+        # what it trains whole it casts to fp32 by itself
+        expected = (stored, None) if _pure(plan) or kind != "full" else (stored, "fp32", None)
+        if plan.precision.weights not in expected:
+            out.refuse(f"weights in {plan.precision.weights} (LLaMA-Factory keeps {stored} here)")
+    if plan.precision.norms == "fp32":
+        out.line("upcast_layernorm", True)
     out.line("cutoff_len", plan.batch.seq_len)
     out.line("packing", plan.batch.packing)
     out.attention("flash_attn", {"eager": "disabled", "sdpa": "sdpa", "flash": "fa2"})
@@ -637,5 +633,8 @@ def _pure(plan: Plan) -> bool:
     if method is None or plan.precision.mixed not in (None, "no"):
         return False
     if method.kind in ("full", "partial"):
-        return plan.precision.weights == "bf16"
+        trained = plan.precision.trained
+        if trained is None and plan.stack != NAME:
+            trained = "bf16" if plan.precision.weights == "bf16" else None
+        return trained == "bf16"
     return method.adapter_dtype == "bf16"

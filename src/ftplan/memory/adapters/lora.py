@@ -174,8 +174,10 @@ class LoraLinear(Adapted):
         tape = x.tape
         eye = tape.tensor(ONE * self.in_features, self.in_features, self._down.weight.dtype, "eye")
         lora_weight = self._thin(eye)
+        held = [eye] if tape.env.dora_names_identity else []
         del eye
-        lora_weight = ops.to(lora_weight, x.dtype)
+        if not held:  # until 0.18 it keeps the dtype of the product
+            lora_weight = ops.to(lora_weight, x.dtype)
         weight = ops.to(dequantized(self.base_layer, x), x.dtype)
         with tape.no_grad():
             scaled = ops.scale(lora_weight.alias())
@@ -191,7 +193,9 @@ class LoraLinear(Adapted):
         elif self.base_layer.bias is not None:
             base_result = subtract_bias(base_result, self.base_layer.bias)
         first = ops.mul(ops.shift(ratio), base_result)
-        return ops.add(first, ops.scale(ops.mul(ratio, lora_result)))
+        out = ops.add(first, ops.scale(ops.mul(ratio, lora_result)))
+        held.clear()
+        return out
 
 
 def subtract_bias(x: Tensor, bias: Parameter) -> Tensor:

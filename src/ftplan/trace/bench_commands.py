@@ -1,0 +1,261 @@
+"""The bench of trainers' own commands: the file that a user writes, run by the trainer itself.
+
+    python -m ftplan.trace.bench_commands llamafactory [--out validation/trainers] [--only NAME ...]
+
+One file for each trainer and version. A job is the trainer's own configuration, so that its
+reader, its profile and the walk are compared with the trainer at once. Needs the trainer and the
+versions that it asks for (the file names them); a job that is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from ftplan.catalog.models import find_model
+from ftplan.trace.bench import catalogue
+
+__all__ = ["JOBS", "jobs", "main"]
+
+Settings = Mapping[str, Any]
+MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "smollm2-1.7b", "qwen3-4b", "mistral-7b-v0.1")
+"""In turn: tied and untied heads, biases, normed queries, many and few key-value heads."""
+_UNKNOWN = {"ms-swift": ("smollm2-1.7b",)}
+"""Models that a trainer does not know by name."""
+
+_LF: Settings = {
+    "stage": "sft", "finetuning_type": "lora", "cutoff_len": 512,
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "bf16": True,
+}  # fmt: skip
+_FULL: Settings = {"finetuning_type": "full"}
+_QLORA: Settings = {"quantization_bit": 4, "quantization_method": "bnb"}
+_KEPT: Settings = {"disable_gradient_checkpointing": True}
+_LLAMAFACTORY: dict[str, Settings] = {
+    "sft lora": {},
+    "sft lora kept": _KEPT,
+    "sft lora dropout": {"lora_dropout": 0.05, "lora_rank": 16, **_KEPT},
+    "sft lora targets": {"lora_target": "q_proj,v_proj"},
+    "sft lora embeddings": {"additional_target": "embed_tokens,lm_head"},
+    "sft lora accumulated": {"gradient_accumulation_steps": 4},
+    "sft lora pure": {"pure_bf16": True, "bf16": False},
+    "sft dora": {"use_dora": True},
+    "sft oft": {"finetuning_type": "oft"},
+    "sft lora upcast": {"upcast_layernorm": True},
+    "sft lora flash": {"flash_attn": "fa2", **_KEPT},
+    "sft lora eager": {"flash_attn": "disabled"},
+    "sft qlora": _QLORA,
+    "sft qlora kept": {**_QLORA, **_KEPT},
+    "sft qlora upcast": {**_QLORA, "upcast_layernorm": True},
+    "sft int8": {"quantization_bit": 8, "quantization_method": "bnb"},
+    "sft full": _FULL,
+    "sft full kept": {**_FULL, **_KEPT},
+    "sft full pure": {**_FULL, "pure_bf16": True, "bf16": False, **_KEPT},
+    "sft full 8-bit": {**_FULL, "optim": "adamw_bnb_8bit"},
+    "sft freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
+    "sft packed": {"packing": True},
+    "sft neat": {"neat_packing": True, "flash_attn": "fa2"},
+    "sft no autocast": {"bf16": False},
+    "pt lora": {"stage": "pt"},
+    "pt full": {"stage": "pt", **_FULL},
+    "rm lora": {"stage": "rm"},
+    "rm lora kept": {"stage": "rm", **_KEPT},
+    "rm full": {"stage": "rm", **_FULL},
+    "dpo lora": {"stage": "dpo"},
+    "dpo lora kept": {"stage": "dpo", **_KEPT},
+    "dpo qlora": {"stage": "dpo", **_QLORA},
+    "dpo full": {"stage": "dpo", **_FULL},
+    "orpo lora": {"stage": "dpo", "pref_loss": "orpo"},
+    "simpo full": {"stage": "dpo", "pref_loss": "simpo", **_FULL},
+    "kto lora": {"stage": "kto"},
+    "kto lora kept": {"stage": "kto", **_KEPT},
+    "kto full": {"stage": "kto", **_FULL},
+}
+_SWIFT: Settings = {
+    "tuner_type": "lora", "max_length": 512, "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1, "torch_dtype": "bfloat16",
+}  # fmt: skip
+_ALL: Settings = {"tuner_type": "full"}
+_BNB: Settings = {
+    "quant_method": "bnb", "quant_bits": 4, "bnb_4bit_compute_dtype": "bfloat16",
+}  # fmt: skip
+_OPEN: Settings = {"gradient_checkpointing": False}
+_RL: Settings = {"VERB": "rlhf"}
+_MS_SWIFT: dict[str, Settings] = {
+    "sft lora": {},
+    "sft lora kept": _OPEN,
+    "sft lora dropout": {"lora_dropout": 0.0, "lora_rank": 16, **_OPEN},
+    "sft lora fp32": {"lora_dtype": "float32", **_OPEN},
+    "sft lora targets": {"target_modules": ("q_proj", "v_proj")},
+    "sft lora embeddings": {"modules_to_save": ("embed_tokens", "lm_head")},
+    "sft lora accumulated": {"gradient_accumulation_steps": 4},
+    "sft dora": {"use_dora": True},
+    "sft qlora": _BNB,
+    "sft qlora kept": {**_BNB, **_OPEN},
+    "sft int8": {"quant_method": "bnb", "quant_bits": 8},
+    "sft full": _ALL,
+    "sft full kept": {**_ALL, **_OPEN},
+    "sft full 8-bit": {**_ALL, "optim": "adamw_bnb_8bit"},
+    "sft lora flash": {"attn_impl": "flash_attention_2", **_OPEN},
+    "sft lora eager": {"attn_impl": "eager"},
+    "sft packed": {"attn_impl": "flash_attention_2", "packing": True},
+    "sft padding-free": {"attn_impl": "flash_attention_2", "padding_free": True},
+    "pt full": {"VERB": "pt", **_ALL},
+    "pt lora": {"VERB": "pt"},
+    "rm lora": {**_RL, "rlhf_type": "rm"},
+    "rm full": {**_RL, "rlhf_type": "rm", **_ALL},
+    "dpo lora": {**_RL, "rlhf_type": "dpo"},
+    "dpo lora kept": {**_RL, "rlhf_type": "dpo", **_OPEN},
+    "dpo qlora": {**_RL, "rlhf_type": "dpo", **_BNB},
+    "dpo full": {**_RL, "rlhf_type": "dpo", **_ALL},
+    "kto lora": {**_RL, "rlhf_type": "kto"},
+    "kto full": {**_RL, "rlhf_type": "kto", **_ALL},
+    "orpo lora": {**_RL, "rlhf_type": "orpo"},
+    "simpo full": {**_RL, "rlhf_type": "simpo", **_ALL},
+    "sft liger": {"use_liger_kernel": True},
+}
+_AX: Settings = {
+    "sequence_len": 512, "micro_batch_size": 2, "gradient_accumulation_steps": 1,
+    "adapter": "lora", "lora_r": 16, "lora_alpha": 32, "lora_target_linear": True,
+    "optimizer": "adamw_torch_fused", "bf16": True, "attn_implementation": "sdpa",
+    "gradient_checkpointing": True,
+}  # fmt: skip
+_NO_ADAPTER: Settings = {"adapter": None}
+_4BIT: Settings = {"adapter": "qlora", "load_in_4bit": True}
+_HELD: Settings = {"gradient_checkpointing": False}
+_PACKED: Settings = {
+    "sample_packing": True, "pad_to_sequence_len": True, "attn_implementation": "flash_attention_2",
+}  # fmt: skip
+_AXOLOTL: dict[str, Settings] = {
+    "sft lora": {},
+    "sft lora kept": _HELD,
+    "sft lora dropout": {"lora_dropout": 0.05, **_HELD},
+    "sft lora accumulated": {"gradient_accumulation_steps": 4},
+    "sft lora flash": {"attn_implementation": "flash_attention_2", **_HELD},
+    "sft lora packed": _PACKED,
+    "sft qlora": _4BIT,
+    "sft qlora kept": {**_4BIT, **_HELD},
+    "sft qlora packed": {**_4BIT, **_PACKED},
+    "sft int8": {"load_in_8bit": True},
+    "sft full": _NO_ADAPTER,
+    "sft full kept": {**_NO_ADAPTER, **_HELD},
+    "sft full 8-bit": {**_NO_ADAPTER, "optimizer": "adamw_bnb_8bit"},
+    "dpo lora": {"rl": "dpo"},
+    "dpo full": {"rl": "dpo", **_NO_ADAPTER},
+    "orpo lora": {"rl": "orpo"},
+}
+JOBS: dict[str, tuple[Settings, str, dict[str, Settings]]] = {
+    "llamafactory": (_LF, "model_name_or_path", _LLAMAFACTORY),
+    "ms-swift": (_SWIFT, "model", _MS_SWIFT),
+    "axolotl": (_AX, "base_model", _AXOLOTL),
+}
+"""By trainer: what every file says, the key of the model, what each job's file says beside it."""
+SEQ_LEN = 512
+
+
+def jobs(trainer: str) -> Iterator[Mapping[str, Any]]:
+    """Every job of a trainer, always the same ones."""
+    common, key, each = JOBS[trainer]
+    models = [name for name in MODELS if name not in _UNKNOWN.get(trainer, ())]
+    for number, (name, settings) in enumerate(each.items()):
+        model = models[number % len(models)]
+        said = {key: find_model(model).hub_ids[0], **common, **settings}
+        yield {
+            "name": f"{trainer} {name}",
+            "model": model,
+            "layers": (2, 3)[number % 2],
+            "settings": {"command": _command(said)} if trainer == "ms-swift" else said,
+        }
+
+
+def _command(settings: Settings) -> str:
+    """``swift sft --model NAME ...``: a user's line."""
+    words = ["swift", settings.get("VERB", "sft")]
+    for name, value in settings.items():
+        if name != "VERB":
+            values = value if isinstance(value, tuple) else (value,)
+            words += [
+                f"--{name}",
+                *(str(v).lower() if isinstance(v, bool) else str(v) for v in values),
+            ]
+    return shlex.join(words)
+
+
+def record(trainer: str, job: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Run one job; its line of the bench."""
+    from ftplan.trace.commands import run_command
+
+    result = run_command(
+        trainer, job["settings"], catalogue()[job["model"]], layers=job["layers"],
+        model=find_model(job["model"]).hub_ids[0], seq_len=SEQ_LEN,
+    )  # fmt: skip
+    return {
+        **job,
+        "allocated_bytes": result.allocated_bytes,
+        "peak_phase": result.peak_phase,
+        "phases": result.phases,
+        "trainable_params": result.trainable_params,
+    }
+
+
+def write(trainer: str, out: Path, only: Sequence[str], *, fresh: bool) -> int:
+    """Run what is missing; returns how many jobs there are now."""
+    from ftplan.trace.commands import COMMANDS, command_versions
+
+    versions = command_versions(trainer)
+    path = out / f"{trainer}-{versions[COMMANDS[trainer].package]}.json"
+    out.mkdir(parents=True, exist_ok=True)
+    kept = {} if fresh or not path.exists() else _kept(path)
+    for job in jobs(trainer):
+        key = json.dumps(job)
+        if key in kept or (only and not any(word in job["name"] for word in only)):
+            continue
+        began = time.monotonic()
+        try:
+            kept[key] = _apart(trainer, job)
+        except Exception as error:
+            print(f"{job['name']}: {error!r}"[:300], file=sys.stderr, flush=True)
+            continue
+        print(f"{job['name']} {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+        _save(path, versions, [kept[key] for key in map(json.dumps, jobs(trainer)) if key in kept])
+    return len(kept)
+
+
+def _save(path: Path, versions: Mapping[str, str], ordered: Sequence[Mapping[str, Any]]) -> None:
+    lines = ",\n".join("  " + json.dumps(job) for job in ordered)
+    path.write_text(f'{{"versions": {json.dumps(versions)}, "jobs": [\n{lines}\n]}}\n', "ascii")
+
+
+def _apart(trainer: str, job: Mapping[str, Any]) -> Mapping[str, Any]:
+    """:func:`record` in a process of its own: trainers leave patches and tensors behind."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(record, trainer, job).result()
+
+
+def _kept(path: Path) -> dict[str, Mapping[str, Any]]:
+    found: list[Mapping[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["jobs"]
+    asked = ("name", "model", "layers", "settings")
+    return {json.dumps({name: job[name] for name in asked}): job for job in found}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m ftplan.trace.bench_commands")
+    parser.add_argument("trainer", choices=list(JOBS))
+    parser.add_argument("--out", type=Path, default=Path("validation/trainers"))
+    parser.add_argument("--only", nargs="*", default=[], help="words of the names of jobs")
+    parser.add_argument("--fresh", action="store_true", help="run every job again")
+    options = parser.parse_args()
+    total = write(options.trainer, options.out, options.only, fresh=options.fresh)
+    print(f"{total} jobs in {options.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

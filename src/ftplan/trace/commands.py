@@ -1,0 +1,500 @@
+"""Trainers run by their own command on a file of their own, on fake tensors.
+
+Here nothing is told to a trainer but what its users write: its parser reads the file, its loader
+loads and patches the model, it puts adapters in, its collator makes the batches and its loop runs
+two steps. What stands in for something: a checkpoint's tensors are empty ones of the shapes that
+``config.json`` gives, kernels of a GPU do what :mod:`cuda` and :mod:`quantized` say, and the data
+are words without meaning, as many as fill the sequences.
+"""
+
+# torch is not installed where types are checked: its classes are Any there
+# mypy: disable-error-code="misc"
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib
+import itertools
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ftplan.dataclass import dataclass
+from ftplan.trace import build, core, cuda, trainers
+from ftplan.trace.job import Job, plan_from, resolve
+from ftplan.trace.quantized import emulated, quantize
+from ftplan.trace.triton import importable, stand_in
+
+__all__ = ["COMMANDS", "Command", "command_versions", "run_command"]
+
+_QUIET = {
+    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_DISABLED": "true",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
+    "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """How a trainer is started, and what it reads beside the file."""
+
+    package: str
+    """Name of its distribution."""
+    beside: tuple[str, ...]
+    """Distributions whose versions matter, beside transformers, peft and accelerate."""
+    write: Callable[[Mapping[str, Any], Path], dict[str, Any]]
+    """Write the data; the keys that a file must have and that move no memory."""
+    run: Callable[[Mapping[str, Any], Path], None]
+    """Start it with the file's keys."""
+    on_host: tuple[tuple[str, str], ...] = ()
+    """Functions, by module and name, that prepare data: they run without the modes."""
+    yes: tuple[tuple[str, str], ...] = ()
+    """Questions for a GPU or a kernel package, by module and name, that a GPU answers with yes."""
+    idle: tuple[tuple[str, str], ...] = ()
+    """Functions that count on the host what has been moved there: they count nothing."""
+    triton: bool = False
+    """It imports kernels, which are launched into the void."""
+    absent: tuple[str, ...] = ()
+    """Packages that it imports and never calls in these jobs, where they are not installed."""
+
+
+class _Ended(Exception):
+    """The steps are over: what a command does after them is no part of a trace."""
+
+
+# --- data and model folders -----------------------------------------------------------------------
+
+
+def words(count: int, word: str = "w3") -> str:
+    """A text of so many tokens."""
+    return " ".join([word] * count)
+
+
+def _model_folder(home: Path, name: str, config: Mapping[str, Any]) -> None:
+    """What a hub id leads to: a config, and a tokenizer with a token for each word."""
+    folder = home / name
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {**config, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    written.setdefault("architectures", [_architecture(config)])
+    (folder / "config.json").write_text(json.dumps(written), "utf-8")
+    trainers.tokenizer().save_pretrained(str(folder))
+
+
+def _tokenizer(_cls: Any, path: Any, *_args: Any, **given: Any) -> Any:
+    """In place of ``AutoTokenizer.from_pretrained``, which knows better what a model type has."""
+    made = trainers.tokenizer()
+    made.name_or_path, made.padding_side = str(path), given.get("padding_side", "right")
+    return made
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    import transformers
+
+    kind = build.model_config(dict(config))
+    found = transformers.AutoModelForCausalLM._model_mapping[type(kind)]
+    return str(found.__name__)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), "utf-8")
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+class _Run:
+    """What the stand-ins of one run share."""
+
+    def __init__(self, ledger: trainers.TrainerLedger, job: Job, folder: str) -> None:
+        self.ledger, self.job, self.folder = ledger, job, folder
+        self.result: core.TraceResult | None = None
+        self.padded = False
+
+
+def _loaded(run: _Run) -> Callable[..., Any]:
+    """In place of ``from_pretrained``: the class's own model with empty weights, then quantised."""
+
+    def from_pretrained(cls: Any, _path: Any, *args: Any, **given: Any) -> Any:
+        config = given["config"]
+        named = given.get("dtype", given.get("torch_dtype"))
+        dtype = config.dtype if named in ("auto", None) else named
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dtype = dtype or torch.float32
+        asked = given.get("attn_implementation") or getattr(config, "_attn_implementation", None)
+        flash = "flash" in str(asked)
+        with _disable_current_modes(), torch.device("meta"):
+            config._attn_implementation_internal = None
+            made = cls._from_config(
+                config, dtype=dtype, attn_implementation="sdpa" if flash else asked
+            )
+            build.keep_in_fp32(made, dtype)
+        if flash:
+            for module in made.modules():
+                if hasattr(module, "config"):
+                    module.config._attn_implementation_internal = asked
+        build.materialize(made)
+        made.eval()
+        settings = given.get("quantization_config") or getattr(config, "quantization_config", None)
+        if settings is not None:
+            run.job = _quantised(run.job, settings)
+            quantize(made, run.job)
+            made.hf_quantizer = trainers.Quantizer()
+            made.quantization_method = "bitsandbytes"
+            made.config.quantization_config = settings
+        return made
+
+    return from_pretrained
+
+
+def _quantised(job: Job, settings: Any) -> Job:
+    """The job with bitsandbytes' settings."""
+    if settings.load_in_8bit:
+        return replace(job, weights="int8", compute_dtype="bfloat16")
+    compute = str(settings.bnb_4bit_compute_dtype).removeprefix("torch.")
+    return replace(
+        job, weights=settings.bnb_4bit_quant_type, compute_dtype=compute,
+        double_quant=bool(settings.bnb_4bit_use_double_quant),
+    )  # fmt: skip
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def _trained(run: _Run, inner: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of ``Trainer.train``: two of its steps, watched; then the command has ended."""
+
+    def train(trainer: Any, *_args: Any, **_kwargs: Any) -> Any:
+        arguments = trainer.args
+        arguments.max_steps = trainers.BATCHES
+        arguments.save_strategy, arguments.eval_strategy = "no", "no"
+        arguments.disable_tqdm, arguments.logging_steps = True, 1000
+        job = replace(
+            run.job,
+            micro=arguments.per_device_train_batch_size,
+            accumulation=arguments.gradient_accumulation_steps,
+        )
+        name = getattr(arguments.optim, "value", arguments.optim)
+        job = _with_optimizer(job, name)
+        watched = trainers.Run(
+            job, trainer.model, getattr(trainer, "ref_model", None), {}, 1, run.ledger, run.folder
+        )
+        watched.trainer = trainer
+        count = job.accumulation * trainers.BATCHES
+        with _disable_current_modes():
+            watched.batches = list(itertools.islice(trainer.get_train_dataloader(), count))
+            run.padded = any(map(_hides, watched.batches))
+        trainer.optimizer = build.build_optimizer(job, trainer.model)
+        trainable = core._count(trainer.model, trained=True)
+        trainer.train = functools.partial(inner, trainer)
+        end = trainers.train(watched)
+        total = core._count(trainer.model)
+        run.result = core._result(trainer.model, run.ledger, end, total, trainable)
+        raise _Ended
+
+    return train
+
+
+def _with_optimizer(job: Job, name: str) -> Job:
+    mapping = {"model": "x", "method": {"kind": "full"}, "optimizer": name}
+    chosen = resolve(plan_from(mapping))
+    return replace(job, optimizer=chosen.optimizer, implementation=chosen.implementation)
+
+
+def _hides(batch: Any) -> bool:
+    """Whether a mask of the batch hides anything."""
+    masks = [value for key, value in batch.items() if "attention_mask" in key]
+    return any(mask is not None and not bool(mask.bool().all()) for mask in masks)
+
+
+def _trainer_class() -> Any:
+    import transformers
+
+    return transformers.Trainer
+
+
+def _without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return called
+
+
+def _checkpoint(original: Any) -> Any:
+    """The random state that a checkpoint stows is host memory, and nothing here is random."""
+
+    def checkpoint(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **{**kwargs, "preserve_rng_state": False})
+
+    return checkpoint
+
+
+def run_command(
+    name: str, settings: Mapping[str, Any], config: Mapping[str, Any], *, seq_len: int, model: str,
+    layers: int | None = None,
+) -> core.TraceResult:  # fmt: skip
+    """Two steps of a trainer on its own file's ``settings``; the peak of the second.
+
+    ``model``: the hub id that the file names; ``config``: what it leads to, cut to ``layers``.
+    """
+    import transformers.modeling_utils
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+    command = COMMANDS[name]
+    os.environ |= _QUIET
+    torch.set_num_threads(1)
+    ledger = trainers.TrainerLedger(seq_len, 1)
+    job = replace(resolve(plan_from({"model": "x", "method": {"kind": "full"}})), seq_len=seq_len)
+    job = replace(job, stack=name)
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        enter(core._quiet())
+        folder = Path(enter(tempfile.TemporaryDirectory()))
+        enter(contextlib.chdir(folder))
+        if command.triton:
+            enter(importable())
+        for package in command.absent:
+            enter(_standing_in(package))
+        cut = build.cut_depth(dict(config), layers) if layers is not None else dict(config)
+        _model_folder(folder, model, cut)
+        given = {**command.write(settings, folder), **settings}
+        run = _Run(ledger, job, str(folder / "out"))
+        for module, function in command.on_host:
+            home = _home(module)
+            enter(cuda.patched(home, function, _without_modes(getattr(home, function))))
+        for module, function in command.idle:
+            enter(cuda.patched(_home(module), function, lambda *_args, **_kwargs: {}))
+        for module, function in command.yes:
+            home = _home(module)
+            enter(cuda.patched(home, function, lambda *_args, **_kwargs: True))
+        gc.freeze()
+        stack.callback(gc.unfreeze)
+        enter(FakeTensorMode(allow_non_fake_inputs=True))
+        enter(ledger)
+        enter(cuda.as_on_cuda(ledger, job.capability))
+        for flash in ("flash_attention_2",):
+            AttentionInterface.register(flash, cuda.flash_attention(ledger))
+            AttentionMaskInterface.register(flash, cuda.flash_mask)
+        ledger.scalar_answer = lambda tensor, phase: cuda._scalar(tensor, phase, padded=run.padded)
+        enter(emulated(replace(job, weights="nf4"), ledger))
+        enter(cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors))
+        enter(cuda.patched(torch.Tensor, "__deepcopy__", build.copy_tensor))
+        for home in (torch.utils.checkpoint, transformers.modeling_utils):
+            enter(cuda.patched(home, "checkpoint", _checkpoint(home.checkpoint)))
+        enter(cuda.patched(PreTrainedModel, "from_pretrained", classmethod(_loaded(run))))
+        enter(cuda.patched(transformers.AutoTokenizer, "from_pretrained", classmethod(_tokenizer)))
+        trainer_class = _trainer_class()
+        enter(cuda.patched(trainer_class, "train", _trained(run, trainer_class.train)))
+        try:
+            command.run(given, folder)
+        except Exception:
+            if run.result is None:  # else it is what the command does once its steps are over
+                raise
+    assert run.result is not None, f"{name} ended without training"
+    return run.result
+
+
+def _home(name: str) -> Any:
+    """A module, or a class of it (``module:Class``)."""
+    module, _, kind = name.partition(":")
+    home = importlib.import_module(module)
+    return getattr(home, kind) if kind else home
+
+
+@contextlib.contextmanager
+def _standing_in(package: str) -> Iterator[None]:
+    """A package that is not installed and that nobody calls; it stays, as importers keep it."""
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        sys.modules[package] = stand_in(package)
+    yield
+
+
+def command_versions(name: str) -> dict[str, str]:
+    """Versions of what was run."""
+    found = {}
+    command = COMMANDS[name]
+    for package in (command.package, *command.beside):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return {**core.versions(), **found}
+
+
+# --- LLaMA-Factory --------------------------------------------------------------------------------
+
+
+def _llamafactory_data(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A data set of each stage's kind, every sample as long as ``cutoff_len`` or cut to it."""
+    length = int(settings.get("cutoff_len", 2048))
+    stage = settings.get("stage", "sft")
+    count, answer = 64, length  # longer than fits: every sample is cut to cutoff_len
+    info: dict[str, Any] = {"file_name": "rows.json"}
+    row: dict[str, Any] = {"instruction": words(2), "input": "", "output": words(answer, "w4")}
+    if stage in ("dpo", "rm"):
+        row = {"instruction": words(2), "chosen": words(answer, "w4"), "rejected": words(answer)}
+        info |= {"ranking": True}
+        info["columns"] = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    elif stage == "kto":
+        row |= {"kto_tag": True}
+        info["columns"] = {"prompt": "instruction", "response": "output", "kto_tag": "kto_tag"}
+    elif stage == "pt":
+        row = {"text": words(length)}
+        info["columns"] = {"prompt": "text"}
+    rows = [dict(row) for _ in range(count)]
+    if stage == "kto":
+        for number in range(0, count, 2):
+            rows[number]["kto_tag"] = False
+    _write_json(folder / "data" / "rows.json", rows)
+    _write_json(folder / "data" / "dataset_info.json", {"rows": info})
+    return {
+        "do_train": True, "dataset": "rows", "dataset_dir": "data", "template": "empty",
+        "output_dir": "out", "report_to": "none", "max_steps": trainers.BATCHES,
+        "preprocessing_num_workers": None,
+    }  # fmt: skip
+
+
+def _llamafactory(settings: Mapping[str, Any], folder: Path) -> None:
+    from llamafactory.train.tuner import run_exp
+
+    run_exp(dict(settings))
+
+
+# --- ms-swift -------------------------------------------------------------------------------------
+
+
+def _swift_data(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Conversations that are longer than fits, cut on the right."""
+    length = int(_flag(settings["command"], "max_length"))
+    kind = _flag(settings["command"], "rlhf_type")
+    rows = []
+    for number in range(64):
+        answer = words(2 * length, ("w4", "w3")[number % 2])  # kto pairs each with the next one's
+        question = {"role": "user", "content": words(2)}
+        row: dict[str, Any] = {"messages": [question, {"role": "assistant", "content": answer}]}
+        if kind in ("dpo", "orpo", "cpo", "simpo", "rm"):
+            row["rejected_response"] = words(2 * length, ("w3", "w4")[number % 2])
+        rows.append({**row, "label": number % 2 == 0} if kind == "kto" else row)
+    lines = "".join(json.dumps(each) + "\n" for each in rows)
+    (folder / "rows.jsonl").write_text(lines, "utf-8")
+    return {
+        "dataset": "rows.jsonl", "truncation_strategy": "right", "output_dir": "out",
+        "save_strategy": "no", "report_to": "none", "max_steps": trainers.BATCHES,
+        "split_dataset_ratio": 0, "dataset_num_proc": 1, "dataloader_num_workers": 0,
+        "add_version": False, "check_model": False, "load_from_cache_file": False,
+    }  # fmt: skip
+
+
+def _flag(command: str, name: str) -> str:
+    parts = shlex.split(command)
+    return parts[parts.index(f"--{name}") + 1] if f"--{name}" in parts else ""
+
+
+def _swift(settings: Mapping[str, Any], folder: Path) -> None:
+    from swift.pipelines import pretrain_main, rlhf_main, sft_main
+
+    _, verb, *flags = shlex.split(settings["command"])
+    for name, value in settings.items():
+        if name != "command":
+            flags += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    {"sft": sft_main, "pt": pretrain_main, "rlhf": rlhf_main}[verb](flags)
+
+
+# --- axolotl --------------------------------------------------------------------------------------
+
+
+def _axolotl_data(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Texts that are cut into samples of ``sequence_len``; pairs for preferences."""
+    length = int(settings["sequence_len"])
+    if settings.get("rl") or settings.get("reward_model"):
+        pair = {
+            "prompt": words(2),
+            "chosen": words(length - 3, "w4"),
+            "rejected": words(length - 3),
+        }
+        rows: list[dict[str, Any]] = [pair] * 64
+        kind: Any = {
+            "field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected",
+            "prompt_format": "{prompt}", "chosen_format": " {chosen}",
+            "rejected_format": " {rejected}",
+        }  # fmt: skip
+    else:
+        rows, kind = [{"text": words(64 * length)}], "completion"
+    _write_json(folder / "rows.json", rows)
+    return {
+        "datasets": [{"path": "rows.json", "ds_type": "json", "type": kind}],
+        "dataset_prepared_path": "prepared", "output_dir": "out", "val_set_size": 0,
+        "max_steps": trainers.BATCHES, "save_strategy": "no", "learning_rate": 1e-4,
+        "dataset_num_proc": 1, "num_epochs": 1,
+    }  # fmt: skip
+
+
+def _axolotl(settings: Mapping[str, Any], folder: Path) -> None:
+    import yaml
+    from axolotl.cli import config
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.train import do_train
+
+    (folder / "job.yaml").write_text(yaml.safe_dump(dict(settings)), "utf-8")
+    card = {"bf16": True, "fp8": False, "tf32": False, "n_gpu": 1, "n_node": 1}
+    known = ({**card, "compute_capability": "sm_80"}, {"torch_version": str(torch.__version__)})
+    with cuda.patched(config, "gpu_capabilities", lambda: known):
+        cfg = config.load_cfg(str(folder / "job.yaml"))
+    do_train(cfg, TrainerCliArgs())
+
+
+def _stages(*names: str) -> Sequence[tuple[str, str]]:
+    return [(f"llamafactory.train.{name}.workflow", "get_dataset") for name in names]
+
+
+COMMANDS: dict[str, Command] = {
+    "llamafactory": Command(
+        package="llamafactory",
+        beside=("trl", "bitsandbytes", "liger_kernel"),
+        write=_llamafactory_data,
+        run=_llamafactory,
+        on_host=tuple(_stages("pt", "sft", "rm", "dpo", "kto")),
+        yes=(
+            ("transformers.training_args", "is_torch_bf16_gpu_available"),
+            ("llamafactory.hparams.parser", "is_torch_bf16_gpu_available"),
+            ("transformers.utils", "is_flash_attn_2_available"),
+        ),
+        absent=("torchaudio",),
+    ),
+    "ms-swift": Command(
+        package="ms_swift",
+        beside=("trl", "bitsandbytes", "liger_kernel"),
+        write=_swift_data,
+        run=_swift,
+        on_host=(("swift.pipelines.train.sft:SwiftSft", "_prepare_dataset"),),
+        yes=(("transformers.training_args", "is_torch_bf16_gpu_available"),),
+        idle=(("swift.trainers.mixin", "compute_acc"),),
+    ),
+    "axolotl": Command(
+        package="axolotl",
+        beside=("trl", "bitsandbytes", "liger_kernel"),
+        write=_axolotl_data,
+        run=_axolotl,
+        on_host=(
+            ("axolotl.common.datasets", "load_datasets"),
+            ("axolotl.common.datasets", "load_preference_datasets"),
+        ),
+        yes=(("transformers.training_args", "is_torch_bf16_gpu_available"),),
+        triton=True,
+    ),
+}
+"""By the name of the stack."""
