@@ -15,35 +15,53 @@ from __future__ import annotations
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
-from ftplan.memory.experts import Experts, Routing, gather_rows
+from ftplan.memory.experts import Experts, Routing, gather_rows, masked
 from ftplan.memory.job import ShardingSpec
-from ftplan.memory.nn import Module, Network
+from ftplan.memory.nn import Network
 from ftplan.memory.tape import PART, TOKENS, Grads, Size, Tensor
 
 __all__ = ["AllToAll", "spread_experts"]
 
 
 def spread_experts(network: Network, spec: ShardingSpec) -> None:
-    """Leave each rank its experts, reached by all-to-all.
+    """Leave each rank its experts, and a way to the others.
 
-    Raises UnsupportedError for models without experts, or with experts that transformers has no
-    plan for, and for degrees that do not divide them.
+    Raises UnsupportedError for models without experts that transformers has a plan for, for
+    degrees that do not divide them, and for what it cannot be combined with.
     """
-    found = False
-    for stage in network.stages:
-        for block in stage.stack.kinds:
-            for module in _mixtures(block):
-                _keep_share(module, spec)
-                found = True
-    if not found:
+    _refuse(spec)
+    blocks = [block for stage in network.stages for block in stage.stack.kinds]
+    modules = [module for block in blocks for _, module in block.named_modules()]
+    mixtures = [module for module in modules if isinstance(module, Experts)]
+    if not mixtures:
         raise UnsupportedError(
-            "expert parallelism of this model: transformers has no plan for it",
+            "expert parallelism of a model without experts that transformers has a plan for",
             remedy="use sharding.kind: fsdp or zero3 without sharding.ep",
         )
+    for experts in mixtures:
+        _keep_share(experts, spec)
 
 
-def _mixtures(block: Module) -> list[Experts]:
-    return [module for _, module in block.named_modules() if isinstance(module, Experts)]
+def _refuse(spec: ShardingSpec) -> None:
+    """What expert parallelism is not run with (``DistributedConfig``, transformers 5.23)."""
+    alone = spec.kind == "none" and spec.world == max(spec.ep, spec.tp)
+    if not alone and (spec.kind != "fsdp" or spec.version == 1 or spec.wrap == "model"):
+        raise UnsupportedError(
+            f"expert parallelism of {spec.ep} with {spec.kind} on {spec.world} GPUs",
+            remedy="use sharding: {kind: fsdp, version: 2, wrap: block}, or kind: none on as "
+            f"many GPUs as there are expert ranks, which then share a batch ({spec.ep})",
+        )
+    if spec.pp > 1:
+        raise UnsupportedError(
+            "expert parallelism in a pipeline, which transformers refuses",
+            remedy="use the stack megatron, or sharding.pp: 1",
+        )
+    ranks = spec.world // spec.dp_replicate
+    if spec.ep % spec.tp or ranks % spec.ep:
+        raise UnsupportedError(
+            f"expert parallelism {spec.ep} with tensor parallelism {spec.tp} on {ranks} GPUs",
+            remedy="make ep a multiple of tp and a divisor of the GPUs of a replica",
+        )
 
 
 def _keep_share(experts: Experts, spec: ShardingSpec) -> None:
@@ -71,6 +89,8 @@ class AllToAll:
         """``x`` (tokens x hidden) through the experts of all ranks: the same shape."""
         weights, top_k = routing.weights, routing.index.width
         own = x.rows
+        if self.shares_batch and not ops.records(x):
+            return self._on_all_tokens(experts, x, routing)
         if self.shares_batch:
             own = PART
             x, weights = slice_tokens(x), slice_tokens(weights)
@@ -83,6 +103,15 @@ class AllToAll:
         made = experts.run(tokens, routed)
         total = _combine(made, order, weights, rows)
         return gather_tokens(total) if self.shares_batch else total
+
+    def _on_all_tokens(self, experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+        """Without a graph nothing travels (``AllReduceEP``): a rank's experts see all tokens, what
+        is another rank's is masked, and the sums are summed over ranks in place."""
+        shape = routing.index.rows, routing.index.width
+        index = x.tape.tensor(*shape, "int64", "experts of this rank")
+        off = x.tape.tensor(*shape, "bool", "rows of other ranks")
+        weights = masked(routing.weights, off)
+        return experts.run(x, Routing(routing.logits, weights, index))
 
     def _received(self, experts: Experts, tokens: Size, top_k: int) -> Size:
         """Rows that this rank's experts run on."""

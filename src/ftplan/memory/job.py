@@ -106,14 +106,14 @@ class ShardingSpec:
 
     @property
     def shares_batch(self) -> bool:
-        """The ranks of an expert parallel group have one batch (transformers: `tp_size=ep_size`)."""
-        return self.ep > 1 and not self.megatron and self.kind == "none"
+        """Ranks of an expert parallel group have one batch (transformers: ``tp_size`` above 1)."""
+        return self.ep > 1 and not self.megatron and (self.kind == "none" or self.tp > 1)
 
     @property
     def token_parts(self) -> int:
         """Among how many ranks a micro batch's tokens are shared out, somewhere in the model."""
         if self.shares_batch:
-            return self.ep
+            return self.tp if self.tp > 1 else self.ep
         return self.tp if self.sequence_parallel else 1
 
     def ranks_of(self, expert: bool) -> int:
