@@ -161,6 +161,8 @@ class Sizer:
             traced=room.traced,
             held=held,
             usable_bytes=room.usable_bytes,
+            uneven=record.uneven_bytes(micro, seq_len, self.chunk(micro, seq_len)),
+            beside=record.beside_bytes,
         )
 
     def verdict(self, micro: int, seq_len: int) -> Verdict:

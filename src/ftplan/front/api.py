@@ -109,6 +109,7 @@ def _training(resolved: Resolved) -> Report:
         resolved,
         structure.at(job.micro, job.seq_len, job.loss_chunk),
         _held(resolved, structure, job),
+        structure,
     )
     plan, counted = resolved.plan, structure.counted
     host = host_interval(job, counted, gpus_per_node=plan.hardware.count or 1)
@@ -200,8 +201,9 @@ def _needed(resolved: Resolved) -> tuple[Counters, Callable[[], Counters]]:
     structure = structure_of(job)
     phases = structure.phases(job.micro, job.seq_len, job.loss_chunk)
     peak = max(level for _, level in phases)
-    return _counters(resolved, peak, structure.static_bytes), lambda: _counters(
-        resolved, peak, structure.static_bytes, held=_held(resolved, structure, job)
+    static = structure.static_bytes
+    return _counters(resolved, peak, static, structure=structure), lambda: _counters(
+        resolved, peak, static, held=_held(resolved, structure, job), structure=structure
     )
 
 
@@ -263,6 +265,7 @@ def _counters(
     *,
     cache_bytes: int | None = None,
     held: Interval | None = None,
+    structure: Structure | None = None,
 ) -> Counters:
     from ftplan.memory.counters import counters
 
@@ -278,22 +281,41 @@ def _counters(
         prompt_told=resolved.plan.batch.prompt_len is not None,
         held=held,
         usable_bytes=gpu.usable_bytes if gpu is not None else 0,
+        uneven=_uneven(resolved, structure),
+        beside=structure.beside_bytes if structure is not None else 0,
     )
 
 
-def _report(resolved: Resolved, result: Estimate, held: Interval | None = None) -> Report:
-    from ftplan.memory.counters import unexplained, workspace_bytes
+def _uneven(resolved: Resolved, structure: Structure | None) -> int:
+    """Bytes of the most uneven routing to experts that are spread."""
+    if structure is None:
+        return 0
+    batch, loss = resolved.plan.batch, resolved.plan.loss
+    assert batch.micro and batch.seq_len
+    return structure.uneven_bytes(batch.micro, batch.seq_len, (loss.chunk if loss else 0) or 0)
+
+
+def _report(
+    resolved: Resolved,
+    result: Estimate,
+    held: Interval | None = None,
+    structure: Structure | None = None,
+) -> Report:
+    from ftplan.memory.counters import unexplained, unexplained_routing, workspace_bytes
     from ftplan.memory.terms import all_terms
 
     cache = None if resolved.plan.method else _cache_bytes(result)
     shown = _counters(
-        resolved, result.peak_bytes, result.static_bytes, cache_bytes=cache, held=held
-    )
+        resolved, result.peak_bytes, result.static_bytes, cache_bytes=cache, held=held,
+        structure=structure,
+    )  # fmt: skip
     gpu = gpu_of(resolved)
     workspace = workspace_bytes(capability_of(resolved)) if gpu is not None else 0
     terms = all_terms(result, workspace)
     if not is_traced(resolved):
         terms.append(unexplained(shown.allocated, stack=resolved.stack.title))
+    if uneven := _uneven(resolved, structure):
+        terms.append(unexplained_routing(uneven))
     return Report(
         verdict=verdict_of(shown.device, gpu),
         model=_summary(resolved, result),

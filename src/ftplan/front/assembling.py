@@ -54,6 +54,7 @@ def job_of(resolved: Resolved) -> Job:
         _sharding(plan, resolved.config),
         adapters_apart=stack.name != "pytorch",
         megatron=stack.name == "megatron",
+        deep_ep=stack.name == "axolotl",
     )
     environment = Environment(
         autocast=autocast,

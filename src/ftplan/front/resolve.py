@@ -217,7 +217,7 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
         )
     if kind is None:
         kind = "ddp" if replicas > 1 and plan.method is not None else "none"
-        if kind == "ddp" and (sharding.ep or 1) > 1 and plan.stack != "megatron":
+        if kind == "ddp" and (sharding.ep or 1) > 1 and plan.stack not in ("megatron", "axolotl"):
             kind = "fsdp"  # what transformers spreads experts with
         if count * nodes > 1:
             filler.fill("sharding.kind", None, kind)

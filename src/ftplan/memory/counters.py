@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from ftplan.report import Interval, Term
 from ftplan.units import MIB
 
-__all__ = ["Counters", "counters", "unexplained", "workspace_bytes"]
+__all__ = ["Counters", "counters", "unexplained", "unexplained_routing", "workspace_bytes"]
 
 SMALL_SEGMENT = 2 * MIB
 LARGE_SEGMENT = 20 * MIB
@@ -86,6 +86,8 @@ def counters(
     prompt_told: bool = False,
     held: Interval | None = None,
     usable_bytes: int = 0,
+    uneven: int = 0,
+    beside: int = 0,
 ) -> Counters:
     """The three counters of a job whose walk peaks at ``peak_bytes``.
 
@@ -96,6 +98,8 @@ def counters(
     so that less is transient; and a cache that grows by concatenation, token by token, leaves
     blocks that are too small for the next one, so that as much again may lie idle. ``held``: what
     the played allocator reserves, on a card of ``usable_bytes`` (0: none is named).
+    ``uneven``: what the most uneven routing to spread experts would add. ``beside``: what libraries
+    allocate on the card by themselves.
     """
     transient = peak_bytes - static_bytes
     expected = peak_bytes + (workspace_bytes(capability) if named else 0)
@@ -106,7 +110,7 @@ def counters(
     allocated = Interval(
         low=max(0, expected - round(transient * less) - under),
         expected=expected,
-        high=expected + round(transient * more) + 2 * SMALL_SEGMENT + over,
+        high=expected + round(transient * more) + 2 * SMALL_SEGMENT + over + uneven,
     )
     low, middle, high = WASTE
     segments = SMALL_SEGMENT + LARGE_SEGMENT
@@ -115,7 +119,7 @@ def counters(
         expected=expected + round(transient * middle) + segments,
         high=allocated.high + round(transient * high) + 2 * segments + (cache_bytes or 0),
     )
-    around = _around(capability, gpus)
+    around = _around(capability, gpus).plus(Interval(low=beside, expected=beside, high=beside))
     reserved = need if held is None else _shown(allocated, need, held, around, usable_bytes)
     return Counters(allocated=allocated, reserved=reserved, device=reserved.plus(around))
 
@@ -147,6 +151,18 @@ def unexplained(allocated: Interval, *, stack: str) -> Term:
         at_peak=False,
         formula=f"low {-below:,}, high +{above:,}",
         source=f"{stack} runs modules of its own, which were not traced; not part of any sum",
+    )
+
+
+def unexplained_routing(uneven: int) -> Term:
+    """The line of what nobody knows before a run: how evenly the router sends tokens to ranks."""
+    return Term(
+        name="unexplained/routing",
+        bytes=uneven,
+        at_peak=False,
+        formula=f"low 0, high +{uneven:,}",
+        source="expected: a balanced router; high: each rank of the group sends this one every "
+        "token, as often as it has experts for it; not part of any sum",
     )
 
 

@@ -9,9 +9,14 @@ sums (transformers/distributed/expert_parallel.py 5.23, ``AllToAllEP``). Ranks t
 How many rows a rank receives depends on the router. A balanced one, which auxiliary losses and
 biases work towards, sends as many as it would keep; at worst every rank of the group sends every
 token to this one, as often as it has experts for it.
+
+axolotl's plugin leaves travelling to DeepEP (:class:`DeepEP`), whose kernels no trace can run: that
+is read from its Python alone.
 """
 
 from __future__ import annotations
+
+from math import ceil, comb
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
@@ -44,12 +49,13 @@ def spread_experts(network: Network, spec: ShardingSpec) -> None:
 
 def _refuse(spec: ShardingSpec) -> None:
     """What expert parallelism is not run with (``DistributedConfig``, transformers 5.23)."""
-    alone = spec.kind == "none" and spec.world == max(spec.ep, spec.tp)
+    kind = "ddp" if spec.deep_ep else "none"
+    alone = spec.kind == kind and spec.world == max(spec.ep, spec.tp)
     if not alone and (spec.kind != "fsdp" or spec.version == 1 or spec.wrap == "model"):
         raise UnsupportedError(
             f"expert parallelism of {spec.ep} with {spec.kind} on {spec.world} GPUs",
-            remedy="use sharding: {kind: fsdp, version: 2, wrap: block}, or kind: none on as "
-            f"many GPUs as there are expert ranks, which then share a batch ({spec.ep})",
+            remedy=f"use sharding: {{kind: fsdp, version: 2, wrap: block}}, or kind: {kind} on as "
+            f"many GPUs as there are expert ranks ({spec.ep})",
         )
     if spec.pp > 1:
         raise UnsupportedError(
@@ -57,6 +63,10 @@ def _refuse(spec: ShardingSpec) -> None:
             remedy="use the stack megatron, or sharding.pp: 1",
         )
     ranks = spec.world // spec.dp_replicate
+    if spec.deep_ep and spec.tp > 1:
+        raise UnsupportedError(
+            "expert with tensor parallelism in axolotl", remedy="set tensor_parallel_size: 1"
+        )
     if spec.ep % spec.tp or ranks % spec.ep:
         raise UnsupportedError(
             f"expert parallelism {spec.ep} with tensor parallelism {spec.tp} on {ranks} GPUs",
@@ -70,15 +80,18 @@ def _keep_share(experts: Experts, spec: ShardingSpec) -> None:
             f"expert parallelism {spec.ep} of {experts.count} experts",
             remedy=f"use a degree that divides {experts.count}",
         )
+    whole = experts.count
     experts.count //= spec.ep
     for parameter in experts.parameters.values():
         parameter.shape = (experts.count, *parameter.shape[1:])
         parameter.whole = parameter.shape
-    experts.exchange = AllToAll(spec)
+    experts.exchange = DeepEP(spec, whole) if spec.deep_ep else AllToAll(spec)
 
 
 class AllToAll:
     """Dispatch, a rank's experts, combine."""
+
+    masks, adapts = True, False
 
     def __init__(self, spec: ShardingSpec) -> None:
         self.ranks = spec.ep
@@ -124,6 +137,46 @@ class AllToAll:
         sent = gather_rows(x, places, rows, x.width, "dispatched tokens")
         del places
         return exchange(sent, received, "received tokens")
+
+
+class DeepEP:
+    """The same through DeepEP: a token travels once to each rank that has an expert of its own.
+
+    axolotl/integrations/expert_parallel/experts_fn.py 0.19, ``_deep_ep_forward`` with its default
+    local kernel, ``grouped_mm``: rows for all of a received token's experts are run, those of other
+    ranks with weight zero, so there are ``top_k`` for each token that arrived. In bf16 always.
+    """
+
+    masks, adapts = False, True
+
+    def __init__(self, spec: ShardingSpec, whole: int) -> None:
+        self.ranks = spec.ep
+        self.whole = whole
+        self.worst = spec.worst_routing
+
+    def __call__(self, experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+        """``x`` (tokens x hidden) through the experts of all ranks: the same shape."""
+        tape, top_k = x.tape, routing.index.width
+        rows = x.rows * self._copies(experts.count, top_k)
+        places = tape.tensor(x.rows, self.ranks, "int32", "dispatch layout")
+        sources = tape.tensor(rows, 1, "int32", "dispatch layout")
+        handle = [tape.hold(places), tape.hold(sources)]  # both kernels' functions name it
+        tokens = exchange(ops.to(x, "bf16"), rows, "received tokens")
+        weights = exchange(ops.to(routing.weights, "fp32"), rows, "received weights")
+        here = tape.tensor(rows, top_k, "fp32", "rows of this rank")
+        index = tape.tensor(rows, top_k, "int64", "experts of received rows")
+        made = experts.run(tokens, Routing(index, ops.mul(weights, here), index))
+        out = exchange(made, x.rows, "returned tokens")
+        del handle
+        return out
+
+    def _copies(self, here: int, top_k: int) -> int:
+        """Tokens received for each one sent, in whole numbers: of the group's ranks all that have
+        one of their experts here, where experts are chosen evenly; at worst all."""
+        if self.worst:
+            return self.ranks
+        elsewhere = comb(self.whole - here, top_k) / comb(self.whole, top_k)
+        return ceil(self.ranks * (1 - elsewhere))
 
 
 def _index(like: Tensor, rows: Size, name: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory.families.native import Native
@@ -21,8 +22,13 @@ from ftplan.memory.steps import record_evaluation, record_step
 from ftplan.memory.tape import ITEM_BYTES, Label, Parameter
 from ftplan.memory.tasks import Objective, Resident, objective_of
 from ftplan.memory.zero import Layout, layout_of, live_bytes, partition, step_temporaries
+from ftplan.units import MIB
 
 __all__ = ["Estimate", "StaticTerm", "Structure", "estimate", "structure_of"]
+
+
+DEEP_EP_BUFFER = 256 * MIB
+"""axolotl 0.19: ``expert_parallel_num_nvl_bytes``, over NVLink; DeepEP allocates it by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +143,7 @@ def static_terms(
     if job.sharding.kind == "ddp" and job.sharding.world > 1 and not job.main_weights:
         terms.append(
             weights_term(
-                learned,
+                [entry for entry in learned if not (job.sharding.spread and entry[0].expert)],
                 "gradients/ddp_buckets",
                 "DDP copies every gradient into flat buckets (gradient_as_bucket_view=False)",
             )
@@ -216,6 +222,7 @@ class Structure:
 
     def __init__(self, job: Job) -> None:
         network = prepare(job)
+        self._job = job
         self.stage = job.stage
         if job.stage is not None:
             cut(network, job.stage)
@@ -336,6 +343,25 @@ class Structure:
         peak = max(peak, self._evaluated(seq_len, chunk)) if self.evaluation else peak
         stages = [self._at_rest + stage.bytes for stage in self._stages(micro, seq_len)]
         return max([peak, *stages])
+
+    @cached_property
+    def _uneven(self) -> Structure | None:
+        """The same job where the router sends this rank all that it can; None: nothing travels."""
+        sharding = self._job.sharding
+        if not sharding.spread or sharding.worst_routing:
+            return None
+        return Structure(replace(self._job, sharding=replace(sharding, worst_routing=True)))
+
+    def uneven_bytes(self, micro: int, seq_len: int, chunk: int = 0) -> int:
+        """What the most uneven routing adds to the worst moment, where experts are spread."""
+        if self._uneven is None:
+            return 0
+        return self._uneven.peak(micro, seq_len, chunk) - self.peak(micro, seq_len, chunk)
+
+    @property
+    def beside_bytes(self) -> int:
+        """What libraries hold on the card outside of PyTorch's allocator."""
+        return DEEP_EP_BUFFER if self._job.sharding.spread and self._job.sharding.deep_ep else 0
 
     def at(self, micro: int, seq_len: int, chunk: int = 0) -> Estimate:
         """The worst moment for a micro batch, a sequence length and a chunk of the loss."""

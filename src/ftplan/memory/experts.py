@@ -305,6 +305,11 @@ def masked(scores: Tensor, mask: Tensor | None = None, *, in_place: bool = False
 class Exchange(Protocol):
     """How tokens reach experts that lie on other ranks, and come back."""
 
+    masks: bool
+    """Rows beyond those of a rank's experts are masked before and after either product."""
+    adapts: bool
+    """Adapters of a rank's experts are those of all, cut alike."""
+
     def __call__(self, experts: Experts, x: Tensor, routing: Routing) -> Tensor:
         """``x`` (tokens x hidden) through all experts."""
         ...
@@ -353,10 +358,11 @@ class Experts(Module):
     def run(self, x: Tensor, routing: Routing) -> Tensor:
         """The experts that are here, on the rows that are here.
 
-        Where experts are spread, rows beyond the last expert's are masked, whether there are any
-        or not: the input in place, and what either product returns.
+        Rows beyond the last expert's are masked where experts are spread, whether there are any or
+        not: the input in place, and what either product returns.
         """
         tape = x.tape
+        masks = self.exchange is not None and self.exchange.masks
         top_k = routing.index.width
         if self.expands_to is not None:
             return self._one_by_one(x, routing, top_k, self.expands_to)
@@ -370,7 +376,7 @@ class Experts(Module):
         weights = gather_rows(routing.weights, order, rows, 1)
         counts = tape.tensor(rows, 1, "int32", "experts of rows")
         offsets = tape.tensor(ONE, self.count, "int32", "expert offsets")
-        mask = tape.tensor(rows, 1, "bool", "rows of other ranks") if self.exchange else None
+        mask = tape.tensor(rows, 1, "bool", "rows of other ranks") if masks else None
         bias = self._bias(self.names[0], index)
         if mask is not None:
             picked = masked(picked, mask, in_place=True)

@@ -74,6 +74,8 @@ class ShardingSpec:
     cp: int = 1
     ep: int = 1
     """Ranks that each have a part of the experts."""
+    deep_ep: bool = False
+    """Tokens travel to their experts through DeepEP (axolotl)."""
     worst_routing: bool = False
     """Expert parallelism: every rank sends this one all that its experts can take."""
     dp_replicate: int = 1
@@ -105,9 +107,14 @@ class ShardingSpec:
         return self.etp or (1 if self.megatron or self.ep > 1 else self.tp)
 
     @property
+    def spread(self) -> bool:
+        """Experts lie on ranks of their own, other than Megatron's."""
+        return self.ep > 1 and not self.megatron
+
+    @property
     def shares_batch(self) -> bool:
         """Ranks of an expert parallel group have one batch (transformers: ``tp_size`` above 1)."""
-        return self.ep > 1 and not self.megatron and (self.kind == "none" or self.tp > 1)
+        return self.spread and not self.deep_ep and (self.kind == "none" or self.tp > 1)
 
     @property
     def token_parts(self) -> int:

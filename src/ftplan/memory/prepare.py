@@ -55,9 +55,9 @@ def prepare(job: Job) -> Network:
         last.split(lambda layer: layer >= last.count - job.last_layers)
     if job.sharding.tp > 1 and not job.sharding.megatron:
         split_vocabulary(network, job.sharding.tp)
-    if job.sharding.ep > 1 and not job.sharding.megatron:
-        spread_experts(network, job.sharding)
     distinguish(network, job)
+    if job.sharding.spread:
+        spread_experts(network, job.sharding)
     quantized = job.weights.name not in ITEM_BYTES
     casts = job.prepare_kbit and not job.weights.name.startswith(KEPT_BY_PREPARATION)
     plain = ("fp32" if casts else job.base_dtype) if quantized else job.weights.name

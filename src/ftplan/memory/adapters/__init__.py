@@ -223,6 +223,12 @@ def _fold(name: str, module: Module, place: Place, spec: AdapterSpec) -> None:
             f"{spec.kind} on the parameters of {name}",
             remedy="adapt linear layers, or fused experts and routers with lora",
         )
+    if isinstance(module, Experts) and module.exchange and not module.exchange.adapts:
+        raise UnsupportedError(
+            f"adapters on {name} under expert parallelism: PEFT 0.21 adds whole tensors to weights "
+            "that are a rank's part, which PyTorch refuses",
+            remedy="name targets that leave the experts out, as [q_proj, k_proj, v_proj, o_proj]",
+        )
     transposed = isinstance(module, Experts) and module.transposed
     for own, rank in place.parameters:
         folded = FoldedParameter(module.parameters[own], spec, rank, transposed=transposed)
