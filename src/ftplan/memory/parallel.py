@@ -154,7 +154,13 @@ def _split_table(table: Embedding, tp: int) -> None:
         leaf = tape.leaf(weight)
         out = tape.tensor(rows, width, leaf.dtype, "embedding")
         make = like(ONE * count, width, leaf.dtype, leaf.requires_grad)
-        record([out], "embedding", [leaf], lambda grad: (make(grad),))
+        own = leaf.rows
+
+        def apply(grad: Tensor) -> Grads:
+            whole = make(grad)
+            return (None if whole is None else whole.alias(own),)
+
+        record([out], "embedding", [leaf], apply)
         return out
 
     table.forward = looked_up  # type: ignore[method-assign]

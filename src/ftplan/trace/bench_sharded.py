@@ -231,6 +231,16 @@ EXPERT_REGIMES: dict[str, Mapping] = {
     },
 }  # fmt: skip
 """Regimes of expert parallelism, as transformers runs it: all-to-all, with FSDP2 or one batch."""
+SPLIT_EXPERT_REGIMES: dict[str, Mapping] = {
+    "ep-full-tensor-checkpointed": {
+        **EXPERT_REGIMES["ep-full-shared-batch"], "sharding": {"kind": "none", "tp": 4, "ep": 4},
+    },
+    "ep-full-tensor": {
+        **EXPERT_REGIMES["ep-full-shared-batch"], "sharding": {"kind": "none", "tp": 4, "ep": 4},
+        "gradient_checkpointing": False,
+    },
+}  # fmt: skip
+"""The same with tensor parallelism of everything else."""
 SPREAD = {
     "mixtral-8x7b": 2, "qwen3-30b-a3b": 8, "gpt-oss-20b": 4, "deepseek-v2-lite": 4,
     "olmoe-1b-7b": 2,
@@ -263,6 +273,8 @@ def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, 
         yield from _jobs(name, RING_REGIMES, 1)
     if name in SPREAD:
         yield from _jobs(name, EXPERT_REGIMES, EXPERT_JOBS_PER_ARCHITECTURE)
+    if name in ("mixtral-8x7b", "qwen3-30b-a3b"):
+        yield from _jobs(name, SPLIT_EXPERT_REGIMES, 1)
     yield from _jobs(name, ZERO_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
     if name in RINGED:
         yield from _jobs(name, OFFLOAD_REGIMES, 1)
@@ -312,9 +324,11 @@ def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[st
 def _spread(plan: Mapping, ep: int) -> None:
     """Experts over ``ep`` ranks of twice as many, or over all of them."""
     sharding = plan["sharding"]
-    if sharding["kind"] == "none":
-        plan["sharding"] = {"kind": "none"}
     count = ep if sharding["kind"] == "none" or "ep" in sharding else 2 * ep
-    ep = sharding.get("ep", ep)
-    plan["sharding"]["ep"] = ep
-    plan["hardware"]["count"] = max(count, ep)
+    if sharding["kind"] == "none":
+        kept = {key: sharding[key] for key in ("kind", "tp", "ep") if key in sharding}
+        sharding = plan["sharding"] = kept
+    sharding.setdefault("ep", ep)
+    plan["hardware"]["count"] = max(count, sharding["ep"])
+    if "tp" in sharding:
+        plan["hardware"]["count"] = sharding["tp"]

@@ -156,6 +156,7 @@ def _split(model: Any, job: Job, mesh: Any) -> Any:
     patterns = {
         re.compile(re.escape(name).replace(r"\*", r"\d+")): style
         for name, style in model.tp_plan.items()
+        if job.ep == 1 or not any(name.startswith(spread) for spread in model.ep_plan)
     }
     modules = {
         name: style
