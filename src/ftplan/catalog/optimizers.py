@@ -67,6 +67,9 @@ class OptimizerRow:
     """States and temporaries were counted while it ran."""
     notes: str = ""
     """What a reader of the row must know."""
+    offloads_from: int | None = None
+    """Tensors of at least so many elements are updated on the host: states, and page-locked copies
+    of weight and gradient, lie there."""
 
 
 def _rows() -> Iterator[OptimizerRow]:

@@ -384,6 +384,7 @@ def _optimizer(choice: OptimizerChoice, stack: Stack) -> OptimizerSpec:
         in_backward=row.in_backward if choice.in_backward is None else choice.in_backward,
         others=_optimizer(OptimizerChoice(name=others), stack) if others else None,
         rank=choice.rank or row.rank or 0,
+        offloads_from=row.offloads_from,
         source=row.source,
     )
 

@@ -510,8 +510,9 @@ def _shard(parameter: Parameter, ranks: int) -> Parameter:
     return part
 
 
-def _step_of(job: Job) -> Callable[[Parameter], int] | None:
-    """What the step of one parameter needs, for an optimizer that steps in backward."""
+def _step_of(job: Job) -> Callable[[Parameter], int | None] | None:
+    """What the step of one parameter needs, for an optimizer that steps in backward, or lets go of
+    the gradients that it has copied to the host; None: its gradient stays."""
     if job.main_weights and not job.sharding.is_zero:
         return lambda _parameter: 0  # added to the buffer and let go
     if not job.optimizer.in_backward:
@@ -521,7 +522,14 @@ def _step_of(job: Job) -> Callable[[Parameter], int] | None:
             "an optimizer that steps in backward with gradient accumulation or sharding",
             remedy="use accumulation: 1 on one GPU: no gradient outlives its parameter's turn",
         )
-    return lambda parameter: step_bytes(job.optimizer, [(parameter, 1, len(parameter.shape) > 1)])
+    optimizer = job.optimizer
+
+    def needs(parameter: Parameter) -> int | None:
+        if optimizer.offloads_from is not None and not optimizer.offloads(parameter):
+            return None
+        return step_bytes(optimizer, [(parameter, 1, len(parameter.shape) > 1)])
+
+    return needs
 
 
 def program_of(job: Job, network: Network, objective: Objective) -> Program:

@@ -76,7 +76,7 @@ def _pinned_each(counted: Counted, item: int | None = None, ranks: int = 1) -> i
 def offloaded_bytes(job: Job, counted: Counted) -> int:
     """Bytes on the host for one rank: states, main weights, weights and gradients sent there."""
     spec, offload = job.sharding, job.sharding.offload
-    total = _boundaries(job, counted)
+    total = _boundaries(job, counted) + _beside_optimizer(job, counted)
     if offload in ("none", "activations") or not (spec.is_zero or spec.kind == "fsdp"):
         moved = offload == "optimizer" and spec.megatron
         return total + (_megatron_states(job, counted) if moved else 0)
@@ -95,6 +95,14 @@ def _boundaries(job: Job, counted: Counted) -> int:
     hidden = min(min(p.shape) for p, _ in blocks if not p.added)
     layers = max(times for _, times in blocks)
     return layers // job.checkpoint_every * pinned(job.micro * job.seq_len * hidden * 2)
+
+
+def _beside_optimizer(job: Job, counted: Counted) -> int:
+    """What an optimizer itself keeps on the host: its states, and where it steps there page-locked
+    copies of weight and gradient (torchao/optim/cpu_offload.py 0.18)."""
+    trained = _trained(counted)
+    moved = [entry for entry in trained if job.optimizer.offloads(entry[0])]
+    return state_bytes(job.optimizer, trained, on="host") + 2 * _pinned_each(moved)
 
 
 def _fsdp_offloaded(job: Job, counted: Counted) -> int:

@@ -77,7 +77,13 @@ class OptimizerSpec:
     """What handles the parameters that are no hidden matrices; None: this one does."""
     rank: int = 0
     """Rank of low-rank states."""
+    offloads_from: int | None = None
+    """Tensors of at least so many elements are updated on the host (torchao)."""
     source: str = ""
+
+    def offloads(self, parameter: Parameter) -> bool:
+        """Whether states, and copies of weight and gradient, lie on the host."""
+        return self.offloads_from is not None and parameter.numel >= self.offloads_from
 
 
 def _lengths(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -130,9 +136,10 @@ def _storage(state: State, count: int, item: int, *, whole: bool = False) -> tup
 def tensor_state_bytes(optimizer: OptimizerSpec, parameter: Parameter, on: str = "gpu") -> int:
     """Bytes of all states of one trainable tensor."""
     item = ITEM_BYTES[parameter.dtype]
-    total = rounded(4) if optimizer.step_counter_on_gpu and on == "gpu" else 0
+    moved = optimizer.offloads(parameter)
+    total = rounded(4) if optimizer.step_counter_on_gpu and on == "gpu" and not moved else 0
     for state in optimizer.states:
-        if state.on != on or (state.when == "half" and item != 2):
+        if ("host" if moved else state.on) != on or (state.when == "half" and item != 2):
             continue
         paged = optimizer.paged and parameter.numel >= PAGED_ELEMENTS
         whole = optimizer.keeps_embeddings_fp32 and parameter.embedding

@@ -281,16 +281,20 @@ def _optimizer(draft: Draft, keys: Keys, base: tuple[Key, ...]) -> None:
             keys.number(*base, "optimizer", "momentum"),
             keys.at(*base, "optimizer"),
         )
+    lets_go: dict[tuple[Key, ...], str] = {  # of a gradient as soon as it has come
+        ("optimizer_in_bwd",): "torchtune refuses this",
+        (*base, "optimizer", "offload_gradients"): "torchao keeps the last micro batch's alone",
+    }
+    asked = [path for path in lets_go if keys.flag(*path)]
     keys.mapping(*base, "optimizer")
-    if keys.flag("optimizer_in_bwd"):
-        draft.put("optimizer.in_backward", True, keys.at("optimizer_in_bwd"))
+    for path in asked:
+        draft.put("optimizer.in_backward", True, keys.at(*path))
         steps = draft.get("batch.accumulation") or 1
         if steps > 1:
             draft.find(
                 "CFG011",
-                f"optimizer_in_bwd with gradient_accumulation_steps: {steps}: torchtune "
-                f"refuses this",
-                keys.at("optimizer_in_bwd"),
+                f"{path[-1]} with gradient_accumulation_steps: {steps}: {lets_go[path]}",
+                keys.at(*path),
                 help="set gradient_accumulation_steps: 1",
             )
 

@@ -434,6 +434,7 @@ class Writer:
             "paged_adamw_32bit": {"_component_": "bitsandbytes.optim.PagedAdamW"},
             "paged_adamw_8bit": {"_component_": "bitsandbytes.optim.PagedAdamW8bit"},
             "sgd": {"_component_": "torch.optim.SGD"},
+            "cpu_offload_adamw": {"_component_": "torchao.optim.CPUOffloadOptimizer"},
         }
         if optimizer.name not in components or optimizer.rank or optimizer.state_dtype:
             self.refuse(f"optimizer {optimizer.name}")
@@ -441,8 +442,11 @@ class Writer:
         section["lr"] = 2e-5
         if optimizer.name == "sgd" and optimizer.momentum:
             section["momentum"] = optimizer.momentum
+        on_host = optimizer.name == "cpu_offload_adamw"
+        if on_host and optimizer.in_backward:
+            section["offload_gradients"] = True
         self.mapping("optimizer", section)
-        if optimizer.in_backward:
+        if optimizer.in_backward and not on_host:
             self.line("optimizer_in_bwd", True)
 
     # --- the end ---------------------------------------------------------------------------
