@@ -106,7 +106,7 @@ def _run_block(
     for experts in apart:
         _shard_experts(recorder, recorder.fsdp, experts)
     recorder.fsdp.begin_forward(unit)
-    out = run(block, *recorder.fsdp.enter(unit, x), shared)
+    out = run(block, recorder.fsdp.enter(unit, x)[0], shared)
     recorder.fsdp.end_forward(unit)
     return recorder.fsdp.leave(unit, out)
 

@@ -123,7 +123,8 @@ class Flat(Fsdp):
         del flat, cast
         if dtype != orig:
             shard = self._allocate(
-                total // self.ranks(unit) // ITEM_BYTES[held] * ITEM_BYTES[orig], "reduced gradients"
+                total // self.ranks(unit) // ITEM_BYTES[held] * ITEM_BYTES[orig],
+                "reduced gradients",
             )
         self.tape.labels[shard.index - 1] = Label("gradients", "parameters")
         if self.spec.offload == "params" or (self.accumulated and not self.spec.no_sync):

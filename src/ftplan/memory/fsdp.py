@@ -97,7 +97,9 @@ class Fsdp:
         if unit.flat is not None or unit.gathered or self.ranks(unit) == 1:
             return
         total = self._total(unit, unit.parameters)
-        casts = self._allocate(total // self.ranks(unit), "shards") if self.spec.param_dtype else None
+        casts = (
+            self._allocate(total // self.ranks(unit), "shards") if self.spec.param_dtype else None
+        )
         unit.flat = self._allocate(total, "flat weights")
         del casts
 
@@ -186,7 +188,7 @@ class Fsdp:
         ranks = self.ranks(unit)
         dtype = self.spec.reduce_dtype or trained[0].dtype
         orig = trained[0].stored
-        last = grads[-1] if ranks > 1 else None  # ``foreach_reduce``: the variable of its loop
+        _last = grads[-1] if ranks > 1 else None  # ``foreach_reduce``: the variable of its loop
         if unit.accumulated:  # ``accumulate_unsharded_grad_if_needed``: added and gone before
             grads.clear()
         flat = self._total(unit, trained) // ITEM_BYTES[trained[0].dtype] * ITEM_BYTES[dtype]

@@ -53,6 +53,12 @@ def _stored(parameter: Parameter) -> int:
     return sum(find_format(parameter.dtype).storages(parameter.shape))
 
 
+def _all_ranks(job: Job, counted: Counted) -> list[tuple[Parameter, int, bool]]:
+    """Every expert, also those that lie on other ranks."""
+    spec = job.sharding
+    return [(p, n * (spec.ep if spec.spread and p.expert else 1), m) for p, n, m in counted]
+
+
 def _trained(counted: Counted) -> list[tuple[Parameter, int, bool]]:
     return [entry for entry in counted if entry[0].trainable]
 
@@ -107,17 +113,17 @@ def _beside_optimizer(job: Job, counted: Counted) -> int:
 
 def _fsdp_offloaded(job: Job, counted: Counted) -> int:
     """``CPUOffloadPolicy``: shards of weights and gradients page-locked, states beside them."""
-    ranks, trained = job.sharding.shard_ranks, _trained(counted)
-    parts = []
+    trained = _trained(counted)
+    parts, page_locked = [], 0
+    for parameter, times, matrix in counted:
+        ranks = job.sharding.ranks_of(parameter.expert)
+        copies = 2 if parameter.trainable else 1
+        page_locked += copies * _pinned_each([(parameter, times, matrix)], ranks=ranks)
     for parameter, times, matrix in trained:
-        part = partition(parameter, ranks)
+        part = partition(parameter, job.sharding.ranks_of(parameter.expert))
         part.dtype = parameter.stored
         parts.append((part, times, matrix))
-    return (
-        _pinned_each(counted, ranks=ranks)
-        + _pinned_each(trained, ranks=ranks)
-        + state_bytes(job.optimizer, parts)
-    )
+    return page_locked + state_bytes(job.optimizer, parts)
 
 
 def _zero_offloaded(job: Job, counted: Counted) -> int:
@@ -182,8 +188,9 @@ def _converts(job: Job) -> bool:
 def host_interval(job: Job, counted: Counted, *, gpus_per_node: int) -> Interval:
     """Peak host RAM of one node, in bytes."""
     local = max(1, min(gpus_per_node, job.sharding.world))
-    loading = _loaded(job, counted, local)
     running = offloaded_bytes(job, counted) * local
+    counted = _all_ranks(job, counted)
+    loading = _loaded(job, counted, local)
     paged = 0
     if job.optimizer.paged:  # unified memory: on the host only where the GPU has no room
         paged = state_bytes(replace(job.optimizer, paged=False), _trained(counted)) * local
@@ -204,6 +211,7 @@ def host_interval(job: Job, counted: Counted, *, gpus_per_node: int) -> Interval
 
 def disk_bytes(job: Job, counted: Counted) -> dict[str, int]:
     """Bytes of what a run writes: the final weights or adapter, and a checkpoint to resume from."""
+    counted = _all_ranks(job, counted)
     trained = _trained(counted)
     adapter = [entry for entry in trained if entry[0].added]
     weights = _weights(adapter) if job.method == "adapter" else _weights(counted)
@@ -221,7 +229,7 @@ def wire_of(job: Job, counted: Counted, *, gpus_per_node: int = 8) -> Wire | Non
     Tensor, context and expert parallelism send activations; their volume is of one micro batch's
     forward and backward, times the micro batches of a step.
     """
-    sent = [*_data_parallel(job, counted), *_model_parallel(job, counted)]
+    sent = [*_data_parallel(job, counted), *_model_parallel(job, counted, gpus_per_node)]
     if not sent:
         return None
     nodes = job.sharding.world > gpus_per_node
@@ -240,6 +248,9 @@ def _data_parallel(job: Job, counted: Counted) -> Iterable[Sent]:
     spec = job.sharding
     ranks = spec.data_ranks
     if ranks < 2 or spec.kind == "none":
+        return
+    if spec.kind == "fsdp" and spec.spread:
+        yield from _fully_sharded(job, counted)
         return
     item = ITEM_BYTES.get(spec.param_dtype or "", 0)
     gathered = sum(
@@ -273,7 +284,18 @@ def _data_parallel(job: Job, counted: Counted) -> Iterable[Sent]:
         yield name, (grads * batches + weights) * (ranks - 1) // ranks, True
 
 
-def _model_parallel(job: Job, counted: Counted) -> Iterable[Sent]:
+def _fully_sharded(job: Job, counted: Counted) -> Iterable[Sent]:
+    """FSDP of what is on all ranks, and of experts over those that have the same ones."""
+    spec = job.sharding
+    alone = replace(job, sharding=replace(spec, ep=1))
+    yield from _data_parallel(alone, [entry for entry in counted if not entry[0].expert])
+    group = spec.ranks_of(True) * spec.dp_replicate * spec.tp
+    experts = replace(job, sharding=replace(spec, ep=1, world=group))
+    for name, size, far in _data_parallel(experts, [e for e in counted if e[0].expert]):
+        yield f"{name} (experts)", size, far
+
+
+def _model_parallel(job: Job, counted: Counted, gpus_per_node: int) -> Iterable[Sent]:
     spec = job.sharding
     blocks = [(p, n) for p, n, in_block in counted if in_block and len(p.shape) == 2]
     if not blocks or max(spec.tp, spec.cp, spec.ep, spec.pp) == 1:
@@ -292,11 +314,24 @@ def _model_parallel(job: Job, counted: Counted) -> Iterable[Sent]:
     if spec.cp > 1:  # keys and values go round forward, and with their gradients backward
         keys = 2 * _kv_width(job) * boundary // hidden
         yield "keys and values around the ring (context)", 3 * layers * keys * (spec.cp - 1), True
-    if spec.ep > 1:  # dispatch and combine, forward and backward, of each token's experts
-        routed = 4 * layers * boundary * _experts_each(job)
-        yield "4 all-to-alls a layer (experts)", routed * (spec.ep - 1) // spec.ep, True
+    if spec.ep > 1:
+        yield (*_routed(job, counted, boundary), spec.ep > gpus_per_node)
     if spec.pp > 1:
         yield "activations and their gradients between stages", 2 * boundary, True
+
+
+def _routed(job: Job, counted: Counted, boundary: int) -> tuple[str, int]:
+    """Dispatch and combine, forward and backward, and again where a block is run again.
+
+    Each token goes to each of its experts, a balanced share of which is elsewhere.
+    """
+    spec = job.sharding
+    layers = max((n for p, n, _ in counted if p.expert), default=0)
+    times = 6 if spec.spread and job.checkpoint_every else 4
+    if spec.shares_batch:
+        boundary //= spec.token_parts
+    sent = times * layers * boundary * _experts_each(job) * (spec.ep - 1) // spec.ep
+    return f"{times} all-to-alls a layer (experts)", sent
 
 
 def _text(job: Job) -> dict[str, object]:
