@@ -50,10 +50,11 @@ def spread_experts(network: Network, spec: ShardingSpec) -> None:
 def _refuse(spec: ShardingSpec) -> None:
     """What expert parallelism is not run with (``DistributedConfig``, transformers 5.23)."""
     kind = "ddp" if spec.deep_ep else "none"
+    name = "FSDP1" if spec.kind == "fsdp" and spec.version == 1 else spec.kind
     alone = spec.kind == kind and spec.world == max(spec.ep, spec.tp)
     if not alone and (spec.kind != "fsdp" or spec.version == 1 or spec.wrap == "model"):
         raise UnsupportedError(
-            f"expert parallelism of {spec.ep} with {spec.kind} on {spec.world} GPUs",
+            f"expert parallelism of {spec.ep} with {name} on {spec.world} GPUs",
             remedy=f"use sharding: {{kind: fsdp, version: 2, wrap: block}}, or kind: {kind} on as "
             f"many GPUs as there are expert ranks ({spec.ep})",
         )
