@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftplan.errors import UnsupportedError
 from ftplan.front.api import estimate
 from ftplan.front.assembling import job_of
 from ftplan.front.resolve import resolve
@@ -229,3 +230,35 @@ def test_a_job_that_crawls_is_said() -> None:
     assert "PAR002" in {f.code for f in slow.findings}
     alone = report("none", 1, gpu="h100-80gb")
     assert "PAR002" not in {f.code for f in alone.findings}
+
+
+@pytest.mark.parametrize(
+    ("kind", "offload", "able"),
+    [
+        ("ddp", "optimizer", "zero1"), ("none", "params", "zero3"), ("fsdp", "optimizer", "zero2"),
+        ("fsdp", "nvme", "zero3"), ("zero2", "params", "fsdp"), ("zero1", "nvme", "zero3"),
+    ],
+)  # fmt: skip
+def test_nothing_leaves_the_gpu_by_itself(kind: str, offload: str, able: str) -> None:
+    """What no library moves is refused by name, with those that do: bytes that leave the GPU lie on
+    a host that is sized."""
+    with pytest.raises(UnsupportedError, match=f"offload of {offload} with {kind}") as refused:
+        report(kind, 2, offload=offload)
+    assert able in (refused.value.remedy or "")
+    for mover in ("zero2", "zero3", "fsdp"):
+        where = "optimizer" if mover == "zero2" else "params"
+        moved, kept = report(mover, 2, offload=where), report(mover, 2)
+        assert moved.host_bytes and kept.host_bytes
+        assert moved.host_bytes.expected > kept.host_bytes.expected
+
+
+def test_fsdp1_joins_adapters_and_frozen_weights_as_views_alone() -> None:
+    """Without original parameters PyTorch refuses a block of both; PEFT's policy makes none."""
+    lora = Method(kind="lora", rank=8)
+    given: dict[str, Any] = {"version": 1, "method": lora}
+    with pytest.raises(UnsupportedError, match="use_orig_params"):
+        report("fsdp", 2, stack="pytorch", use_orig_params=False, **given)
+    sizes = {
+        report("fsdp", 2, use_orig_params=views, **given).allocated_bytes for views in (True, False)
+    }
+    assert len(sizes) == 1

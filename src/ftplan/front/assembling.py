@@ -414,9 +414,47 @@ def _sharding(plan: Plan, config: Mapping[str, Any]) -> ShardingSpec:
         for name in ShardingSpec.__dataclass_fields__
         if name not in ("world",) and getattr(sharding, name, None) is not None
     }
+    _refuse_offload(plan)
+    _refuse_flat(plan)
     mixed = plan.precision.mixed
     if sharding.kind == "fsdp" and mixed not in (None, "no"):
         # accelerate's policy: everything in the dtype of mixed precision
         given.setdefault("param_dtype", mixed)
         given.setdefault("reduce_dtype", given["param_dtype"])
     return ShardingSpec(world=(hardware.count or 1) * (hardware.nodes or 1), **given)
+
+
+_MOVERS = {
+    "optimizer": ("zero1", "zero2", "zero3"),
+    "params": ("zero3", "fsdp"),
+    "nvme": ("zero3",),
+}
+"""Who moves what off the GPU: DeepSpeed's stages, and FSDP its shards with their states."""
+
+
+def _refuse_offload(plan: Plan) -> None:
+    """Nothing leaves the GPU by itself: name what no library moves."""
+    kind, offload = plan.sharding.kind or "none", plan.sharding.offload or "none"
+    movers = _MOVERS.get(offload, (kind,))
+    if kind not in movers and plan.stack != "megatron":
+        raise UnsupportedError(
+            f"offload of {offload} with {kind}, which no library does,",
+            remedy=f"use sharding.kind: {' or '.join(movers)}; on one GPU torchao's "
+            "CPUOffloadOptimizer keeps states on the host (optimizer: cpu_offload_adamw)",
+        )
+
+
+def _refuse_flat(plan: Plan) -> None:
+    """FSDP1 joins weights of a block that train and that do not only as views of the original ones.
+
+    torch 2.13 raises ValueError; with a policy that wraps adapters apart (Trainer's, by PEFT) there
+    is no such block. What is allocated is the same with either (traced).
+    """
+    sharding, method = plan.sharding, plan.method
+    flat = sharding.kind == "fsdp" and sharding.version == 1 and sharding.use_orig_params is False
+    apart = plan.stack != "pytorch" or method is None or method.kind in ("full", "partial")
+    if flat and not apart:
+        raise UnsupportedError(
+            "adapters under FSDP1 without use_orig_params, which PyTorch refuses,",
+            remedy="set sharding.use_orig_params: true, or sharding.version: 2",
+        )

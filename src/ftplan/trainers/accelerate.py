@@ -113,12 +113,10 @@ def _deepspeed(draft: Draft, keys: Keys, base: tuple[Key, ...], reads: Reads) ->
     )
     optimizer = keys.word(*base, "offload_optimizer_device")
     params = keys.word(*base, "offload_param_device")
-    if "nvme" in (optimizer, params):
-        draft.put("sharding.offload", "nvme", keys.at(*base))
-    elif params == "cpu":
-        draft.put("sharding.offload", "params", keys.at(*base, "offload_param_device"))
-    elif optimizer == "cpu":
-        draft.put("sharding.offload", "optimizer", keys.at(*base, "offload_optimizer_device"))
+    where = deepspeed.offloaded(draft.get("sharding.kind"), optimizer, params)
+    if where is not None:
+        key = "offload_optimizer_device" if where == "optimizer" else "offload_param_device"
+        draft.put("sharding.offload", where, keys.at(*base, key))
     steps = keys.count(*base, "gradient_accumulation_steps")
     if steps is not None and draft.get("batch.accumulation") is None:
         draft.put("batch.accumulation", steps, keys.at(*base, "gradient_accumulation_steps"))

@@ -78,16 +78,28 @@ def _offload(draft: Draft, keys: Keys) -> None:
     legacy = keys.flag(zero, "cpu_offload"), keys.flag(zero, "cpu_offload_params")
     keys.mapping(zero, "offload_optimizer")
     keys.mapping(zero, "offload_param")
-    where = None
-    if "nvme" in (optimizer, params):
-        where = "nvme"
-    elif params == "cpu" or legacy[1]:
-        where = "params"
-    elif optimizer == "cpu" or legacy[0]:
-        where = "optimizer"
+    where = offloaded(
+        draft.get("sharding.kind"),
+        optimizer or ("cpu" if legacy[0] else None),
+        params or ("cpu" if legacy[1] else None),
+    )
     if where is not None:
         key = "offload_param" if params not in (None, "none") else "offload_optimizer"
         draft.put("sharding.offload", where, keys.at(zero, key))
+
+
+def offloaded(kind: str | None, optimizer: str | None, params: str | None) -> str | None:
+    """What a plan calls the two devices; weights, and the disk, are stage 3's alone.
+
+    Stages 1 and 2 take any device of the optimizer's for the host, and read none of the weights'
+    (deepspeed/runtime/zero/stage_1_and_2.py 0.19.8).
+    """
+    devices = [None if device == "none" else device for device in (optimizer, params)]
+    if kind != "zero3":
+        return "optimizer" if devices[0] and kind is not None else None
+    if "nvme" in devices:
+        return "nvme"
+    return "params" if devices[1] else "optimizer" if devices[0] else None
 
 
 def _buckets(draft: Draft, keys: Keys, stage: int) -> None:
