@@ -121,8 +121,14 @@ def _shard_experts(recorder: Recorder, fsdp: Fsdp, experts: Experts) -> None:
     """Gather a layer's experts when its tokens set out, not with the rest of the block.
 
     A checkpoint without reentry runs the block again when the way back has entered the experts:
-    they have been gathered by then, and stay until it has left them.
+    they have been gathered by then, and stay until it has left them. axolotl leaves experts that no
+    other rank has to themselves (``ignored_params``).
     """
+    if fsdp.spec.deep_ep and fsdp.spec.ranks_of(True) == 1:
+        for _, parameter in experts.named_parameters():
+            if fsdp.accumulated and parameter.trainable:
+                parameter.grad = recorder.tape.leaf(parameter)
+        return
     unit = Unit("experts", [p for _, p in experts.named_parameters()], experts=True)
     unit.place = recorder.place
     recorder.units.append(unit)

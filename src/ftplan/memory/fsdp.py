@@ -196,7 +196,7 @@ class Fsdp:
         del grads
         unit.accumulated.clear()
         shard = self._allocate(flat // ranks, "reduced gradients")
-        if unit.experts and ranks == 1:  # no collective divides them
+        if ranks == 1 and unit.experts:  # no collective divides them
             divided = self._allocate(flat, "divided gradients")
             del divided
         if dtype != orig:

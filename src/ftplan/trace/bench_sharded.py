@@ -241,6 +241,13 @@ SPLIT_EXPERT_REGIMES: dict[str, Mapping] = {
     },
 }  # fmt: skip
 """The same with tensor parallelism of everything else."""
+DEEP_EP_REGIMES: dict[str, Mapping] = {
+    "ep-deep-full-checkpointed": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True, "stack": "axolotl",
+    },
+    "ep-deep-full": {"method": FULL, "precision": BF16, "stack": "axolotl"},
+}  # fmt: skip
+"""The same through DeepEP, whose kernels are stubbed: axolotl has to be installed to trace them."""
 SPREAD = {
     "mixtral-8x7b": 2, "qwen3-30b-a3b": 8, "gpt-oss-20b": 4, "deepseek-v2-lite": 4,
     "olmoe-1b-7b": 2,
@@ -273,6 +280,7 @@ def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, 
         yield from _jobs(name, RING_REGIMES, 1)
     if name in SPREAD:
         yield from _jobs(name, EXPERT_REGIMES, EXPERT_JOBS_PER_ARCHITECTURE)
+        yield from _jobs(name, DEEP_EP_REGIMES, 1)
     if name in ("mixtral-8x7b", "qwen3-30b-a3b"):
         yield from _jobs(name, SPLIT_EXPERT_REGIMES, 1)
     yield from _jobs(name, ZERO_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
@@ -304,8 +312,8 @@ def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[st
                 "reshard_after_forward": True, "offload": "none",
             }  # fmt: skip
         plan: Mapping = {
-            "version": 1, "model": name, "stack": "transformers", "task": "sft",
-            "method": more["method"], "precision": more["precision"],
+            "version": 1, "model": name, "stack": more.get("stack", "transformers"),
+            "task": "sft", "method": more["method"], "precision": more["precision"],
             "batch": {
                 "micro": micro, "seq_len": seq_len, "accumulation": 1, "padding": "none",
                 **more.get("batch", {}),

@@ -197,7 +197,7 @@ def trace_job(
                         loop.prepare(ledger)
                     else:
                         if job.ep > 1:  # as the model is loaded
-                            model = spread_experts(model, mesh)
+                            model = spread_experts(model, job, mesh)
                         model = build.adapt(model, job)
                         build.train_in_fp32(job, model)
                 if loop is None:

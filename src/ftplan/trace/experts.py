@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ftplan.trace.cuda import patched
+from ftplan.trace.deep_ep import spread_by_deep_ep
 from ftplan.trace.job import Job
 
 __all__ = ["balanced", "expert_meshes", "expert_modules", "spread_experts"]
@@ -31,10 +32,13 @@ def expert_meshes(job: Job, mesh: Any) -> None:
         mesh.batch = mesh
 
 
-def spread_experts(model: Any, mesh: Any) -> Any:
-    """Apply the model's own plan (``ep_plan``)."""
+def spread_experts(model: Any, job: Job, mesh: Any) -> Any:
+    """Leave the rank its experts: by the model's own plan, or as axolotl's plugin does."""
     from transformers.distributed.expert_parallel import apply_expert_parallelism
 
+    if job.stack == "axolotl":
+        spread_by_deep_ep(expert_modules(model), job.ep)
+        return model
     plan = model._expand_parallel_plan(dict(model.ep_plan))
     return apply_expert_parallelism(model, mesh.experts["ep"], mesh.batch, plan)
 

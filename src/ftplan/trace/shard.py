@@ -126,23 +126,36 @@ def shard(model: Any, job: Job, mesh: Any) -> Any:
     )
     if job.cp > 1:
         mesh = mesh.all_ranks
-    if job.ep > 1:
-        for experts in expert_modules(model):
-            fully_shard(
-                experts, mesh=mesh.experts["efsdp"], mp_policy=policy, offload_policy=offload,
-                reshard_after_forward=True,
-            )  # fmt: skip
-            experts.set_gradient_divide_factor(float(job.world))
-            if job.world > job.ep:
-                experts.set_force_sum_reduction_for_comms(True)
+    ignored = _shard_experts(model, job, mesh, mp_policy=policy, offload_policy=offload)
     if job.wrap == "block":
         for block in _units(model):
             fully_shard(
                 block, mesh=mesh, mp_policy=policy, offload_policy=offload,
-                reshard_after_forward=job.reshard_after_forward,
+                reshard_after_forward=job.reshard_after_forward, ignored_params=ignored,
             )  # fmt: skip
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=ignored)
     return model
+
+
+def _shard_experts(model: Any, job: Job, mesh: Any, **policies: Any) -> set[Any] | None:
+    """Shard experts that are spread over those ranks that have the same ones.
+
+    Returns what FSDP must leave alone: axolotl's, where no other rank has them.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if job.ep == 1:
+        return None
+    spread = expert_modules(model)
+    if job.stack == "axolotl" and job.world == job.ep:
+        return {weight for experts in spread for weight in experts.parameters()}
+    for experts in spread:
+        fully_shard(experts, mesh=mesh.experts["efsdp"], reshard_after_forward=True, **policies)
+        if job.stack != "axolotl":  # which scales gradients in a hook
+            experts.set_gradient_divide_factor(float(job.world))
+            if job.world > job.ep:
+                experts.set_force_sum_reduction_for_comms(True)
+    return None
 
 
 def _split(model: Any, job: Job, mesh: Any) -> Any:
