@@ -6,6 +6,7 @@ src/axolotl/loaders/model.py, 0.18.0 (commit 067b021c8).
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from ftplan.catalog.stacks import find_stack
@@ -443,13 +444,16 @@ def _sharding(context: Context, keys: Keys) -> None:
         degree = keys.count(name)
         if degree is not None and degree > 1:
             draft.put(plan_key, degree, keys.at(name))
-    shard = keys.count("dp_shard_size")
-    if shard is not None and shard > 1:
+    shard = keys.count("dp_shard_size") or 1
+    if shard > 1:
         draft.put("sharding.kind", draft.get("sharding.kind") or "fsdp", keys.at("dp_shard_size"))
+    spread = draft.get("sharding.ep") or 1
+    if max(shard, spread) > 1:  # the plugin refuses another product than the number of GPUs
         product = shard
-        for name in ("tp", "cp", "dp_replicate"):
+        for name in ("tp", "cp", "ep", "dp_replicate"):
             product *= draft.get(f"sharding.{name}") or 1
-        draft.put("hardware.count", product, keys.at("dp_shard_size"))
+        key = "dp_shard_size" if shard > 1 else "expert_parallel_size"
+        draft.put("hardware.count", product, keys.at(key))
     cap = keys.count("ddp_bucket_cap_mb")
     if cap is not None:
         draft.put("sharding.bucket_bytes", cap * 2**20, keys.at("ddp_bucket_cap_mb"))
@@ -585,6 +589,11 @@ def export(plan: Plan) -> writing.Exported:
         ep="expert_parallel_size",
         dp_replicate="dp_replicate_size",
     )
+    sharding = plan.sharding
+    if (sharding.ep or 1) > 1:
+        others = prod(getattr(sharding, n) or 1 for n in ("tp", "cp", "ep", "dp_replicate"))
+        shard = (plan.hardware.count or 1) * (plan.hardware.nodes or 1) // others
+        out.line("dp_shard_size", shard if shard > 1 else None)
     return out.done(hint="launch with: axolotl train FILE")
 
 
@@ -598,6 +607,8 @@ def _loss_plugins(out: writing.Writer, plan: Plan) -> None:
         plugins.append("axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin")
     if plan.kernels == "liger" or (fused and not cut):
         plugins.append("axolotl.integrations.liger.LigerPlugin")
+    if (plan.sharding.ep or 1) > 1:
+        plugins.append("axolotl.integrations.expert_parallel.ExpertParallelPlugin")
     if plugins:
         out.line("plugins", plugins)
     if plan.kernels == "liger":
