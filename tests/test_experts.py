@@ -192,6 +192,8 @@ def test_the_checkpoint_has_the_experts_of_all_ranks() -> None:
     """What is written does not depend on how experts are spread."""
     sizes = [report(ep, 8, kind="fsdp").details["disk_bytes"]["weights"] for ep in (1, 4)]
     assert sizes[0] == sizes[1]
+    counts = {record(ep, 8, kind="fsdp").trainable_params for ep in (1, 4)}
+    assert len(counts) == 1
 
 
 @pytest.mark.parametrize(("whole", "here", "top_k"), [(8, 2, 2), (16, 4, 4), (8, 1, 2), (12, 6, 3)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -293,14 +293,15 @@ class Structure:
         beside = self.evaluation is not None or self.rollout is not None
         self.asks_count = self.program.asks_count or beside
         """Whether it is another one for one sequence than for several."""
-        self.total_params = sum(
-            parameter.numel * times for parameter, times, _ in own if _is_base(parameter)
+        self.total_params = self._count(p for p in own if _is_base(p[0]))
+        self.trainable_params = self._count(
+            entry for entry in counted if entry[0].trainable and not entry[0].idle
         )
-        self.trainable_params = sum(
-            parameter.numel * times
-            for parameter, times, _ in counted
-            if parameter.trainable and not parameter.idle
-        )
+
+    def _count(self, counted: Iterable[tuple[Parameter, int, bool]]) -> int:
+        """Parameters, with the experts of all ranks."""
+        ranks = self._job.sharding.ep if self._job.sharding.spread else 1
+        return sum(p.numel * times * (ranks if p.expert else 1) for p, times, _ in counted)
 
     def _chunk(self, micro: int, seq_len: int, given: int) -> int:
         """Tokens of a chunk of the loss: ``given``, or by the rule of a fused one."""
