@@ -254,7 +254,10 @@ def ask_for_gradient(x: Tensor) -> None:
 
     What collects a gradient (``AccumulateGrad``) holds the tensor until then; what passes from
     checkpointed block to block is held by the blocks anyway (:func:`run_stage` drops it here).
+    Where no graph is built nothing collects.
     """
+    if not x.tape.grad_enabled:
+        return
     held = [x.alias()]
     x.tape.collecting.append(held)
 
