@@ -122,6 +122,8 @@ class Precision:
     """Storage of what is trained, adapters apart, where that is cast once it is loaded."""
     norms: Literal["fp32"] | None = None
     """Storage of the weights of norms, where they are cast once they are loaded."""
+    embeddings: Literal["fp32"] | None = None
+    """Storage of word embeddings and output head, where they are cast once they are loaded."""
     mixed: Literal["no", "bf16", "fp16"] | None = None
     """Autocast."""
     kv_cache: str | None = None

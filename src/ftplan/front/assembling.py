@@ -118,6 +118,7 @@ def job_of(resolved: Resolved) -> Job:
         asks_input_grads=stack.asks_input_grads and method.kind not in ("full", "partial"),
         value_head=stack.reward_head == "value",
         norm_dtype=plan.precision.norms if engine is None else None,
+        embedding_dtype=plan.precision.embeddings if engine is None else None,
         environment=environment,
         micro=batch.micro,
         seq_len=local_seq_len(batch.seq_len, sharding),

@@ -188,6 +188,8 @@ class Job:
     """A reward model's head lies beside the language model's, which runs too."""
     norm_dtype: str | None = None
     """What the trainer casts the weights of norms to; None: nothing."""
+    embedding_dtype: str | None = None
+    """What the trainer casts word embeddings and output head to; None: nothing."""
     environment: Environment
     micro: int
     """Sequences per GPU per forward pass."""

@@ -67,9 +67,10 @@ def prepare(job: Job) -> Network:
         parameter.trainable = job.method == "full" and not parameter.fixed
     for parameter in _kept_in_fp32(network, norms=job.norms_in_fp32):
         parameter.dtype = "fp32"
-    if job.norm_dtype is not None:
-        for parameter in _norms(network):
-            parameter.dtype = job.norm_dtype
+    for dtype, cast in ((job.norm_dtype, _norms), (job.embedding_dtype, _embeddings)):
+        if dtype is not None:
+            for parameter in cast(network):
+                parameter.dtype = dtype
     if quantized and casts and job.kbit_casts_back:
         for matrix in _embeddings_and_head(network):
             matrix.dtype = job.base_dtype
@@ -100,9 +101,19 @@ def prepare(job: Job) -> Network:
 
 
 def _norms(network: Network) -> Iterator[Parameter]:
-    """What LLaMA-Factory casts by name (``upcast_layernorm``, ``LAYERNORM_NAMES``, 0.9.5)."""
+    """What LLaMA-Factory (``upcast_layernorm``, 0.9.5) and axolotl cast by name."""
     for path, parameter in _named(network):
         if len(parameter.shape) == 1 and ("norm" in path or "ln" in path):
+            yield parameter
+
+
+EMBEDDINGS = ("embed_tokens", "lm_head", "embed_in", "embed_out", "word_embeddings")
+"""Names that axolotl casts by (loaders/utils.py, ``get_linear_embedding_layers``, 0.19.0)."""
+
+
+def _embeddings(network: Network) -> Iterator[Parameter]:
+    for path, parameter in network.named_parameters():
+        if any(name in path for name in EMBEDDINGS) and path.endswith("weight"):
             yield parameter
 
 

@@ -71,6 +71,7 @@ def read(context: Context, keys: Keys) -> None:
     _loss(draft, keys)
     _sharding(context, keys)
     _rollout(draft, keys, task)
+    _cast_in_part(draft)
     surroundings(context, keys)
 
 
@@ -296,6 +297,20 @@ def _precision(draft: Draft, keys: Keys) -> None:
             SOURCE % "utils/config/__init__.py: torch_dtype is bfloat16 with bf16, float16 with "
             "fp16, else float32",
         )
+
+
+def _cast_in_part(draft: Draft) -> None:
+    """What a model that is trained whole keeps in fp32, but for what casts it back."""
+    whole = draft.get("method.kind") in ("full", "partial")
+    usual = "liger" if draft.get("kernels") == "liger" else "cut"
+    cut = draft.get("loss.kind") == "fused" and (draft.get("loss.by") or usual) == "cut"
+    back = cut or draft.get("attention") == "flash" or draft.get("sharding.kind") == "fsdp"
+    if not whole or back or draft.get("precision.weights") == "fp32":
+        return
+    source = SOURCE % "loaders/model.py: _configure_embedding_dtypes casts them and, without an "
+    source += "adapter, FSDP, flash attention or cut cross-entropy, does not cast them back"
+    for name in ("embeddings", "norms"):
+        draft.assume(f"precision.{name}", "fp32", source)
 
 
 def _checkpointing(draft: Draft, keys: Keys) -> None:
