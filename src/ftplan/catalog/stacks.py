@@ -159,6 +159,8 @@ class Stack:
     text_class: bool = False
     """Whether a model is loaded by `AutoModelForCausalLM`, which leaves the tower of some
     vision-language models out."""
+    readings_above: float = 0.0
+    """By what share of all published readings lie above the walk, nobody knows why."""
     notes: tuple[str, ...]
     """What no field can say, and what differs between versions."""
     sources: Mapping[str, str]

@@ -41,6 +41,8 @@ class Room:
     gpus: int
     traced: bool = True
     """The stack's modules are those that the walk was held against."""
+    above: float = 0.0
+    """By what share of all published readings of the stack lie above it."""
     lengths: Lengths | None = None
     """Of samples, where batches differ in them."""
 
@@ -161,6 +163,7 @@ class Sizer:
             gpus=room.gpus,
             communicators=self.job.sharding.communicators,
             traced=room.traced,
+            above=room.above,
             held=held,
             usable_bytes=room.usable_bytes,
             uneven=record.uneven_bytes(micro, seq_len, self.chunk(micro, seq_len)),

@@ -278,6 +278,7 @@ def _counters(
         gpus=(hardware.count or 1) * (hardware.nodes or 1),
         communicators=_communicators(resolved),
         traced=is_traced(resolved),
+        above=resolved.stack.readings_above,
         cache_bytes=cache_bytes,
         prompt_told=resolved.plan.batch.prompt_len is not None,
         held=held,
@@ -322,7 +323,8 @@ def _report(
     workspace = workspace_bytes(capability_of(resolved)) if gpu is not None else 0
     terms = all_terms(result, workspace)
     if not is_traced(resolved):
-        terms.append(unexplained(shown.allocated, stack=resolved.stack.title))
+        stack = resolved.stack
+        terms.append(unexplained(shown.allocated, stack=stack.title, above=stack.readings_above))
     if uneven := _uneven(resolved, structure):
         terms.append(unexplained_routing(uneven))
     return Report(

@@ -74,6 +74,7 @@ def sizer_for(
         named=gpu is not None,
         gpus=(plan.hardware.count or 1) * (plan.hardware.nodes or 1),
         traced=api.is_traced(resolved),
+        above=stack.readings_above,
         lengths=lengths_of(resolved),
     )
     chunks = _chunks(resolved) if stack.loss_chunks else None

@@ -85,6 +85,7 @@ def counters(
     gpus: int,
     communicators: int = 1,
     traced: bool = True,
+    above: float = 0.0,
     cache_bytes: int | None = None,
     prompt_told: bool = False,
     held: Interval | None = None,
@@ -97,7 +98,8 @@ def counters(
     ``static_bytes`` of them never come and go. ``capability``: of the card, None for one that is
     not NVIDIA's; ``named``: the plan names a card, so its workspaces are counted.
     ``communicators``: groups of ranks, each with NCCL's buffers of its own. ``traced``: the
-    stack's modules are those that the walk was held against. ``cache_bytes``: of the key-value
+    stack's modules are those that the walk was held against. ``above``: by what share of all
+    published readings of the stack lie above it. ``cache_bytes``: of the key-value
     cache when a model is served. Prompts may be shorter than the context (unless ``prompt_told``),
     so that less is transient; and a cache that grows by concatenation, token by token, leaves
     blocks that are too small for the next one, so that as much again may lie idle. ``held``: what
@@ -111,6 +113,7 @@ def counters(
     if cache_bytes is not None and not prompt_told:
         less = 1.0
     under, over = (round(peak_bytes * share) if prompt_told else 0 for share in SERVED)
+    over += round(peak_bytes * above)
     allocated = Interval(
         low=max(0, expected - round(transient * less) - under),
         expected=expected,
@@ -147,15 +150,20 @@ def _shown(
     return Interval(low=low, expected=expected, high=high)
 
 
-def unexplained(allocated: Interval, *, stack: str) -> Term:
+def unexplained(allocated: Interval, *, stack: str, above: float = 0.0) -> Term:
     """The line of what we do not know: how far a stack's own modules may be from the walk."""
-    below, above = allocated.expected - allocated.low, allocated.high - allocated.expected
+    under, over = allocated.expected - allocated.low, allocated.high - allocated.expected
+    why = (
+        f"published readings lie up to {above:.0%} above what its modules were traced to take"
+        if above
+        else "runs modules of its own, which were not traced"
+    )
     return Term(
         name="unexplained/stack",
-        bytes=above,
+        bytes=over,
         at_peak=False,
-        formula=f"low {-below:,}, high +{above:,}",
-        source=f"{stack} runs modules of its own, which were not traced; not part of any sum",
+        formula=f"low {-under:,}, high +{over:,}",
+        source=f"{stack}: {why}; not part of any sum",
     )
 
 
