@@ -282,21 +282,23 @@ def _base(draft: Draft, keys: Keys, weights: str, name: str) -> None:
 
 
 def _precision(draft: Draft, keys: Keys) -> None:
-    mixed = mixed_precision(draft, keys)
-    draft.put("precision.mixed", mixed)
+    """``bf16`` is ``auto`` where nothing is said, and the weights' dtype follows it."""
+    dtype = SOURCE % "utils/config/__init__.py: resolve_dtype"
+    if keys.word("bf16") == "full":  # evaluation alone is told of it (core/builders/base.py)
+        draft.put("precision.mixed", "no", keys.at("bf16"))
+        draft.put("precision.weights", "bf16", keys.at("bf16"))
+        return
+    draft.put("precision.mixed", mixed_precision(draft, keys))
+    if keys.flag("bfloat16") and draft.get("precision.mixed") != "fp16":
+        draft.put("precision.mixed", "bf16", keys.at("bfloat16"))
+    elif not keys.has("bf16") and not keys.flag("fp16"):
+        draft.assume("precision.mixed", "bf16", SOURCE % "utils/schemas/config.py: bf16 = auto")
     put_dtype(draft, keys, "torch_dtype")
-    pure = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-    for name, weights in pure.items():
-        if keys.flag(name) and draft.get("precision.weights") is None:
-            draft.put("precision.weights", weights, keys.at(name))
-    if draft.get("precision.weights") is None:
-        weights = {"bf16": "bf16", "fp16": "fp16"}.get(mixed or "", "fp32")
-        draft.assume(
-            "precision.weights",
-            weights,
-            SOURCE % "utils/config/__init__.py: torch_dtype is bfloat16 with bf16, float16 with "
-            "fp16, else float32",
-        )
+    mixed = draft.get("precision.mixed")
+    half = keys.flag("float16") or keys.flag("load_in_8bit")
+    plain = "fp16" if half else "fp32"
+    draft.assume("precision.weights", mixed if mixed in ("bf16", "fp16") else plain, dtype)
+    keys.raw("float32")
 
 
 def _cast_in_part(draft: Draft) -> None:
@@ -634,17 +636,15 @@ def _loss_plugins(out: writing.Writer, plan: Plan) -> None:
 
 
 def _export_precision(out: writing.Writer, plan: Plan) -> None:
-    """``bf16`` and ``fp16`` are autocast and the weights' dtype in one; the long names are the
-    dtype alone."""
+    """``bf16`` and ``fp16`` are autocast and the weights' dtype in one."""
     mixed, weights = plan.precision.mixed, plan.precision.weights
-    out.line("bf16", mixed == "bf16" if mixed != "fp16" else None)
-    out.line("fp16", True if mixed == "fp16" else None)
-    if weights not in ("bf16", "fp16", "fp32"):
-        return
     if mixed in ("bf16", "fp16"):
-        if weights != mixed:
+        out.line(mixed, True)
+        if weights in ("bf16", "fp16", "fp32") and weights != mixed:
             why = f"axolotl loads in {mixed} when it trains in {mixed}"
             out.differs("precision.weights", weights, why)
-        return
-    long = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    out.line(long[weights], True)
+    elif weights == "bf16":
+        out.line("bf16", "full")
+    elif weights in ("fp16", "fp32") or mixed == "no":
+        out.line("bf16", False)
+        out.line("float16", True if weights == "fp16" else None)
