@@ -119,7 +119,7 @@ class Precision:
     weights: str | None = None
     """Storage of the base weights (`bf16`, `nf4`, ...)."""
     trained: Literal["fp32", "bf16", "fp16"] | None = None
-    """Storage of what is trained, adapters apart, where that is cast once it is loaded."""
+    """Storage of whatever is trained, where that is cast once it is loaded."""
     norms: Literal["fp32"] | None = None
     """Storage of the weights of norms, where they are cast once they are loaded."""
     embeddings: Literal["fp32"] | None = None

@@ -56,6 +56,12 @@ class _Job:
         return zero and (self.mixed or self.weights.name in ("bf16", "fp16"))
 
     @property
+    def kbit_in_fp32(self) -> bool:
+        """What is not quantised has been brought to fp32."""
+        method = self.plan.method
+        return self.quantised and method is not None and bool(method.prepare_kbit)
+
+    @property
     def goes_around_autocast(self) -> bool:
         """The chunked loss of this task leaves out the forward that autocast encloses."""
         around = self.loss == "chunked" and self.task in self.stack.without_autocast
@@ -87,13 +93,17 @@ def _has_experts(config: Mapping[str, Any] | None) -> bool:
     return any(bool((config or {}).get(name) or inner.get(name)) for name in _EXPERTS)
 
 
+_CAST = ("precision.trained", "precision.norms", "precision.embeddings")
+"""What is cast once it is loaded."""
+
 Rule = tuple[tuple[str, ...], str, Callable[[_Job], bool]]
 
 _RULES: tuple[Rule, ...] = (
     # --- a model that is only run ---------------------------------------------------------------
     (
         ("method", "optimizer", "gradient_checkpointing", "loss", "kernels", "reference", "rollout",
-         "teacher", "precision.mixed", "batch.accumulation", "batch.padding", "batch.packing",
+         "teacher", "precision.mixed", *_CAST, "batch.accumulation",
+         "batch.padding", "batch.packing",
          "batch.lengths", "batch.eval_micro", "stack", "hardware.host_ram", "hardware.disk",
          *_of_sharding("version", "wrap", "param_dtype", "reduce_dtype", "reshard_after_forward",
                        "no_sync", "use_orig_params", "schedule", "virtual_stages",
@@ -133,6 +143,10 @@ _RULES: tuple[Rule, ...] = (
      lambda job: job.kind in (*_TOKENS, "ln_tuning", "bitfit", "c3a")),
     (_of_method("adapter_dtype", "prepare_kbit"), "DeepSpeed's engine casts the whole model",
      lambda job: job.adapts and job.engine_casts),
+    (_CAST, "DeepSpeed's engine casts the whole model",
+     lambda job: job.trains and job.engine_casts),
+    (_CAST[1:], "they are in fp32 already",
+     lambda job: job.trains and (job.weights.name == "fp32" or job.kbit_in_fp32)),
     (_of_method("virtual_tokens"), "this kind of adapter learns no tokens",
      lambda job: job.adapts and job.kind not in _TOKENS),
     (_of_method("bottleneck"), "this kind of adapter has no bottleneck",

@@ -27,10 +27,11 @@ def run_stage(
     """Blocks with what stands around them."""
     order = recorder.order
     x = stage.enter(recorder.tape, shared)
-    if input_grads and not x.requires_grad:
+    received = input_grads and not x.requires_grad
+    if received:
         ask_for_gradient(x)
     for held in recorder.tape.collecting:
-        if checkpoint_every and held and held[0].storage is x.storage:
+        if (checkpoint_every or received) and held and held[0].storage is x.storage:
             held.clear()
     _name_boundary(x)
     if recorder.states is None:  # else the outputs hold it longer
