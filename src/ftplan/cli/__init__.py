@@ -22,4 +22,6 @@ def main() -> None:
     gc.set_threshold(200_000)
     from ftplan.cli.app import run
 
-    sys.exit(run(arguments))
+    code = run(arguments)
+    gc.freeze()  # nor does the end search them for cycles, which took as long as the answer's sums
+    sys.exit(code)
