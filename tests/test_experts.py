@@ -224,3 +224,21 @@ def test_axolotl_runs_a_row_for_each_expert_of_a_token_that_arrived() -> None:
     network = prepare(job_of(resolve(plan(8, 16, stack="axolotl", kind="fsdp"))))
     block = network.stages[0].stack.kinds[0]
     assert [m.count for _, m in block.named_modules() if isinstance(m, Experts)] == [1]
+
+
+@pytest.mark.parametrize("stack", ["nemo", "torchtitan"])
+def test_stacks_with_expert_parallelism_of_their_own(stack: str) -> None:
+    """What transformers and PEFT refuse, stages of a pipeline and adapted experts, is sized for
+    stacks that do it by code of their own, with their own interval; with half of the layers on a
+    rank there are half of its experts."""
+    adapted = Method(kind="lora", rank=16, targets="all-linear")
+    for more in ({"pp": 2}, {"method": adapted}):
+        with pytest.raises(UnsupportedError):
+            report(4, 8, **more)
+        found = report(4, 8, stack=stack, **more)
+        assert any(term.name == "unexplained/stack" for term in found.terms)
+    whole, half = (
+        sum(t.bytes for t in report(4, 8 * pp, stack=stack, pp=pp).terms if "weights/tr" in t.name)
+        for pp in (1, 2)
+    )
+    assert half < 0.55 * whole

@@ -55,6 +55,7 @@ def job_of(resolved: Resolved) -> Job:
         adapters_apart=stack.name != "pytorch",
         megatron=stack.name == "megatron",
         deep_ep=stack.name == "axolotl",
+        own_spread=stack.name in ("nemo", "torchtitan"),
     )
     environment = Environment(
         autocast=autocast,

@@ -49,6 +49,8 @@ def spread_experts(network: Network, spec: ShardingSpec) -> None:
 
 def _refuse(spec: ShardingSpec) -> None:
     """What expert parallelism is not run with (``DistributedConfig``, transformers 5.23)."""
+    if spec.own_spread:
+        return
     kind = "ddp" if spec.deep_ep else "none"
     name = "FSDP1" if spec.kind == "fsdp" and spec.version == 1 else spec.kind
     alone = spec.kind == kind and spec.world == max(spec.ep, spec.tp)
@@ -92,10 +94,10 @@ def _keep_share(experts: Experts, spec: ShardingSpec) -> None:
 class AllToAll:
     """Dispatch, a rank's experts, combine."""
 
-    masks, adapts = True, False
+    masks = True
 
     def __init__(self, spec: ShardingSpec) -> None:
-        self.ranks = spec.ep
+        self.ranks, self.adapts = spec.ep, spec.own_spread
         self.shares_batch = spec.shares_batch
         self.worst = spec.worst_routing
 

@@ -77,6 +77,9 @@ class ShardingSpec:
     """Ranks that each have a part of the experts."""
     deep_ep: bool = False
     """Tokens travel to their experts through DeepEP (axolotl)."""
+    own_spread: bool = False
+    """Experts are spread, put in pipelines and adapted by the stack's own code (NeMo AutoModel,
+    torchtitan), which is walked as transformers' is."""
     worst_routing: bool = False
     """Expert parallelism: every rank sends this one all that its experts can take."""
     dp_replicate: int = 1
