@@ -426,6 +426,8 @@ class Network(Module):
         """The loss casts logits to fp32 first (``ForCausalLMLoss``); else it takes them as is."""
         self.loss_shifts: str | None = None
         """What the model's own loss moves by one token; None: what the stack's does."""
+        self.lends_tables = False
+        """All blocks read a table that is the model's: of relative positions."""
         self.returns_tuples = False
         """The cache it returns is tuples of tensors, which a conversion of outputs finds."""
         self.embedding_names: tuple[str, ...] = ("model.embed_tokens",)

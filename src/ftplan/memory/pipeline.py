@@ -131,7 +131,7 @@ def _pass(x: Tensor, _shared: Shared) -> Tensor:
 def cut(network: Network, stage: PipelineStage) -> None:
     """Leave in the network what the rank has. Its blocks are those of all its chunks."""
     stack = network.stages[0].stack
-    if len(network.stages) > 1 or stack.shared or stack.hands_on:
+    if len(network.stages) > 1 or stack.shared or stack.hands_on or network.lends_tables:
         raise UnsupportedError(
             "pipeline parallelism of an encoder-decoder or of layers that share what they make",
             remedy="use tensor parallelism or fsdp",

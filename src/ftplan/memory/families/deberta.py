@@ -205,6 +205,7 @@ class Deberta(Network):
 
     def __init__(self, raw: Config) -> None:
         super().__init__()
+        self.lends_tables = True
         config = filled(raw)
         if config.get("conv_kernel_size"):
             raise UnsupportedError(

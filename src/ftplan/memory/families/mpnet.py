@@ -80,7 +80,7 @@ class MPNet(Network):
 
     def __init__(self, raw: Config) -> None:
         super().__init__()
-        self.checkpoints = False
+        self.checkpoints, self.lends_tables = False, True
         self.config = config = filled(raw)
         hidden, vocabulary = config["hidden_size"], config["vocab_size"]
         embeddings = Module()
