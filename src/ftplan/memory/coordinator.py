@@ -165,9 +165,10 @@ class Coordinator:
 
     def _fetch(self, running: Running, forward: bool) -> None:
         self._gather([w for w in running.weights if not w.here and w.flight is None])
+        again = forward and self.in_backward and bool(self._backward)
         for weight in running.weights:
             weight.active.add(running)
-            if forward and self.in_backward and self._backward and weight.frozen:
+            if again and weight.frozen:
                 owner = next(reversed(self._backward))
                 owner.again.append(weight)
                 weight.active.add(owner)
@@ -271,6 +272,8 @@ class Coordinator:
     def _ahead(self) -> None:
         """Fetch what comes next."""
         most = min(self._spec.max_live_elements - self._live, self._spec.prefetch_elements)
+        if most <= 0:
+            return
         chosen: dict[Weight, None] = {}
         elements = 0
         while self._next < len(self._queue) and elements < most:

@@ -7,9 +7,11 @@ the same happens share one segment.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from ftplan.dataclass import dataclass
 from ftplan.dtypes import find_format
@@ -17,7 +19,7 @@ from ftplan.memory.coordinator import REUSE_ELEMENTS, Coordinator, Running, Weig
 from ftplan.memory.fsdp import BUFFERS, Unit
 from ftplan.memory.hooks import Hooks, Mark, View, Visit
 from ftplan.memory.job import ShardingSpec
-from ftplan.memory.tape import ITEM_BYTES, Parameter, Phases, Segment
+from ftplan.memory.tape import ITEM_BYTES, Parameter, Phases, Product, Segment
 
 __all__ = ["Gathering", "stored"]
 
@@ -37,12 +39,12 @@ class _Marked:
 
     places: list[int] = field(default_factory=list)
     acts: list[Callable[[Coordinator, Any, bool], None]] = field(default_factory=list)
-    marks: list[Mark | View] = field(default_factory=list)
+    of: list[Visit | View] = field(default_factory=list)
+    """What each mark is about."""
     forward: list[bool] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(NamedTuple):
     """A segment in the model at full depth, and the modules and weights of its marks."""
 
     segment: Segment
@@ -69,9 +71,13 @@ class Gathering:
         self._skipped = range(0)
         """Layers that are not played, because they are like those before and behind them."""
         self._weights: dict[object, Weight] = {}
+        self._made: dict[int, tuple[int, int, int, bool, bool]] = {}
+        """What weights are made of, by the parameter that was recorded for all of them."""
         self._running: dict[tuple[int, str], Running] = {}
         self._bare: dict[str, Running] = {}
         """Modules without weights of their own, whichever layer's."""
+        self._known: dict[int, dict[Visit | View, Running | Weight]] = {}
+        """By layer, what marks are about."""
         self._marked: dict[tuple[int, int], _Marked] = {}
         self._written: dict[object, Segment] = {}
         self._places = {
@@ -209,23 +215,29 @@ class Gathering:
             segment = self._write(made)
             tape.products += [
                 product._replace(event=segment.start + moved[product.event - part.start])
-                for product in tape.products
-                if part.start <= product.event < part.stop
+                for product in self._products_of(part)
             ]
             self._written[key] = Segment(part.name, segment.start, segment.stop)
         return self._written[key]
+
+    def _products_of(self, part: Segment) -> list[Product]:
+        """What is computed in a segment: later events have later products."""
+        products, event = self._tape.products, attrgetter("event")
+        start, stop = (bisect_left(products, at, key=event) for at in (part.start, part.stop))
+        return products[start:stop]
 
     def _placed(self, part: Segment) -> _Part:
         key, layer = (part.start, part.stop), part.layer
         if key not in self._marked:
             self._marked[key] = self._marks_of(part)
-        marked = self._marked[key]
-        on = [
-            self._weight(mark.unit, mark.parameter, layer)
-            if isinstance(mark, View) else self._run_of(mark.visit, layer)
-            for mark in marked.marks
-        ]  # fmt: skip
-        return _Part(part, marked, on)
+        marked, known = self._marked[key], self._known.setdefault(layer, {})
+        for of in marked.of:
+            if of not in known:
+                known[of] = (
+                    self._weight(of.unit, of.parameter, layer)
+                    if isinstance(of, View) else self._run_of(of, layer)
+                )  # fmt: skip
+        return _Part(part, marked, [known[of] for of in marked.of])
 
     def _marks_of(self, part: Segment) -> _Marked:
         found, marks = _Marked(), self._hooks.marks
@@ -241,7 +253,7 @@ class Gathering:
                 continue
             found.places.append(place)
             found.acts.append(act)
-            found.marks.append(mark)
+            found.of.append(mark if isinstance(mark, View) else mark.visit)
             found.forward.append(isinstance(mark, Mark) and mark.forward)
         return found
 
@@ -249,7 +261,9 @@ class Gathering:
         """The module of a layer: blocks that are alike were recorded once."""
         unit, owned = visit.unit, [*self._owned.get(visit, ()), *visit.looks_at]
         if not owned:
-            return self._bare.setdefault(visit.path, Running([]))
+            if visit.path not in self._bare:
+                self._bare[visit.path] = Running([])
+            return self._bare[visit.path]
         key = (layer if _in_layer(unit, layer) else id(owned[0]), visit.path)
         running = self._running.get(key)
         if running is None:
@@ -263,15 +277,19 @@ class Gathering:
         if _in_layer(unit, layer):
             key = (layer, self._places[id(parameter)])
         if key not in self._weights:
-            numel, item = stored(parameter)
-            part = -(-numel // self._spec.shard_ranks) * item
-            stays = numel <= self._spec.persistence_elements
-            waits = self._spec.offload in ("params", "nvme") and not stays
-            self._weights[key] = Weight(
-                numel, part * self._spec.shard_ranks, part if waits else 0, stays,
-                not parameter.trainable,
-            )  # fmt: skip
+            if id(parameter) not in self._made:
+                self._made[id(parameter)] = self._measured(parameter)
+            self._weights[key] = Weight(*self._made[id(parameter)])
         return self._weights[key]
+
+    def _measured(self, parameter: Parameter) -> tuple[int, int, int, bool, bool]:
+        """Elements, bytes and what else a weight is made of."""
+        numel, item = stored(parameter)
+        part = -(-numel // self._spec.shard_ranks) * item
+        stays = numel <= self._spec.persistence_elements
+        waits = self._spec.offload in ("params", "nvme") and not stays
+        whole = part * self._spec.shard_ranks
+        return numel, whole, part if waits else 0, stays, not parameter.trainable
 
 
 class _UnlikeError(Exception):

@@ -392,9 +392,15 @@ def per_sample(size: Size, sequences: int) -> Size:
 def _final_labels(recording: Recording) -> list[Label]:
     """Storages that outlive forward are activations (or logits); the rest is temporary."""
     labels: list[Label] = []
+    passing: dict[int, Label] = {}
+    """By the identity of a label: few of them name many storages."""
     for number, label in enumerate(recording.tape.labels, start=1):
-        named = label.group in ("gradients", "logits", "recomputed", "gathered")
-        named = named or label in (BOUNDARY, HANDED)
-        keep = named or number in recording.saved
-        labels.append(label if keep else Label("temporary", label.name))
+        if number in recording.saved:
+            labels.append(label)
+            continue
+        if id(label) not in passing:
+            named = label.group in ("gradients", "logits", "recomputed", "gathered")
+            named = named or label in (BOUNDARY, HANDED)
+            passing[id(label)] = label if named else Label("temporary", label.name)
+        labels.append(passing[id(label)])
     return labels
