@@ -122,8 +122,10 @@ class Gathering:
         return self._play(self._phases, self._skipped)
 
     def _follow(self, trained: Gathering) -> None:
+        """Modules in the order of training, with those of layers that were not played there."""
         if trained._skipped:
-            trained._in_full()
+            trained._skipped, trained._trace = range(0), []
+            trained._place(trained._phases, trained._skipped)
         self._trace = trained._trace
         self._weights, self._running = trained._weights, trained._running
 
@@ -137,13 +139,18 @@ class Gathering:
         reach = REUSE_ELEMENTS + self._spec.max_live_elements + self._spec.prefetch_elements
         return -(-reach // max(1, layer)) + 3
 
-    def _play(self, phases: Phases, skipped: range) -> Phases:
+    def _place(self, phases: Phases, skipped: range) -> list[tuple[str, list[_Part]]]:
+        """What is played, with its modules; the first such sequence is the trace."""
         short = [(name, [p for p in parts if p.layer not in skipped]) for name, parts in phases]
         placed = [(name, [self._placed(part) for part in parts]) for name, parts in short]
         self._trace = self._trace or [
             on for _, parts in placed for part in parts
             for act, on in zip(part.marked.acts, part.on, strict=True) if act is Coordinator.fetch
         ]  # fmt: skip
+        return placed
+
+    def _play(self, phases: Phases, skipped: range) -> Phases:
+        placed = self._place(phases, skipped)
         coordinator = Coordinator(self._tape, self._spec, self._trace)
         coordinator.gather_small()
         for _ in range(self._batches - 1):
