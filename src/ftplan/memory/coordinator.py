@@ -16,10 +16,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import field
 from itertools import accumulate
 
-from ftplan.dataclass import dataclass
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.tape import ONE, Label, Tape
 
@@ -31,30 +29,37 @@ REUSE_ELEMENTS = 1_000_000_000
 """``stage3_max_reuse_distance``."""
 
 
-@dataclass(slots=True, eq=False)
 class Weight:
     """One weight of the model at full depth."""
 
-    numel: int
-    size: int
-    """Bytes when it is gathered."""
-    part: int
-    """Bytes that are copied from the host to be gathered."""
-    stays: bool
-    """So small that it is never released (``stage3_param_persistence_threshold``)."""
-    frozen: bool
-    here: bool = False
-    flight: Flight | None = None
-    """What it comes with, until it has been asked for."""
-    active: set[Running] = field(default_factory=set)
-    fetched: int = -1
-    """The last step for which it has been taken off the queue."""
-    uses: list[int] = field(default_factory=list)
-    """Steps at which it is fetched."""
-    copy: int = 0
-    """How often the graph has kept what was gathered before."""
-    views: list[int] = field(default_factory=list)
-    """The copies of which the graph keeps views, the latest last."""
+    # plain classes, because a deep model has thousands of them
+
+    __slots__ = (
+        "active", "copy", "fetched", "flight", "frozen", "here", "numel", "part", "size", "stays",
+        "uses", "views",
+    )  # fmt: skip
+
+    def __init__(self, numel: int, size: int, part: int, stays: bool, frozen: bool) -> None:
+        self.numel = numel
+        self.size = size
+        """Bytes when it is gathered."""
+        self.part = part
+        """Bytes that are copied from the host to be gathered."""
+        self.stays = stays
+        """So small that it is never released (``stage3_param_persistence_threshold``)."""
+        self.frozen = frozen
+        self.here = False
+        self.flight: Flight | None = None
+        """What it comes with, until it has been asked for."""
+        self.active: set[Running] = set()
+        self.fetched = -1
+        """The last step for which it has been taken off the queue."""
+        self.uses: list[int] = []
+        """Steps at which it is fetched."""
+        self.copy = 0
+        """How often the graph has kept what was gathered before."""
+        self.views: list[int] = []
+        """The copies of which the graph keeps views, the latest last."""
 
     def restart(self) -> None:
         """``_partition_all_parameters``: before a step nothing is gathered."""
@@ -63,25 +68,29 @@ class Weight:
             held.clear()
 
 
-@dataclass(slots=True, eq=False)
 class Flight:
     """Weights that are gathered together, and the buffer where there are several."""
 
-    weights: list[Weight]
-    flat: int
-    """Bytes."""
-    waited: bool = False
-    left: int = 0
-    """How many have not been asked for."""
+    __slots__ = ("flat", "left", "waited", "weights")
+
+    def __init__(self, weights: list[Weight], flat: int) -> None:
+        self.weights = weights
+        self.flat = flat
+        """Bytes."""
+        self.waited = False
+        self.left = len(weights)
+        """How many have not been asked for."""
 
 
-@dataclass(slots=True, eq=False)
 class Running:
     """A module of the model at full depth."""
 
-    weights: list[Weight]
-    again: list[Weight] = field(default_factory=list)
-    """Frozen weights that a checkpoint fetched for it."""
+    __slots__ = ("again", "weights")
+
+    def __init__(self, weights: list[Weight]) -> None:
+        self.weights = weights
+        self.again: list[Weight] = []
+        """Frozen weights that a checkpoint fetched for it."""
 
 
 class Coordinator:
@@ -237,7 +246,7 @@ class Coordinator:
             return
         self._live += sum(w.numel for w in weights)
         size, several = sum(w.size for w in weights), len(weights) > 1
-        flight = Flight(weights, size if several else 0, left=len(weights))
+        flight = Flight(weights, size if several else 0)
         self._born(size, FLAT if several else LIVE)
         copied = sum(w.part for w in weights)
         if copied:
