@@ -103,7 +103,7 @@ class Coordinator:
     def __init__(self, tape: Tape, spec: ShardingSpec, trace: Sequence[Running]) -> None:
         self._tape = tape
         self._spec = spec
-        self._numbers: dict[tuple[int, Label], int] = {}
+        self._numbers: dict[tuple[int, str], int] = {}
         self.events: list[int] = []
         self.alive: Counter[int] = Counter()
         self._queue = [(w, step) for step, running in enumerate(trace) for w in running.weights]
@@ -122,7 +122,7 @@ class Coordinator:
 
     def number(self, size: int, label: Label = LIVE) -> int:
         """What stands for storages of a size."""
-        key = (size, label)
+        key = (size, label.name)
         if key not in self._numbers:
             self._tape.sizes.append(ONE * size)
             self._tape.labels.append(label)
