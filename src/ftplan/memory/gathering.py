@@ -42,6 +42,10 @@ class _Marked:
     of: list[Visit | View] = field(default_factory=list)
     """What each mark is about."""
     forward: list[bool] = field(default_factory=list)
+    others: list[int] = field(default_factory=list)
+    """Events that are no marks."""
+    before: list[int] = field(default_factory=list)
+    """How many of them come before each event of the segment."""
 
 
 class _Part(NamedTuple):
@@ -199,31 +203,31 @@ class Gathering:
             if coordinator.events:
                 changes.append((place, tuple(coordinator.events)))
                 coordinator.events = []
-        return self._changed(part.segment, changes)
+        return self._changed(part.segment, marked, changes)
 
     def _write(self, events: Iterable[int]) -> Segment:
         start = len(self._tape.events)
         self._tape.events += events
         return Segment("live weights", start, len(self._tape.events))
 
-    def _changed(self, part: Segment, changes: list[tuple[int, tuple[int, ...]]]) -> Segment:
+    def _changed(
+        self, part: Segment, marked: _Marked, changes: Sequence[tuple[int, tuple[int, ...]]]
+    ) -> Segment:
         """The segment without its marks, with other events in their places."""
         key = (part.start, part.stop, tuple(changes))
         if key not in self._written:
-            marks, tape, instead = self._hooks.marks, self._tape, dict(changes)
             made: list[int] = []
-            moved: list[int] = []
-            """Where each event of the segment is now."""
-            for place in range(part.start, part.stop):
-                moved.append(len(made))
-                made += instead.get(place, ())
-                if abs(tape.events[place]) not in marks:
-                    made.append(tape.events[place])
-            segment = self._write(made)
-            tape.products += [
-                product._replace(event=segment.start + moved[product.event - part.start])
-                for product in self._products_of(part)
-            ]
+            done = 0
+            for place, events in changes:
+                stop = marked.before[place - part.start]
+                made += marked.others[done:stop]
+                made += events
+                done = stop
+            segment = self._write([*made, *marked.others[done:]])
+            for product in self._products_of(part):
+                moved = marked.before[product.event - part.start]
+                moved += sum(len(events) for place, events in changes if place < product.event)
+                self._tape.products.append(product._replace(event=segment.start + moved))
             self._written[key] = Segment(part.name, segment.start, segment.stop)
         return self._written[key]
 
@@ -251,10 +255,14 @@ class Gathering:
         for place in range(part.start, part.stop):
             event = self._tape.events[place]
             mark = marks.get(abs(event))
+            found.before.append(len(found.others))
+            if mark is None:
+                found.others.append(event)
+                continue
             act: Callable[[Coordinator, Any, bool], None]
             if isinstance(mark, View):
                 act = Coordinator.keep if event > 0 else Coordinator.let_go
-            elif mark is not None and event > 0:
+            elif event > 0:
                 act = Coordinator.fetch if mark.fetches else Coordinator.release
             else:
                 continue
