@@ -11,6 +11,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 from statistics import median
 
 import ftplan
@@ -18,7 +20,17 @@ from ftplan.front.assembling import job_of
 from ftplan.front.resolve import resolve
 from ftplan.memory.estimate import Structure
 from ftplan.memory.terms import all_terms
-from ftplan.spec import Batch, Checkpointing, Method, Model, Plan, Precision
+from ftplan.report import Report
+from ftplan.spec import (
+    Batch,
+    Checkpointing,
+    Hardware,
+    Method,
+    Model,
+    Plan,
+    Precision,
+    Sharding,
+)
 
 PLAN = Plan(
     model=Model(name="llama-3.1-8b"),
@@ -28,6 +40,10 @@ PLAN = Plan(
     batch=Batch(micro=2, seq_len=2048),
     gradient_checkpointing=Checkpointing(),
 )
+SHARDED = replace(
+    PLAN, hardware=Hardware(gpu="h100-80gb", count=8), sharding=Sharding(kind="zero3")
+)
+"""The same under ZeRO-3, where every layer's weights come and go."""
 MEMORY = ["memory", "--model", "llama-3.1-8b", "--method", "lora", "--gpu", "a100-80gb"]
 COMMANDS = {
     "import ftplan": ["-c", "import ftplan"],
@@ -67,12 +83,29 @@ def per_second(call: Callable[[int], object]) -> float:
     """Calls a second of this process's own time, the best of a few rounds."""
     best = 0.0
     for _ in range(REPEATS):
-        count, before = 0, time.process_time()
-        while (spent := time.process_time() - before) < SECONDS / REPEATS or count < 2:
-            call(count)
-            count += 1
-        best = max(best, count / spent)
+        number, before = 0, time.process_time()
+        while (spent := time.process_time() - before) < SECONDS / REPEATS or number < 2:
+            call(number)
+            number += 1
+        best = max(best, number / spent)
     return best
+
+
+def reports(plan: Plan) -> float:
+    """Reports a second. Each is of another length, so that none has a record to go by."""
+    lengths = count(512)
+
+    def report(_: int) -> Report:
+        return ftplan.estimate(replace(plan, batch=replace(plan.batch, seq_len=next(lengths))))
+
+    return per_second(report)
+
+
+def searched(plan: Plan) -> float:
+    """Plans a second that a search chooses from."""
+    before = time.process_time()
+    answer = ftplan.fit(plan, prices=PRICES)
+    return answer.candidates / (time.process_time() - before)
 
 
 def main() -> None:
@@ -87,14 +120,19 @@ def main() -> None:
     structure = Structure(job)
     recorded = per_second(lambda _: Structure(job))
     peaks = per_second(lambda n: structure.peak(1 + n % 8, 512 + n))
-    reports = per_second(lambda n: all_terms(structure.at(1 + n % 8, 512 + n), 0))
+    terms = per_second(lambda n: all_terms(structure.at(1 + n % 8, 512 + n), 0))
     print(f"{'steps recorded':32} {recorded:8.0f} a second")
     print(f"{'peaks of a recorded step':32} {peaks:8.0f} a second {peaks / 10_000:6.1f} x 10,000")
-    print(f"{'their terms':32} {reports:8.0f} a second {reports / 1000:6.1f} x 1,000")
-    before = time.process_time()
-    answer = ftplan.fit(Plan(model=PLAN.model), prices=PRICES)
-    searched = answer.candidates / (time.process_time() - before)
-    print(f"{'plans searched':32} {searched:8.0f} a second {searched / 20_000:6.1f} x 20,000")
+    print(f"{'their terms':32} {terms:8.0f} a second {terms / 1000:6.1f} x 1,000")
+    plain, sharded = reports(PLAN), reports(SHARDED)
+    print(f"{'reports':32} {plain:8.0f} a second")
+    print(f"{'... under ZeRO-3':32} {sharded:8.0f} a second {plain / sharded:6.1f} x slower")
+    plain, sharded = (
+        searched(Plan(model=plan.model, hardware=plan.hardware, sharding=plan.sharding))
+        for plan in (PLAN, SHARDED)
+    )
+    print(f"{'plans searched':32} {plain:8.0f} a second {plain / 20_000:6.1f} x 20,000")
+    print(f"{'... under ZeRO-3':32} {sharded:8.0f} a second {plain / sharded:6.1f} x slower")
 
 
 if __name__ == "__main__":

@@ -84,10 +84,10 @@ else:
         names = self.__positional__
         if len(args) > len(names):
             raise TypeError(f"{type(self).__name__}() takes {len(names)} values without a name")
-        for name, value in zip(names, args, strict=False):
-            if name in given:
-                raise TypeError(f"{type(self).__name__}() got {name!r} twice")
-            given[name] = value
+        placed = dict(zip(names, args, strict=False))
+        if twice := placed.keys() & given:
+            raise TypeError(f"{type(self).__name__}() got {min(twice)!r} twice")
+        given |= placed
 
     def _repr(self):
         values = ", ".join(f"{name}={getattr(self, name)!r}" for name, _, _ in self.__filled__)

@@ -16,10 +16,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import field
 from itertools import accumulate
 
-from ftplan.dataclass import dataclass
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.tape import ONE, Label, Tape
 
@@ -31,30 +29,37 @@ REUSE_ELEMENTS = 1_000_000_000
 """``stage3_max_reuse_distance``."""
 
 
-@dataclass(slots=True, eq=False)
 class Weight:
     """One weight of the model at full depth."""
 
-    numel: int
-    size: int
-    """Bytes when it is gathered."""
-    part: int
-    """Bytes that are copied from the host to be gathered."""
-    stays: bool
-    """So small that it is never released (``stage3_param_persistence_threshold``)."""
-    frozen: bool
-    here: bool = False
-    flight: Flight | None = None
-    """What it comes with, until it has been asked for."""
-    active: set[Running] = field(default_factory=set)
-    fetched: int = -1
-    """The last step for which it has been taken off the queue."""
-    uses: list[int] = field(default_factory=list)
-    """Steps at which it is fetched."""
-    copy: int = 0
-    """How often the graph has kept what was gathered before."""
-    views: list[int] = field(default_factory=list)
-    """The copies of which the graph keeps views, the latest last."""
+    # plain classes, because a deep model has thousands of them
+
+    __slots__ = (
+        "active", "copy", "fetched", "flight", "frozen", "here", "numel", "part", "size", "stays",
+        "uses", "views",
+    )  # fmt: skip
+
+    def __init__(self, numel: int, size: int, part: int, stays: bool, frozen: bool) -> None:
+        self.numel = numel
+        self.size = size
+        """Bytes when it is gathered."""
+        self.part = part
+        """Bytes that are copied from the host to be gathered."""
+        self.stays = stays
+        """So small that it is never released (``stage3_param_persistence_threshold``)."""
+        self.frozen = frozen
+        self.here = False
+        self.flight: Flight | None = None
+        """What it comes with, until it has been asked for."""
+        self.active: set[Running] = set()
+        self.fetched = -1
+        """The last step for which it has been taken off the queue."""
+        self.uses: list[int] = []
+        """Steps at which it is fetched."""
+        self.copy = 0
+        """How often the graph has kept what was gathered before."""
+        self.views: list[int] = []
+        """The copies of which the graph keeps views, the latest last."""
 
     def restart(self) -> None:
         """``_partition_all_parameters``: before a step nothing is gathered."""
@@ -63,25 +68,29 @@ class Weight:
             held.clear()
 
 
-@dataclass(slots=True, eq=False)
 class Flight:
     """Weights that are gathered together, and the buffer where there are several."""
 
-    weights: list[Weight]
-    flat: int
-    """Bytes."""
-    waited: bool = False
-    left: int = 0
-    """How many have not been asked for."""
+    __slots__ = ("flat", "left", "waited", "weights")
+
+    def __init__(self, weights: list[Weight], flat: int) -> None:
+        self.weights = weights
+        self.flat = flat
+        """Bytes."""
+        self.waited = False
+        self.left = len(weights)
+        """How many have not been asked for."""
 
 
-@dataclass(slots=True, eq=False)
 class Running:
     """A module of the model at full depth."""
 
-    weights: list[Weight]
-    again: list[Weight] = field(default_factory=list)
-    """Frozen weights that a checkpoint fetched for it."""
+    __slots__ = ("again", "weights")
+
+    def __init__(self, weights: list[Weight]) -> None:
+        self.weights = weights
+        self.again: list[Weight] = []
+        """Frozen weights that a checkpoint fetched for it."""
 
 
 class Coordinator:
@@ -94,7 +103,7 @@ class Coordinator:
     def __init__(self, tape: Tape, spec: ShardingSpec, trace: Sequence[Running]) -> None:
         self._tape = tape
         self._spec = spec
-        self._numbers: dict[tuple[int, Label], int] = {}
+        self._numbers: dict[tuple[int, str], int] = {}
         self.events: list[int] = []
         self.alive: Counter[int] = Counter()
         self._queue = [(w, step) for step, running in enumerate(trace) for w in running.weights]
@@ -113,7 +122,7 @@ class Coordinator:
 
     def number(self, size: int, label: Label = LIVE) -> int:
         """What stands for storages of a size."""
-        key = (size, label)
+        key = (size, label.name)
         if key not in self._numbers:
             self._tape.sizes.append(ONE * size)
             self._tape.labels.append(label)
@@ -165,9 +174,10 @@ class Coordinator:
 
     def _fetch(self, running: Running, forward: bool) -> None:
         self._gather([w for w in running.weights if not w.here and w.flight is None])
+        again = forward and self.in_backward and bool(self._backward)
         for weight in running.weights:
             weight.active.add(running)
-            if forward and self.in_backward and self._backward and weight.frozen:
+            if again and weight.frozen:
                 owner = next(reversed(self._backward))
                 owner.again.append(weight)
                 weight.active.add(owner)
@@ -236,7 +246,7 @@ class Coordinator:
             return
         self._live += sum(w.numel for w in weights)
         size, several = sum(w.size for w in weights), len(weights) > 1
-        flight = Flight(weights, size if several else 0, left=len(weights))
+        flight = Flight(weights, size if several else 0)
         self._born(size, FLAT if several else LIVE)
         copied = sum(w.part for w in weights)
         if copied:
@@ -271,6 +281,8 @@ class Coordinator:
     def _ahead(self) -> None:
         """Fetch what comes next."""
         most = min(self._spec.max_live_elements - self._live, self._spec.prefetch_elements)
+        if most <= 0:
+            return
         chosen: dict[Weight, None] = {}
         elements = 0
         while self._next < len(self._queue) and elements < most:

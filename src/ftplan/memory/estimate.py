@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -411,6 +412,9 @@ class Structure:
         )
 
 
+_RECENT: deque[tuple[Job, Structure]] = deque(maxlen=16)
+
+
 def _fused_chunk(job: Job, network: Network, static_bytes: int) -> Callable[[int], int] | None:
     """Tokens of a chunk of a fused loss as a function of all tokens; None: the loss is another."""
     headless = job.stage is not None and not job.stage.last
@@ -428,7 +432,21 @@ def _without_gradients(static: Sequence[StaticTerm]) -> tuple[StaticTerm, ...]:
 
 
 def structure_of(job: Job) -> Structure:
-    """The record of a job; of a pipeline, that of its worst rank at the job's own batch."""
+    """The record of a job; of a pipeline, that of its worst rank at the job's own batch.
+
+    A search comes back to jobs that it has seen, so the last few records are kept. One that
+    generates goes on recording later and is not shared.
+    """
+    for known, structure in tuple(_RECENT):
+        if known == job:
+            return structure
+    structure = _recorded(job)
+    if not job.generates:
+        _RECENT.append((job, structure))
+    return structure
+
+
+def _recorded(job: Job) -> Structure:
     if job.sharding.pp == 1:
         return Structure(job)
     _refuse_stages(job)

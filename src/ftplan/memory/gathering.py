@@ -7,9 +7,11 @@ the same happens share one segment.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from ftplan.dataclass import dataclass
 from ftplan.dtypes import find_format
@@ -17,7 +19,7 @@ from ftplan.memory.coordinator import REUSE_ELEMENTS, Coordinator, Running, Weig
 from ftplan.memory.fsdp import BUFFERS, Unit
 from ftplan.memory.hooks import Hooks, Mark, View, Visit
 from ftplan.memory.job import ShardingSpec
-from ftplan.memory.tape import ITEM_BYTES, Parameter, Phases, Segment
+from ftplan.memory.tape import ITEM_BYTES, Parameter, Phases, Product, Segment
 
 __all__ = ["Gathering", "stored"]
 
@@ -37,12 +39,16 @@ class _Marked:
 
     places: list[int] = field(default_factory=list)
     acts: list[Callable[[Coordinator, Any, bool], None]] = field(default_factory=list)
-    marks: list[Mark | View] = field(default_factory=list)
+    of: list[Visit | View] = field(default_factory=list)
+    """What each mark is about."""
     forward: list[bool] = field(default_factory=list)
+    others: list[int] = field(default_factory=list)
+    """Events that are no marks."""
+    before: list[int] = field(default_factory=list)
+    """How many of them come before each event of the segment."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(NamedTuple):
     """A segment in the model at full depth, and the modules and weights of its marks."""
 
     segment: Segment
@@ -69,9 +75,13 @@ class Gathering:
         self._skipped = range(0)
         """Layers that are not played, because they are like those before and behind them."""
         self._weights: dict[object, Weight] = {}
+        self._made: dict[int, tuple[int, int, int, bool, bool]] = {}
+        """What weights are made of, by the parameter that was recorded for all of them."""
         self._running: dict[tuple[int, str], Running] = {}
         self._bare: dict[str, Running] = {}
         """Modules without weights of their own, whichever layer's."""
+        self._known: dict[int, dict[Visit | View, Running | Weight]] = {}
+        """By layer, what marks are about."""
         self._marked: dict[tuple[int, int], _Marked] = {}
         self._written: dict[object, Segment] = {}
         self._places = {
@@ -116,8 +126,10 @@ class Gathering:
         return self._play(self._phases, self._skipped)
 
     def _follow(self, trained: Gathering) -> None:
+        """Modules in the order of training, with those of layers that were not played there."""
         if trained._skipped:
-            trained._in_full()
+            trained._skipped, trained._trace = range(0), []
+            trained._place(trained._phases, trained._skipped)
         self._trace = trained._trace
         self._weights, self._running = trained._weights, trained._running
 
@@ -131,13 +143,18 @@ class Gathering:
         reach = REUSE_ELEMENTS + self._spec.max_live_elements + self._spec.prefetch_elements
         return -(-reach // max(1, layer)) + 3
 
-    def _play(self, phases: Phases, skipped: range) -> Phases:
+    def _place(self, phases: Phases, skipped: range) -> list[tuple[str, list[_Part]]]:
+        """What is played, with its modules; the first such sequence is the trace."""
         short = [(name, [p for p in parts if p.layer not in skipped]) for name, parts in phases]
         placed = [(name, [self._placed(part) for part in parts]) for name, parts in short]
         self._trace = self._trace or [
             on for _, parts in placed for part in parts
             for act, on in zip(part.marked.acts, part.on, strict=True) if act is Coordinator.fetch
         ]  # fmt: skip
+        return placed
+
+    def _play(self, phases: Phases, skipped: range) -> Phases:
+        placed = self._place(phases, skipped)
         coordinator = Coordinator(self._tape, self._spec, self._trace)
         coordinator.gather_small()
         for _ in range(self._batches - 1):
@@ -186,62 +203,72 @@ class Gathering:
             if coordinator.events:
                 changes.append((place, tuple(coordinator.events)))
                 coordinator.events = []
-        return self._changed(part.segment, changes)
+        return self._changed(part.segment, marked, changes)
 
     def _write(self, events: Iterable[int]) -> Segment:
         start = len(self._tape.events)
         self._tape.events += events
         return Segment("live weights", start, len(self._tape.events))
 
-    def _changed(self, part: Segment, changes: list[tuple[int, tuple[int, ...]]]) -> Segment:
+    def _changed(
+        self, part: Segment, marked: _Marked, changes: Sequence[tuple[int, tuple[int, ...]]]
+    ) -> Segment:
         """The segment without its marks, with other events in their places."""
         key = (part.start, part.stop, tuple(changes))
         if key not in self._written:
-            marks, tape, instead = self._hooks.marks, self._tape, dict(changes)
             made: list[int] = []
-            moved: list[int] = []
-            """Where each event of the segment is now."""
-            for place in range(part.start, part.stop):
-                moved.append(len(made))
-                made += instead.get(place, ())
-                if abs(tape.events[place]) not in marks:
-                    made.append(tape.events[place])
-            segment = self._write(made)
-            tape.products += [
-                product._replace(event=segment.start + moved[product.event - part.start])
-                for product in tape.products
-                if part.start <= product.event < part.stop
-            ]
+            done = 0
+            for place, events in changes:
+                stop = marked.before[place - part.start]
+                made += marked.others[done:stop]
+                made += events
+                done = stop
+            segment = self._write([*made, *marked.others[done:]])
+            for product in self._products_of(part):
+                moved = marked.before[product.event - part.start]
+                moved += sum(len(events) for place, events in changes if place < product.event)
+                self._tape.products.append(product._replace(event=segment.start + moved))
             self._written[key] = Segment(part.name, segment.start, segment.stop)
         return self._written[key]
+
+    def _products_of(self, part: Segment) -> list[Product]:
+        """What is computed in a segment: later events have later products."""
+        products, event = self._tape.products, attrgetter("event")
+        start, stop = (bisect_left(products, at, key=event) for at in (part.start, part.stop))
+        return products[start:stop]
 
     def _placed(self, part: Segment) -> _Part:
         key, layer = (part.start, part.stop), part.layer
         if key not in self._marked:
             self._marked[key] = self._marks_of(part)
-        marked = self._marked[key]
-        on = [
-            self._weight(mark.unit, mark.parameter, layer)
-            if isinstance(mark, View) else self._run_of(mark.visit, layer)
-            for mark in marked.marks
-        ]  # fmt: skip
-        return _Part(part, marked, on)
+        marked, known = self._marked[key], self._known.setdefault(layer, {})
+        for of in marked.of:
+            if of not in known:
+                known[of] = (
+                    self._weight(of.unit, of.parameter, layer)
+                    if isinstance(of, View) else self._run_of(of, layer)
+                )  # fmt: skip
+        return _Part(part, marked, [known[of] for of in marked.of])
 
     def _marks_of(self, part: Segment) -> _Marked:
         found, marks = _Marked(), self._hooks.marks
         for place in range(part.start, part.stop):
             event = self._tape.events[place]
             mark = marks.get(abs(event))
+            found.before.append(len(found.others))
+            if mark is None:
+                found.others.append(event)
+                continue
             act: Callable[[Coordinator, Any, bool], None]
             if isinstance(mark, View):
                 act = Coordinator.keep if event > 0 else Coordinator.let_go
-            elif mark is not None and event > 0:
+            elif event > 0:
                 act = Coordinator.fetch if mark.fetches else Coordinator.release
             else:
                 continue
             found.places.append(place)
             found.acts.append(act)
-            found.marks.append(mark)
+            found.of.append(mark if isinstance(mark, View) else mark.visit)
             found.forward.append(isinstance(mark, Mark) and mark.forward)
         return found
 
@@ -249,7 +276,9 @@ class Gathering:
         """The module of a layer: blocks that are alike were recorded once."""
         unit, owned = visit.unit, [*self._owned.get(visit, ()), *visit.looks_at]
         if not owned:
-            return self._bare.setdefault(visit.path, Running([]))
+            if visit.path not in self._bare:
+                self._bare[visit.path] = Running([])
+            return self._bare[visit.path]
         key = (layer if _in_layer(unit, layer) else id(owned[0]), visit.path)
         running = self._running.get(key)
         if running is None:
@@ -263,15 +292,19 @@ class Gathering:
         if _in_layer(unit, layer):
             key = (layer, self._places[id(parameter)])
         if key not in self._weights:
-            numel, item = stored(parameter)
-            part = -(-numel // self._spec.shard_ranks) * item
-            stays = numel <= self._spec.persistence_elements
-            waits = self._spec.offload in ("params", "nvme") and not stays
-            self._weights[key] = Weight(
-                numel, part * self._spec.shard_ranks, part if waits else 0, stays,
-                not parameter.trainable,
-            )  # fmt: skip
+            if id(parameter) not in self._made:
+                self._made[id(parameter)] = self._measured(parameter)
+            self._weights[key] = Weight(*self._made[id(parameter)])
         return self._weights[key]
+
+    def _measured(self, parameter: Parameter) -> tuple[int, int, int, bool, bool]:
+        """Elements, bytes and what else a weight is made of."""
+        numel, item = stored(parameter)
+        part = -(-numel // self._spec.shard_ranks) * item
+        stays = numel <= self._spec.persistence_elements
+        waits = self._spec.offload in ("params", "nvme") and not stays
+        whole = part * self._spec.shard_ranks
+        return numel, whole, part if waits else 0, stays, not parameter.trainable
 
 
 class _UnlikeError(Exception):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ftplan.dataclass import dataclass
 from ftplan.memory import ops
@@ -40,8 +40,7 @@ class Visit:
     """Of a module without forward code: which of those in it runs first, each way."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """A moment at which a module starts (its weights are fetched) or has ended."""
 
     visit: Visit
@@ -49,7 +48,7 @@ class Mark:
     forward: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class View:
     """The graph keeps a view of a weight, from the birth of a storage to its death."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from itertools import chain as flatten
 from operator import le, mul
 
 from ftplan.memory.tape import BLOCK_BYTES, Size
@@ -31,8 +32,14 @@ def chains_of(sizes: Sequence[Size]) -> list[list[int]]:
 
 def undominated(moments: Iterable[Counts], chains: Sequence[Sequence[int]]) -> list[Counts]:
     """Those that no other stands against: has as many of each size or above."""
-    ranked = {m: tuple(n for chain in chains for n in accumulate(m[i] for i in chain))
-              for m in moments}  # fmt: skip
+    alone = [chain[0] for chain in chains if len(chain) == 1]
+    longer = [chain for chain in chains if len(chain) > 1]
+    ranked: dict[Counts, Counts] = {}
+    for moment in moments:
+        if moment not in ranked:
+            count = moment.__getitem__
+            sums = [accumulate(map(count, chain)) for chain in longer]
+            ranked[moment] = (*map(count, alone), *flatten.from_iterable(sums))
     kept: list[Counts] = []
     ranks: list[Counts] = []
     # a moment can only be dominated by one whose sum is no smaller

@@ -74,9 +74,12 @@ class Module:
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """This module and all below it, with dotted names, parents first."""
-        yield prefix, self
-        for name, child in self.children.items():
-            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+        waiting: list[tuple[str, Module]] = [(prefix, self)]
+        while waiting:
+            path, module = waiting.pop()
+            yield path, module
+            start = f"{path}." if path else ""
+            waiting += [(start + name, child) for name, child in reversed(module.children.items())]
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
         """All weights below this module, with dotted names."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import field, replace
+from dataclasses import field
 
 from ftplan.dataclass import dataclass
 from ftplan.memory import ops
@@ -126,7 +126,7 @@ class Recording:
         for index in order:
             segment = segments[index]
             if self.forward[index].name == "block":
-                segment = replace(segment, layer=layer % depth)
+                segment = segment._replace(layer=layer % depth)
                 layer += 1
             placed.append(segment)
         return placed

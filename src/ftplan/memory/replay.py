@@ -355,23 +355,28 @@ class _Unrolled:
         return Script(tuple(self._played), tuple(self._slots), tuple(left))
 
     def _play(self, events: Sequence[int]) -> None:
+        alive, slots, played = self._alive, self._slots, self._played
         for event in events:
             if event > 0:
-                self._alive.setdefault(event, []).append(len(self._slots))
-                self._played.append(len(self._slots))
-                self._slots.append(self._sizes[event - 1])
+                slot = len(slots)
+                if event in alive:
+                    alive[event].append(slot)
+                else:
+                    alive[event] = [slot]
+                played.append(slot)
+                slots.append(self._sizes[event - 1])
+            elif there := alive.get(-event):
+                played.append(~there.pop())
             elif -event in self._born:
-                self._played += [~slot for slot in self._last_of(-event)]
+                played += [~slot for slot in self._another(-event)]
 
-    def _last_of(self, storage: int) -> list[int]:
-        """The slot that dies; none: it has died before."""
-        slots = self._alive.get(storage)
-        if not slots:
-            size, label = self._sizes[storage - 1], self._labels[storage - 1]
-            others = [(other, slots) for other, slots in self._alive.items() if slots]
-            alike = [slots for _, slots in others if self._slots[slots[-1]] == size]
-            alike = alike or [slots for other, slots in others if self._labels[other - 1] == label]
-            slots = max(alike, key=lambda slots: slots[-1], default=[])
+    def _another(self, storage: int) -> list[int]:
+        """The slot that dies for one that was born elsewhere; none: it has died before."""
+        size, label = self._sizes[storage - 1], self._labels[storage - 1]
+        others = [(other, slots) for other, slots in self._alive.items() if slots]
+        alike = [slots for _, slots in others if self._slots[slots[-1]] == size]
+        alike = alike or [slots for other, slots in others if self._labels[other - 1] == label]
+        slots = max(alike, key=lambda slots: slots[-1], default=[])
         return [slots.pop()] if slots else []
 
 
@@ -392,9 +397,15 @@ def per_sample(size: Size, sequences: int) -> Size:
 def _final_labels(recording: Recording) -> list[Label]:
     """Storages that outlive forward are activations (or logits); the rest is temporary."""
     labels: list[Label] = []
+    passing: dict[int, Label] = {}
+    """By the identity of a label: few of them name many storages."""
     for number, label in enumerate(recording.tape.labels, start=1):
-        named = label.group in ("gradients", "logits", "recomputed", "gathered")
-        named = named or label in (BOUNDARY, HANDED)
-        keep = named or number in recording.saved
-        labels.append(label if keep else Label("temporary", label.name))
+        if number in recording.saved:
+            labels.append(label)
+            continue
+        if id(label) not in passing:
+            named = label.group in ("gradients", "logits", "recomputed", "gathered")
+            named = named or label in (BOUNDARY, HANDED)
+            passing[id(label)] = label if named else Label("temporary", label.name)
+        labels.append(passing[id(label)])
     return labels

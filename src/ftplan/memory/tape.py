@@ -120,8 +120,7 @@ class Label:
     """The part of the block, or else the operation, that made it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A run of events ``[start, stop)`` of the tape."""
 
     name: str

@@ -91,8 +91,7 @@ def layout_of(network: Network, spec: ShardingSpec) -> Layout:
     owned, tables = [0] * ranks, [0] * ranks
     largest_slice = 0
     for kind, sizes, part in zip(kinds, groups, parts, strict=True):
-        for start, parameter in zip([0, *accumulate(sizes)], kind, strict=False):
-            size = parameter.numel
+        for start, parameter, size in zip([0, *accumulate(sizes)], kind, sizes, strict=False):
             largest_slice = max(largest_slice, min(size, part))
             for rank in range(start // part, min(ranks, (start + size - 1) // part + 1)):
                 (tables if parameter.embedding else owned)[rank] += size
@@ -109,7 +108,7 @@ def layout_of(network: Network, spec: ShardingSpec) -> Layout:
         if spec.kind == "zero3"
         else largest_slice,
         slices=(spec.bucket_elements // max(1, parts[0]) + 1) * parts[0],
-        largest=max((p.numel for p in trained), default=0),
+        largest=max(map(max, filter(None, groups)), default=0),
         quiet=_blocks(network, spec.bucket_elements, first=True),
         calm=_blocks(network, spec.bucket_elements, first=False),
         block=_block(network),
