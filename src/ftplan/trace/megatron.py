@@ -5,7 +5,8 @@
 Transformer Engine's functions are stood in for (:mod:`ftplan.trace.transformer_engine`); kernels
 that ``torch.compile`` makes are one operation each, with the buffers that inductor of torch 2.13
 allocates beside their outputs; communication carries nothing; and every expert gets an even share
-of the tokens. The rest, mcore-bridge's adapters included, is the packages' own code.
+of the tokens. The rest, mcore-bridge's adapters, ms-swift's trainers (:mod:`megatron_swift`) and
+Megatron's schedules included, is the packages' own code.
 """
 
 # torch is not installed where types are checked: its classes are Any there
@@ -125,8 +126,6 @@ JOBS: tuple[Job, ...] = (
     _job("pipeline-tp2-sp", "qwen3-8b", 4, sharding={"pp": 2, **_TP2}, batches=4, shape=(1, 2048)),
     _job("pipeline-four-stages", "qwen3-8b", 8, sharding={"pp": 4}, batches=8),
     _job("pipeline-lora", "qwen3-8b", 6, method=_DROPS, sharding={"pp": 2}, batches=4),
-    _job("pipeline-dpo", "qwen3-8b", 4, task="dpo", reference="model", sharding={"pp": 2},
-         batches=4, gradient_checkpointing=_FULL),
 )  # fmt: skip
 
 

@@ -181,13 +181,12 @@ def step(job: Mapping[str, Any], model: Any, by: Any) -> None:
     schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
     plan = job["plan"]
     tokens = plan["batch"]["micro"] * plan["batch"]["seq_len"]
-    sent = 2 if plan["task"] in ("dpo", "kto") else 1  # the reference's hidden states too
     before, torch.Tensor.new_tensor = torch.Tensor.new_tensor, _new_tensor  # type: ignore[method-assign]
     try:
         schedules.get_forward_backward_func()(
             forward_step_func=by.forward_step, data_iterator=_batches(job), model=[model],
             num_microbatches=plan["batch"]["accumulation"],
-            seq_length=tokens * sent, micro_batch_size=1, forward_only=False,
+            seq_length=tokens, micro_batch_size=1, forward_only=False,
         )  # fmt: skip
     finally:
         torch.Tensor.new_tensor = before  # type: ignore[method-assign]
