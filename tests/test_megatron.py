@@ -151,7 +151,8 @@ def test_a_tower_is_on_the_first_stage_of_a_pipeline() -> None:
     model = {"model": "qwen2.5-vl-7b", "method": LORA}
     job = job_of(resolved(**model, sharding={"pp": 2}))
     first, last = (
-        Structure(replace(job, stage=stage)).static_bytes for stage in stages_of(28, job.sharding, 4)
+        Structure(replace(job, stage=stage)).static_bytes
+        for stage in stages_of(28, job.sharding, 4)
     )
     tower = 676_550_144 * 2
     assert abs(first - last - tower) < 50e6

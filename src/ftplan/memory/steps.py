@@ -86,7 +86,9 @@ def record_step(
         x = run_stage(recorder, stage, shared, checkpoint_every, input_grads and number == 0)
     assert x is not None
     if share is not None and not share.last:
-        if not share.buffered:  # Megatron lets go of what it has sent (``deallocate_output_tensor``)
+        if (
+            not share.buffered
+        ):  # Megatron lets go of what it has sent (``deallocate_output_tensor``)
             x = without_bytes(x, x.dtype)
         root = recorder.end_root(x)
         del x

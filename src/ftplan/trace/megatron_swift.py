@@ -67,7 +67,7 @@ def head(model: Any, task: str, *, adapted: bool) -> None:
     """
     if task not in ("rm", "classify") or not model.post_process:
         return
-    te = importlib.import_module("megatron.core.extensions.transformer_engine")
+    te: Any = importlib.import_module("megatron.core.extensions.transformer_engine")
     maps = importlib.import_module("megatron.core.tensor_parallel.mappings")
 
     class Scores(te.TELinear):
@@ -181,7 +181,7 @@ def step(job: Mapping[str, Any], model: Any, by: Any) -> None:
     schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
     plan = job["plan"]
     tokens = plan["batch"]["micro"] * plan["batch"]["seq_len"]
-    before, torch.Tensor.new_tensor = torch.Tensor.new_tensor, _new_tensor  # type: ignore[method-assign]
+    before, torch.Tensor.new_tensor = torch.Tensor.new_tensor, _new_tensor
     try:
         schedules.get_forward_backward_func()(
             forward_step_func=by.forward_step, data_iterator=_batches(job), model=[model],
@@ -189,4 +189,4 @@ def step(job: Mapping[str, Any], model: Any, by: Any) -> None:
             seq_length=tokens, micro_batch_size=1, forward_only=False,
         )  # fmt: skip
     finally:
-        torch.Tensor.new_tensor = before  # type: ignore[method-assign]
+        torch.Tensor.new_tensor = before
