@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from ftplan.files.plan import parse_plan
 from ftplan.front.assembling import job_of, modules_of
 from ftplan.front.resolve import resolve
 from ftplan.memory.estimate import Structure
+from ftplan.memory.pipeline import stages_of
 
+SHOWN = {"micro": 1, "seq_len": 4096, "accumulation": 4, "packing": True, "image_size": [560, 560]}
 LORA = {"kind": "lora", "rank": 8, "targets": "all-linear", "adapter_dtype": "bf16"}
 
 
@@ -53,6 +56,7 @@ def peak(**more: Any) -> int:
         {"task": "dpo"},
         {"task": "rm", "method": LORA},
         {"gradient_checkpointing": {"kind": "selective"}},
+        {"model": "qwen2.5-vl-7b", "batch": {**SHOWN, "images": 2}},
     ],
 )
 def test_what_ms_swift_runs_is_walked(more: dict[str, Any]) -> None:
@@ -68,6 +72,7 @@ def test_what_ms_swift_runs_is_walked(more: dict[str, Any]) -> None:
         {"method": {"kind": "dora"}},
         {"model": "gemma-2-2b"},
         {"attention": "eager"},
+        {"model": "qwen3-vl-8b", "batch": {**SHOWN, "images": 2}},
     ],
 )
 def test_what_was_not_traced_is_walked_as_another_model(more: dict[str, Any]) -> None:
@@ -125,3 +130,39 @@ def test_experts_of_a_rank_get_an_even_share() -> None:
     )
     assert few.static_bytes > many.static_bytes
     assert few.program.peak(1, 4096) == many.program.peak(1, 4096)
+
+
+def test_a_frozen_tower_keeps_nothing_of_an_image_but_its_pixels() -> None:
+    """Images add their pixels to the backward's peak, and to the forward's no more than a layer:
+    a tower of 32 layers that kept its inputs would add 32 of them."""
+    patches, hidden, layers = 2 * 400 * 4, 1280, 32
+    pixels = patches * 3 * 2 * 14 * 14 * 4
+    plain, shown = (
+        structure(model="qwen2.5-vl-7b", method=LORA, batch={**SHOWN, "images": images})
+        for images in (None, 2)
+    )
+    more = shown.peak(1, 4096) - plain.peak(1, 4096)
+    assert pixels <= more < pixels + layers * patches * hidden * 2
+    assert shown.static_bytes == plain.static_bytes
+
+
+def test_a_tower_is_on_the_first_stage_of_a_pipeline() -> None:
+    """mcore-bridge builds the tower where the embeddings are."""
+    model = {"model": "qwen2.5-vl-7b", "method": LORA}
+    job = job_of(resolved(**model, sharding={"pp": 2}))
+    first, last = (
+        Structure(replace(job, stage=stage)).static_bytes
+        for stage in stages_of(28, job.sharding, 4)
+    )
+    tower = 676_550_144 * 2
+    assert abs(first - last - tower) < 50e6
+
+
+def test_a_stage_has_buffers_for_its_own_weights() -> None:
+    """Transformer Engine's stand-ins for gradients: the output layer's is on the last stage."""
+    job = job_of(resolved(sharding={"pp": 2}))
+    first, last = (
+        {t.name: t.bytes for t in Structure(replace(job, stage=stage)).static}["weights/buffers"]
+        for stage in stages_of(36, job.sharding, 4)
+    )
+    assert last - first == 151936 * 4096 * 2

@@ -150,15 +150,16 @@ def modules_of(resolved: Resolved) -> str:
     plan, modules = resolved.plan, resolved.stack.modules
     if modules is None or plan.method is None or resolved.config is None:
         return ""
-    from ftplan.memory.families.native import parallel, runs
+    from ftplan.memory.families.native import parallel, runs, shows
 
     method = plan.method
     weights = _stored(plan.precision.weights or "bf16", double_quant=bool(method.double_quant))
     split = {n for n in ("tp", "pp", "cp", "ep") if (getattr(plan.sharding, n) or 1) > 1}
+    unseen = "pp" in split or not shows(modules, resolved.config)
     others = (
         method.modules_to_save, method.rank_pattern, method.layers_to_transform,
         method.target_parameters, method.use_dora, method.fused_lora, method.options,
-        plan.batch.images, split - {*parallel(modules)}, (plan.sharding.etp or 1) > 1,
+        plan.batch.images and unseen, split - {*parallel(modules)}, (plan.sharding.etp or 1) > 1,
         plan.batch.padding == "right", plan.kernels not in (None, "none"),
         weights.layout != "plain" and plan.precision.mixed != "no",
     )  # fmt: skip

@@ -435,6 +435,8 @@ class Network(Module):
         """The cache it returns is tuples of tensors, which a conversion of outputs finds."""
         self.embedding_names: tuple[str, ...] = ("model.embed_tokens",)
         """Modules that quantisation and `all-linear` leave alone, beside the head."""
+        self.entrance: tuple[str, ...] = ()
+        """Where names of further weights begin that are beside the embeddings (a tower's)."""
         self.head_name: str = "lm_head"
         self.unquantised: tuple[str, ...] = ()
         """Linear layers that transformers keeps as they are (``_keep_in_fp32_modules``)."""
@@ -443,6 +445,10 @@ class Network(Module):
         (``_keep_in_fp32_modules_strict``)."""
         self.virtual_tokens = 0
         """Learned tokens before each sequence, in tokens of a sequence (prompt tuning)."""
+
+    def was_cut(self, *, first: bool, fresh: bool) -> None:
+        """A rank of a pipeline has a part of it now: the first one's, or another's; ``fresh``: no
+        backward has ended yet."""
 
     def tie(self, name: str, to: str) -> None:
         """Make the weight ``name`` the same one as ``to``."""

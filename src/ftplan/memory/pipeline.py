@@ -140,7 +140,10 @@ def cut(network: Network, stage: PipelineStage) -> None:
     stack = part.stack
     stack.pattern = [kind for start, stop in stage.chunks for kind in stack.pattern[start:stop]]
     stack.count = len(stack.pattern)
-    tables = {id(p) for _, p in network.named_parameters() if p.embedding}
+    tables = {
+        id(p) for path, p in network.named_parameters()
+        if p.embedding or path.startswith(network.entrance)
+    }  # fmt: skip
     head = {id(p) for p in network.head_parameters()}
     for _, module in network.named_modules():
         for name, parameter in list(module.parameters.items()):
@@ -151,6 +154,7 @@ def cut(network: Network, stage: PipelineStage) -> None:
                 parameter.trainable = False
     if not stage.last:
         part.leave = _pass
+    network.was_cut(first=stage.first, fresh=stage.fresh)
 
 
 def one_chunk(network: Network, stage: PipelineStage) -> None:

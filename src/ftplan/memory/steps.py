@@ -11,6 +11,7 @@ from ftplan.memory.attention import KeptStates
 from ftplan.memory.blocks import ask_for_gradient, run_stage
 from ftplan.memory.env import Environment
 from ftplan.memory.families.native import Native
+from ftplan.memory.families.native.base import without_bytes
 from ftplan.memory.flat import Flat
 from ftplan.memory.fsdp import Fsdp
 from ftplan.memory.job import ShardingSpec
@@ -85,6 +86,10 @@ def record_step(
         x = run_stage(recorder, stage, shared, checkpoint_every, input_grads and number == 0)
     assert x is not None
     if share is not None and not share.last:
+        if (
+            not share.buffered
+        ):  # Megatron lets go of what it has sent (``deallocate_output_tensor``)
+            x = without_bytes(x, x.dtype)
         root = recorder.end_root(x)
         del x
         recorder.order.append(recorder.cut("the stage returns"))

@@ -5,7 +5,8 @@
 Transformer Engine's functions are stood in for (:mod:`ftplan.trace.transformer_engine`); kernels
 that ``torch.compile`` makes are one operation each, with the buffers that inductor of torch 2.13
 allocates beside their outputs; communication carries nothing; and every expert gets an even share
-of the tokens. The rest, mcore-bridge's adapters included, is the packages' own code.
+of the tokens. The rest, mcore-bridge's adapters, ms-swift's trainers (:mod:`megatron_swift`) and
+Megatron's schedules included, is the packages' own code.
 """
 
 # torch is not installed where types are checked: its classes are Any there
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 
-from ftplan.trace import transformer_engine
+from ftplan.trace import megatron_swift, transformer_engine
 from ftplan.trace.ledger import Ledger
 
 __all__ = ["JOBS", "main", "record", "trace"]
@@ -40,16 +41,19 @@ Job = Mapping[str, Any]
 
 def _job(name: str, model: str, layers: int, **plan: Any) -> Job:
     sharding = {"kind": "none", **plan.pop("sharding", {})}
-    ranks = sharding.get("tp", 1) * sharding.get("ep", 1)
-    shape = plan.pop("shape", (1, 1024))
+    ranks = sharding.get("tp", 1) * sharding.get("ep", 1) * sharding.get("pp", 1)
+    shape, batches = plan.pop("shape", (1, 1024)), plan.pop("batches", 1)
     way = {
         "version": 1, "model": model, "stack": "megatron", "task": "sft",
         "precision": {"weights": "bf16", "mixed": "no"}, "method": {"kind": "full"},
-        "batch": {"micro": shape[0], "seq_len": shape[1], "accumulation": 1, "packing": True},
+        "batch": {"micro": shape[0], "seq_len": shape[1], "accumulation": batches,
+                  "packing": True},
         "optimizer": "adamw_torch_fused", "gradient_checkpointing": False, "attention": "flash",
         "loss": "full", "hardware": {"gpu": "a100-80gb", "count": ranks}, "sharding": sharding,
         **plan,
     }  # fmt: skip
+    if way["task"] in ("rm", "classify"):
+        del way["loss"]
     return {"name": f"megatron {name}", "layers": layers, "plan": way}
 
 
@@ -97,6 +101,31 @@ JOBS: tuple[Job, ...] = (
          sharding={"ep": 4}, gradient_checkpointing=_FULL, shape=(1, 2048)),
     _job("mixture-mixtral", "mixtral-8x7b", 2, sharding={"ep": 4}, shape=(1, 1024)),
     _job("mixture-shared", "qwen1.5-moe-a2.7b", 2, sharding={"ep": 4}, shape=(1, 1024)),
+    _job("dpo", "qwen3-4b", 3, task="dpo", reference="model", shape=(1, 2048)),
+    _job("dpo-tp2-sp-recomputed", "qwen2.5-7b", 3, task="dpo", reference="model", sharding=_TP2,
+         gradient_checkpointing=_FULL, shape=(1, 4096)),
+    _job("dpo-lora", "llama-3.1-8b", 3, task="dpo", reference="adapter", method=_DROPS),
+    _job("dpo-mixture-lora-recomputed", "qwen3-30b-a3b", 2, task="dpo", reference="adapter",
+         method=_DROPS, sharding={"ep": 2}, gradient_checkpointing=_FULL, shape=(1, 2048)),
+    _job("kto", "qwen2.5-7b", 2, task="kto", reference="model", shape=(1, 2048)),
+    _job("kto-tp2-sp-recomputed", "qwen2.5-7b", 3, task="kto", reference="model", sharding=_TP2,
+         gradient_checkpointing=_FULL, shape=(1, 4096)),
+    _job("kto-lora", "qwen3-8b", 3, task="kto", reference="adapter", method=_LORA),
+    _job("rm", "qwen2.5-7b", 3, task="rm"),
+    _job("rm-lora-recomputed", "qwen3-8b", 4, task="rm", method=_DROPS,
+         gradient_checkpointing=_FULL, shape=(1, 2048)),
+    _job("rm-tp2-sp", "qwen3-8b", 3, task="rm", sharding=_TP2, shape=(1, 2048)),
+    _job("classify-tp2-sp-recomputed", "qwen2.5-7b", 4, task="classify", sharding=_TP2,
+         gradient_checkpointing=_FULL, shape=(1, 4096)),
+    _job("classify-lora-tp2-sp", "qwen3-8b", 3, task="classify", method=_LORA, sharding=_TP2),
+    _job("classify-mixture-lora-recomputed", "qwen3-30b-a3b", 2, task="classify", method=_DROPS,
+         sharding={"ep": 2}, gradient_checkpointing=_FULL, shape=(1, 2048)),
+    _job("pipeline", "llama-3.1-8b", 4, sharding={"pp": 2}, batches=4),
+    _job("pipeline-recomputed", "qwen2.5-7b", 6, sharding={"pp": 2}, batches=4, shape=(1, 2048),
+         gradient_checkpointing=_FULL),
+    _job("pipeline-tp2-sp", "qwen3-8b", 4, sharding={"pp": 2, **_TP2}, batches=4, shape=(1, 2048)),
+    _job("pipeline-four-stages", "qwen3-8b", 8, sharding={"pp": 4}, batches=8),
+    _job("pipeline-lora", "qwen3-8b", 6, method=_DROPS, sharding={"pp": 2}, batches=4),
 )  # fmt: skip
 
 
@@ -252,7 +281,8 @@ def _patches() -> list[tuple[Any, str, Any]]:
         (random, "_set_all_rng_states", _carry_nothing),
         (random, "_fork_rng", contextlib.nullcontext),
         (random.CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext()),
-        (torch.cuda, "current_device", lambda: here),
+        (torch.cuda, "current_device", lambda: here), (torch.cuda, "synchronize", _carry_nothing),
+        (_core("pipeline_parallel.p2p_communication"), "_batched_p2p_ops", lambda **_: []),
         (dispatcher, "permute", _permute), (dispatcher, "sort_chunks_by_idxs", _sorted_chunks),
         (dispatcher.MoEAlltoAllTokenDispatcher, "preprocess", _preprocess),
         (dispatcher.MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize",
@@ -312,6 +342,7 @@ def _settings(config: Mapping[str, Any], job: Job) -> Any:
         sequence_parallel=bool(sharding.get("sequence_parallel")), bias_activation_fusion=True,
         gradient_accumulation_fusion=True, cross_entropy_loss_fusion=True,
         use_cpu_initialization=True, perform_initialization=False, apply_rope_fusion=False,
+        pipeline_model_parallel_size=sharding.get("pp", 1), deallocate_pipeline_outputs=True,
         **mixture, **recompute,
     )  # fmt: skip
 
@@ -323,13 +354,15 @@ def _model(config: Mapping[str, Any], job: Job) -> Any:
         num_experts=settings.num_moe_experts, moe_grouped_gemm=bool(settings.num_moe_experts),
         qk_layernorm=settings.qk_layernorm,
     )  # fmt: skip
-    vocabulary = config["vocab_size"]
+    vocabulary, state = config["vocab_size"], _core("parallel_state")
     if tp > 1:
         vocabulary = -(-vocabulary // (128 * tp)) * 128 * tp
     model = _core("models.gpt").GPTModel(
         settings, spec, vocabulary, 1 << 17, position_embedding_type="rope",
         share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings")),
+        pre_process=state.is_pipeline_first_stage(), post_process=state.is_pipeline_last_stage(),
     )  # fmt: skip
+    model.get_input_tensor = lambda: model.decoder.input_tensor  # mcore-bridge's
     return model.train()
 
 
@@ -353,9 +386,10 @@ def _adapt(model: Any, method: Mapping[str, Any]) -> None:
                 module, "default", r=method["rank"], lora_alpha=32, lora_dropout=method["dropout"]
             )
             setattr(parent, path.rpartition(".")[2], made)
-    model.embedding.register_forward_hook(
-        lambda _m, _x, out: out if out.requires_grad else out.requires_grad_(True)
-    )
+    if model.pre_process:
+        model.embedding.register_forward_hook(
+            lambda _m, _x, out: out if out.requires_grad else out.requires_grad_(True)
+        )
     model.train()
 
 
@@ -377,33 +411,26 @@ def _buffers(model: Any) -> list[Any]:
     return held
 
 
-def _step(model: Any, tokens: int) -> None:
-    packed = _core("packed_seq_params").PackedSeqParams
-    ids, labels, places = (torch.empty(1, tokens, dtype=torch.int64) for _ in range(3))
-    lengths = torch.empty(2, dtype=torch.int32)
-    given = packed(
-        qkv_format="thd", cu_seqlens_q=lengths, cu_seqlens_kv=lengths, max_seqlen_q=tokens,
-        max_seqlen_kv=tokens,
-    )  # fmt: skip
-    losses = model(ids, places, None, labels=labels, packed_seq_params=given)
-    mask = labels != -100
-    total = torch.cat([torch.sum(losses.float() * mask).view(1), mask.sum().view(1)])
-    loss = total[0].clone()
-    del losses, total
-    loss.backward()
-
-
 def trace(job: Job, config: Mapping[str, Any]) -> dict[str, int]:
-    """The most that is alive in the second step of one rank, and how many parameters it has."""
+    """The most that is alive in the second step of a rank, and how many parameters it has: of the
+    pipeline's stage that takes the most."""
+    sharding = job["plan"]["sharding"]
+    stages, each = sharding.get("pp", 1), job["plan"]["hardware"]["count"] // sharding.get("pp", 1)
+    found = [_trace_rank(job, config, stage * each) for stage in range(stages)]
+    return max(found, key=lambda rank: rank["allocated_bytes"])
+
+
+def _trace_rank(job: Job, config: Mapping[str, Any], rank: int) -> dict[str, int]:
     import torch.distributed as dist
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     plan, sharding = job["plan"], job["plan"]["sharding"]
     state, world = _core("parallel_state"), plan["hardware"]["count"]
-    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     state.initialize_model_parallel(
         tensor_model_parallel_size=sharding.get("tp", 1),
+        pipeline_model_parallel_size=sharding.get("pp", 1),
         expert_model_parallel_size=sharding.get("ep", 1), expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
     )  # fmt: skip
@@ -412,18 +439,23 @@ def trace(job: Job, config: Mapping[str, Any]) -> dict[str, int]:
     try:
         with _patched(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
             model = _model(config, job)
+            reference = None
+            if plan.get("reference") == "model":
+                reference = _model(config, job).requires_grad_(False).eval()
             if plan["method"]["kind"] == "lora":
                 _adapt(model, plan["method"])
+            megatron_swift.head(model, plan["task"], adapted=plan["method"]["kind"] == "lora")
             held = _buffers(model)
+            by = megatron_swift.trainer(job, model, reference)
             gc.collect()
             for step in (1, 2):
                 ledger.enter("step", step)
-                _step(model, plan["batch"]["micro"] * plan["batch"]["seq_len"])
+                megatron_swift.step(job, model, by)
             start = next(clock for clock, step, _ in ledger.marks if step == 2)
             peak = max(live for clock, live in ledger.curve() if clock >= start)
             total = sum(p.numel() for p in model.parameters())
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            del held, model
+            del held, model, reference, by
     finally:
         state.destroy_model_parallel()
         _core("parallel_state").destroy_global_memory_buffer()
@@ -439,7 +471,7 @@ def record(jobs: Sequence[Job], out: Path) -> Path:
 
     versions = {
         name: metadata.version(name).partition("+")[0]
-        for name in ("torch", "megatron-core", "mcore-bridge")
+        for name in ("torch", "megatron-core", "mcore-bridge", "ms-swift")
     }
     path, configs, lines = out / f"megatron-core-{versions['megatron-core']}.json", catalogue(), []
     for job in jobs:
@@ -460,6 +492,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformer_engine.install()
     _bridge()
+    megatron_swift.load()
     if options.only:
         from ftplan.trace.bench import catalogue
 

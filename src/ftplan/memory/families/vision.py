@@ -57,6 +57,9 @@ class VisionLanguage(Network):
         if tied:
             self.tie("lm_head.weight", f"{self.embedding_names[0]}.weight")
         self.stages = [Stage(stack, self.enter, self.leave)]
+        self.entrance = tuple(
+            f"model.{name}." for name in (tower_name, "multi_modal_projector", "connector")
+        )
         self.images = 0
         """Images per sequence: the tower runs where there is at least one."""
         self.pixels: list[Tensor] = []
@@ -83,19 +86,24 @@ class VisionLanguage(Network):
         if self.bidirectional:
             for name in shared.masks:
                 shared.masks[name] = self._image_mask(tape, x.dtype)
+        found = self.features(tape, x.dtype)
+        shared.held += found
+        return scattered(x, found[-1])
+
+    def features(self, tape: Tape, dtype: str) -> list[Tensor]:
+        """What the tower makes of the images and ``forward`` has names for; the last is what takes
+        the places of image tokens."""
         tower = self.tower
         picked = tower.picked(self.pixels or tower.pixel_values(tape, self.images))
         self.pixels = []
         returned = tower.forward(picked[0], self.images)
         features = self.project(tower.chosen[0] if tower.chosen else returned)
         del picked
-        shared.held += [returned, *tower.chosen, features, *tower.stacked]
+        found = [returned, *tower.chosen, features, *tower.stacked]
         tower.chosen.clear()
         if self.joins:
             features = ops.copy(features, "cat")
-        features = ops.to(features, x.dtype)
-        shared.held.append(features)
-        return scattered(x, features)
+        return [*found, ops.to(features, dtype)]
 
     def leave(self, x: Tensor, shared: Shared) -> Tensor:
         """The text's final norm; the deep stack's features go with the model's forward."""

@@ -14,7 +14,7 @@ from typing import Any
 from ftplan.memory.families.native.base import Native
 from ftplan.memory.job import Job
 
-__all__ = ["TASKS", "Native", "checkpoints", "native", "parallel", "runs"]
+__all__ = ["TASKS", "Native", "checkpoints", "native", "parallel", "runs", "shows"]
 
 TASKS = ("sft", "pt")
 """Tasks whose loop and loss are walked, where the trainer's file names no others."""
@@ -50,6 +50,12 @@ def parallel(modules: str) -> tuple[str, ...]:
     """Degrees of parallelism of which the trainer's code is walked."""
     degrees: tuple[str, ...] = getattr(_file(modules), "PARALLEL", ())
     return degrees
+
+
+def shows(modules: str, config: Mapping[str, Any]) -> bool:
+    """Whether images in a sequence are walked."""
+    asked = getattr(_file(modules), "shows", None)
+    return asked is not None and asked(config)
 
 
 def native(job: Job) -> Native:

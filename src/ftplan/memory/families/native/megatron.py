@@ -24,13 +24,15 @@ from ftplan.memory.families.native import te
 from ftplan.memory.families.native.base import Native, parts_of, settle
 from ftplan.memory.families.native.megatron_experts import MoELayer
 from ftplan.memory.families.native.megatron_lora import OutputToSave, adapted
+from ftplan.memory.families.projectors import scattered
+from ftplan.memory.families.vision import VisionLanguage
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.log_probs import scalar
 from ftplan.memory.nn import Embedding, Module, Shared, Stack, Stage
 from ftplan.memory.tape import BATCH, ITEM_BYTES, ONE, TOKENS, Grads, Parameter, Tape, Tensor
 
 __all__ = ["ATTENTION", "CHECKPOINTS", "METHODS", "PARALLEL", "TASKS", "WEIGHTS", "Shape", "build",
-           "losses", "model_types", "shape_of"]  # fmt: skip
+           "losses", "model_types", "shape_of", "shows"]  # fmt: skip
 
 Config = Mapping[str, Any]
 
@@ -46,6 +48,8 @@ _BIASED = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl")
 _NORMED = ("qwen3", "qwen3_moe", "qwen3_vl")
 _TOWERS = {"qwen2_vl": "model.visual", "qwen2_5_vl": "model.visual", "qwen3_vl": "model.visual"}
 """Vision-language models, whose tower is transformers' own, whole on every rank and frozen."""
+_SHOWN = ("qwen2_vl", "qwen2_5_vl")
+"""Those of which images are walked: what Qwen3-VL adds to its first layers is not."""
 _MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 _DENSE = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -53,6 +57,11 @@ _DENSE = ("llama", "mistral", "qwen2", "qwen3")
 def model_types(_modules: str, _method: str) -> tuple[str, ...]:
     """Architectures of which Megatron's modules are walked."""
     return (*_DENSE, *_MIXTURES, *_TOWERS)
+
+
+def shows(config: Config) -> bool:
+    """Whether a row may have images in it."""
+    return config.get("model_type") in _SHOWN
 
 
 def losses(_modules: str, _method: str) -> tuple[str, ...]:
@@ -320,6 +329,18 @@ class GPTModel(Native):
         stack = Stack("decoder.layers", shape.num_layers, self._layer, self._kind)
         self.final_layernorm = te.RMSNorm(shape.hidden_size)
         self.stages = [Stage(stack, self._enter, self._leave)]
+        self.sent_back = False
+        self.entrance = ("visual.",)
+        self.sight: VisionLanguage | None = None
+        """The model whose tower looks at the images of a row, without a graph: it is frozen, and
+        its blocks are checkpointed only where it is not (``vit_gradient_checkpointing``)."""
+
+    def was_cut(self, *, first: bool, fresh: bool) -> None:
+        """A pipeline's rank has buffers for its own weights alone, and its schedule still names
+        what it sent to the rank before (megatron/core/pipeline_parallel/schedules.py,
+        ``input_tensor_grad``)."""
+        self.buffer_bytes = _dummies(self)
+        self.sent_back = not first and not fresh
 
     def _kind(self, layer: int) -> Hashable:
         return not self.shape.experts or layer in self.shape.dense_layers
@@ -329,9 +350,13 @@ class GPTModel(Native):
 
     def inputs(self, tape: Tape) -> list[Tensor]:
         """What is there from one micro batch to the next: the buffer into which a trained output
-        layer gathers, and what each layer's token dispatcher has names for."""
+        layer gathers, what each layer's token dispatcher has names for, and the gradient that went
+        to the pipeline's stage before."""
         shape, held = self.shape, []
         with tape.scoped("temporary"):
+            if self.sent_back:
+                rows = te.rows_of(shape.sequence)
+                held.append(tape.tensor(rows, shape.hidden_size, "bf16", "gradient sent back"))
             trained = any(parameter.trainable for parameter in self.head_parameters())
             if shape.sequence and trained and not self.scores:
                 held.append(tape.tensor(TOKENS, shape.hidden_size, "bf16", "global memory buffer"))
@@ -342,6 +367,8 @@ class GPTModel(Native):
                 width = (5 * shape.all_experts + 8 * shape.topk) * routed
                 rows = te.rows_of(shape.sequence)
                 held.append(tape.tensor(rows, width, "int8", "token dispatchers"))
+        if self.sight is not None:
+            held += self.sight.inputs(tape)
         return held
 
     def _enter(self, tape: Tape, shared: Shared) -> Tensor:
@@ -349,6 +376,8 @@ class GPTModel(Native):
         freqs = tape.tensor(TOKENS, self.shape.kv_channels, "fp32", "rope")
         shared.rope[""] = (freqs, freqs)
         found: Tensor = self.child("embedding.word_embeddings").forward(tape)
+        if self.sight is not None and self.sight.images:  # ``get_inputs_embeds``
+            found = scattered(found, self.sight.features(tape, found.dtype)[-1])
         out = _scatter(found) if self.shape.sequence else found
         del found
         if tape.env.training and not out.requires_grad:
@@ -393,10 +422,16 @@ def _tower(network: GPTModel, job: Job) -> None:
     path = _TOWERS.get(str(job.config["model_type"]))
     if path is None:
         return
-    tower = build_whole(job.config).child(path)
+    whole = build_whole(job.config)
+    tower = whole.child(path)
     network.replace("visual", tower)
     for _, parameter in tower.named_parameters():
         parameter.fixed = True
+    if job.images:
+        assert isinstance(whole, VisionLanguage)
+        whole.show(job.images, job.image_tokens, checkpointed=False)
+        network.sight = whole
+        del network.children["sight"]  # it is not a part of the model: its tower is
 
 
 def _dummies(network: GPTModel) -> int:
