@@ -454,7 +454,21 @@ def _axolotl(settings: Mapping[str, Any], folder: Path) -> None:
     known = ({**card, "compute_capability": "sm_80"}, {"torch_version": str(torch.__version__)})
     with cuda.patched(config, "gpu_capabilities", lambda: known):
         cfg = config.load_cfg(str(folder / "job.yaml"))
-    do_train(cfg, TrainerCliArgs())
+    with _dequantising():
+        do_train(cfg, TrainerCliArgs())
+
+
+@contextlib.contextmanager
+def _dequantising() -> Iterator[None]:
+    """axolotl calls bitsandbytes' kernels by their addresses: its own tensors, and no launch."""
+    from axolotl.kernels import quantize as home
+
+    kernels = dict.fromkeys(home._NF4_DEQUANT_KERNELS, lambda *_: None)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cuda.patched(home, "_NF4_DEQUANT_KERNELS", kernels))
+        for name in ("cdequantize_blockwise_fp32", "_ptr", "_stream"):
+            stack.enter_context(cuda.patched(home, name, lambda *_: None))
+        yield
 
 
 def _stages(*names: str) -> Sequence[tuple[str, str]]:
