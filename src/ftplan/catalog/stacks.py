@@ -54,6 +54,9 @@ class Stack:
     """Storage of adapters on a quantised base."""
     trainable_dtype: Literal["fp32"] | None
     """What every trainable parameter is cast to; None: the dtype it was loaded in."""
+    whole_in_fp32: tuple[Literal["norms", "embeddings"], ...] = ()
+    """What is cast to fp32 of a model that is trained whole, unless flash attention, FSDP or cut
+    cross-entropy casts it back."""
     main_weights: bool
     """An fp32 copy and an fp32 gradient beside each trainable 2-byte parameter (18 bytes)."""
     prepare_kbit: bool

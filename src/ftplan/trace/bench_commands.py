@@ -179,7 +179,6 @@ _AXOLOTL: dict[str, Settings] = {
     "kto full": {"rl": "kto", **_NO_ADAPTER},
     "simpo lora": {"rl": "simpo"},
     "rm lora": {"reward_model": True},
-    "pt full": {"pretraining_dataset": [{"path": "rows.json", "type": "pretrain"}], **_NO_ADAPTER},
 }
 JOBS: dict[str, tuple[Settings, str, dict[str, Settings]]] = {
     "llamafactory": (_LF, "model_name_or_path", _LLAMAFACTORY),

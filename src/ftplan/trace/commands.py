@@ -417,23 +417,38 @@ def _swift(settings: Mapping[str, Any], folder: Path) -> None:
 # --- axolotl --------------------------------------------------------------------------------------
 
 
+def _axolotl_rows(task: str | None, length: int) -> tuple[list[dict[str, Any]], Any]:
+    """Rows of a task's kind, and what axolotl calls it; longer ones than fit it leaves out."""
+    prompt, answers = words(2), (words(length - 3, "w4"), words(length - 3))
+    if task is None:
+        return [{"text": words(64 * length)}], "completion"
+    if task == "kto":
+        answered = [
+            {"prompt": prompt, "completion": answers[number % 2], "label": number % 2 == 0}
+            for number in range(64)
+        ]
+        return answered, {
+            "field_prompt": "prompt", "field_completion": "completion", "field_label": "label",
+            "prompt_format": "{prompt}", "completion_format": " {completion}",
+        }  # fmt: skip
+    if task == "orpo":
+        names, turns = ("chosen", "rejected"), [{"content": prompt, "role": "user"}]
+        said = [[*turns, {"content": answer, "role": "assistant"}] for answer in answers]
+        return [dict(zip(names, said, strict=True))] * 64, "chat_template.argilla"
+    if task == "rm":
+        whole = {"system": "", "input": prompt, "chosen": words(length, "w4")}
+        return [{**whole, "rejected": words(length)}] * 64, "bradley_terry.chat_template"
+    pair = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+    return [pair] * 64, {
+        "field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected",
+        "prompt_format": "{prompt}", "chosen_format": " {chosen}", "rejected_format": " {rejected}",
+    }  # fmt: skip
+
+
 def _axolotl_data(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Texts that are cut into samples of ``sequence_len``; pairs for preferences."""
-    length = int(settings["sequence_len"])
-    if settings.get("rl") or settings.get("reward_model"):
-        pair = {
-            "prompt": words(2),
-            "chosen": words(length - 3, "w4"),
-            "rejected": words(length - 3),
-        }
-        rows: list[dict[str, Any]] = [pair] * 64
-        kind: Any = {
-            "field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected",
-            "prompt_format": "{prompt}", "chosen_format": " {chosen}",
-            "rejected_format": " {rejected}",
-        }  # fmt: skip
-    else:
-        rows, kind = [{"text": words(64 * length)}], "completion"
+    task = "rm" if settings.get("reward_model") else settings.get("rl")
+    rows, kind = _axolotl_rows(task, int(settings["sequence_len"]))
     _write_json(folder / "rows.json", rows)
     return {
         "datasets": [{"path": "rows.json", "ds_type": "json", "type": kind}],
