@@ -321,7 +321,9 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         filler.fill("gradient_checkpointing", None, kind, own("checkpointing"))
         checkpointing = Checkpointing(kind=kind)
     if checkpointing.reentrant is None:
-        checkpointing = replace(checkpointing, reentrant=stack.reentrant)
+        kind = str((config or {}).get("model_type"))
+        reentrant = stack.reenters(plan.task or "sft", kind)
+        checkpointing = replace(checkpointing, reentrant=reentrant)
     loss = plan.loss
     if loss is None:
         kind = stack.loss_kind(method=method.kind, task=plan.task or "sft")

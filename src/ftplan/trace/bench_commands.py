@@ -155,7 +155,7 @@ _AXOLOTL: dict[str, Settings] = {
     "dpo lora": {"rl": "dpo"},
     "dpo full": {"rl": "dpo", **_NO_ADAPTER},
     "orpo lora": {"rl": "orpo"},
-    "kto lora": {"rl": "kto"},
+    "kto lora": {"rl": "kto", "remove_unused_columns": False},
     "rm full": {"reward_model": True, **_NO_ADAPTER},
     "sft full flash": {"attn_implementation": "flash_attention_2", **_NO_ADAPTER, **_HELD},
     "sft full packed": {**_NO_ADAPTER, **_PACKED},
@@ -176,7 +176,7 @@ _AXOLOTL: dict[str, Settings] = {
     "dpo qlora": {"rl": "dpo", **_4BIT},
     "dpo lora kept": {"rl": "dpo", **_HELD},
     "orpo full": {"rl": "orpo", **_NO_ADAPTER},
-    "kto full": {"rl": "kto", **_NO_ADAPTER},
+    "kto full": {"rl": "kto", "remove_unused_columns": False, **_NO_ADAPTER},
     "simpo lora": {"rl": "simpo"},
     "rm lora": {"reward_model": True},
 }

@@ -62,6 +62,8 @@ class Command:
     """Functions, by module and name, that prepare data: they run without the modes."""
     yes: tuple[tuple[str, str], ...] = ()
     """Questions for a GPU or a kernel package, by module and name, that a GPU answers with yes."""
+    asks_device: tuple[tuple[str, str], ...] = ()
+    """Functions, by module and name, that launch their kernels for tensors on a GPU alone."""
     idle: tuple[tuple[str, str], ...] = ()
     """Functions that count on the host what has been moved there: they count nothing."""
     triton: bool = False
@@ -233,6 +235,14 @@ def _without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
+def _as_on_a_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with cuda.patched(torch.Tensor, "is_cuda", True):
+            return function(*args, **kwargs)
+
+    return called
+
+
 def _checkpoint(original: Any) -> Any:
     """The random state that a checkpoint stows is host memory, and nothing here is random."""
 
@@ -252,7 +262,7 @@ def run_command(
     """
     import transformers.modeling_utils
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers import AttentionInterface, PreTrainedModel
 
     command = COMMANDS[name]
     os.environ |= _QUIET
@@ -276,6 +286,9 @@ def run_command(
         for module, function in command.on_host:
             home = _home(module)
             enter(cuda.patched(home, function, _without_modes(getattr(home, function))))
+        for module, function in command.asks_device:
+            home = _home(module)
+            enter(cuda.patched(home, function, _as_on_a_gpu(getattr(home, function))))
         for module, function in command.idle:
             enter(cuda.patched(_home(module), function, lambda *_args, **_kwargs: {}))
         for module, function in command.yes:
@@ -286,9 +299,7 @@ def run_command(
         enter(FakeTensorMode(allow_non_fake_inputs=True))
         enter(ledger)
         enter(cuda.as_on_cuda(ledger, job.capability))
-        for flash in ("flash_attention_2",):
-            AttentionInterface.register(flash, cuda.flash_attention(ledger))
-            AttentionMaskInterface.register(flash, cuda.flash_mask)
+        AttentionInterface.register("flash_attention_2", cuda.flash_attention(ledger))
         ledger.scalar_answer = lambda tensor, phase: cuda._scalar(tensor, phase, padded=run.padded)
         enter(emulated(replace(job, weights="nf4"), ledger))
         enter(cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors))
@@ -523,6 +534,10 @@ COMMANDS: dict[str, Command] = {
             ("axolotl.common.datasets", "load_preference_datasets"),
         ),
         yes=(("transformers.training_args", "is_torch_bf16_gpu_available"),),
+        asks_device=(
+            ("axolotl.monkeypatch.trainer.utils", "entropy_from_logits"),
+            ("axolotl.monkeypatch.trainer.utils", "selective_log_softmax"),
+        ),
         triton=True,
     ),
 }
