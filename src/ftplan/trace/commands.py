@@ -236,8 +236,20 @@ def _without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as_on_a_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of tensors that say they are on a GPU, and refuse views as real ones do."""
+    view = torch.Tensor.view
+
+    def viewed(tensor: Any, *shape: Any) -> Any:
+        try:
+            return view(tensor, *shape)
+        except ValueError as error:  # a fake tensor's
+            raise RuntimeError from error
+
     def called(*args: Any, **kwargs: Any) -> Any:
-        with cuda.patched(torch.Tensor, "is_cuda", True):
+        with (
+            cuda.patched(torch.Tensor, "is_cuda", True),
+            cuda.patched(torch.Tensor, "view", viewed),
+        ):
             return function(*args, **kwargs)
 
     return called
