@@ -162,6 +162,23 @@ def test_text_jobs_load_the_language_model_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("plan", "reentrant"),
+    [
+        ({"stack": "axolotl"}, True),
+        ({"stack": "axolotl", "task": "dpo"}, False),
+        ({"stack": "axolotl", "model": "gemma-4-e2b"}, False),
+        ({"stack": "trl"}, False),
+        ({"stack": "trl", "gradient_checkpointing": {"kind": "full", "reentrant": True}}, True),
+    ],
+)
+def test_checkpointing_is_reentrant_as_the_stack_has_it(plan: Any, reentrant: bool) -> None:
+    """axolotl asks for the reentrant implementation, but not for preferences and Gemma 4."""
+    told = {"method": {"kind": "lora"}, "gradient_checkpointing": True}
+    checkpointing = resolve(plan_of(**{**told, **plan})).plan.gradient_checkpointing
+    assert checkpointing is not None and checkpointing.reentrant is reentrant
+
+
+@pytest.mark.parametrize(
     ("plan", "cast"),
     [
         ({}, "fp32"),

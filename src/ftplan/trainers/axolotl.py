@@ -332,13 +332,15 @@ def _checkpointing(draft: Draft, keys: Keys) -> None:
         draft.put("gradient_checkpointing.kind", "selective", keys.at("selective_checkpointing"))
     kwargs = keys.mapping("gradient_checkpointing_kwargs")
     reentrant = None if kwargs is None else kwargs.get("use_reentrant")
-    if isinstance(reentrant, bool) and draft.get("gradient_checkpointing.kind") not in (
-        None,
-        "none",
-    ):
+    if draft.get("gradient_checkpointing.kind") in (None, "none"):
+        return
+    if isinstance(reentrant, bool):
         draft.put(
             "gradient_checkpointing.reentrant", reentrant, keys.at("gradient_checkpointing_kwargs")
         )
+    elif keys.raw("unfrozen_parameters") or "gemma-4" in (draft.get("model.name") or "").lower():
+        source = SOURCE % "utils/config/__init__.py: normalize_config, use_reentrant"
+        draft.assume("gradient_checkpointing.reentrant", False, source)
 
 
 def _attention(draft: Draft, keys: Keys) -> None:
