@@ -546,7 +546,11 @@ COMMANDS: dict[str, Command] = {
             ("axolotl.common.datasets", "load_datasets"),
             ("axolotl.common.datasets", "load_preference_datasets"),
         ),
-        yes=(("transformers.training_args", "is_torch_bf16_gpu_available"),),
+        yes=(
+            ("transformers.training_args", "is_torch_bf16_gpu_available"),
+            ("axolotl.utils.config", "is_torch_bf16_gpu_available"),
+            ("axolotl.utils.trainer", "is_torch_bf16_gpu_available"),
+        ),
         asks_device=(
             ("axolotl.monkeypatch.trainer.utils", "entropy_from_logits"),
             ("axolotl.monkeypatch.trainer.utils", "selective_log_softmax"),
