@@ -161,6 +161,44 @@ def test_text_jobs_load_the_language_model_alone(name: str) -> None:
     assert counts[1] <= counts[0]
 
 
+@pytest.mark.parametrize(
+    ("plan", "reentrant"),
+    [
+        ({"stack": "axolotl"}, True),
+        ({"stack": "axolotl", "task": "dpo"}, False),
+        ({"stack": "axolotl", "model": "gemma-4-e2b"}, False),
+        ({"stack": "trl"}, False),
+        ({"stack": "trl", "gradient_checkpointing": {"kind": "full", "reentrant": True}}, True),
+    ],
+)
+def test_checkpointing_is_reentrant_as_the_stack_has_it(plan: Any, reentrant: bool) -> None:
+    """axolotl asks for the reentrant implementation, but not for preferences and Gemma 4."""
+    told = {"method": {"kind": "lora"}, "gradient_checkpointing": True}
+    checkpointing = resolve(plan_of(**{**told, **plan})).plan.gradient_checkpointing
+    assert checkpointing is not None and checkpointing.reentrant is reentrant
+
+
+@pytest.mark.parametrize(
+    ("plan", "cast"),
+    [
+        ({}, "fp32"),
+        ({"attention": "flash"}, None),
+        ({"loss": "fused"}, None),
+        ({"loss": "fused", "kernels": "liger"}, "fp32"),
+        ({"sharding": {"kind": "fsdp"}, "hardware": {"count": 2}}, None),
+        ({"precision": {"weights": "fp32"}}, None),
+        ({"method": {"kind": "lora"}}, None),
+        ({"stack": "trl"}, None),
+    ],
+)
+def test_axolotl_casts_norms_and_embeddings_of_a_whole_model(plan: Any, cast: Any) -> None:
+    """They stay in fp32 where nothing that it trains with casts them back: in a plan as in a file
+    of its own."""
+    told = {"method": {"kind": "full"}, "stack": "axolotl", "precision": {"mixed": "bf16"}}
+    precision = resolve(plan_of(model="llama-3.2-1b", **{**told, **plan})).plan.precision
+    assert (precision.norms, precision.embeddings) == (cast, cast)
+
+
 def test_operands_of_one_sequence_are_views() -> None:
     """Batched products copy operands of several sequences, and view those of one (eager)."""
     heads = Heads(count=4, kv_count=4, size=16, value_size=16)

@@ -54,6 +54,9 @@ class Stack:
     """Storage of adapters on a quantised base."""
     trainable_dtype: Literal["fp32"] | None
     """What every trainable parameter is cast to; None: the dtype it was loaded in."""
+    whole_in_fp32: tuple[Literal["norms", "embeddings"], ...] = ()
+    """What is cast to fp32 of a model that is trained whole, unless flash attention, FSDP or cut
+    cross-entropy casts it back."""
     main_weights: bool
     """An fp32 copy and an fp32 gradient beside each trainable 2-byte parameter (18 bytes)."""
     prepare_kbit: bool
@@ -76,6 +79,8 @@ class Stack:
     """The same on more than one GPU, where it differs."""
     reentrant: bool
     """Whether checkpointing is PyTorch's reentrant implementation."""
+    reentrant_but_for: tuple[str, ...] = ()
+    """Tasks and model types for which it is the other implementation."""
     loss: Literal["full", "chunked", "fused"]
     """How the loss meets the logits."""
     loss_chunk: int | None
@@ -105,9 +110,9 @@ class Stack:
     """Whether LoRA's projections run as autograd functions when nothing is said."""
     uncast_losses: tuple[str, ...] = ()
     """Model types whose own loss does not cast logits to fp32."""
-    log_probs: Literal["rows", "whole", "kernel"] = "rows"
+    log_probs: Literal["rows", "whole", "kernel", "copied"] = "rows"
     """How a preference task takes log-probabilities out of logits: a sequence at a time, all at
-    once, or in a kernel that keeps the logits alone."""
+    once, or in a kernel that keeps the logits alone, or a copy of them without the last token's."""
     reward_head: Literal["score", "value"] = "score"
     """A reward model's head: in place of the language model's, or beside it, and both run."""
     outputs_to_fp32: bool
@@ -180,6 +185,10 @@ class Stack:
     def of_task(self, task: str) -> Stack:
         """The profile as it is for one task."""
         return replace(self, prepare_kbit=self.prepare_kbit or task in self.prepare_kbit_tasks)
+
+    def reenters(self, task: str, model_type: str = "") -> bool:
+        """Whether checkpointing is the reentrant implementation for this task and model."""
+        return self.reentrant == {task, model_type}.isdisjoint(self.reentrant_but_for)
 
     def loss_kind(self, *, method: str | None, task: str) -> Literal["full", "chunked", "fused"]:
         """How the loss meets the logits for this method (None: inference) and task."""

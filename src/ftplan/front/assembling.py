@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from ftplan.catalog.gpus import GpuRow
 from ftplan.catalog.models import resolve_model
@@ -16,7 +16,7 @@ from ftplan.catalog.optimizers import find_optimizer
 from ftplan.catalog.stacks import RINGS, Stack
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
-from ftplan.front.resolve import Resolved, image_tokens, native_dtype
+from ftplan.front.resolve import Resolved, fused_loss, image_tokens, native_dtype
 from ftplan.memory.env import Environment
 from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
 from ftplan.memory.kernels import LIBRARIES, Kernels, Lora, kernels_of
@@ -66,7 +66,7 @@ def job_of(resolved: Resolved) -> Job:
         padding_mask=batch.padding == "right",
         kernels=_kernels(resolved, storage),
         loss=plan.loss.kind,
-        loss_by=_fused_loss(plan),
+        loss_by=fused_loss(plan),
         loss_shifts=stack.loss_shifts,
         loss_upcasts=stack.loss_upcasts
         and resolved.config.get("model_type") not in stack.uncast_losses,
@@ -233,16 +233,6 @@ def _repeats_heads(plan: Plan, stack: Stack, config: Mapping[str, Any]) -> bool:
     return attention in repeating or (
         attention == "flash" and config.get("model_type") in repeating
     )
-
-
-def _fused_loss(plan: Plan) -> Literal["liger", "unsloth", "cut", "foak"]:
-    """Whose function a fused loss is."""
-    assert plan.loss is not None
-    if plan.loss.by is not None:
-        return plan.loss.by
-    if plan.kernels in ("unsloth", "foak"):
-        return plan.kernels
-    return "cut" if plan.stack == "axolotl" and plan.kernels != "liger" else "liger"
 
 
 def _hooks_hold_inputs(plan: Plan) -> bool:

@@ -29,10 +29,11 @@ from ftplan.spec import (
     Method,
     OptimizerChoice,
     Plan,
+    Precision,
     Rollout,
 )
 
-__all__ = ["Resolved", "native_dtype", "resolve"]
+__all__ = ["Resolved", "fused_loss", "native_dtype", "resolve"]
 
 CONTRACT = "ftplan's default"
 IMAGE_TOKENS = 1280
@@ -320,7 +321,9 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         filler.fill("gradient_checkpointing", None, kind, own("checkpointing"))
         checkpointing = Checkpointing(kind=kind)
     if checkpointing.reentrant is None:
-        checkpointing = replace(checkpointing, reentrant=stack.reentrant)
+        kind = str((config or {}).get("model_type"))
+        reentrant = stack.reenters(plan.task or "sft", kind)
+        checkpointing = replace(checkpointing, reentrant=reentrant)
     loss = plan.loss
     if loss is None:
         kind = stack.loss_kind(method=method.kind, task=plan.task or "sft")
@@ -362,7 +365,7 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         )
         fused = filler.fill("method.fused_lora", method.fused_lora, fuses, own("fused_lora"))
         method = replace(method, fused_lora=fused)
-    return replace(
+    plan = replace(
         plan,
         method=method,
         precision=precision,
@@ -372,6 +375,37 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         attention=_attention(plan.attention, config, filler),
         loss=loss,
         kernels=filler.fill("kernels", plan.kernels, stack.kernels, own("kernels")),
+    )
+    if config is None:
+        return plan
+    return replace(plan, precision=_cast_in_part(plan, stack, filler, own("whole_in_fp32")))
+
+
+def fused_loss(plan: Plan) -> Literal["liger", "unsloth", "cut", "foak"]:
+    """Whose function a fused loss is."""
+    assert plan.loss is not None
+    if plan.loss.by is not None:
+        return plan.loss.by
+    if plan.kernels in ("unsloth", "foak"):
+        return plan.kernels
+    return "cut" if plan.stack == "axolotl" and plan.kernels != "liger" else "liger"
+
+
+def _cast_in_part(plan: Plan, stack: Stack, filler: _Filler, source: str) -> Precision:
+    """What the stack keeps in fp32 of a model that is trained whole, but for what casts it back."""
+    assert plan.method is not None and plan.loss is not None
+    precision, kind = plan.precision, plan.sharding.kind or "none"
+    whole = plan.method.kind in ("full", "partial") and precision.weights != "fp32"
+    back = plan.attention == "flash" or kind == "fsdp" or kind.startswith("zero")
+    back = back or (plan.loss.kind == "fused" and fused_loss(plan) == "cut")
+    if not whole or back:
+        return precision
+    return replace(
+        precision,
+        **{
+            name: filler.fill(f"precision.{name}", getattr(precision, name), "fp32", source)
+            for name in stack.whole_in_fp32
+        },
     )
 
 

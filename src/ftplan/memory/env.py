@@ -44,7 +44,7 @@ class Environment:
     """A chunked loss recomputes nothing: autograd keeps every chunk."""
     loss_columns: int = 0
     """A chunked loss meets so many columns of the vocabulary at a time, in one buffer; 0: all."""
-    log_probs: Literal["rows", "whole", "kernel"] = "rows"
+    log_probs: Literal["rows", "whole", "kernel", "copied"] = "rows"
     """How a task takes the log-probabilities of labels out of logits: :mod:`log_probs`."""
     offload_checkpoints: bool = False
     """A checkpointed block's input waits in host memory."""

@@ -2,7 +2,8 @@
 
 Trainers differ in how they take one number a token out of a row of the vocabulary
 (``Environment.log_probs``): a sequence at a time (``rows``), all at once (``whole``), or in a
-kernel that keeps the logits and a few numbers a row (``kernel``). A head that is fused with the
+kernel that keeps the logits and a few numbers a row (``kernel``), or a copy of them where the last
+token's are cut off and the rest is not contiguous (``copied``). A head that is fused with the
 loss (:mod:`loss`) hands over log-probabilities instead of logits.
 """
 
@@ -40,7 +41,9 @@ def log_probs(
     shifted = ops.rows_slice(outputs, rows)
     if completion and not scaled:  # divided by the sampling temperature
         shifted = ops.scale(shifted)
-    if how == "kernel":
+    if how == "copied" and not completion:
+        shifted = ops.copy(shifted)
+    if how in ("kernel", "copied"):
         return _in_a_kernel(shifted)
     if how == "whole":
         return _log_softmax(shifted)
@@ -71,7 +74,8 @@ def _in_a_kernel(logits: Tensor) -> Tensor:
     """Log-probability and entropy of each row in one pass; the gradient is one buffer.
 
     Keeps the logits as they are (trl/kernels/logprob_entropy.py, ``_LogProbEntropyFunction``,
-    since 1.14, where there is Triton).
+    since 1.14, where there is Triton; axolotl/monkeypatch/trainer/utils.py,
+    ``selective_log_softmax``, 0.19, which takes contiguous ones).
     """
     tape = logits.tape
     out, *statistics = (tape.tensor(logits.rows, 1, "fp32", "statistics") for _ in range(4))

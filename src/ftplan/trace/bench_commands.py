@@ -133,6 +133,11 @@ _HELD: Settings = {"gradient_checkpointing": False}
 _PACKED: Settings = {
     "sample_packing": True, "pad_to_sequence_len": True, "attn_implementation": "flash_attention_2",
 }  # fmt: skip
+_LIGER: Settings = {
+    "plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rms_norm": True,
+    "liger_glu_activation": True, "liger_rope": True,
+}  # fmt: skip
+_PLAIN: Settings = dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False)
 _AXOLOTL: dict[str, Settings] = {
     "sft lora": {},
     "sft lora kept": _HELD,
@@ -150,6 +155,27 @@ _AXOLOTL: dict[str, Settings] = {
     "dpo lora": {"rl": "dpo"},
     "dpo full": {"rl": "dpo", **_NO_ADAPTER},
     "orpo lora": {"rl": "orpo"},
+    "rm full": {"reward_model": True, **_NO_ADAPTER},
+    "sft full flash": {"attn_implementation": "flash_attention_2", **_NO_ADAPTER, **_HELD},
+    "sft full packed": {**_NO_ADAPTER, **_PACKED},
+    "sft full fp32": {"bf16": False, **_NO_ADAPTER, **_HELD},
+    "sft full auto": {"bf16": "auto", **_NO_ADAPTER, **_HELD},
+    "sft full bfloat16": {"bf16": False, "bfloat16": True, **_NO_ADAPTER},
+    "sft int8 plain": {"load_in_8bit": True, "bf16": False, **_HELD},
+    "sft lora plain": {**_PLAIN, **_HELD},
+    "sft qlora plain": {**_4BIT, **_PLAIN},
+    "sft dora": {"peft_use_dora": True},
+    "sft lora embeddings": {"lora_modules_to_save": ["embed_tokens", "lm_head"]},
+    "sft lora eager": {"attn_implementation": "eager", **_HELD},
+    "sft lora liger": {**_LIGER, **_HELD},
+    "sft full liger": {**_LIGER, "liger_fused_linear_cross_entropy": True, **_NO_ADAPTER},
+    "sft full chunked": {"chunked_cross_entropy": True, **_NO_ADAPTER},
+    "sft lora packed sdpa": {"sample_packing": True, "pad_to_sequence_len": True},
+    "dpo qlora": {"rl": "dpo", **_4BIT},
+    "dpo lora kept": {"rl": "dpo", **_HELD},
+    "orpo full": {"rl": "orpo", **_NO_ADAPTER},
+    "simpo lora": {"rl": "simpo"},
+    "rm lora": {"reward_model": True},
 }
 JOBS: dict[str, tuple[Settings, str, dict[str, Settings]]] = {
     "llamafactory": (_LF, "model_name_or_path", _LLAMAFACTORY),

@@ -62,6 +62,8 @@ class Command:
     """Functions, by module and name, that prepare data: they run without the modes."""
     yes: tuple[tuple[str, str], ...] = ()
     """Questions for a GPU or a kernel package, by module and name, that a GPU answers with yes."""
+    asks_device: tuple[tuple[str, str], ...] = ()
+    """Functions, by module and name, that launch their kernels for tensors on a GPU alone."""
     idle: tuple[tuple[str, str], ...] = ()
     """Functions that count on the host what has been moved there: they count nothing."""
     triton: bool = False
@@ -233,6 +235,26 @@ def _without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
+def _as_on_a_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of tensors that say they are on a GPU, and refuse views as real ones do."""
+    view = torch.Tensor.view
+
+    def viewed(tensor: Any, *shape: Any) -> Any:
+        try:
+            return view(tensor, *shape)
+        except ValueError as error:  # a fake tensor's
+            raise RuntimeError from error
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with (
+            cuda.patched(torch.Tensor, "is_cuda", True),
+            cuda.patched(torch.Tensor, "view", viewed),
+        ):
+            return function(*args, **kwargs)
+
+    return called
+
+
 def _checkpoint(original: Any) -> Any:
     """The random state that a checkpoint stows is host memory, and nothing here is random."""
 
@@ -252,7 +274,7 @@ def run_command(
     """
     import transformers.modeling_utils
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers import AttentionInterface, PreTrainedModel
 
     command = COMMANDS[name]
     os.environ |= _QUIET
@@ -276,6 +298,9 @@ def run_command(
         for module, function in command.on_host:
             home = _home(module)
             enter(cuda.patched(home, function, _without_modes(getattr(home, function))))
+        for module, function in command.asks_device:
+            home = _home(module)
+            enter(cuda.patched(home, function, _as_on_a_gpu(getattr(home, function))))
         for module, function in command.idle:
             enter(cuda.patched(_home(module), function, lambda *_args, **_kwargs: {}))
         for module, function in command.yes:
@@ -286,9 +311,7 @@ def run_command(
         enter(FakeTensorMode(allow_non_fake_inputs=True))
         enter(ledger)
         enter(cuda.as_on_cuda(ledger, job.capability))
-        for flash in ("flash_attention_2",):
-            AttentionInterface.register(flash, cuda.flash_attention(ledger))
-            AttentionMaskInterface.register(flash, cuda.flash_mask)
+        AttentionInterface.register("flash_attention_2", cuda.flash_attention(ledger))
         ledger.scalar_answer = lambda tensor, phase: cuda._scalar(tensor, phase, padded=run.padded)
         enter(emulated(replace(job, weights="nf4"), ledger))
         enter(cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors))
@@ -417,23 +440,38 @@ def _swift(settings: Mapping[str, Any], folder: Path) -> None:
 # --- axolotl --------------------------------------------------------------------------------------
 
 
+def _axolotl_rows(task: str | None, length: int) -> tuple[list[dict[str, Any]], Any]:
+    """Rows of a task's kind, and what axolotl calls it; longer ones than fit it leaves out."""
+    prompt, answers = words(2), (words(length - 3, "w4"), words(length - 3))
+    if task is None:
+        return [{"text": words(64 * length)}], "completion"
+    if task == "kto":
+        answered = [
+            {"prompt": prompt, "completion": answers[number % 2], "label": number % 2 == 0}
+            for number in range(64)
+        ]
+        return answered, {
+            "field_prompt": "prompt", "field_completion": "completion", "field_label": "label",
+            "prompt_format": "{prompt}", "completion_format": " {completion}",
+        }  # fmt: skip
+    if task == "orpo":
+        names, turns = ("chosen", "rejected"), [{"content": prompt, "role": "user"}]
+        said = [[*turns, {"content": answer, "role": "assistant"}] for answer in answers]
+        return [dict(zip(names, said, strict=True))] * 64, "chat_template.argilla"
+    if task == "rm":
+        whole = {"system": "", "input": prompt, "chosen": words(length, "w4")}
+        return [{**whole, "rejected": words(length)}] * 64, "bradley_terry.chat_template"
+    pair = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+    return [pair] * 64, {
+        "field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected",
+        "prompt_format": "{prompt}", "chosen_format": " {chosen}", "rejected_format": " {rejected}",
+    }  # fmt: skip
+
+
 def _axolotl_data(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Texts that are cut into samples of ``sequence_len``; pairs for preferences."""
-    length = int(settings["sequence_len"])
-    if settings.get("rl") or settings.get("reward_model"):
-        pair = {
-            "prompt": words(2),
-            "chosen": words(length - 3, "w4"),
-            "rejected": words(length - 3),
-        }
-        rows: list[dict[str, Any]] = [pair] * 64
-        kind: Any = {
-            "field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected",
-            "prompt_format": "{prompt}", "chosen_format": " {chosen}",
-            "rejected_format": " {rejected}",
-        }  # fmt: skip
-    else:
-        rows, kind = [{"text": words(64 * length)}], "completion"
+    task = "rm" if settings.get("reward_model") else settings.get("rl")
+    rows, kind = _axolotl_rows(task, int(settings["sequence_len"]))
     _write_json(folder / "rows.json", rows)
     return {
         "datasets": [{"path": "rows.json", "ds_type": "json", "type": kind}],
@@ -454,7 +492,21 @@ def _axolotl(settings: Mapping[str, Any], folder: Path) -> None:
     known = ({**card, "compute_capability": "sm_80"}, {"torch_version": str(torch.__version__)})
     with cuda.patched(config, "gpu_capabilities", lambda: known):
         cfg = config.load_cfg(str(folder / "job.yaml"))
-    do_train(cfg, TrainerCliArgs())
+    with _dequantising():
+        do_train(cfg, TrainerCliArgs())
+
+
+@contextlib.contextmanager
+def _dequantising() -> Iterator[None]:
+    """axolotl calls bitsandbytes' kernels by their addresses: its own tensors, and no launch."""
+    from axolotl.kernels import quantize as home
+
+    kernels = dict.fromkeys(home._NF4_DEQUANT_KERNELS, lambda *_: None)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cuda.patched(home, "_NF4_DEQUANT_KERNELS", kernels))
+        for name in ("cdequantize_blockwise_fp32", "_ptr", "_stream"):
+            stack.enter_context(cuda.patched(home, name, lambda *_: None))
+        yield
 
 
 def _stages(*names: str) -> Sequence[tuple[str, str]]:
@@ -483,6 +535,7 @@ COMMANDS: dict[str, Command] = {
         on_host=(("swift.pipelines.train.sft:SwiftSft", "_prepare_dataset"),),
         yes=(("transformers.training_args", "is_torch_bf16_gpu_available"),),
         idle=(("swift.trainers.mixin", "compute_acc"),),
+        triton=True,
     ),
     "axolotl": Command(
         package="axolotl",
@@ -493,7 +546,15 @@ COMMANDS: dict[str, Command] = {
             ("axolotl.common.datasets", "load_datasets"),
             ("axolotl.common.datasets", "load_preference_datasets"),
         ),
-        yes=(("transformers.training_args", "is_torch_bf16_gpu_available"),),
+        yes=(
+            ("transformers.training_args", "is_torch_bf16_gpu_available"),
+            ("axolotl.utils.config", "is_torch_bf16_gpu_available"),
+            ("axolotl.utils.trainer", "is_torch_bf16_gpu_available"),
+        ),
+        asks_device=(
+            ("axolotl.monkeypatch.trainer.utils", "entropy_from_logits"),
+            ("axolotl.monkeypatch.trainer.utils", "selective_log_softmax"),
+        ),
         triton=True,
     ),
 }

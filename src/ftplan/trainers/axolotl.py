@@ -71,7 +71,6 @@ def read(context: Context, keys: Keys) -> None:
     _loss(draft, keys)
     _sharding(context, keys)
     _rollout(draft, keys, task)
-    _cast_in_part(draft)
     surroundings(context, keys)
 
 
@@ -284,7 +283,13 @@ def _base(draft: Draft, keys: Keys, weights: str, name: str) -> None:
 def _precision(draft: Draft, keys: Keys) -> None:
     """``bf16`` is ``auto`` where nothing is said, and the weights' dtype follows it."""
     dtype = SOURCE % "utils/config/__init__.py: resolve_dtype"
-    if keys.word("bf16") == "full":  # evaluation alone is told of it (core/builders/base.py)
+    if keys.word("bf16") == "full":  # what the trainer's code still asks for (builders/base.py)
+        draft.find(
+            "CFG007",
+            "bf16: full is described and not accepted: axolotl's schema stops at it",
+            keys.at("bf16"),
+            help="set bf16: true; axolotl has no training in bf16 without autocast",
+        )
         draft.put("precision.mixed", "no", keys.at("bf16"))
         draft.put("precision.weights", "bf16", keys.at("bf16"))
         return
@@ -299,20 +304,6 @@ def _precision(draft: Draft, keys: Keys) -> None:
     plain = "fp16" if half else "fp32"
     draft.assume("precision.weights", mixed if mixed in ("bf16", "fp16") else plain, dtype)
     keys.raw("float32")
-
-
-def _cast_in_part(draft: Draft) -> None:
-    """What a model that is trained whole keeps in fp32, but for what casts it back."""
-    whole = draft.get("method.kind") in ("full", "partial")
-    usual = "liger" if draft.get("kernels") == "liger" else "cut"
-    cut = draft.get("loss.kind") == "fused" and (draft.get("loss.by") or usual) == "cut"
-    back = cut or draft.get("attention") == "flash" or draft.get("sharding.kind") == "fsdp"
-    if not whole or back or draft.get("precision.weights") == "fp32":
-        return
-    source = SOURCE % "loaders/model.py: _configure_embedding_dtypes casts them and, without an "
-    source += "adapter, FSDP, flash attention or cut cross-entropy, does not cast them back"
-    for name in ("embeddings", "norms"):
-        draft.assume(f"precision.{name}", "fp32", source)
 
 
 def _checkpointing(draft: Draft, keys: Keys) -> None:
@@ -341,13 +332,15 @@ def _checkpointing(draft: Draft, keys: Keys) -> None:
         draft.put("gradient_checkpointing.kind", "selective", keys.at("selective_checkpointing"))
     kwargs = keys.mapping("gradient_checkpointing_kwargs")
     reentrant = None if kwargs is None else kwargs.get("use_reentrant")
-    if isinstance(reentrant, bool) and draft.get("gradient_checkpointing.kind") not in (
-        None,
-        "none",
-    ):
+    if draft.get("gradient_checkpointing.kind") in (None, "none"):
+        return
+    if isinstance(reentrant, bool):
         draft.put(
             "gradient_checkpointing.reentrant", reentrant, keys.at("gradient_checkpointing_kwargs")
         )
+    elif keys.raw("unfrozen_parameters") or "gemma-4" in (draft.get("model.name") or "").lower():
+        source = SOURCE % "utils/config/__init__.py: normalize_config, use_reentrant"
+        draft.assume("gradient_checkpointing.reentrant", False, source)
 
 
 def _attention(draft: Draft, keys: Keys) -> None:
@@ -644,7 +637,8 @@ def _export_precision(out: writing.Writer, plan: Plan) -> None:
             why = f"axolotl loads in {mixed} when it trains in {mixed}"
             out.differs("precision.weights", weights, why)
     elif weights == "bf16":
-        out.line("bf16", "full")
+        out.line("bf16", True)
+        out.differs("precision.mixed", "no", "axolotl autocasts whenever it loads in bf16")
     elif weights in ("fp16", "fp32") or mixed == "no":
         out.line("bf16", False)
         out.line("float16", True if weights == "fp16" else None)

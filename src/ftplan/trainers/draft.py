@@ -241,7 +241,8 @@ class Draft:
         )
         self.assume("gradient_checkpointing.kind", getattr(stack, key), source[key])
         if self.get("gradient_checkpointing.kind") != "none":
-            self.assume("gradient_checkpointing.reentrant", stack.reentrant, source["reentrant"])
+            key = "gradient_checkpointing.reentrant"
+            self.assume(key, stack.reenters(task), source["reentrant"])
         kind = stack.loss_kind(method=method, task=task)
         if task not in ("rm", "classify", "embed"):
             if "loss.kind" not in self.values and kind == "chunked":
