@@ -366,6 +366,7 @@ def _classic_reference(draft: Draft, keys: Keys, task: str) -> None:
 
 def _read_v1(context: Context, keys: Keys) -> None:
     draft = context.draft
+    draft.stack = find_stack("llamafactory-v1")
     draft.keys(keys)
     source = SOURCE % "v1/config/training_args.py"
     draft.put("model.name", model_name(keys.text("model")), keys.at("model"))
@@ -400,9 +401,7 @@ def _read_v1(context: Context, keys: Keys) -> None:
             SOURCE % "v1/core/base_trainer.py: use_reentrant False",
         )
     _v1_method(draft, keys)
-    bf16 = keys.flag("bf16")
-    if bf16 is False:
-        draft.put("precision.mixed", "no", keys.at("bf16"))
+    keys.known("bf16")  # the policy of FSDP2 alone
     kernels = keys.text("kernel_config", "name") or ""
     if "liger" in kernels:
         draft.put("kernels", "liger", keys.at("kernel_config"))
@@ -431,10 +430,9 @@ def _read_v1(context: Context, keys: Keys) -> None:
         "ddp",
         "fsdp",
     ):
-        stored = "fp32" if keys.word("dist_config", "name") == "fsdp2" else "bf16"
         draft.assume(
             "precision.weights",
-            stored,
+            "fp32",
             SOURCE % "v1/core/model_engine.py: full training keeps fp32 parameters, FSDP2 "
             "computes in bf16",
         )
