@@ -25,7 +25,7 @@ from ftplan.trace.ledger import Ledger
 
 CASES = Path(__file__).parents[1] / "tests/cases/kernels.json"
 VERSIONS = {
-    "liger_kernel": "0.8.5", "unsloth": "2026.8.19 (015bdef0d)", "axolotl": "0.18.0 (067b021c8)",
+    "liger_kernel": "0.8.5", "unsloth": "2026.10.9", "axolotl": "0.18.0 (067b021c8)",
     "fms_acceleration_foak": "0.7.4",
 }  # fmt: skip
 MICRO, SEQ, HIDDEN, INNER, RANK, HEADS, HEAD = 2, 64, 256, 768, 16, 4, 64
@@ -80,6 +80,7 @@ def taken(root: Path, *sources: tuple[str, tuple[str, ...]]) -> Names:
     """The named functions and classes of each source file, in one namespace."""
     names = Names(
         torch=torch, torch_matmul=torch.matmul, calculate_settings=lambda n: (65536, 4),
+        _settings=lambda *_, **__: (65536, 4), _dw_row_config=lambda *_: (65536, 4, 108 * 8, {}),
         fast_dequantize=dequantized, dequantize=dequantized,
         torch_amp_custom_fwd=_decorator, torch_amp_custom_bwd=_decorator, amp_custom_fwd=_decorator,
         amp_custom_bwd=_decorator, ensure_contiguous=_decorator, MAX_FUSED_SIZE=65536,
@@ -95,6 +96,7 @@ def taken(root: Path, *sources: tuple[str, tuple[str, ...]]) -> Names:
         text = (root / path).read_text().replace('device = "cuda"', 'device = "cpu"')
         text = text.replace('device="cuda"', 'device="cpu"')
         text = text.replace("device_type='cuda'", "device_type='cpu'")
+        text = text.replace('.device.type == "cpu"', '.device.type == "none"')
         text = text.replace("torch.equal(grad_output, ", "bool(1) or (")  # no value is known
         text = text.replace('weight.device.type == "cuda"', 'weight.device.type == "cpu"')
         text = text.replace("torch.cuda.get_device_capability(grad_weight.device)[0]", "8")
@@ -180,12 +182,18 @@ def hidden(width: int = HIDDEN) -> Any:
     return activations(MICRO, SEQ, width)
 
 
+_RMS = (
+    "_rms_forward", "_rms_backward", "_rms_sum_partials", "_dw_split", "_cdiv",
+)  # fmt: skip
+"""What Unsloth's norm is made of; until 2026.8 its function did all by itself."""
+
+
 def norms(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     """RMSNorm of each library."""
     liger = taken(root, ("liger_kernel/ops/rms_norm.py", (
         "rms_norm_forward", "rms_norm_backward", "LigerRMSNormFunction")))  # fmt: skip
     fast = "Fast_RMS_Layernorm"
-    unsloth = taken(root, ("unsloth/kernels/rms_layernorm.py", (fast,)))
+    unsloth = taken(root, ("unsloth/kernels/rms_layernorm.py", (fast, *_RMS)))
     foak = taken(root, ("fms_acceleration_foak/kernels/unsloth/rms_layernorm.py", (fast,)))
     for trained in (False, True):
         for model in ("llama", "gemma2"):
@@ -197,16 +205,20 @@ def norms(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
                 return lambda: function.apply(x, weight, *given), [x, weight]
 
             yield {"op": "norm", "library": "liger", "model": model, "trained": trained}, by_liger
-    for library, names, gemma in (
-        ("unsloth", unsloth, False), ("unsloth", unsloth, True), ("foak", foak, False),
+    for library, names, gemma, trained in (
+        ("unsloth", unsloth, False, False), ("unsloth", unsloth, False, True),
+        ("unsloth", unsloth, True, False), ("unsloth", unsloth, True, True),
+        ("foak", foak, False, True),
     ):  # fmt: skip
 
-        def by_fast(names: Names = names, gemma: bool = gemma) -> Any:
-            x, weight = hidden(), tensor(HIDDEN, grad=True)
-            return lambda: names[fast].apply(x, weight, 1e-6, gemma), [x, weight]
+        def by_fast(names: Names = names, gemma: bool = gemma, trained: bool = trained) -> Any:
+            x, weight = hidden(), tensor(HIDDEN, grad=trained)
+            # a decoder's norm writes over the gradient that it is given: save_output, reuse_grad
+            given = (False, True) if "_rms_forward" in names else ()
+            return lambda: names[fast].apply(x, weight, 1e-6, gemma, *given), [x, weight]
 
         case = {"op": "norm", "library": library, "model": "gemma2" if gemma else "llama"}
-        yield {**case, "trained": True}, by_fast
+        yield {**case, "trained": trained}, by_fast
 
 
 def gates(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
@@ -221,10 +233,15 @@ def gates(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     yield {"op": "gate", "library": "liger", "model": "llama"}, make
 
 
+_FORWARD_CONFIG = (16384, 8)
+"""Columns a program of Unsloth's cross entropy, and warps, on an A100 (8.0), to 163,840 columns."""
+
+
 def losses(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     """Cross entropies over whole logits, and Liger's fused linear one."""
     fast = "Fast_CrossEntropyLoss"
     unsloth = taken(root, ("unsloth/kernels/cross_entropy_loss.py", (fast,)))
+    unsloth["_chunked_forward_config"] = lambda device, vocabulary: _FORWARD_CONFIG
     foak = taken(root, ("fms_acceleration_foak/kernels/unsloth/cross_entropy_loss.py", (fast,)))
     for library, names in (("unsloth", unsloth), ("foak", foak)):
         for vocabulary in (32_000, 128_256):
@@ -263,13 +280,19 @@ class _Base:
         self.up = tensor(outer, RANK, dtype=FP32)
 
 
+_DROPPED = (
+    "_dropout_forward", "_dropout_replay", "_matmul_lora_ext", "_add_lora_dX", "_lora_bias_grad",
+)  # fmt: skip
+"""Dropout in Unsloth's functions, since 2026.9 or so."""
+
+
 def adapters(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     """LoRA's functions: projections of one input, one projection, a gated MLP."""
     functions = ("LoRA_QKV", "LoRA_W", "LoRA_O", "LoRA_MLP")
     swiglu = ("swiglu_fg_kernel", "swiglu_DWf_DW_dfg_kernel", "swiglu_forward", "swiglu_backward")
     unsloth = taken(
-        root, ("unsloth/kernels/utils.py", ("matmul_lora",)),
-        ("unsloth/kernels/fast_lora.py", functions), ("unsloth/kernels/swiglu.py", swiglu),
+        root, ("unsloth/kernels/utils.py", ("matmul_lora", "addmm_")),
+        ("unsloth/kernels/fast_lora.py", (*functions, *_DROPPED)), ("unsloth/kernels/swiglu.py", swiglu),
     )  # fmt: skip
     inside = "fms_acceleration_foak/fused_ops/unsloth_lora/"
     foak = taken(
@@ -283,7 +306,7 @@ def adapters(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     for library, names in every.items():
         for packed in (False, True):
             for dropout in (0.0, 0.1):
-                if (library == "foak" and not packed) or (library == "unsloth" and dropout):
+                if library == "foak" and not packed:
                     continue  # not run by the library
                 case = {"library": library, "model": "llama", "packed": packed, "dropout": dropout}
                 # foak's MLP multiplies a gradient with a mask of another width: it fails
@@ -309,14 +332,15 @@ def _adapted(names: Names, library: str, op: str, packed: bool, dropout: float) 
     return make
 
 
-def _unsloth(names: Names, op: str, x: Any, bases: list[_Base], _dropout: float) -> Any:
+def _unsloth(names: Names, op: str, x: Any, bases: list[_Base], dropout: float) -> Any:
     args = [v for b in bases for v in (b.weight, b.state, b.down, b.up, 2.0)]
+    dropped = ((dropout,) * len(bases),) if dropout else ()
     if op == "lora_o":
-        return lambda: names["LoRA_W"].apply(x, *args)
+        return lambda: names["LoRA_W"].apply(x, *args, *((dropout,) if dropout else ()))
     if op == "lora_qkv":
-        return lambda: names["LoRA_QKV"].apply(x, *args, True)
+        return lambda: names["LoRA_QKV"].apply(x, *args, True, *dropped)
     kernels = names["swiglu_fg_kernel"], names["swiglu_DWf_DW_dfg_kernel"]
-    return lambda: names["LoRA_MLP"].apply(x, *args, *kernels, True)
+    return lambda: names["LoRA_MLP"].apply(x, *args, *kernels, True, *dropped)
 
 
 def _foak(names: Names, op: str, x: Any, bases: list[_Base], dropout: float) -> Any:
