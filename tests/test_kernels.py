@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def _tape(case: dict[str, Any], **conditions: Any) -> Tape:
     lora: Any = case["library"] if case["op"].startswith("lora") else "none"
     library = case["library"] if case["library"] in LIBRARIES else "none"
     kernels = kernels_of(library, case["model"], lora=lora)
+    kernels = replace(kernels, norm_partials=case.get("partials", kernels.norm_partials))
     return Tape(Environment(kernels=kernels, **conditions))
 
 

@@ -29,6 +29,8 @@ VERSIONS = {
     "fms_acceleration_foak": "0.7.4",
 }  # fmt: skip
 MICRO, SEQ, HIDDEN, INNER, RANK, HEADS, HEAD = 2, 64, 256, 768, 16, 4, 64
+PARTIALS = 64
+"""Programs of the way back of Unsloth's norm: two rows each."""
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -80,7 +82,7 @@ def taken(root: Path, *sources: tuple[str, tuple[str, ...]]) -> Names:
     """The named functions and classes of each source file, in one namespace."""
     names = Names(
         torch=torch, torch_matmul=torch.matmul, calculate_settings=lambda n: (65536, 4),
-        _settings=lambda *_, **__: (65536, 4), _dw_row_config=lambda *_: (65536, 4, 108 * 8, {}),
+        _settings=lambda *_, **__: (65536, 4), _dw_row_config=lambda *_: (65536, 4, PARTIALS, {}),
         fast_dequantize=dequantized, dequantize=dequantized,
         torch_amp_custom_fwd=_decorator, torch_amp_custom_bwd=_decorator, amp_custom_fwd=_decorator,
         amp_custom_bwd=_decorator, ensure_contiguous=_decorator, MAX_FUSED_SIZE=65536,
@@ -218,7 +220,8 @@ def norms(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
             return lambda: names[fast].apply(x, weight, 1e-6, gemma, *given), [x, weight]
 
         case = {"op": "norm", "library": library, "model": "gemma2" if gemma else "llama"}
-        yield {**case, "trained": trained}, by_fast
+        summed = {"partials": PARTIALS} if library == "unsloth" else {}
+        yield {**case, "trained": trained, **summed}, by_fast
 
 
 def gates(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:

@@ -101,7 +101,6 @@ _LLAMAFACTORY_V1: dict[str, Settings] = {
         **_V1_LORA,
     },
     "v1 int8": {**_V1_LORA, "quant_config": {"name": "auto", "quantization_bit": 8}},
-    "v1 freeze": {"peft_config": {"name": "freeze", "freeze_trainable_layers": 1}},
     "v1 freeze bf16": {
         "peft_config": {
             "name": "freeze", "freeze_trainable_layers": 1, "cast_trainable_params_to_fp32": False,

@@ -30,6 +30,7 @@ _QUANT = {
     "hqq": {4: "int4", 8: "int8"}, "eetq": {8: "int8"}, "mxfp4": {4: "mxfp4"}, "fp8": {8: "fp8"},
     "quanto": {4: "int4", 8: "int8"},
 }  # fmt: skip
+_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _FLAG_OPTIMIZERS = {
     "use_badam": "badam", "use_adam_mini": "adam_mini", "use_muon": "muon",
 }  # fmt: skip
@@ -378,6 +379,11 @@ def _read_v1(context: Context, keys: Keys) -> None:
     draft.assume("batch.micro", 1, f"{source}: micro_batch_size = 1")
     draft.put("batch.seq_len", keys.count("cutoff_len"), keys.at("cutoff_len"))
     draft.assume("batch.seq_len", 2048, f"{source}: cutoff_len = 2048")
+    ranks = (draft.get("hardware.count") or 1) // (keys.count("cp_size") or 1) or 1
+    batch = keys.count("global_batch_size")
+    if batch is not None:
+        steps = max(batch // ranks // draft.get("batch.micro"), 1)
+        draft.put("batch.accumulation", steps, keys.at("global_batch_size"))
     strategy = keys.word("batching_strategy")
     draft.put(
         "batch.packing",
@@ -403,9 +409,10 @@ def _read_v1(context: Context, keys: Keys) -> None:
     _v1_method(draft, keys)
     keys.known("bf16")  # the policy of FSDP2 alone
     kernels = keys.text("kernel_config", "name") or ""
-    if "liger" in kernels:
+    if "liger" in kernels and "qwen3" in (draft.get("model.name") or "").lower():
+        # it knows qwen3 alone, and with logits required it fuses no loss (liger_kernel_ops.py)
         draft.put("kernels", "liger", keys.at("kernel_config"))
-        draft.put("loss.kind", "fused", keys.at("kernel_config"))
+        draft.put("loss.kind", "full", keys.at("kernel_config"))
     keys.mapping("kernel_config")
     put_attention(draft, keys, "flash_attn")
     name, known = optimizer_name(keys.text("optim_config", "name"))
@@ -472,6 +479,8 @@ def _v1_method(draft: Draft, keys: Keys) -> None:
             abs(2 if layers is None else layers),
             keys.at(*peft, "freeze_trainable_layers"),
         )
+        if keys.flag(*peft, "cast_trainable_params_to_fp32") is False:
+            draft.put("precision.trained", "bf16", keys.at(*peft, "cast_trainable_params_to_fp32"))
         if keys.words(*peft, "freeze_extra_modules"):
             draft.not_modelled(
                 keys,
@@ -500,13 +509,32 @@ def _v1_method(draft: Draft, keys: Keys) -> None:
             draft.put("method.use_dora", True, keys.at(*peft, "use_dora"))
         draft.put("method.adapter_dtype", "fp32")
     keys.mapping(*peft)
-    bits = keys.count("quant_config", "quantization_bit")
-    weights = _QUANT.get(keys.word("quant_config", "name") or "", {}).get(bits or 0)
+    _v1_quantised(draft, keys)
+
+
+def _v1_quantised(draft: Draft, keys: Keys) -> None:
+    """``quant_config``: bitsandbytes; products in fp16 unless it says otherwise.
+
+    Source: v1/plugins/model_plugins/quantization.py, 0.9.5.
+    """
+    quant = ("quant_config",)
+    name = keys.word(*quant, "name")
+    bits = keys.count(*quant, "quantization_bit") or (4 if name == "bnb" else 0)
+    weights = _QUANT["bnb"].get(bits) if name in ("auto", "bnb") else None
+    if weights == "nf4":
+        weights = keys.word(*quant, "quantization_type") or weights
     if weights is not None:
-        draft.put("precision.weights", weights, keys.at("quant_config"))
+        draft.put("precision.weights", weights, keys.at(*quant))
         if draft.get("method.kind") in ("lora", "dora"):
-            draft.put("method.kind", "qlora", keys.at("quant_config"))
-    keys.mapping("quant_config")
+            draft.put("method.kind", "qlora", keys.at(*quant))
+        if bits == 4:
+            named = keys.word(*quant, "compute_dtype") or "float16"
+            draft.put("method.compute_dtype", _DTYPES.get(named), keys.at(*quant, "compute_dtype"))
+            double = keys.flag(*quant, "double_quantization")
+            draft.put("method.double_quant", double, keys.at(*quant, "double_quantization"))
+    elif name is not None:
+        draft.not_modelled(keys, (*quant, "name"), "a quantisation of another name than bnb")
+    keys.mapping(*quant)
 
 
 def _v1_sharding(context: Context, keys: Keys) -> None:
