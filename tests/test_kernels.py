@@ -122,9 +122,9 @@ def _call(case: dict[str, Any]) -> dict[str, int]:
         logits, labels = _made(tape, case["vocabulary"]), tape.tensor(TOKENS, 1, "int64", "labels")
         return _measured(tape, lambda: fused.cross_entropy(logits, labels))
     if op == "fused_loss":
-        tape = _tape(case, loss="fused")
+        tape = _tape(case, loss="fused", loss_by=case["library"])
         network, x = _Head(case["vocabulary"], case["trained"]), _made(tape, HIDDEN)
-        chunk = chunk_tokens("liger", MICRO * SEQ, case["vocabulary"], HIDDEN, 0)
+        chunk = chunk_tokens(case["library"], MICRO * SEQ, case["vocabulary"], HIDDEN, 0)
         return _measured(tape, lambda: compute_loss(network, x)[0], chunk)
     tape = _tape(case)
     x = _made(tape, HIDDEN)

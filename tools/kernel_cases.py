@@ -273,6 +273,62 @@ def losses(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
         yield {**case, "trained": trained}, by_liger
 
 
+ZOO = "unsloth_zoo/fused_losses/fused_linear.py"
+
+
+def fused_losses(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Unsloth's linear cross entropy, as it is on a GPU: products into an fp32 buffer."""
+    names = taken(root, (ZOO, (
+        "_ce_impl", "fused_linear_rows", "_chunk_rows", "_bytes_per_logit", "_pow2", "_Buffers",
+        "_aligned", "_logits_into", "_project", "_dz_w", "_dz_t_h", "_rows_of", "_addmm_fp32")),
+    )  # fmt: skip
+    names |= {
+        "_MIN_LOGITS": 512 * 151_936, "_MIN_ROWS": 0, "_MAX_ROWS": 4096, "_FLASH": False,
+        "_HALF": (torch.float16, BF16), "_IS_HIP": False, "_mm_fp32": _product_in_fp32,
+        "_budget_bytes": lambda _device: 2 * 1024**3,
+        "_keep_index": lambda targets, *_: (targets, len(targets)),  # all are labelled
+        "_logits_mode": lambda *_: (True, False), "_scalars": lambda *_: (1.0, 1.0, 0.0),
+        "_row_forward": lambda *args: (None, args[2]),  # the gradient, over the logits
+    }  # fmt: skip
+    for trained in (False, True):
+
+        def make(trained: bool = trained) -> Any:
+            x, weight = activations(MICRO * SEQ, HIDDEN), tensor(4096, HIDDEN, grad=trained)
+            targets = torch.empty(MICRO * SEQ, dtype=torch.int64)
+            loss = _unsloth_loss(names["_ce_impl"], trained)
+            return lambda: loss.apply(x, weight, targets), [x, weight, targets]
+
+        case = {"op": "fused_loss", "library": "unsloth", "model": "llama", "vocabulary": 4096}
+        yield {**case, "trained": trained}, make
+
+
+def _product_in_fp32(a: Any, b: Any, out: Any = None) -> Any:
+    """What ``torch.mm(..., out_dtype=torch.float32)`` allocates."""
+    return out if out is not None else torch.empty(a.shape[0], b.shape[1], dtype=FP32)
+
+
+def _unsloth_loss(implementation: Any, trained: bool) -> Any:
+    """What ``_ce_setup`` and ``_ce_backward`` register: gradients saved, and scaled in a copy."""
+
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, weight: Any, targets: Any) -> Any:
+            one = torch.ones(())
+            loss, *grads = implementation(
+                x, weight, None, targets, one, one, -100, 0.0, 0.0, 0.0, 0.0, None, BF16,
+                True, trained, False, False, 0,
+            )[:3]  # fmt: skip
+            ctx.save_for_backward(*grads)
+            return loss
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            of_x, of_weight = (torch.empty_like(saved) for saved in ctx.saved_tensors)
+            return of_x, of_weight if trained else None, None
+
+    return Loss
+
+
 class _Base:
     """A base layer as the functions see it."""
 
@@ -389,7 +445,7 @@ def document(root: Path) -> dict[str, Any]:
     }  # fmt: skip
     cases = [
         {**case, "bytes": measured(make)}
-        for family in (norms, gates, losses, adapters)
+        for family in (norms, gates, losses, fused_losses, adapters)
         for case, make in family(root)
     ]
     return {"versions": VERSIONS, "torch": torch.__version__.partition("+")[0], "shape": shape,
