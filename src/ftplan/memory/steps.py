@@ -100,6 +100,7 @@ def record_step(
         recorder.order.append(recorder.cut("the model returns"))
         recorder.end_autocast(outputs)
     elif objective.kind == "weighted":
+        recorder.recording.names_loss = True
         states = [x]
         del x
         own, held = _loss(recorder, states, objective)
