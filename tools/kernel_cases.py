@@ -351,7 +351,8 @@ def adapters(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     swiglu = ("swiglu_fg_kernel", "swiglu_DWf_DW_dfg_kernel", "swiglu_forward", "swiglu_backward")
     unsloth = taken(
         root, ("unsloth/kernels/utils.py", ("matmul_lora", "addmm_")),
-        ("unsloth/kernels/fast_lora.py", (*functions, *_DROPPED)), ("unsloth/kernels/swiglu.py", swiglu),
+        ("unsloth/kernels/fast_lora.py", (*functions, *_DROPPED)),
+        ("unsloth/kernels/swiglu.py", swiglu),
     )  # fmt: skip
     inside = "fms_acceleration_foak/fused_ops/unsloth_lora/"
     foak = taken(

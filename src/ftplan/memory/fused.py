@@ -25,15 +25,13 @@ def rms_norm(x: Tensor, weight: Tensor | None) -> Tensor:
 
     def apply(grad: Tensor) -> Grads:
         _kept = saved
-        partials: Tensor | None = None
         made = grad if kernels.norm_in_place else make(grad)
         grads: list[Tensor | None] = [made if wants else None]
-        if trains and kernels.norm_partials:
-            partials = grad.tape.tensor(ONE * kernels.norm_partials, grad.width, "fp32", "partials")
+        rows = kernels.norm_partials if trains else 0
+        _sums = grad.tape.tensor(ONE * rows, grad.width, "fp32", "partial sums") if rows else None
         if weight is not None:
             shape = weight.rows, weight.width, weight.dtype
             grads.append(grad.tape.tensor(*shape, "gradient") if trains else None)
-        partials = None
         return tuple(grads)
 
     ops.record([out], "rms norm", inputs, apply)

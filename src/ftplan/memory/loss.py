@@ -391,7 +391,7 @@ def _chunk_of_logits(network: Network, x: Tensor, *, backward: bool) -> None:
     over it and makes that of the states in fp32.
     """
     tape, by = x.tape, x.tape.env.loss_by
-    parameter, trained = head_weight(network)
+    parameter, _ = head_weight(network)
     vocabulary, width = parameter.shape
     dtype = tape.env.autocast or x.dtype
     with tape.no_grad():

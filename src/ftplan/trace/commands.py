@@ -218,9 +218,7 @@ def _trainer_steps(run: _Run, trainer: Any, inner: Callable[..., Any]) -> None:
 def _v1_steps(run: _Run, trainer: Any, inner: Callable[..., Any]) -> None:
     """Of LLaMA-Factory's ``BaseTrainer.fit``, whose AdamW is PyTorch's as it comes: foreach."""
     job = _with_optimizer(run.job, "adamw_torch")
-    _finish(
-        run, trainer.model, lambda: llamafactory_v1.fit(trainer, job, run.ledger, inner)
-    )
+    _finish(run, trainer.model, lambda: llamafactory_v1.fit(trainer, job, run.ledger, inner))
 
 
 def _finish(run: _Run, model: Any, train: Callable[[], int]) -> None:
@@ -497,9 +495,7 @@ COMMANDS: dict[str, Command] = {
         beside=("bitsandbytes", "liger_kernel"),
         write=llamafactory_v1.write,
         run=llamafactory_v1.run,
-        on_host=(
-            ("llamafactory.v1.core.base_trainer:BaseTrainer", "_create_batch_generator"),
-        ),
+        on_host=(("llamafactory.v1.core.base_trainer:BaseTrainer", "_create_batch_generator"),),
         loop=("llamafactory.v1.core.base_trainer:BaseTrainer", "fit"),
         steps=_v1_steps,
     ),

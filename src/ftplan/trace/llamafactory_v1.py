@@ -47,7 +47,9 @@ def run(settings: Mapping[str, Any], _folder: Path) -> None:
     run_sft(dict(settings))
 
 
-def fit(trainer: Any, job: Any, ledger: trainers.TrainerLedger, inner: Callable[[Any], None]) -> int:
+def fit(
+    trainer: Any, job: Any, ledger: trainers.TrainerLedger, inner: Callable[[Any], None]
+) -> int:
     """Two steps of ``BaseTrainer.fit``; the clock at the end of the last forward."""
     with _disable_current_modes():
         steps = list(itertools.islice(iter(trainer.train_batch_generator), trainers.BATCHES))
@@ -63,7 +65,11 @@ def fit(trainer: Any, job: Any, ledger: trainers.TrainerLedger, inner: Callable[
     ledger.watch_modules(trainer.model)
     clock = _Phases(trainer, ledger)
     ledger.scalar_answer = _answer(ledger.scalar_answer)
-    with cuda.patched(torch.Tensor, "backward", lambda loss: clock.backward(loss)):
+
+    def backward(loss: Any) -> None:  # a method of tensors, which one of an object cannot be
+        clock.backward(loss)
+
+    with cuda.patched(torch.Tensor, "backward", backward):
         inner(trainer)
     ledger.enter("end", clock.step + 1)
     return clock.forward_end
@@ -83,8 +89,9 @@ class _Phases:
 
     def __init__(self, trainer: Any, ledger: trainers.TrainerLedger) -> None:
         self._ledger, self._compute_loss = ledger, trainer.compute_loss
-        self._micro = trainer.train_batch_generator.micro_batches
-        self._begun = self.forward_end = 0
+        self._micro: int = trainer.train_batch_generator.micro_batches
+        self._begun = 0
+        self.forward_end = 0
         trainer.compute_loss = self.compute_loss
 
     @property

@@ -379,7 +379,8 @@ def _read_v1(context: Context, keys: Keys) -> None:
     draft.assume("batch.micro", 1, f"{source}: micro_batch_size = 1")
     draft.put("batch.seq_len", keys.count("cutoff_len"), keys.at("cutoff_len"))
     draft.assume("batch.seq_len", 2048, f"{source}: cutoff_len = 2048")
-    ranks = (draft.get("hardware.count") or 1) // (keys.count("cp_size") or 1) or 1
+    cp = keys.count("cp_size") or keys.count("dist_config", "cp_size") or 1
+    ranks = (draft.get("hardware.count") or 1) // cp or 1
     batch = keys.count("global_batch_size")
     if batch is not None:
         steps = max(batch // ranks // draft.get("batch.micro"), 1)
@@ -407,12 +408,17 @@ def _read_v1(context: Context, keys: Keys) -> None:
             SOURCE % "v1/core/base_trainer.py: use_reentrant False",
         )
     _v1_method(draft, keys)
-    keys.known("bf16")  # the policy of FSDP2 alone
     kernels = keys.text("kernel_config", "name") or ""
     if "liger" in kernels and "qwen3" in (draft.get("model.name") or "").lower():
         # it knows qwen3 alone, and with logits required it fuses no loss (liger_kernel_ops.py)
         draft.put("kernels", "liger", keys.at("kernel_config"))
         draft.put("loss.kind", "full", keys.at("kernel_config"))
+    elif "liger" in kernels:
+        draft.find(
+            "CFG001",
+            "kernel_config: liger_kernel does nothing unless the model is a Qwen3; sized without",
+            keys.at("kernel_config"),
+        )
     keys.mapping("kernel_config")
     put_attention(draft, keys, "flash_attn")
     name, known = optimizer_name(keys.text("optim_config", "name"))
@@ -443,10 +449,11 @@ def _read_v1(context: Context, keys: Keys) -> None:
             SOURCE % "v1/core/model_engine.py: full training keeps fp32 parameters, FSDP2 "
             "computes in bf16",
         )
-    if draft.get("precision.weights") == "fp32" and draft.get("sharding.kind") == "fsdp":
+    bf16 = keys.flag("bf16")  # of FSDP2's policy: there is no autocast
+    if draft.get("sharding.kind") == "fsdp":
         draft.assume(
             "sharding.param_dtype",
-            "bf16",
+            "fp32" if bf16 is False else "bf16",
             SOURCE % "v1/plugins/trainer_plugins/distributed/fsdp2.py: MixedPrecisionPolicy",
         )
         draft.assume(
@@ -564,10 +571,11 @@ def _v1_sharding(context: Context, keys: Keys) -> None:
     ep = keys.count(*dist, "ep_size")
     if ep is not None and ep > 1:
         draft.put("sharding.ep", ep, keys.at(*dist, "ep_size"))
-    cp = keys.count("cp_size")
-    if cp is not None and cp > 1:
-        draft.put("sharding.cp", cp, keys.at("cp_size"))
-    replicate = keys.count("mp_replicate_size")
+    for path in (("cp_size",), (*dist, "cp_size")):
+        cp = keys.count(*path)
+        if cp is not None and cp > 1:
+            draft.put("sharding.cp", cp, keys.at(*path))
+    replicate = keys.count("mp_replicate_size") or keys.count(*dist, "mp_replicate_size")
     if replicate is not None and replicate > 1:
         draft.put("sharding.dp_replicate", replicate, keys.at("mp_replicate_size"))
     keys.mapping(*dist)
