@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def _tape(case: dict[str, Any], **conditions: Any) -> Tape:
     lora: Any = case["library"] if case["op"].startswith("lora") else "none"
     library = case["library"] if case["library"] in LIBRARIES else "none"
     kernels = kernels_of(library, case["model"], lora=lora)
+    kernels = replace(kernels, norm_partials=case.get("partials", kernels.norm_partials))
     return Tape(Environment(kernels=kernels, **conditions))
 
 
@@ -120,9 +122,9 @@ def _call(case: dict[str, Any]) -> dict[str, int]:
         logits, labels = _made(tape, case["vocabulary"]), tape.tensor(TOKENS, 1, "int64", "labels")
         return _measured(tape, lambda: fused.cross_entropy(logits, labels))
     if op == "fused_loss":
-        tape = _tape(case, loss="fused")
+        tape = _tape(case, loss="fused", loss_by=case["library"])
         network, x = _Head(case["vocabulary"], case["trained"]), _made(tape, HIDDEN)
-        chunk = chunk_tokens("liger", MICRO * SEQ, case["vocabulary"], HIDDEN, 0)
+        chunk = chunk_tokens(case["library"], MICRO * SEQ, case["vocabulary"], HIDDEN, 0)
         return _measured(tape, lambda: compute_loss(network, x)[0], chunk)
     tape = _tape(case)
     x = _made(tape, HIDDEN)

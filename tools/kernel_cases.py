@@ -25,10 +25,12 @@ from ftplan.trace.ledger import Ledger
 
 CASES = Path(__file__).parents[1] / "tests/cases/kernels.json"
 VERSIONS = {
-    "liger_kernel": "0.8.5", "unsloth": "2026.8.19 (015bdef0d)", "axolotl": "0.18.0 (067b021c8)",
+    "liger_kernel": "0.8.5", "unsloth": "2026.10.9", "axolotl": "0.18.0 (067b021c8)",
     "fms_acceleration_foak": "0.7.4",
 }  # fmt: skip
 MICRO, SEQ, HIDDEN, INNER, RANK, HEADS, HEAD = 2, 64, 256, 768, 16, 4, 64
+PARTIALS = 64
+"""Programs of the way back of Unsloth's norm: two rows each."""
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -80,6 +82,7 @@ def taken(root: Path, *sources: tuple[str, tuple[str, ...]]) -> Names:
     """The named functions and classes of each source file, in one namespace."""
     names = Names(
         torch=torch, torch_matmul=torch.matmul, calculate_settings=lambda n: (65536, 4),
+        _settings=lambda *_, **__: (65536, 4), _dw_row_config=lambda *_: (65536, 4, PARTIALS, {}),
         fast_dequantize=dequantized, dequantize=dequantized,
         torch_amp_custom_fwd=_decorator, torch_amp_custom_bwd=_decorator, amp_custom_fwd=_decorator,
         amp_custom_bwd=_decorator, ensure_contiguous=_decorator, MAX_FUSED_SIZE=65536,
@@ -95,6 +98,7 @@ def taken(root: Path, *sources: tuple[str, tuple[str, ...]]) -> Names:
         text = (root / path).read_text().replace('device = "cuda"', 'device = "cpu"')
         text = text.replace('device="cuda"', 'device="cpu"')
         text = text.replace("device_type='cuda'", "device_type='cpu'")
+        text = text.replace('.device.type == "cpu"', '.device.type == "none"')
         text = text.replace("torch.equal(grad_output, ", "bool(1) or (")  # no value is known
         text = text.replace('weight.device.type == "cuda"', 'weight.device.type == "cpu"')
         text = text.replace("torch.cuda.get_device_capability(grad_weight.device)[0]", "8")
@@ -180,12 +184,18 @@ def hidden(width: int = HIDDEN) -> Any:
     return activations(MICRO, SEQ, width)
 
 
+_RMS = (
+    "_rms_forward", "_rms_backward", "_rms_sum_partials", "_dw_split", "_cdiv",
+)  # fmt: skip
+"""What Unsloth's norm is made of; until 2026.8 its function did all by itself."""
+
+
 def norms(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     """RMSNorm of each library."""
     liger = taken(root, ("liger_kernel/ops/rms_norm.py", (
         "rms_norm_forward", "rms_norm_backward", "LigerRMSNormFunction")))  # fmt: skip
     fast = "Fast_RMS_Layernorm"
-    unsloth = taken(root, ("unsloth/kernels/rms_layernorm.py", (fast,)))
+    unsloth = taken(root, ("unsloth/kernels/rms_layernorm.py", (fast, *_RMS)))
     foak = taken(root, ("fms_acceleration_foak/kernels/unsloth/rms_layernorm.py", (fast,)))
     for trained in (False, True):
         for model in ("llama", "gemma2"):
@@ -197,16 +207,21 @@ def norms(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
                 return lambda: function.apply(x, weight, *given), [x, weight]
 
             yield {"op": "norm", "library": "liger", "model": model, "trained": trained}, by_liger
-    for library, names, gemma in (
-        ("unsloth", unsloth, False), ("unsloth", unsloth, True), ("foak", foak, False),
+    for library, names, gemma, trained in (
+        ("unsloth", unsloth, False, False), ("unsloth", unsloth, False, True),
+        ("unsloth", unsloth, True, False), ("unsloth", unsloth, True, True),
+        ("foak", foak, False, True),
     ):  # fmt: skip
 
-        def by_fast(names: Names = names, gemma: bool = gemma) -> Any:
-            x, weight = hidden(), tensor(HIDDEN, grad=True)
-            return lambda: names[fast].apply(x, weight, 1e-6, gemma), [x, weight]
+        def by_fast(names: Names = names, gemma: bool = gemma, trained: bool = trained) -> Any:
+            x, weight = hidden(), tensor(HIDDEN, grad=trained)
+            # a decoder's norm writes over the gradient that it is given: save_output, reuse_grad
+            given = (False, True) if "_rms_forward" in names else ()
+            return lambda: names[fast].apply(x, weight, 1e-6, gemma, *given), [x, weight]
 
         case = {"op": "norm", "library": library, "model": "gemma2" if gemma else "llama"}
-        yield {**case, "trained": True}, by_fast
+        summed = {"partials": PARTIALS} if library == "unsloth" else {}
+        yield {**case, "trained": trained, **summed}, by_fast
 
 
 def gates(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
@@ -221,10 +236,15 @@ def gates(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     yield {"op": "gate", "library": "liger", "model": "llama"}, make
 
 
+_FORWARD_CONFIG = (16384, 8)
+"""Columns a program of Unsloth's cross entropy, and warps, on an A100 (8.0), to 163,840 columns."""
+
+
 def losses(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     """Cross entropies over whole logits, and Liger's fused linear one."""
     fast = "Fast_CrossEntropyLoss"
     unsloth = taken(root, ("unsloth/kernels/cross_entropy_loss.py", (fast,)))
+    unsloth["_chunked_forward_config"] = lambda device, vocabulary: _FORWARD_CONFIG
     foak = taken(root, ("fms_acceleration_foak/kernels/unsloth/cross_entropy_loss.py", (fast,)))
     for library, names in (("unsloth", unsloth), ("foak", foak)):
         for vocabulary in (32_000, 128_256):
@@ -253,6 +273,62 @@ def losses(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
         yield {**case, "trained": trained}, by_liger
 
 
+ZOO = "unsloth_zoo/fused_losses/fused_linear.py"
+
+
+def fused_losses(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Unsloth's linear cross entropy, as it is on a GPU: products into an fp32 buffer."""
+    names = taken(root, (ZOO, (
+        "_ce_impl", "fused_linear_rows", "_chunk_rows", "_bytes_per_logit", "_pow2", "_Buffers",
+        "_aligned", "_logits_into", "_project", "_dz_w", "_dz_t_h", "_rows_of", "_addmm_fp32")),
+    )  # fmt: skip
+    names |= {
+        "_MIN_LOGITS": 512 * 151_936, "_MIN_ROWS": 0, "_MAX_ROWS": 4096, "_FLASH": False,
+        "_HALF": (torch.float16, BF16), "_IS_HIP": False, "_mm_fp32": _product_in_fp32,
+        "_budget_bytes": lambda _device: 2 * 1024**3,
+        "_keep_index": lambda targets, *_: (targets, len(targets)),  # all are labelled
+        "_logits_mode": lambda *_: (True, False), "_scalars": lambda *_: (1.0, 1.0, 0.0),
+        "_row_forward": lambda *args: (None, args[2]),  # the gradient, over the logits
+    }  # fmt: skip
+    for trained in (False, True):
+
+        def make(trained: bool = trained) -> Any:
+            x, weight = activations(MICRO * SEQ, HIDDEN), tensor(4096, HIDDEN, grad=trained)
+            targets = torch.empty(MICRO * SEQ, dtype=torch.int64)
+            loss = _unsloth_loss(names["_ce_impl"], trained)
+            return lambda: loss.apply(x, weight, targets), [x, weight, targets]
+
+        case = {"op": "fused_loss", "library": "unsloth", "model": "llama", "vocabulary": 4096}
+        yield {**case, "trained": trained}, make
+
+
+def _product_in_fp32(a: Any, b: Any, out: Any = None) -> Any:
+    """What ``torch.mm(..., out_dtype=torch.float32)`` allocates."""
+    return out if out is not None else torch.empty(a.shape[0], b.shape[1], dtype=FP32)
+
+
+def _unsloth_loss(implementation: Any, trained: bool) -> Any:
+    """What ``_ce_setup`` and ``_ce_backward`` register: gradients saved, and scaled in a copy."""
+
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, weight: Any, targets: Any) -> Any:
+            one = torch.ones(())
+            loss, *grads = implementation(
+                x, weight, None, targets, one, one, -100, 0.0, 0.0, 0.0, 0.0, None, BF16,
+                True, trained, False, False, 0,
+            )[:3]  # fmt: skip
+            ctx.save_for_backward(*grads)
+            return loss
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            of_x, of_weight = (torch.empty_like(saved) for saved in ctx.saved_tensors)
+            return of_x, of_weight if trained else None, None
+
+    return Loss
+
+
 class _Base:
     """A base layer as the functions see it."""
 
@@ -263,13 +339,20 @@ class _Base:
         self.up = tensor(outer, RANK, dtype=FP32)
 
 
+_DROPPED = (
+    "_dropout_forward", "_dropout_replay", "_matmul_lora_ext", "_add_lora_dX", "_lora_bias_grad",
+)  # fmt: skip
+"""Dropout in Unsloth's functions, since 2026.9 or so."""
+
+
 def adapters(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     """LoRA's functions: projections of one input, one projection, a gated MLP."""
     functions = ("LoRA_QKV", "LoRA_W", "LoRA_O", "LoRA_MLP")
     swiglu = ("swiglu_fg_kernel", "swiglu_DWf_DW_dfg_kernel", "swiglu_forward", "swiglu_backward")
     unsloth = taken(
-        root, ("unsloth/kernels/utils.py", ("matmul_lora",)),
-        ("unsloth/kernels/fast_lora.py", functions), ("unsloth/kernels/swiglu.py", swiglu),
+        root, ("unsloth/kernels/utils.py", ("matmul_lora", "addmm_")),
+        ("unsloth/kernels/fast_lora.py", (*functions, *_DROPPED)),
+        ("unsloth/kernels/swiglu.py", swiglu),
     )  # fmt: skip
     inside = "fms_acceleration_foak/fused_ops/unsloth_lora/"
     foak = taken(
@@ -283,7 +366,7 @@ def adapters(root: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     for library, names in every.items():
         for packed in (False, True):
             for dropout in (0.0, 0.1):
-                if (library == "foak" and not packed) or (library == "unsloth" and dropout):
+                if library == "foak" and not packed:
                     continue  # not run by the library
                 case = {"library": library, "model": "llama", "packed": packed, "dropout": dropout}
                 # foak's MLP multiplies a gradient with a mask of another width: it fails
@@ -309,14 +392,15 @@ def _adapted(names: Names, library: str, op: str, packed: bool, dropout: float) 
     return make
 
 
-def _unsloth(names: Names, op: str, x: Any, bases: list[_Base], _dropout: float) -> Any:
+def _unsloth(names: Names, op: str, x: Any, bases: list[_Base], dropout: float) -> Any:
     args = [v for b in bases for v in (b.weight, b.state, b.down, b.up, 2.0)]
+    dropped = ((dropout,) * len(bases),) if dropout else ()
     if op == "lora_o":
-        return lambda: names["LoRA_W"].apply(x, *args)
+        return lambda: names["LoRA_W"].apply(x, *args, *((dropout,) if dropout else ()))
     if op == "lora_qkv":
-        return lambda: names["LoRA_QKV"].apply(x, *args, True)
+        return lambda: names["LoRA_QKV"].apply(x, *args, True, *dropped)
     kernels = names["swiglu_fg_kernel"], names["swiglu_DWf_DW_dfg_kernel"]
-    return lambda: names["LoRA_MLP"].apply(x, *args, *kernels, True)
+    return lambda: names["LoRA_MLP"].apply(x, *args, *kernels, True, *dropped)
 
 
 def _foak(names: Names, op: str, x: Any, bases: list[_Base], dropout: float) -> Any:
@@ -362,7 +446,7 @@ def document(root: Path) -> dict[str, Any]:
     }  # fmt: skip
     cases = [
         {**case, "bytes": measured(make)}
-        for family in (norms, gates, losses, adapters)
+        for family in (norms, gates, losses, fused_losses, adapters)
         for case, make in family(root)
     ]
     return {"versions": VERSIONS, "torch": torch.__version__.partition("+")[0], "shape": shape,

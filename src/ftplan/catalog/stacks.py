@@ -99,6 +99,8 @@ class Stack:
     """What the loss moves by one token; moving the logits copies them."""
     logits_cast: Literal["loss", "model"] = "loss"
     """Who casts logits to fp32: a model that does so has let go of the first copy."""
+    loss_twice: bool = False
+    """Whether the trainer takes the loss out of the logits itself, beside the model's own one."""
     caching_models: tuple[str, ...] = ()
     """Model types that fill a key-value cache in training, even when they are checkpointed."""
     repeating_attention: tuple[str, ...] = ()

@@ -117,6 +117,7 @@ def job_of(resolved: Resolved) -> Job:
         separate_experts=stack.separate_experts,
         trainable_dtype=_trained(plan, stack) if engine is None else None,
         asks_input_grads=stack.asks_input_grads and method.kind not in ("full", "partial"),
+        loss_twice=stack.loss_twice,
         value_head=stack.reward_head == "value",
         norm_dtype=plan.precision.norms if engine is None else None,
         embedding_dtype=plan.precision.embeddings if engine is None else None,

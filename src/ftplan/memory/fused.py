@@ -2,7 +2,7 @@
 
 What each one keeps and makes was read off the libraries' autograd functions, run with their
 launches left out (tests/cases/kernels.json, tools/kernel_cases.py): liger_kernel 0.8.5, unsloth
-2026.8.19, fms_acceleration_foak 0.7.4, axolotl 0.18.
+2026.10.9, fms_acceleration_foak 0.7.4, axolotl 0.18.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def rms_norm(x: Tensor, weight: Tensor | None) -> Tensor:
         _kept = saved
         made = grad if kernels.norm_in_place else make(grad)
         grads: list[Tensor | None] = [made if wants else None]
+        rows = kernels.norm_partials if trains else 0
+        _sums = grad.tape.tensor(ONE * rows, grad.width, "fp32", "partial sums") if rows else None
         if weight is not None:
             shape = weight.rows, weight.width, weight.dtype
             grads.append(grad.tape.tensor(*shape, "gradient") if trains else None)
@@ -54,7 +56,10 @@ LARGEST_BLOCK = 65_536
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Keeps the logits, a log-sum-exp a row and the targets; the gradient replaces the logits."""
+    """Keeps the logits, a log-sum-exp a row and the targets; the gradient replaces the logits.
+
+    Unsloth's of 2026.10.9 keeps the losses too and leaves the logits as they are.
+    """
     tape = logits.tape
     losses = tape.tensor(logits.rows, 1, "fp32", "loss per token")
     blocks = -(-logits.width // LARGEST_BLOCK)
@@ -63,10 +68,14 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         sums = tape.tensor(logits.rows, 1, "fp32", "log-sum-exp")
     saved = [logits.alias(), sums, targets]
     loss = tape.tensor(ONE, 1, "fp32", "loss")
+    make = ops.like(logits.rows, logits.width, logits.dtype, True)
+    in_place = tape.env.kernels.loss_in_place
+    if not in_place:
+        saved.append(losses)
     del losses
 
-    def apply(_grad: Tensor) -> Grads:
-        made = saved[0]
+    def apply(grad: Tensor) -> Grads:
+        made = saved[0] if in_place else make(grad)
         saved.clear()
         return (made,)
 

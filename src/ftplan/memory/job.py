@@ -187,6 +187,8 @@ class Job:
     """What the trainer casts every trainable parameter to; None: nothing."""
     asks_input_grads: bool = False
     """What the embedding returns asks for a gradient even where nothing is checkpointed."""
+    loss_twice: bool = False
+    """A language model's own loss is computed and left: the trainer takes one out of the logits."""
     value_head: bool = False
     """A reward model's head lies beside the language model's, which runs too."""
     norm_dtype: str | None = None

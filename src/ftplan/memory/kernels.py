@@ -25,13 +25,17 @@ class Kernels:
     norm_in_place: bool = True
     """The gradient of a norm's input is written over the gradient of its output."""
     norm_trains: bool = True
-    """The norm's weight gets a gradient; Unsloth's kernel makes none."""
+    """The norm's weight gets a gradient; Unsloth's kernel of before 2026.10 makes none."""
+    norm_partials: int = 0
+    """Rows of fp32 partial sums of which that gradient is made; 0: it is summed in place."""
     rope: bool = False
     """Queries and keys are rotated where they are, forward and backward."""
     gate: bool = False
     """``act(gate) * up`` in one kernel."""
     loss: bool = False
-    """A cross entropy that keeps the logits it was given and writes the gradient over them."""
+    """A cross entropy that keeps the logits it was given."""
+    loss_in_place: bool = True
+    """It writes the gradient over them; else it keeps the losses too and makes a new tensor."""
     lora: Lora = "none"
 
 
@@ -66,19 +70,22 @@ _LIGER: Mapping[str, Kernels] = {
 """liger_kernel/transformers/monkey_patch.py 0.8.5: the defaults of ``apply_liger_kernel_to_*``,
 and ``in_place`` of the norm's class (rms_norm.py). Granite alone has no fused linear loss."""
 
-_FAST = Kernels(norm=True, norm_trains=False, rope=True)
+_DW_PROGRAMS = 432
+"""Programs of the norm's way back on an A100, at widths from 2048 to 4096: 108 multiprocessors of
+32 warps, 8 a program (unsloth/kernels/rms_layernorm.py 2026.10.9, ``_dw_row_config``)."""
+_FAST = Kernels(norm=True, norm_partials=_DW_PROGRAMS, rope=True, loss_in_place=False)
 _UNSLOTH: Mapping[str, Kernels] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "granite"), _FAST),
     **dict.fromkeys(("gemma", "gemma2"), replace(_FAST, norm_in_place=False)),
     **dict.fromkeys(("cohere", "falcon_h1"), Kernels(rope=True)),
 }
-"""unsloth/models 2026.8.19: the architectures with a ``Fast*Model``. Others run transformers' code,
+"""unsloth/models 2026.10.9: the architectures with a ``Fast*Model``. Others run transformers' code,
 compiled; their loss and their checkpointing are Unsloth's."""
 
 _FOAK: Mapping[str, Kernels] = {
     **dict.fromkeys(
         ("llama", "mistral", "mixtral", "granite", "granitemoe", "granitemoeshared"),
-        replace(_FAST, loss=True),
+        Kernels(norm=True, norm_trains=False, rope=True, loss=True),
     ),
     "gpt_bigcode": Kernels(loss=True),
 }

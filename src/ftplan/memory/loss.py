@@ -16,25 +16,37 @@ __all__ = [
     "tiled_divergence",
 ]
 
-UNSLOTH_BUDGET = 4 * 1024**3
-"""Bytes that a chunk's fp32 logits may take in Unsloth's fused loss, or half of what is free
-(unsloth_zoo/fused_losses/cross_entropy_loss.py 2026.8.13)."""
+UNSLOTH_BUDGET = 2 * 1024**3
+"""Bytes that a chunk's fp32 logits may take in Unsloth's fused loss, or half of what is free."""
+UNSLOTH_ROWS = 4096
+"""Its largest chunk in tokens; the smallest is 512, or more where the vocabulary is small."""
+UNSLOTH_LOGITS = 512 * 151_936
+"""Logits that its chunks have at least, in powers of two of tokens."""
 
 
 def chunk_tokens(by: str, tokens: int, vocabulary: int, hidden: int, free: int) -> int:
     """Tokens whose logits exist at once in a fused loss.
 
     Liger takes the next power of two at which a chunk's logits are no larger than all hidden
-    states (liger_kernel/ops/fused_linear_cross_entropy.py 0.8.5); Unsloth as many as fit its
-    budget, of which ``free`` bytes on the card (0: not known) are one bound.
+    states (liger_kernel/ops/fused_linear_cross_entropy.py 0.8.5); Unsloth the power of two below
+    that, within bounds, and as many as fit its budget, of which ``free`` bytes on the card (0: not
+    known) are one (unsloth_zoo/fused_losses/fused_linear.py 2026.10.9, ``fused_linear_rows``; of
+    more than 4096 tokens and a frozen head it makes tiles of 256 MiB instead, which is as much).
     """
     if by == "cut":
         return 0
     if by == "unsloth":
         budget = min(UNSLOTH_BUDGET, free // 2) if free > 0 else UNSLOTH_BUDGET
-        return min(tokens, max(1, budget // (4 * vocabulary)))
+        least = min(max(_power_below(UNSLOTH_LOGITS // vocabulary), 512), UNSLOTH_ROWS)
+        rows = max(_power_below(tokens * hidden // vocabulary), least)
+        return min(rows, UNSLOTH_ROWS, max(budget // (4 * vocabulary), 2), tokens)
     parts = -(-vocabulary // hidden)
     return min(1 << (-(-tokens // parts) - 1).bit_length(), tokens)
+
+
+def _power_below(count: int) -> int:
+    """The largest power of two that is no larger; 0 for none."""
+    return 1 << count.bit_length() - 1 if count else 0
 
 
 def compute_loss(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -362,7 +374,7 @@ def _fused(network: Network, x: Tensor) -> Tensor:
         if by == "cut":
             tape.multiply(rows, width, vocabulary, again=True)
             tape.multiply(rows, width, vocabulary, times=len(shapes))
-        made = gradients() if by == "cut" else list(saved)
+        made = list(saved) if by in ("liger", "foak") else gradients()  # Unsloth scales a copy
         saved.clear()
         return tuple(made)
 
@@ -375,24 +387,24 @@ def _chunk_of_logits(network: Network, x: Tensor, *, backward: bool) -> None:
     """What a chunk of a fused loss takes for a moment: its logits, and copies of them.
 
     Liger writes the gradient over the logits; its earlier version copied them up and down
-    (fms_acceleration_foak, liger_ce); Unsloth's chunk is a small graph, compiled: fp32 copies do
-    not leave its kernels.
+    (fms_acceleration_foak, liger_ce); Unsloth multiplies into one fp32 buffer, writes the gradient
+    over it and makes that of the states in fp32.
     """
     tape, by = x.tape, x.tape.env.loss_by
-    parameter, trained = head_weight(network)
+    parameter, _ = head_weight(network)
     vocabulary, width = parameter.shape
     dtype = tape.env.autocast or x.dtype
     with tape.no_grad():
         weight = ops.autocast(tape.leaf(parameter))
-        logits = tape.tensor(CHUNK, vocabulary, dtype, "chunk of logits")
-        if by == "foak" or (by == "unsloth" and backward):
-            copied = "fp32" if by == "foak" else dtype
-            copy = tape.tensor(CHUNK, vocabulary, copied, "chunk of logits")
+        held = "fp32" if by == "unsloth" else dtype
+        logits = tape.tensor(CHUNK, vocabulary, held, "chunk of logits")
+        if by == "foak":
+            copy = tape.tensor(CHUNK, vocabulary, "fp32", "chunk of logits")
             del copy
-        if backward and dtype != x.dtype:
+        if by == "unsloth" and backward:
+            product = tape.tensor(CHUNK, width, "fp32", "product")
+            del product
+        if by != "unsloth" and backward and dtype != x.dtype:
             product = tape.tensor(CHUNK, width, dtype, "product")
             del product
-        if backward and trained and by == "unsloth":
-            update = tape.tensor(ONE * vocabulary, width, dtype, "head update")
-            del update
     del weight, logits

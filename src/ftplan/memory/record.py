@@ -81,6 +81,8 @@ class Recording:
     """Per forward segment: what of it the loop still holds when the next batch enters."""
     replaced: list[Segment] = field(default_factory=list)
     """The same, where the next batch's outputs take its place."""
+    names_loss: bool = False
+    """The loop has a name for the loss, and its graph lasts until the next one is there."""
     gathered: Played | None = None
     """Puts what ZeRO-3 gathers into the phases."""
 
@@ -97,8 +99,9 @@ class Recording:
         forward += [self.autocast_exit[index] for index in order]
         forward += [self.forward[index] for index in self.cast_order]
         forward += [self.cache_exit[index] for index in order]
-        forward += [self.replaced[index] for index in everything]
-        forward += self._placed(self.forward, self.tail_order)
+        ends = [self.replaced[index] for index in everything]
+        tail = self._placed(self.forward, self.tail_order)
+        forward += [*tail, *ends] if self.names_loss else [*ends, *tail]
         phases = [("forward", forward)]
         if self.before_order:
             phases.insert(0, ("scoring", self._placed(self.forward, self.before_order)))
@@ -229,7 +232,8 @@ class Recorder:
     def end_step(self, shared: Shared, trained: Played | None = None) -> None:
         """The caller lets go of what the model returned, and of what every block was handed."""
         own = self.network if isinstance(self.network, Native) else None
-        outlive = own is not None and own.outputs_outlive_step
+        names_loss = self.recording.names_loss
+        outlive = names_loss or (own is not None and own.outputs_outlive_step)
         both = zip(self.caches, self.attributes, strict=True)
         self.recording.dropped = [self._drop() if outlive else self._drop(*held) for held in both]
         start = len(self.tape.events)
@@ -237,7 +241,7 @@ class Recorder:
             self.recording.outputs.clear()
         shared.zeros.clear()
         self.recording.after = Segment("outputs dropped", start, len(self.tape.events))
-        if own is not None and own.meets_previous:
+        if names_loss or (own is not None and own.meets_previous):
             self._carry()
         if self.fsdp is not None:
             self.recording.gathered = self.fsdp.played(trained)

@@ -104,6 +104,17 @@ def record_step(
         root = recorder.end_root(root)
         recorder.order.append(recorder.cut("the model returns"))
         recorder.end_autocast(outputs)
+    elif objective.kind == "weighted":
+        recorder.recording.names_loss = True
+        states = [x]
+        del x
+        own, held = _loss(recorder, states, objective)
+        held = [recorder.end_root(held.pop()), own]
+        del own
+        shared.memory = None
+        recorder.order.append(recorder.cut("the model returns"))
+        recorder.end_autocast()
+        root = _task_loss(recorder, held, objective)
     elif objective.kind == "values":
         states = [x]
         del x

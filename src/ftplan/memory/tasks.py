@@ -3,6 +3,8 @@
 A language model's own loss (:mod:`loss`) needs nothing of this. The others are written after the
 trainers that people run; the file and version that each mirrors:
 
+    sft       LLaMA-Factory's v1 engine (v1/core/base_trainer.py 0.9.5): the model's own loss is
+              computed and left, log-probabilities are taken out of its logits beside it
     rm        trl/trainer/reward_trainer.py 1.16: chosen and rejected in one batch, a head of one
               label, the loss outside the model
     classify  transformers/modeling_layers.py 5.23, ``GenericForSequenceClassification``
@@ -58,7 +60,7 @@ __all__ = [
 ]
 
 Kind = Literal["tokens", "labels", "rewards", "pairs", "unpaired", "odds", "policy", "teacher",
-               "contrast", "clipped", "values", "native"]  # fmt: skip
+               "contrast", "clipped", "values", "weighted", "native"]  # fmt: skip
 
 _KINDS: dict[str, Kind] = {
     "sft": "tokens", "pt": "tokens", "classify": "labels", "rm": "rewards", "dpo": "pairs",
@@ -136,6 +138,8 @@ class Objective:
         if _taken_whole(held[0]) and self.kind in ("pairs", "unpaired", "odds"):
             held[0] = ops.to(held[0], "fp32")  # the trainer holds no other copy
         outputs = held[0]
+        if self.kind == "weighted":
+            return _weighted(held)
         if self.kind in ("rewards", "values"):
             return scalar([outputs])
         if self.kind == "contrast":
@@ -186,6 +190,19 @@ def _taken_whole(outputs: Tensor) -> bool:
     train/trainer_utils.py, ``get_batch_logps``, 0.9.5.
     """
     return outputs.width > 1 and outputs.tape.env.log_probs == "whole"
+
+
+def _weighted(held: list[Tensor]) -> Tensor:
+    """A cross entropy a token of shifted logits in fp32, weighed; the shift copies them.
+
+    What the model returned, its own loss with it, is held until the function returns
+    (LLaMA-Factory, v1/core/base_trainer.py, ``compute_log_probs``, 0.9.5).
+    """
+    logits = ops.to(held[0], "fp32")
+    shifted = ops.rows_slice(logits, TOKENS + BATCH * -1)
+    if not shifted.tape.alone:  # of a single sequence that is a view
+        shifted = ops.copy(shifted, "shifted logits")
+    return ops.nll_loss(ops.unary(shifted, "log_softmax", "output"))
 
 
 def sequences_of(task: str) -> int:
@@ -241,6 +258,8 @@ def objective_of(job: Job) -> Objective:
     tiled = job.environment.loss == "chunked"
     if kind == "rewards" and job.value_head:
         kind = "values"
+    if kind == "tokens" and job.loss_twice:
+        kind = "weighted"
     return Objective(
         kind=kind,
         sequences=sequences_of(job.task),

@@ -78,6 +78,35 @@ _LLAMAFACTORY: dict[str, Settings] = {
     "kto lora kept": {"stage": "kto", **_KEPT},
     "kto full": {"stage": "kto", **_FULL},
 }
+_V1: Settings = {"train_dataset": "rows.jsonl", "cutoff_len": 512, "micro_batch_size": 2}
+_V1_KEPT: Settings = {"enable_activation_checkpointing": False}
+_V1_LORA: Settings = {"peft_config": {"name": "lora", "r": 16, "lora_alpha": 32}}
+_V1_QLORA: Settings = {**_V1_LORA, "quant_config": {"name": "bnb", "quantization_bit": 4}}
+_LLAMAFACTORY_V1: dict[str, Settings] = {
+    "v1 full": {},
+    "v1 full kept": _V1_KEPT,
+    "v1 full accumulated": {"global_batch_size": 8},
+    "v1 full single": {"micro_batch_size": 1},
+    "v1 lora": _V1_LORA,
+    "v1 lora kept": {**_V1_LORA, **_V1_KEPT},
+    "v1 lora undropped": {"peft_config": {"name": "lora", "lora_dropout": 0.0}, **_V1_KEPT},
+    "v1 lora targets": {"peft_config": {"name": "lora", "target_modules": ["q_proj", "v_proj"]}},
+    "v1 dora": {"peft_config": {"name": "lora", "use_dora": True}},
+    "v1 lora accumulated": {**_V1_LORA, "global_batch_size": 8},
+    "v1 lora eager": {**_V1_LORA, "flash_attn": "eager"},
+    "v1 qlora": _V1_QLORA,
+    "v1 qlora kept": {**_V1_QLORA, **_V1_KEPT},
+    "v1 qlora bf16": {
+        "quant_config": {"name": "bnb", "quantization_bit": 4, "compute_dtype": "bfloat16"},
+        **_V1_LORA,
+    },
+    "v1 int8": {**_V1_LORA, "quant_config": {"name": "auto", "quantization_bit": 8}},
+    "v1 freeze bf16": {
+        "peft_config": {
+            "name": "freeze", "freeze_trainable_layers": 1, "cast_trainable_params_to_fp32": False,
+        },
+    },
+}  # fmt: skip
 _SWIFT: Settings = {
     "tuner_type": "lora", "max_length": 512, "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 1, "torch_dtype": "bfloat16",
@@ -179,6 +208,7 @@ _AXOLOTL: dict[str, Settings] = {
 }
 JOBS: dict[str, tuple[Settings, str, dict[str, Settings]]] = {
     "llamafactory": (_LF, "model_name_or_path", _LLAMAFACTORY),
+    "llamafactory-v1": (_V1, "model", _LLAMAFACTORY_V1),
     "ms-swift": (_SWIFT, "model", _MS_SWIFT),
     "axolotl": (_AX, "base_model", _AXOLOTL),
 }
@@ -194,7 +224,7 @@ def jobs(trainer: str) -> Iterator[Mapping[str, Any]]:
         model = models[number % len(models)]
         said = {key: find_model(model).hub_ids[0], **common, **settings}
         yield {
-            "name": f"{trainer} {name}",
+            "name": f"{trainer.removesuffix('-v1')} {name}",
             "model": model,
             "layers": (2, 3)[number % 2],
             "settings": {"command": _command(said)} if trainer == "ms-swift" else said,

@@ -32,7 +32,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ftplan.dataclass import dataclass
-from ftplan.trace import build, core, cuda, trainers
+from ftplan.trace import build, core, cuda, llamafactory_v1, trainers
 from ftplan.trace.job import Job, plan_from, resolve
 from ftplan.trace.quantized import emulated, quantize
 from ftplan.trace.triton import importable, stand_in
@@ -70,6 +70,10 @@ class Command:
     """It imports kernels, which are launched into the void."""
     absent: tuple[str, ...] = ()
     """Packages that it imports and never calls in these jobs, where they are not installed."""
+    loop: tuple[str, str] = ("transformers:Trainer", "train")
+    """Its training loop, by class and method."""
+    steps: Callable[[_Run, Any, Callable[..., Any]], None] | None = None
+    """Two steps of the loop, watched; None: transformers' (:func:`_trainer_steps`)."""
 
 
 class _Ended(Exception):
@@ -175,38 +179,54 @@ def _quantised(job: Job, settings: Any) -> Job:
 # --- training -------------------------------------------------------------------------------------
 
 
-def _trained(run: _Run, inner: Callable[..., Any]) -> Callable[..., Any]:
-    """In place of ``Trainer.train``: two of its steps, watched; then the command has ended."""
+def _watched(
+    run: _Run, inner: Callable[..., Any], steps: Callable[[_Run, Any, Callable[..., Any]], None]
+) -> Callable[..., Any]:
+    """In place of a trainer's loop: two of its steps; then the command has ended."""
 
-    def train(trainer: Any, *_args: Any, **_kwargs: Any) -> Any:
-        arguments = trainer.args
-        arguments.max_steps = trainers.BATCHES
-        arguments.save_strategy, arguments.eval_strategy = "no", "no"
-        arguments.disable_tqdm, arguments.logging_steps = True, 1000
-        job = replace(
-            run.job,
-            micro=arguments.per_device_train_batch_size,
-            accumulation=arguments.gradient_accumulation_steps,
-        )
-        name = getattr(arguments.optim, "value", arguments.optim)
-        job = _with_optimizer(job, name)
-        watched = trainers.Run(
-            job, trainer.model, getattr(trainer, "ref_model", None), {}, 1, run.ledger, run.folder
-        )
-        watched.trainer = trainer
-        count = job.accumulation * trainers.BATCHES
-        with _disable_current_modes():
-            watched.batches = list(itertools.islice(trainer.get_train_dataloader(), count))
-            run.padded = any(map(_hides, watched.batches))
-        trainer.optimizer = build.build_optimizer(job, trainer.model)
-        trainable = core._count(trainer.model, trained=True)
-        trainer.train = functools.partial(inner, trainer)
-        end = trainers.train(watched)
-        total = core._count(trainer.model)
-        run.result = core._result(trainer.model, run.ledger, end, total, trainable)
+    def loop(trainer: Any, *_args: Any, **_kwargs: Any) -> Any:
+        steps(run, trainer, inner)
         raise _Ended
 
-    return train
+    return loop
+
+
+def _trainer_steps(run: _Run, trainer: Any, inner: Callable[..., Any]) -> None:
+    """Of ``Trainer.train``."""
+    arguments = trainer.args
+    arguments.max_steps = trainers.BATCHES
+    arguments.save_strategy, arguments.eval_strategy = "no", "no"
+    arguments.disable_tqdm, arguments.logging_steps = True, 1000
+    job = replace(
+        run.job,
+        micro=arguments.per_device_train_batch_size,
+        accumulation=arguments.gradient_accumulation_steps,
+    )
+    name = getattr(arguments.optim, "value", arguments.optim)
+    job = _with_optimizer(job, name)
+    watched = trainers.Run(
+        job, trainer.model, getattr(trainer, "ref_model", None), {}, 1, run.ledger, run.folder
+    )
+    watched.trainer = trainer
+    count = job.accumulation * trainers.BATCHES
+    with _disable_current_modes():
+        watched.batches = list(itertools.islice(trainer.get_train_dataloader(), count))
+        run.padded = any(map(_hides, watched.batches))
+    trainer.optimizer = build.build_optimizer(job, trainer.model)
+    trainer.train = functools.partial(inner, trainer)
+    _finish(run, trainer.model, lambda: trainers.train(watched))
+
+
+def _v1_steps(run: _Run, trainer: Any, inner: Callable[..., Any]) -> None:
+    """Of LLaMA-Factory's ``BaseTrainer.fit``, whose AdamW is PyTorch's as it comes: foreach."""
+    job = _with_optimizer(run.job, "adamw_torch")
+    _finish(run, trainer.model, lambda: llamafactory_v1.fit(trainer, job, run.ledger, inner))
+
+
+def _finish(run: _Run, model: Any, train: Callable[[], int]) -> None:
+    trainable = core._count(model, trained=True)
+    end = train()
+    run.result = core._result(model, run.ledger, end, core._count(model), trainable)
 
 
 def _with_optimizer(job: Job, name: str) -> Job:
@@ -219,12 +239,6 @@ def _hides(batch: Any) -> bool:
     """Whether a mask of the batch hides anything."""
     masks = [value for key, value in batch.items() if "attention_mask" in key]
     return any(mask is not None and not bool(mask.bool().all()) for mask in masks)
-
-
-def _trainer_class() -> Any:
-    import transformers
-
-    return transformers.Trainer
 
 
 def _without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -320,8 +334,9 @@ def run_command(
             enter(cuda.patched(home, "checkpoint", _checkpoint(home.checkpoint)))
         enter(cuda.patched(PreTrainedModel, "from_pretrained", classmethod(_loaded(run))))
         enter(cuda.patched(transformers.AutoTokenizer, "from_pretrained", classmethod(_tokenizer)))
-        trainer_class = _trainer_class()
-        enter(cuda.patched(trainer_class, "train", _trained(run, trainer_class.train)))
+        home, method = _home(command.loop[0]), command.loop[1]
+        steps = command.steps or _trainer_steps
+        enter(cuda.patched(home, method, _watched(run, getattr(home, method), steps)))
         try:
             command.run(given, folder)
         except Exception:
@@ -526,6 +541,15 @@ COMMANDS: dict[str, Command] = {
             ("transformers.utils", "is_flash_attn_2_available"),
         ),
         absent=("torchaudio",),
+    ),
+    "llamafactory-v1": Command(
+        package="llamafactory",
+        beside=("bitsandbytes", "liger_kernel"),
+        write=llamafactory_v1.write,
+        run=llamafactory_v1.run,
+        on_host=(("llamafactory.v1.core.base_trainer:BaseTrainer", "_create_batch_generator"),),
+        loop=("llamafactory.v1.core.base_trainer:BaseTrainer", "fit"),
+        steps=_v1_steps,
     ),
     "ms-swift": Command(
         package="ms_swift",

@@ -30,6 +30,7 @@ _QUANT = {
     "hqq": {4: "int4", 8: "int8"}, "eetq": {8: "int8"}, "mxfp4": {4: "mxfp4"}, "fp8": {8: "fp8"},
     "quanto": {4: "int4", 8: "int8"},
 }  # fmt: skip
+_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _FLAG_OPTIMIZERS = {
     "use_badam": "badam", "use_adam_mini": "adam_mini", "use_muon": "muon",
 }  # fmt: skip
@@ -366,6 +367,7 @@ def _classic_reference(draft: Draft, keys: Keys, task: str) -> None:
 
 def _read_v1(context: Context, keys: Keys) -> None:
     draft = context.draft
+    draft.stack = find_stack("llamafactory-v1")
     draft.keys(keys)
     source = SOURCE % "v1/config/training_args.py"
     draft.put("model.name", model_name(keys.text("model")), keys.at("model"))
@@ -377,6 +379,12 @@ def _read_v1(context: Context, keys: Keys) -> None:
     draft.assume("batch.micro", 1, f"{source}: micro_batch_size = 1")
     draft.put("batch.seq_len", keys.count("cutoff_len"), keys.at("cutoff_len"))
     draft.assume("batch.seq_len", 2048, f"{source}: cutoff_len = 2048")
+    cp = keys.count("cp_size") or keys.count("dist_config", "cp_size") or 1
+    ranks = (draft.get("hardware.count") or 1) // cp or 1
+    batch = keys.count("global_batch_size")
+    if batch is not None:
+        steps = max(batch // ranks // draft.get("batch.micro"), 1)
+        draft.put("batch.accumulation", steps, keys.at("global_batch_size"))
     strategy = keys.word("batching_strategy")
     draft.put(
         "batch.packing",
@@ -400,13 +408,17 @@ def _read_v1(context: Context, keys: Keys) -> None:
             SOURCE % "v1/core/base_trainer.py: use_reentrant False",
         )
     _v1_method(draft, keys)
-    bf16 = keys.flag("bf16")
-    if bf16 is False:
-        draft.put("precision.mixed", "no", keys.at("bf16"))
     kernels = keys.text("kernel_config", "name") or ""
-    if "liger" in kernels:
+    if "liger" in kernels and "qwen3" in (draft.get("model.name") or "").lower():
+        # it knows qwen3 alone, and with logits required it fuses no loss (liger_kernel_ops.py)
         draft.put("kernels", "liger", keys.at("kernel_config"))
-        draft.put("loss.kind", "fused", keys.at("kernel_config"))
+        draft.put("loss.kind", "full", keys.at("kernel_config"))
+    elif "liger" in kernels:
+        draft.find(
+            "CFG001",
+            "kernel_config: liger_kernel does nothing unless the model is a Qwen3; sized without",
+            keys.at("kernel_config"),
+        )
     keys.mapping("kernel_config")
     put_attention(draft, keys, "flash_attn")
     name, known = optimizer_name(keys.text("optim_config", "name"))
@@ -431,17 +443,17 @@ def _read_v1(context: Context, keys: Keys) -> None:
         "ddp",
         "fsdp",
     ):
-        stored = "fp32" if keys.word("dist_config", "name") == "fsdp2" else "bf16"
         draft.assume(
             "precision.weights",
-            stored,
+            "fp32",
             SOURCE % "v1/core/model_engine.py: full training keeps fp32 parameters, FSDP2 "
             "computes in bf16",
         )
-    if draft.get("precision.weights") == "fp32" and draft.get("sharding.kind") == "fsdp":
+    bf16 = keys.flag("bf16")  # of FSDP2's policy: there is no autocast
+    if draft.get("sharding.kind") == "fsdp":
         draft.assume(
             "sharding.param_dtype",
-            "bf16",
+            "fp32" if bf16 is False else "bf16",
             SOURCE % "v1/plugins/trainer_plugins/distributed/fsdp2.py: MixedPrecisionPolicy",
         )
         draft.assume(
@@ -474,6 +486,8 @@ def _v1_method(draft: Draft, keys: Keys) -> None:
             abs(2 if layers is None else layers),
             keys.at(*peft, "freeze_trainable_layers"),
         )
+        if keys.flag(*peft, "cast_trainable_params_to_fp32") is False:
+            draft.put("precision.trained", "bf16", keys.at(*peft, "cast_trainable_params_to_fp32"))
         if keys.words(*peft, "freeze_extra_modules"):
             draft.not_modelled(
                 keys,
@@ -502,13 +516,32 @@ def _v1_method(draft: Draft, keys: Keys) -> None:
             draft.put("method.use_dora", True, keys.at(*peft, "use_dora"))
         draft.put("method.adapter_dtype", "fp32")
     keys.mapping(*peft)
-    bits = keys.count("quant_config", "quantization_bit")
-    weights = _QUANT.get(keys.word("quant_config", "name") or "", {}).get(bits or 0)
+    _v1_quantised(draft, keys)
+
+
+def _v1_quantised(draft: Draft, keys: Keys) -> None:
+    """``quant_config``: bitsandbytes; products in fp16 unless it says otherwise.
+
+    Source: v1/plugins/model_plugins/quantization.py, 0.9.5.
+    """
+    quant = ("quant_config",)
+    name = keys.word(*quant, "name")
+    bits = keys.count(*quant, "quantization_bit") or (4 if name == "bnb" else 0)
+    weights = _QUANT["bnb"].get(bits) if name in ("auto", "bnb") else None
+    if weights == "nf4":
+        weights = keys.word(*quant, "quantization_type") or weights
     if weights is not None:
-        draft.put("precision.weights", weights, keys.at("quant_config"))
+        draft.put("precision.weights", weights, keys.at(*quant))
         if draft.get("method.kind") in ("lora", "dora"):
-            draft.put("method.kind", "qlora", keys.at("quant_config"))
-    keys.mapping("quant_config")
+            draft.put("method.kind", "qlora", keys.at(*quant))
+        if bits == 4:
+            named = keys.word(*quant, "compute_dtype") or "float16"
+            draft.put("method.compute_dtype", _DTYPES.get(named), keys.at(*quant, "compute_dtype"))
+            double = keys.flag(*quant, "double_quantization")
+            draft.put("method.double_quant", double, keys.at(*quant, "double_quantization"))
+    elif name is not None:
+        draft.not_modelled(keys, (*quant, "name"), "a quantisation of another name than bnb")
+    keys.mapping(*quant)
 
 
 def _v1_sharding(context: Context, keys: Keys) -> None:
@@ -538,10 +571,11 @@ def _v1_sharding(context: Context, keys: Keys) -> None:
     ep = keys.count(*dist, "ep_size")
     if ep is not None and ep > 1:
         draft.put("sharding.ep", ep, keys.at(*dist, "ep_size"))
-    cp = keys.count("cp_size")
-    if cp is not None and cp > 1:
-        draft.put("sharding.cp", cp, keys.at("cp_size"))
-    replicate = keys.count("mp_replicate_size")
+    for path in (("cp_size",), (*dist, "cp_size")):
+        cp = keys.count(*path)
+        if cp is not None and cp > 1:
+            draft.put("sharding.cp", cp, keys.at(*path))
+    replicate = keys.count("mp_replicate_size") or keys.count(*dist, "mp_replicate_size")
     if replicate is not None and replicate > 1:
         draft.put("sharding.dp_replicate", replicate, keys.at("mp_replicate_size"))
     keys.mapping(*dist)

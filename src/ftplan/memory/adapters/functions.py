@@ -2,7 +2,7 @@
 
 The plain modules cast and keep an input for each adapted layer (:mod:`lora`). Source: the
 functions themselves, run with their launches left out (tests/cases/kernels):
-unsloth/kernels/fast_lora.py 2026.8.19; fms_acceleration_foak fused_ops/unsloth_lora 0.7.4;
+unsloth/kernels/fast_lora.py 2026.10.9; fms_acceleration_foak fused_ops/unsloth_lora 0.7.4;
 axolotl/kernels/lora.py 0.18.0.
 """
 
@@ -34,7 +34,8 @@ class LoraLike(Protocol):
 class _Product:
     """``x W + s (dropout(x) A) B`` as one step of such a function, and what its way back needs."""
 
-    def __init__(self, x: Tensor, layer: LoraLike) -> None:
+    def __init__(self, x: Tensor, layer: LoraLike, dropped: list[Tensor]) -> None:
+        """``dropped``: what a name of the function holds of the last dropout's results."""
         tape, env = x.tape, x.tape.env
         self.rows, self.dtype = x.rows, env.autocast or x.dtype
         self.style = env.kernels.lora
@@ -42,7 +43,13 @@ class _Product:
         self.rank, self.in_features = self.parameters[0].shape
         self.out_features = self.parameters[1].shape[0]
         self.kept: list[Tensor] = []
-        expanded = self._expand(x, buffered=True)
+        self.masked = self.style == "unsloth" and layer.dropout > 0 and env.training
+        if self.masked:  # before the product, whose expanded weight has a buffer of its own then
+            made = x.tape.tensor(x.rows, x.width, x.dtype, "dropped input")
+            self.kept.append(x.tape.tensor(x.rows, x.width, "bool", "dropout mask"))
+            dropped[:] = [made]
+            del made
+        expanded = self._expand(x, buffered=not self.masked)
         self._count(x, base=True)
         self.out = tape.tensor(x.rows, self.out_features, self.dtype, "linear")
         del expanded
@@ -91,9 +98,12 @@ class _Product:
         del mask
         self.kept.append(out)
 
-    def gradients(self, like: Tensor) -> list[Tensor]:
-        """Of the two thin matrices, in the dtype of the function."""
+    def gradients(self, like: Tensor, dropped: list[Tensor]) -> list[Tensor]:
+        """Of the two thin matrices, in the dtype of the function; ``dropped`` is as forward."""
         self._count(like, base=False, times=2)
+        if self.masked:  # its input again, by the mask
+            shape = self.rows, self.in_features, self.dtype
+            dropped[:] = [like.tape.tensor(*shape, "dropped input")]
         made = []
         for parameter in self.parameters:
             thin = like.tape.tensor(self.rows, self.rank, self.dtype, "thin product")
@@ -112,7 +122,7 @@ class _Product:
         """The gradient of the input through this product, added to ``total`` or written ``into``
         what is given."""
         tape = like.tape
-        expanded = self._expand(like, buffered=buffered)
+        expanded = self._expand(like, buffered=buffered and not self.masked)
         self._count(like, base=True)
         shape = (self.rows, self.in_features, self.dtype)
         if total is None:
@@ -122,6 +132,10 @@ class _Product:
             del product
         del expanded
         thin = tape.tensor(self.rows, self.rank, self.dtype, "thin product")
+        if self.masked:  # dX += mask * (dY B A)
+            product = tape.tensor(*shape, "product")
+            masked = tape.tensor(*shape, "product")
+            del product, masked
         if self.style == "foak":  # dX += (dropped != 0) * (dY B A)
             mask = tape.tensor(self.rows, self.in_features, "bool", "mask")
             product = tape.tensor(*shape, "product")
@@ -144,8 +158,10 @@ def lora_products(x: Tensor, layers: Sequence[LoraLike]) -> list[Tensor]:
     """
     tape, style = x.tape, x.tape.env.kernels.lora
     dropped = _drop_outside(x, layers[0].dropout)
+    held: list[Tensor] = []
     with tape.no_grad():
-        products = [_Product(x, layer) for layer in layers]
+        products = [_Product(x, layer, held) for layer in layers]
+    held.clear()
     outs = []
     for product in products:  # what the way back holds is no longer its result
         outs.append(product.out)
@@ -160,7 +176,8 @@ def lora_products(x: Tensor, layers: Sequence[LoraLike]) -> list[Tensor]:
         like = next(grad for grad in grads if grad is not None)
         _kept = kept
         again = [product.casts(like) for product in products] if style == "unsloth" else []
-        thin = [product.gradients(like) for product in products]
+        thin = [product.gradients(like, held) for product in products]
+        held.clear()
         total: Tensor | None = None
         if wants:
             for product in products:
@@ -209,10 +226,13 @@ def lora_gated(x: Tensor, layers: tuple[LoraLike, LoraLike, LoraLike]) -> Tensor
     """
     tape, style = x.tape, x.tape.env.kernels.lora
     dropped = _drop_outside(x, layers[0].dropout)
+    held: list[Tensor] = []
     with tape.no_grad():
-        gate_product, up_product = (_Product(x, layer) for layer in layers[:2])
+        gate_product, up_product = (_Product(x, layer, held) for layer in layers[:2])
+        held.clear()
         hidden = tape.tensor(x.rows, gate_product.out_features, gate_product.dtype, "gated")
-        down_product = _Product(hidden, layers[2])
+        down_product = _Product(hidden, layers[2], held)
+    held.clear()
     out = down_product.out
     products = (gate_product, up_product, down_product)
     saved = [x.alias(), gate_product.out, up_product.out]
@@ -228,7 +248,10 @@ def lora_gated(x: Tensor, layers: tuple[LoraLike, LoraLike, LoraLike]) -> Tensor
         _kept = kept
         again = [product.casts(grad) for product in products] if style == "unsloth" else []
         hidden = down_product.add_to(None, None, grad, buffered=True)
-        thin = [product.gradients(grad) for product in reversed(products)]
+        again_gated: list[Tensor] = []  # a name of the function until it returns
+        thin = [down_product.gradients(grad, again_gated)]
+        thin += [product.gradients(grad, held) for product in (up_product, gate_product)]
+        held.clear()
         total: Tensor | None = None
         if wants:
             into = saved[0] if style == "unsloth" else None
@@ -236,6 +259,7 @@ def lora_gated(x: Tensor, layers: tuple[LoraLike, LoraLike, LoraLike]) -> Tensor
             total = gate_product.add_to(total, None, grad)
         back = outside.gradient(grad)
         del hidden
+        again_gated.clear()
         again.clear()
         made = [g for product, pair in zip(products, reversed(thin), strict=True)
                 for g in product.arrived(pair)]  # fmt: skip

@@ -130,7 +130,7 @@ class LoraLinear(Adapted):
             return False
         if style == "foak":
             return packed
-        return style == "axolotl" or (base.bias is None and not self.dropout)
+        return style == "axolotl" or base.bias is None
 
     def together(self, x: Tensor, layers: Sequence[Linear]) -> list[Tensor] | None:
         style = x.tape.env.kernels.lora
