@@ -7,7 +7,6 @@ units are storages that FSDP resizes in place, so ``UntypedStorage.resize_`` is 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -164,25 +163,11 @@ def _split(model: Any, job: Job, mesh: Any) -> Any:
         raise UnsupportedError(
             "tracing tensor parallelism of tied embeddings", remedy="trace a model that has none"
         )
+    from transformers.distributed import DistributedConfig
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-    patterns = {
-        re.compile(re.escape(name).replace(r"\*", r"\d+")): style
-        for name, style in model.tp_plan.items()
-        if job.ep == 1 or not any(name.startswith(spread) for spread in model.ep_plan)
-    }
-    modules = {
-        name: style
-        for name, _ in model.named_modules()
-        for pattern, style in patterns.items()
-        if pattern.fullmatch(name)
-    }
-    weights = {
-        f"{name}.{part}": style
-        for name, style in modules.items()
-        for part, _ in model.get_submodule(name).named_parameters(recurse=False)
-    }
-    return apply_tensor_parallelism(model, mesh, {**weights, **modules})
+    plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=job.tp, ep_size=job.ep))
+    return apply_tensor_parallelism(model, mesh, plan)
 
 
 def _shard_flat(model: Any, job: Job, mesh: Any) -> Any:
