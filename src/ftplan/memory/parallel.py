@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ftplan.errors import UnsupportedError
-from ftplan.memory.families import build
+from ftplan.memory.families import build, complete
+from ftplan.memory.families.defaults import ALIASES
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Linear, Module, Network
 from ftplan.memory.planned import cuts_heads, plan_of
@@ -25,6 +26,7 @@ BLOCK = 128
 _INNER = ("intermediate_size", "ffn_dim", "shared_expert_intermediate_size")
 _LINEAR_HEADS = ("linear_num_key_heads", "linear_num_value_heads")
 _HEADS = ("num_attention_heads", "num_key_value_heads", *_LINEAR_HEADS)
+_KEYS = ("num_key_value_heads", "num_global_key_value_heads")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -71,14 +73,17 @@ def _local_heads(config: Mapping[str, Any], tp: int) -> Mapping[str, Any]:
     nested = config.get("text_config")
     if isinstance(nested, Mapping):
         return {**config, "text_config": _local_heads(nested, tp)}
-    kv = config.get("num_key_value_heads")
-    if isinstance(kv, int) and kv % tp:
-        raise UnsupportedError(
-            f"tensor parallelism {tp} of {kv} key-value heads",
-            remedy=f"use a degree that divides {kv}",
-        )
-    local = dict(config)
+    local = complete(config)
+    for name in _KEYS:
+        kv = local.get(name)
+        if isinstance(kv, int) and kv % tp:
+            raise UnsupportedError(
+                f"tensor parallelism {tp} of {kv} key-value heads",
+                remedy=f"use a degree that divides {kv}",
+            )
     _split_heads(local, tp)
+    if local.get(_KEYS[1]):
+        local[_KEYS[1]] //= tp
     return local
 
 
@@ -91,7 +96,10 @@ def _split_heads(config: dict[str, Any], tp: int) -> None:
         raise UnsupportedError(
             f"tensor parallelism {tp} of {heads} heads", remedy=f"use a degree that divides {heads}"
         )
-    config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
+    if "head_dim" not in ALIASES.get(
+        config.get("model_type", ""), {}
+    ):  # GLM-4.7 Flash: another one
+        config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
     config["num_attention_heads"] = heads // tp
     config["num_key_value_heads"] = max(1, kv // tp)
 

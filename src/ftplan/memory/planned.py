@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ftplan.errors import UnsupportedError
-from ftplan.memory.experts import Experts
+from ftplan.memory.experts import ExpertWeights
 from ftplan.memory.families.plans import HEADS, PLANS, VERSION
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Embedding, Linear, Module, Network
@@ -37,7 +37,7 @@ def plan_of(config: Mapping[str, Any]) -> dict[str, str]:
     text = config.get("text_config")
     inner = kind
     if isinstance(text, Mapping):
-        inner = str(text.get("model_type") or f"{kind}_text")
+        inner = str(text.get("model_type") or f"{kind.removesuffix('_thinker')}_text")
     blocks = PLANS.get(inner) or PLANS.get(f"{inner}_text", {})
     table = {_TABLE: "embedding_rowwise"} if blocks else {}
     head = {_HEAD: "colwise_gather_output"} if kind in HEADS else {}
@@ -134,7 +134,7 @@ def _split_head(network: Network, head: Linear, tp: int) -> None:
 def _cut_block(modules: Mapping[str, Module], plan: Plan, spec: ShardingSpec) -> None:
     for path, style in plan.items():
         module = modules.get(path)
-        if isinstance(module, Experts) and style == "moe_tp_experts" and spec.ep == 1:
+        if isinstance(module, ExpertWeights) and style == "moe_tp_experts" and spec.ep == 1:
             _cut_experts(module, spec.tp)
         elif isinstance(module, Linear) and style in _WHOLE_FEATURES:
             _WHOLE_FEATURES[style](module, spec.tp)
@@ -157,7 +157,7 @@ def _cut_rows(linear: Linear, tp: int) -> None:
     linear.weight.shape = (out, -(-width // tp))
 
 
-def _cut_experts(experts: Experts, tp: int) -> None:
+def _cut_experts(experts: ExpertWeights, tp: int) -> None:
     """Each rank has a share of the inner width of every expert (``packed_colwise``, ``rowwise``).
 
     A bias is not in any plan: it is whole.
