@@ -79,9 +79,10 @@ def test_a_plan_of_the_head_alone_leaves_the_rest_whole() -> None:
     assert plan_of({"model_type": "gpt_oss"}) == {"lm_head": "colwise_gather_output"}
 
 
-def _sized(stack: str, model: str, tp: int) -> Report:
+def _sized(stack: str, model: str, tp: int, targets: list[str] | None = None) -> Report:
+    method = {"kind": "lora", "targets": targets} if targets else {"kind": "full"}
     plan = {
-        "version": 1, "model": model, "stack": stack, "method": {"kind": "full"},
+        "version": 1, "model": model, "stack": stack, "method": method,
         "precision": {"weights": "bf16", "mixed": "no"}, "batch": {"micro": 1, "seq_len": 512},
         "hardware": {"gpu": "h100-80gb", "count": tp}, "sharding": {"kind": "none", "tp": tp},
     }  # fmt: skip
@@ -106,3 +107,18 @@ def test_trainers_on_transformers_refuse_what_it_refuses(stack: str) -> None:
     with pytest.raises(UnsupportedError, match="has no tp_plan"):
         _sized(stack, "opt-1.3b", 2)
     assert _sized("deepspeed", "opt-1.3b", 2).allocated_bytes
+
+
+@pytest.mark.parametrize(
+    ("model", "target"),
+    [("llama-3.1-8b", "o_proj"), ("llama-3.1-8b", "down_proj"), ("olmo-2-7b", "q_proj")],
+)
+def test_adapters_are_sized_where_columns_are_cut_and_refused_elsewhere(
+    model: str, target: str
+) -> None:
+    """PEFT's forward fails beside rows and gathered features: the layer and a way out are named."""
+    with pytest.raises(UnsupportedError, match=target) as refused:
+        _sized("transformers", model, 2, ["up_proj", target])
+    assert "up_proj" in str(refused.value.remedy)
+    assert _sized("transformers", model, 2, ["up_proj"]).allocated_bytes
+    assert _sized("deepspeed", model, 2, ["up_proj", target]).allocated_bytes

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ftplan.errors import UnsupportedError
+from ftplan.memory.adapters.lora import Adapted
 from ftplan.memory.experts import ExpertWeights
 from ftplan.memory.families.plans import HEADS, PLANS, VERSION
 from ftplan.memory.job import ShardingSpec
@@ -23,7 +24,7 @@ from ftplan.memory.nn import Embedding, Linear, Module, Network
 from ftplan.memory.ops import like, record
 from ftplan.memory.tape import ONE, TOKENS, Grads, Size, Tape, Tensor
 
-__all__ = ["cuts_heads", "follow_plan", "plan_of", "split_vocabulary"]
+__all__ = ["cuts_heads", "follow_plan", "plan_of", "refuse_adapters", "split_vocabulary"]
 
 Plan = Mapping[str, str]
 _ATTENTION = ("self_attn.", "attention.")
@@ -129,6 +130,28 @@ def _split_head(network: Network, head: Linear, tp: int) -> None:
         if parameter.shape[0] == whole:  # a tied table has been cut already
             parameter.shape = (-(-whole // tp), *parameter.shape[1:])
     network.head = lambda x: _gathered_columns(inner(x), whole)  # type: ignore[method-assign]
+
+
+def refuse_adapters(network: Network, config: Mapping[str, Any]) -> None:
+    """PEFT 0.21 makes an adapter of a rank's shape; its forward runs where columns are cut alone.
+
+    Elsewhere the product fails, of whole features with a rank's or the other way round (run).
+    """
+    plan = plan_of(config)
+    blocks = [block for stage in network.stages for block in stage.stack.kinds]
+    for root in (network, *blocks):
+        for path, module in root.named_modules():
+            style = plan.get(path, "colwise")
+            if isinstance(module, Adapted) and style != "colwise":
+                columns = dict.fromkeys(
+                    name.rpartition(".")[2] for name, kind in plan.items() if kind == "colwise"
+                )
+                raise UnsupportedError(
+                    f"an adapter on {path}, which tensor parallelism cuts as {style}: in PEFT 0.21 "
+                    f"on transformers {VERSION} its forward fails",
+                    remedy=f"target what is cut by columns ({', '.join(columns) or 'nothing'}), or "
+                    "use sharding.kind: fsdp",
+                )
 
 
 def _cut_block(modules: Mapping[str, Module], plan: Plan, spec: ShardingSpec) -> None:

@@ -13,7 +13,7 @@ from ftplan.memory.families.native import native
 from ftplan.memory.job import Job
 from ftplan.memory.nn import Network
 from ftplan.memory.parallel import refuse_whole_attention
-from ftplan.memory.planned import follow_plan, split_vocabulary
+from ftplan.memory.planned import follow_plan, refuse_adapters, split_vocabulary
 from ftplan.memory.quantized import KEPT_BY_PREPARATION, QuantizedLinear, quantize
 from ftplan.memory.sequence import split_sequence
 from ftplan.memory.tape import ITEM_BYTES, Parameter
@@ -90,6 +90,8 @@ def prepare(job: Job) -> Network:
                 )  # fmt: skip
     if job.adapter is not None:
         adapt(network, job)
+        if job.sharding.planned:
+            refuse_adapters(network, job.config)
         if job.environment.kernels.lora == "unsloth":
             network.buffer_bytes += _expanded_buffer(network)
     if job.sharding.sequence_parallel and job.sharding.tp > 1:

@@ -142,6 +142,11 @@ PLANNED_REGIMES: dict[str, Mapping] = {
     },
 }  # fmt: skip
 """Regimes of theirs. What steps many weights at once refuses DTensors among others."""
+COLUMNS = {
+    "llama-3.1-8b": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
+    "olmo-2-7b": ["gate_proj", "up_proj"],
+}  # fmt: skip
+"""What peft 0.21 can adapt under tensor parallelism: layers that are cut by columns."""
 RING_REGIMES: dict[str, Mapping] = {
     "cp-full-checkpointed": {
         "method": FULL, "precision": BF16, "gradient_checkpointing": True, "sharding": {"cp": 2},
@@ -357,6 +362,12 @@ def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, 
     yield from _jobs(name, FLAT_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
     if name in SPLIT:
         yield from _jobs(name, TENSOR_REGIMES, 1)
+    if name in COLUMNS:
+        adapted = {
+            **PLANNED_REGIMES["tp-full-planned"],
+            "method": {**LORA, "targets": COLUMNS[name]},
+        }
+        yield from _jobs(name, {"tp-lora-columns": adapted}, 1)
     if name in PLANNED:
         yield from _jobs(name, PLANNED_REGIMES, 2)
     if name in RINGED:

@@ -18,7 +18,7 @@ from ftplan.trace.experts import balanced, expert_meshes, expert_modules
 from ftplan.trace.job import Job
 from ftplan.trace.ledger import Ledger
 
-__all__ = ["distributed", "local", "shard"]
+__all__ = ["distributed", "local", "shard", "split"]
 
 
 def local(tensor: Any) -> Any:
@@ -101,8 +101,6 @@ def _dtype(name: str) -> Any:
 
 def shard(model: Any, job: Job, mesh: Any) -> Any:
     """Shard the model as the plan says; with ``wrap: block`` each block is a unit of its own."""
-    if job.tp > 1:
-        return _split(model, job, mesh)
     if job.sharding == "ddp" and job.world > 1:
         model.__dict__["_ddp_buckets"] = _ddp_buckets(model)
         return model
@@ -157,8 +155,8 @@ def _shard_experts(model: Any, job: Job, mesh: Any, **policies: Any) -> set[Any]
     return None
 
 
-def _split(model: Any, job: Job, mesh: Any) -> Any:
-    """Tensor parallelism by the model's own plan (transformers' ``tp_plan``)."""
+def split(model: Any, job: Job, mesh: Any) -> Any:
+    """Tensor parallelism by the model's own plan (transformers' ``tp_plan``), as it is loaded."""
     if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
         raise UnsupportedError(
             "tracing tensor parallelism of tied embeddings", remedy="trace a model that has none"
@@ -166,7 +164,9 @@ def _split(model: Any, job: Job, mesh: Any) -> Any:
     from transformers.distributed import DistributedConfig
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-    plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=job.tp, ep_size=job.ep))
+    settings = DistributedConfig(tp_size=job.tp, ep_size=job.ep)
+    model.config.distributed_config, model._device_mesh = settings, mesh  # PEFT looks for them
+    plan, _, _ = model._resolve_parallel_plans(settings)
     return apply_tensor_parallelism(model, mesh, plan)
 
 
