@@ -15,7 +15,16 @@ from ftplan.catalog.shelf import read_data
 from ftplan.dataclass import dataclass
 from ftplan.errors import UnknownNameError, UnsupportedError
 
-__all__ = ["RINGS", "Stack", "StackRow", "find_stack", "is_stack", "stack_names", "stack_page"]
+__all__ = [
+    "PLANNED",
+    "RINGS",
+    "Stack",
+    "StackRow",
+    "find_stack",
+    "is_stack",
+    "stack_names",
+    "stack_page",
+]
 
 UNMODELLED = {"mlx": "training with MLX on Apple silicon (unified memory, no CUDA allocator)"}
 """Stacks that are recognised and refused, and what is not modelled."""
@@ -25,6 +34,9 @@ OWN_MODULES = frozenset({"torchtune", "litgpt", "nemo", "megatron", "unsloth", "
 
 RINGS = ("transformers", "trl", "pytorch")
 """Stacks whose context parallelism is PyTorch's ring attention, by way of accelerate."""
+
+PLANNED = ("transformers", "trl", "axolotl", "llamafactory", "ms-swift")
+"""Stacks whose tensor parallelism is transformers', by the plan of the model's own class."""
 
 ALIASES = {
     "hf": "transformers",

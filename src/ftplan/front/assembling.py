@@ -13,7 +13,7 @@ from typing import Any
 from ftplan.catalog.gpus import GpuRow
 from ftplan.catalog.models import resolve_model
 from ftplan.catalog.optimizers import find_optimizer
-from ftplan.catalog.stacks import RINGS, Stack
+from ftplan.catalog.stacks import PLANNED, RINGS, Stack
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.front.resolve import Resolved, fused_loss, image_tokens, native_dtype
@@ -54,6 +54,7 @@ def job_of(resolved: Resolved) -> Job:
         _sharding(plan, resolved.config),
         adapters_apart=stack.name != "pytorch",
         megatron=stack.name == "megatron",
+        own_plan=stack.name not in PLANNED,
         deep_ep=stack.name == "axolotl",
         own_spread=stack.name in ("nemo", "torchtitan"),
     )

@@ -18,8 +18,8 @@ from ftplan.memory.nn import Module, activation
 from ftplan.memory.tape import ONE, Grads, Size, Tape, Tensor
 
 __all__ = [
-    "Experts", "Router", "Routing", "batched_linear", "gather_rows", "grouped_linear", "masked",
-    "repeat_rows", "topk",
+    "ExpertWeights", "Experts", "Router", "Routing", "batched_linear", "gather_rows",
+    "grouped_linear", "masked", "repeat_rows", "topk",
 ]  # fmt: skip
 
 
@@ -314,7 +314,15 @@ class Exchange(Protocol):
         ...
 
 
-class Experts(Module):
+class ExpertWeights(Module):
+    """Two 3D weights: ``inner`` features lie between them, of a rank where they are cut."""
+
+    inner: int
+    transposed = False
+    names = ("gate_up_proj", "down_proj")
+
+
+class Experts(ExpertWeights):
     """All experts of a layer as 3D weights: ``gate_up_proj`` and ``down_proj``.
 
     ``transposed``: stored (expert, in, out) as in GPT-OSS, else (expert, out, in).

@@ -68,6 +68,8 @@ class ShardingSpec:
     megatron: bool = False
     """Megatron-Core's ways: the vocabulary is split too, gradients are summed in one fp32 buffer,
     and `zero1` is its distributed optimizer."""
+    own_plan: bool = False
+    """Tensor parallelism cuts what the trainer says, not what transformers' class plans."""
     pp: int = 1
     schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
     virtual_stages: int = 1
@@ -94,6 +96,11 @@ class ShardingSpec:
     def is_zero(self) -> bool:
         """DeepSpeed runs the step."""
         return self.kind.startswith("zero") and not self.megatron
+
+    @property
+    def planned(self) -> bool:
+        """Tensor parallelism follows the plan of transformers' class."""
+        return self.tp > 1 and not self.own_plan and not self.megatron
 
     @property
     def data_ranks(self) -> int:

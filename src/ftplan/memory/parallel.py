@@ -1,10 +1,10 @@
 """Tensor, context and expert parallelism: the shapes that one rank sees.
 
 Each is a change of the model's shape, not a division of a sum. Tensor parallelism splits heads and
-the inner width of the MLP and leaves the residual stream whole (transformers' ``tp_plan``:
-column-wise q, k, v, gate, up; row-wise o and down; each rank has rows of the table of embeddings
-and columns of the head, whose logits are then gathered; Megatron splits the vocabulary through the
-loss instead); expert parallelism splits the experts; context parallelism splits the sequence.
+the inner width of the MLP and leaves the residual stream whole; Megatron splits the vocabulary
+through the loss. Of transformers' plans only the heads are cut here, and the rest once the network
+is built (:mod:`ftplan.memory.planned`). Expert parallelism splits the
+experts, context parallelism the sequence.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ftplan.errors import UnsupportedError
-from ftplan.memory.families import build
+from ftplan.memory.families import build, complete
+from ftplan.memory.families.defaults import ALIASES
 from ftplan.memory.job import ShardingSpec
-from ftplan.memory.nn import Embedding, Linear, Module, Network
-from ftplan.memory.ops import like, record
-from ftplan.memory.tape import ONE, TOKENS, Grads, Size, Tape, Tensor
+from ftplan.memory.nn import Linear, Module, Network
+from ftplan.memory.planned import cuts_heads, plan_of
 
-__all__ = [
-    "cut_layers", "local_config", "local_seq_len", "refuse_whole_attention", "split_vocabulary",
-]  # fmt: skip
+__all__ = ["cut_layers", "local_config", "local_seq_len", "refuse_whole_attention"]
 
 BLOCK = 128
 """Megatron's make_vocab_size_divisible_by: each rank's share of the vocabulary is a multiple."""
 _INNER = ("intermediate_size", "ffn_dim", "shared_expert_intermediate_size")
 _LINEAR_HEADS = ("linear_num_key_heads", "linear_num_value_heads")
 _HEADS = ("num_attention_heads", "num_key_value_heads", *_LINEAR_HEADS)
+_KEYS = ("num_key_value_heads", "num_global_key_value_heads")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -43,12 +42,15 @@ def local_config(config: Mapping[str, Any], spec: ShardingSpec) -> Mapping[str, 
             f"pipeline parallelism with {spec.kind}, which DeepSpeed refuses",
             remedy="use zero1, fsdp or ddp",
         )
+    if spec.planned:
+        return _local_heads(config, spec.tp) if cuts_heads(plan_of(config)) else config
     nested = config.get("text_config")
     if isinstance(nested, Mapping) and (spec.tp > 1 or (spec.ep > 1 and spec.megatron)):
         return {**config, "text_config": local_config(nested, spec)}
     local = dict(config)
     if spec.tp > 1:
-        _split_heads(local, spec)
+        _split_heads(local, spec.tp)
+        _split_widths(local, spec)
         if spec.megatron and isinstance(local.get("vocab_size"), int):
             local["vocab_size"] = -(-local["vocab_size"] // (BLOCK * spec.tp)) * BLOCK
     if spec.ep > 1 and spec.megatron:  # else the experts are spread once they are built
@@ -65,8 +67,27 @@ def grown(config: Mapping[str, Any], names: Sequence[str] = (*_HEADS, *_INNER)) 
     return {**config, **wider}
 
 
-def _split_heads(config: dict[str, Any], spec: ShardingSpec) -> None:
-    tp = spec.tp
+def _local_heads(config: Mapping[str, Any], tp: int) -> Mapping[str, Any]:
+    """The shape with a rank's heads alone. The columns of keys are cut too: all of a head, or the
+    forward fails (transformers 5.23, ``view(*input_shape, -1, head_dim)``, run)."""
+    nested = config.get("text_config")
+    if isinstance(nested, Mapping):
+        return {**config, "text_config": _local_heads(nested, tp)}
+    local = complete(config)
+    for name in _KEYS:
+        kv = local.get(name)
+        if isinstance(kv, int) and kv % tp:
+            raise UnsupportedError(
+                f"tensor parallelism {tp} of {kv} key-value heads",
+                remedy=f"use a degree that divides {kv}",
+            )
+    _split_heads(local, tp)
+    if local.get(_KEYS[1]):
+        local[_KEYS[1]] //= tp
+    return local
+
+
+def _split_heads(config: dict[str, Any], tp: int) -> None:
     heads = config.get("num_attention_heads")
     if not isinstance(heads, int) or "hidden_size" not in config:
         raise UnsupportedError(f"tensor parallelism of {config.get('model_type')}")
@@ -75,19 +96,26 @@ def _split_heads(config: dict[str, Any], spec: ShardingSpec) -> None:
         raise UnsupportedError(
             f"tensor parallelism {tp} of {heads} heads", remedy=f"use a degree that divides {heads}"
         )
-    config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
+    if "head_dim" not in ALIASES.get(
+        config.get("model_type", ""), {}
+    ):  # GLM-4.7 Flash: another one
+        config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
     config["num_attention_heads"] = heads // tp
     config["num_key_value_heads"] = max(1, kv // tp)
+
+
+def _split_widths(config: dict[str, Any], spec: ShardingSpec) -> None:
+    """The inner widths of the MLP and of experts; Megatron's linear attention too."""
     routed = any(isinstance(config.get(name), int) and config[name] > 1 for name in _EXPERTS)
     experts = "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"
     for name in (*_INNER, "moe_intermediate_size"):
         if isinstance(config.get(name), int):
-            degree = spec.expert_tp if routed and name == experts else tp
+            degree = spec.expert_tp if routed and name == experts else spec.tp
             config[name] = -(-config[name] // degree)
     if spec.megatron:
         for name in _LINEAR_HEADS:
             if isinstance(config.get(name), int):
-                config[name] = max(1, config[name] // tp)
+                config[name] = max(1, config[name] // spec.tp)
 
 
 def _split_experts(config: dict[str, Any], ep: int) -> None:
@@ -126,63 +154,3 @@ def refuse_whole_attention(network: Network, config: Mapping[str, Any]) -> None:
             f"tensor parallelism of {config.get('model_type')}",
             remedy="use sharding.kind: fsdp or zero3",
         )
-
-
-def split_vocabulary(network: Network, tp: int) -> None:
-    """Give each rank some rows of the table of embeddings and some columns of the output head.
-
-    transformers/distributed/tensor_parallel.py 5.23, traced. ``embedding_rowwise``: the gradient
-    is made for the whole table, of which a rank keeps a view of its rows.
-    ``colwise_gather_output``: every rank has all logits, gathered into one buffer and copied from
-    there into place.
-    """
-    for name in network.embedding_names:
-        table = network.child(name)
-        if isinstance(table, Embedding):
-            _split_table(table, tp)
-    head = network.children.get(network.head_name)
-    if isinstance(head, Linear):
-        _split_head(network, head, tp)
-
-
-def _split_table(table: Embedding, tp: int) -> None:
-    weight = table.weight
-    count, width = weight.shape
-    weight.shape = (-(-count // tp), width)
-
-    def looked_up(tape: Tape, rows: Size = TOKENS) -> Tensor:
-        leaf = tape.leaf(weight)
-        out = tape.tensor(rows, width, leaf.dtype, "embedding")
-        make = like(ONE * count, width, leaf.dtype, leaf.requires_grad)
-        own = leaf.rows
-
-        def apply(grad: Tensor) -> Grads:
-            whole = make(grad)
-            return (None if whole is None else whole.alias(own),)
-
-        record([out], "embedding", [leaf], apply)
-        return out
-
-    table.forward = looked_up  # type: ignore[method-assign]
-
-
-def _split_head(network: Network, head: Linear, tp: int) -> None:
-    whole, inner = head.out_features, network.head
-    for parameter in head.parameters.values():
-        if parameter.shape[0] == whole:  # a tied table has been cut already
-            parameter.shape = (-(-whole // tp), *parameter.shape[1:])
-
-    def gathered(x: Tensor) -> Tensor:
-        part = inner(x)
-        tape, rows, width, dtype = part.tape, part.rows, part.width, part.dtype
-        buffer = tape.tensor(rows, whole, dtype, "gathered logits")
-        out = tape.tensor(rows, whole, dtype, "gathered logits")
-        del buffer
-
-        def apply(grad: Tensor) -> Grads:
-            return (grad.tape.tensor(rows, width, dtype, "gradient"),)
-
-        record([out], "gather", [part], apply)
-        return out
-
-    network.head = gathered  # type: ignore[method-assign]

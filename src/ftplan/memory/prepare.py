@@ -12,7 +12,8 @@ from ftplan.memory.families import build
 from ftplan.memory.families.native import native
 from ftplan.memory.job import Job
 from ftplan.memory.nn import Network
-from ftplan.memory.parallel import refuse_whole_attention, split_vocabulary
+from ftplan.memory.parallel import refuse_whole_attention
+from ftplan.memory.planned import follow_plan, refuse_adapters, split_vocabulary
 from ftplan.memory.quantized import KEPT_BY_PREPARATION, QuantizedLinear, quantize
 from ftplan.memory.sequence import split_sequence
 from ftplan.memory.tape import ITEM_BYTES, Parameter
@@ -34,7 +35,7 @@ def prepare(job: Job) -> Network:
             f"gradient checkpointing of model_type {job.config.get('model_type')!r}",
             remedy="set gradient_checkpointing: false; transformers has none for its class",
         )
-    if job.sharding.tp > 1:
+    if job.sharding.tp > 1 and not job.sharding.planned:
         refuse_whole_attention(network, job.config)
     if job.images:
         network.show(job.images, job.image_tokens, checkpointed=job.checkpoint_every > 0)
@@ -53,7 +54,9 @@ def prepare(job: Job) -> Network:
                 remedy=f"write at most {last.count}, or the method full",
             )
         last.split(lambda layer: layer >= last.count - job.last_layers)
-    if job.sharding.tp > 1 and not job.sharding.megatron:
+    if job.sharding.planned:
+        follow_plan(network, job.config, job.sharding)
+    elif job.sharding.tp > 1 and not job.sharding.megatron:
         split_vocabulary(network, job.sharding.tp)
     distinguish(network, job)
     if job.sharding.spread:
@@ -87,6 +90,8 @@ def prepare(job: Job) -> Network:
                 )  # fmt: skip
     if job.adapter is not None:
         adapt(network, job)
+        if job.sharding.planned:
+            refuse_adapters(network, job.config)
         if job.environment.kernels.lora == "unsloth":
             network.buffer_bytes += _expanded_buffer(network)
     if job.sharding.sequence_parallel and job.sharding.tp > 1:

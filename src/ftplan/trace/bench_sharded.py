@@ -124,6 +124,29 @@ SPLIT = (
     "llama-3.1-8b", "llama-2-7b", "qwen2.5-7b", "mistral-7b-v0.1", "qwen3-8b", "llama-3.1-70b",
 )  # fmt: skip
 """Architectures whose plan splits heads, MLP, embeddings and head alone."""
+PLANNED = {
+    "gpt-oss-20b": (8, 4), "olmo-2-7b": (4, 4), "phi-3-mini": (4, 4), "mixtral-8x7b": (8, 4),
+    "olmoe-1b-7b": (8, 2), "deepseek-v2-lite": (8, 4), "pythia-1.4b": (4, 2),
+}  # fmt: skip
+"""Architectures whose plan is another one, with the micro batch and the ranks of their jobs: the
+head alone; attention, or the MLP too, of gathered features; experts; latent attention; a table that
+is whole."""
+PLANNED_REGIMES: dict[str, Mapping] = {
+    "tp-full-planned-checkpointed": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+        "optimizer": {"name": "adamw_torch", "implementation": "loop"},
+    },
+    "tp-full-planned": {
+        "method": FULL, "precision": BF16,
+        "optimizer": {"name": "adamw_torch", "implementation": "loop"},
+    },
+}  # fmt: skip
+"""Regimes of theirs. What steps many weights at once refuses DTensors among others."""
+COLUMNS = {
+    "llama-3.1-8b": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
+    "olmo-2-7b": ["gate_proj", "up_proj"],
+}  # fmt: skip
+"""What peft 0.21 can adapt under tensor parallelism: layers that are cut by columns."""
 RING_REGIMES: dict[str, Mapping] = {
     "cp-full-checkpointed": {
         "method": FULL, "precision": BF16, "gradient_checkpointing": True, "sharding": {"cp": 2},
@@ -339,12 +362,20 @@ def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, 
     yield from _jobs(name, FLAT_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
     if name in SPLIT:
         yield from _jobs(name, TENSOR_REGIMES, 1)
+    if name in COLUMNS:
+        adapted = {
+            **PLANNED_REGIMES["tp-full-planned"],
+            "method": {**LORA, "targets": COLUMNS[name]},
+        }
+        yield from _jobs(name, {"tp-lora-columns": adapted}, 1)
+    if name in PLANNED:
+        yield from _jobs(name, PLANNED_REGIMES, 2)
     if name in RINGED:
         yield from _jobs(name, RING_REGIMES, 1)
     if name in SPREAD:
         yield from _jobs(name, EXPERT_REGIMES, EXPERT_JOBS_PER_ARCHITECTURE)
         yield from _jobs(name, DEEP_EP_REGIMES, 1)
-    if name in ("mixtral-8x7b", "qwen3-30b-a3b"):
+    if name in ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b"):
         yield from _jobs(name, SPLIT_EXPERT_REGIMES, 1)
     yield from _jobs(name, ZERO_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
     if name in RINGED:
@@ -368,6 +399,8 @@ def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[st
         sharding: Mapping = {"kind": kind}
         if kind == "tp":
             world = min(world, 4)
+            if more in PLANNED_REGIMES.values():
+                (micro, world), seq_len = PLANNED[name], 1024
             sharding = {"kind": "none", "tp": world}
         if kind == "cp":
             micro, seq_len = 1, RING_TOKENS.get(name, 16_384)

@@ -44,7 +44,7 @@ from ftplan.trace.losses import loss_of
 from ftplan.trace.native import OWN, Loop, loop_of
 from ftplan.trace.optimizers import host_scalars, make_optimizer
 from ftplan.trace.quantized import emulated
-from ftplan.trace.shard import distributed, local, shard
+from ftplan.trace.shard import distributed, local, shard, split
 
 __all__ = ["TraceResult", "batch_of", "trace", "trace_job", "versions"]
 
@@ -199,6 +199,8 @@ def trace_job(
                     else:
                         if job.ep > 1:  # as the model is loaded
                             model = spread_experts(model, job, mesh)
+                        if job.tp > 1:
+                            model = split(model, job, mesh)
                         model = build.adapt(model, job)
                         build.train_in_fp32(job, model)
                 if loop is None:

@@ -7,7 +7,6 @@ units are storages that FSDP resizes in place, so ``UntypedStorage.resize_`` is 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from ftplan.trace.experts import balanced, expert_meshes, expert_modules
 from ftplan.trace.job import Job
 from ftplan.trace.ledger import Ledger
 
-__all__ = ["distributed", "local", "shard"]
+__all__ = ["distributed", "local", "shard", "split"]
 
 
 def local(tensor: Any) -> Any:
@@ -102,8 +101,6 @@ def _dtype(name: str) -> Any:
 
 def shard(model: Any, job: Job, mesh: Any) -> Any:
     """Shard the model as the plan says; with ``wrap: block`` each block is a unit of its own."""
-    if job.tp > 1:
-        return _split(model, job, mesh)
     if job.sharding == "ddp" and job.world > 1:
         model.__dict__["_ddp_buckets"] = _ddp_buckets(model)
         return model
@@ -158,31 +155,19 @@ def _shard_experts(model: Any, job: Job, mesh: Any, **policies: Any) -> set[Any]
     return None
 
 
-def _split(model: Any, job: Job, mesh: Any) -> Any:
-    """Tensor parallelism by the model's own plan (transformers' ``tp_plan``)."""
+def split(model: Any, job: Job, mesh: Any) -> Any:
+    """Tensor parallelism by the model's own plan (transformers' ``tp_plan``), as it is loaded."""
     if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
         raise UnsupportedError(
             "tracing tensor parallelism of tied embeddings", remedy="trace a model that has none"
         )
+    from transformers.distributed import DistributedConfig
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-    patterns = {
-        re.compile(re.escape(name).replace(r"\*", r"\d+")): style
-        for name, style in model.tp_plan.items()
-        if job.ep == 1 or not any(name.startswith(spread) for spread in model.ep_plan)
-    }
-    modules = {
-        name: style
-        for name, _ in model.named_modules()
-        for pattern, style in patterns.items()
-        if pattern.fullmatch(name)
-    }
-    weights = {
-        f"{name}.{part}": style
-        for name, style in modules.items()
-        for part, _ in model.get_submodule(name).named_parameters(recurse=False)
-    }
-    return apply_tensor_parallelism(model, mesh, {**weights, **modules})
+    settings = DistributedConfig(tp_size=job.tp, ep_size=job.ep)
+    model.config.distributed_config, model._device_mesh = settings, mesh  # PEFT looks for them
+    plan, _, _ = model._resolve_parallel_plans(settings)
+    return apply_tensor_parallelism(model, mesh, plan)
 
 
 def _shard_flat(model: Any, job: Job, mesh: Any) -> Any:

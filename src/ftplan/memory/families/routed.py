@@ -11,6 +11,7 @@ from ftplan.memory import ops
 from ftplan.memory.attention import attend
 from ftplan.memory.experts import (
     Experts,
+    ExpertWeights,
     Router,
     Routing,
     batched_linear,
@@ -71,16 +72,17 @@ class Llama4Mixture(Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         hidden, inner = config["hidden_size"], config["intermediate_size"]
-        self.count, self.inner, self.act = config["num_local_experts"], inner, act(config)
+        self.count, self.act = config["num_local_experts"], act(config)
         self.top_k = config["num_experts_per_tok"]
-        self.experts = Module()
+        self.experts = ExpertWeights()
+        self.experts.inner, self.experts.transposed = inner, True
         self.experts.parameter("gate_up_proj", self.count, hidden, 2 * inner)
         self.experts.parameter("down_proj", self.count, inner, hidden)
         self.router = Linear(hidden, self.count)
         self.shared_expert = MLP(hidden, inner, self.act)
 
     def forward(self, x: Tensor) -> Tensor:
-        tape, experts = x.tape, self.experts.parameters
+        tape, experts, inner = x.tape, self.experts.parameters, self.experts.inner
         logits = self.router.forward(x)
         scores = self.scores(logits)
         routed = repeat_rows(x, self.count)
@@ -88,8 +90,8 @@ class Llama4Mixture(Module):
         column = ops.view(column, x.rows * self.count, 1)
         routed = ops.mul(routed, column)
         del column
-        out = batched_linear(routed, tape.leaf(experts["gate_up_proj"]), 2 * self.inner)
-        gate, up = ops.split(out, [self.inner, self.inner])
+        out = batched_linear(routed, tape.leaf(experts["gate_up_proj"]), 2 * inner)
+        gate, up = ops.split(out, [inner, inner])
         del out
         out = batched_linear(
             ops.mul(up, activation(gate, self.act)), tape.leaf(experts["down_proj"]), x.width
