@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -436,3 +437,21 @@ def test_the_stock_trainers_files_are_not_taken_for_trl() -> None:
     assert imported.plan.loss is not None
     assert imported.plan.loss.kind == "full"
     assert imported.plan.batch.seq_len == 512
+
+
+def test_no_fused_loss_is_advised_where_the_trainer_needs_logits() -> None:
+    """LLaMA-Factory's v1 takes its loss out of logits; its classic trainer may fuse it."""
+    from ftplan.front.api import estimate
+
+    def advised(text: str) -> list[str]:
+        plan = import_text(text, file="job.yaml").plan
+        plan = replace(plan, hardware=replace(plan.hardware, gpu="rtx-4090", count=1))
+        return [key for remedy in estimate(plan).remedies for key in remedy.change]
+
+    v1 = "model: Qwen/Qwen3-8B\ntrain_dataset: a.yaml\nmicro_batch_size: 4\ncutoff_len: 4096\n"
+    classic = (
+        "model_name_or_path: Qwen/Qwen3-8B\nstage: sft\nfinetuning_type: full\ndataset: a\n"
+        "per_device_train_batch_size: 4\ncutoff_len: 4096\n"
+    )
+    assert not any("loss" in key for key in advised(v1))
+    assert any("loss" in key for key in advised(classic))

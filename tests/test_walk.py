@@ -187,6 +187,8 @@ def test_checkpointing_is_reentrant_as_the_stack_has_it(plan: Any, reentrant: bo
         ({"loss": "fused", "kernels": "liger"}, "fp32"),
         ({"sharding": {"kind": "fsdp"}, "hardware": {"count": 2}}, None),
         ({"precision": {"weights": "fp32"}}, None),
+        ({"precision": {}}, "fp32"),
+        ({"precision": {"mixed": "no"}}, None),
         ({"method": {"kind": "lora"}}, None),
         ({"stack": "trl"}, None),
     ],

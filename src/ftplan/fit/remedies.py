@@ -81,6 +81,8 @@ class _Taken:
 def _fused_loss(plan: Plan, card: Card) -> Iterator[Change]:
     if plan.loss is None or plan.loss.kind == "fused" or (card.capability or (8, 0)) < (7, 0):
         return
+    if plan.stack == "llamafactory-v1":  # its trainer takes the loss out of logits
+        return
     # torchtune has a chunked loss of its own and no fused one, LitGPT none to choose
     if trainer_of(plan) == "torchtune":
         if plan.loss.kind == "full" and plan.stack != "torchtune-0.1":

@@ -289,7 +289,8 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         weights = find_format(
             filler.fill("precision.weights", None, _RUN_AS[weights.name], "bitsandbytes' format")
         )
-    mixed = filler.fill("precision.mixed", plan.precision.mixed, "no")
+    told = plan.precision.mixed
+    mixed = filler.fill("precision.mixed", told, "no")
     if config is not None:
         _check_trainable(method, weights)
     precision = replace(plan.precision, weights=weights.name, mixed=mixed)
@@ -376,7 +377,7 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         loss=loss,
         kernels=filler.fill("kernels", plan.kernels, stack.kernels, own("kernels")),
     )
-    if config is None:
+    if config is None or told == "no":  # axolotl has no loop without autocast to cast for
         return plan
     return replace(plan, precision=_cast_in_part(plan, stack, filler, own("whole_in_fp32")))
 

@@ -329,7 +329,8 @@ SPLIT_EXPERT_REGIMES: dict[str, Mapping] = {
 """The same with tensor parallelism of everything else."""
 DEEP_EP_REGIMES: dict[str, Mapping] = {
     "ep-deep-full-checkpointed": {
-        "method": FULL, "precision": BF16, "gradient_checkpointing": True, "stack": "axolotl",
+        "method": FULL, "precision": BF16, "stack": "axolotl",
+        "gradient_checkpointing": {"kind": "full", "reentrant": False},
     },
     "ep-deep-full": {"method": FULL, "precision": BF16, "stack": "axolotl"},
 }  # fmt: skip
