@@ -559,7 +559,6 @@ COMMANDS: dict[str, Command] = {
         on_host=(("swift.pipelines.train.sft:SwiftSft", "_prepare_dataset"),),
         yes=(("transformers.training_args", "is_torch_bf16_gpu_available"),),
         idle=(("swift.trainers.mixin", "compute_acc"),),
-        triton=True,
     ),
     "axolotl": Command(
         package="axolotl",
