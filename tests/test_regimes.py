@@ -114,8 +114,8 @@ def test_an_evaluation_that_is_not_played_is_said() -> None:
 def test_parallel_degrees_say_how_many_gpus() -> None:
     """Four ranks of tensor parallelism are four GPUs when nothing else is said, and the model is
     as large as before."""
-    alone = sized(model="llama-3.2-1b")
-    report = sized(model="llama-3.2-1b", sharding={"tp": 4})
+    alone = sized(model="llama-3.2-1b", method={"kind": "full"})
+    report = sized(model="llama-3.2-1b", method={"kind": "full"}, sharding={"tp": 4})
     assert report.gpu is not None and report.gpu.count == 4
     assert report.model is not None and alone.model is not None
     assert report.model.total_params == alone.model.total_params
