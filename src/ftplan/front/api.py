@@ -174,14 +174,20 @@ def _judged(resolved: Resolved) -> Judged:
     need, shown = _needed(resolved)
     gpu = gpu_of(resolved)
     verdict = verdict_of(need.device, gpu)
-    if verdict != "fits":  # whether it fits is told by the need; the rest has to be played
-        verdict = verdict_of(shown().device, gpu)
+    if verdict != "fits":  # whether it fits is told by the need
+        verdict = "over" if _is_over(need, gpu) else verdict_of(shown().device, gpu)
     return Judged(
         plan=resolved.plan,
         allocated_bytes=need.allocated.expected,
         device_bytes=need.device.high,
         verdict=verdict or "unknown",
     )
+
+
+def _is_over(need: Counters, gpu: GpuSummary | None) -> bool:
+    """Whether tensors alone take too much: then what is held need not be played."""
+    around = need.device.expected - need.reserved.expected
+    return gpu is not None and need.allocated.expected + around > gpu.usable_bytes
 
 
 def _needed(resolved: Resolved) -> tuple[Counters, Callable[[], Counters]]:
