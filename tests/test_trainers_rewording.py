@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from ftplan.front.checking import check_one
+from ftplan.report import Remedy
 from ftplan.spec import Plan
 
 AXOLOTL = """
@@ -122,3 +123,16 @@ def test_what_a_remedy_says_is_what_it_does(trainer: str, tmp_path: Path) -> Non
         assert after.verdict == remedy.verdict, (remedy, after.device_bytes)
         worded += 1
     assert worded, report.remedies[0]
+
+
+def test_plugins_that_no_plan_knows_stay(tmp_path: Path) -> None:
+    """A key that is a list keeps the user's own entries beside the new one."""
+    path = tmp_path / "sft.yaml"
+    path.write_text(AXOLOTL + "plugins: [mine.Plugin]\n")
+    report = check_one(path, change=on_a_small_card, raise_faults=True)
+    (plugins,) = [dict(r.in_file or {})["plugins"] for r in report.remedies if _has_plugins(r)]
+    assert plugins[0] == "mine.Plugin" and len(plugins) == 2
+
+
+def _has_plugins(remedy: Remedy) -> bool:
+    return "plugins" in (remedy.in_file or {})

@@ -121,10 +121,14 @@ class InputError(FtplanError):
 
 
 class UnsupportedError(FtplanError):
-    """A job that is understood but not modelled. ``what`` names the unmodelled thing."""
+    """A job that is understood but not modelled. ``what`` names the unmodelled thing, ``because``
+    says why: that the library itself refuses it, mostly."""
 
-    def __init__(self, what: str, *, remedy: str = "", location: Location | None = None) -> None:
-        super().__init__(f"{what} is not modelled", remedy=remedy, location=location)
+    def __init__(
+        self, what: str, *, because: str = "", remedy: str = "", location: Location | None = None
+    ) -> None:
+        message = f"{what} is not modelled" + (f": {because}" if because else "")
+        super().__init__(message, remedy=remedy, location=location)
         self.what = what
 
 

@@ -447,7 +447,8 @@ def _refuse_offload(plan: Plan) -> None:
     movers = _MOVERS.get(offload, (kind,))
     if kind not in movers and plan.stack != "megatron":
         raise UnsupportedError(
-            f"offload of {offload} with {kind}, which no library does,",
+            f"offload of {offload} with {kind}",
+            because="no library does it",
             remedy=f"use sharding.kind: {' or '.join(movers)}; on one GPU torchao's "
             "CPUOffloadOptimizer keeps states on the host (optimizer: cpu_offload_adamw)",
         )
@@ -464,6 +465,7 @@ def _refuse_flat(plan: Plan) -> None:
     apart = plan.stack != "pytorch" or method is None or method.kind in ("full", "partial")
     if flat and not apart:
         raise UnsupportedError(
-            "adapters under FSDP1 without use_orig_params, which PyTorch refuses,",
+            "adapters under FSDP1 without use_orig_params",
+            because="PyTorch refuses them",
             remedy="set sharding.use_orig_params: true, or sharding.version: 2",
         )

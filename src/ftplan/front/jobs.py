@@ -199,7 +199,7 @@ def _reworded(job: JobInput, remedies: Sequence[Remedy]) -> tuple[Remedy, ...]:
     from ftplan.trainers.rewording import reworded
 
     plan = explicit(job.plan)
-    keys = job.document.data if job.document is not None else ()
+    keys = job.document.data if job.document is not None else {}
 
     def in_file(change: Mapping[str, Any]) -> Mapping[str, Any] | None:
         return reworded(plan, apply_change(plan, change), job.trainer or "", keys)

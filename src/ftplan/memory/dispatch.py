@@ -62,7 +62,8 @@ def _refuse(spec: ShardingSpec) -> None:
         )
     if spec.pp > 1:
         raise UnsupportedError(
-            "expert parallelism in a pipeline, which transformers refuses",
+            "expert parallelism in a pipeline",
+            because="transformers refuses it",
             remedy="use the stack megatron, or sharding.pp: 1",
         )
     ranks = spec.world // spec.dp_replicate

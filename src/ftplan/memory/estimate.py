@@ -412,9 +412,6 @@ class Structure:
         )
 
 
-_RECENT: deque[tuple[Job, Structure]] = deque(maxlen=16)
-
-
 def _fused_chunk(job: Job, network: Network, static_bytes: int) -> Callable[[int], int] | None:
     """Tokens of a chunk of a fused loss as a function of all tokens; None: the loss is another."""
     headless = job.stage is not None and not job.stage.last
@@ -429,6 +426,10 @@ def _fused_chunk(job: Job, network: Network, static_bytes: int) -> Callable[[int
 def _without_gradients(static: Sequence[StaticTerm]) -> tuple[StaticTerm, ...]:
     """``zero_grad`` drops gradients; the buffers that DDP, ZeRO-3 and Megatron keep stay."""
     return tuple(term for term in static if term.name != "gradients/accumulated")
+
+
+_RECENT: deque[tuple[Job, Structure]] = deque(maxlen=16)
+"""Records of a search, the last ones: half a megabyte each. Jobs have no hash to be found by."""
 
 
 def structure_of(job: Job) -> Structure:

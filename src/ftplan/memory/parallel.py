@@ -39,7 +39,8 @@ def local_config(config: Mapping[str, Any], spec: ShardingSpec) -> Mapping[str, 
     """The shape of one rank's part. Raises UnsupportedError, by name, for what cannot be split."""
     if spec.pp > 1 and spec.kind in ("zero2", "zero3"):
         raise UnsupportedError(
-            f"pipeline parallelism with {spec.kind}, which DeepSpeed refuses",
+            f"pipeline parallelism with {spec.kind}",
+            because="DeepSpeed refuses it",
             remedy="use zero1, fsdp or ddp",
         )
     if spec.planned:

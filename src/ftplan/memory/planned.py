@@ -87,16 +87,17 @@ def _refuse(network: Network, config: Mapping[str, Any], plan: Plan, head: Linea
     kind = config.get("model_type")
     if not plan:
         raise UnsupportedError(
-            f"tensor parallelism of {kind}: transformers {VERSION} has no tp_plan for it and "
-            "refuses",
+            f"tensor parallelism of {kind}",
+            because=f"transformers {VERSION} has no tp_plan for it and refuses",
             remedy="use sharding.kind: fsdp or zero3",
         )
     tables = [network.child(name) for name in network.embedding_names]
     tied = head is not None and any(getattr(t, "weight", None) is head.weight for t in tables)
     if tied and _TABLE not in plan:
         raise UnsupportedError(
-            f"tensor parallelism of {kind}: transformers {VERSION} has a plan for the output head "
-            "alone, which is tied to a table that is whole, and the forward fails",
+            f"tensor parallelism of {kind}",
+            because=f"transformers {VERSION} has a plan for the output head alone, which is tied "
+            "to a table that is whole, and the forward fails",
             remedy="use sharding.kind: fsdp or zero3",
         )
 
@@ -147,8 +148,8 @@ def refuse_adapters(network: Network, config: Mapping[str, Any]) -> None:
                     name.rpartition(".")[2] for name, kind in plan.items() if kind == "colwise"
                 )
                 raise UnsupportedError(
-                    f"an adapter on {path}, which tensor parallelism cuts as {style}: in PEFT 0.21 "
-                    f"on transformers {VERSION} its forward fails",
+                    f"an adapter on {path}, which tensor parallelism cuts as {style},",
+                    because=f"in PEFT 0.21 on transformers {VERSION} its forward fails",
                     remedy=f"target what is cut by columns ({', '.join(columns) or 'nothing'}), or "
                     "use sharding.kind: fsdp",
                 )

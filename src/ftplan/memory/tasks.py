@@ -299,7 +299,8 @@ def _refuse_sharded_ppo(job: Job) -> None:
         )
     if kind not in ("none", "ddp"):
         raise UnsupportedError(
-            f"ppo sharded by {kind}: one engine around a policy and a critic",
+            f"ppo sharded by {kind}",
+            because="one engine would be around a policy and a critic",
             remedy="size it on one GPU or with sharding: ddp",
         )
 

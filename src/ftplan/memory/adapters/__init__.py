@@ -229,8 +229,9 @@ def _fold(name: str, module: Module, place: Place, spec: AdapterSpec) -> None:
         )
     if isinstance(module, Experts) and module.exchange and not module.exchange.adapts:
         raise UnsupportedError(
-            f"adapters on {name} under expert parallelism: PEFT 0.21 adds whole tensors to weights "
-            "that are a rank's part, which PyTorch refuses",
+            f"adapters on {name} under expert parallelism",
+            because="PEFT 0.21 adds whole tensors to weights that are a rank's part, which PyTorch "
+            "refuses",
             remedy="name targets that leave the experts out, as [q_proj, k_proj, v_proj, o_proj]",
         )
     transposed = isinstance(module, Experts) and module.transposed
