@@ -100,7 +100,8 @@ def _run_block(
         return run(block, x, shared)
     apart = _spread(block) if recorder.fsdp.spec.ep > 1 else []
     own = {id(p) for experts in apart for _, p in experts.named_parameters()}
-    weights = [p for _, p in block.named_parameters() if id(p) not in own]
+    held = recorder.fsdp.beside and not recorder.fsdp.spec.reshard_after_forward
+    weights = [p for _, p in block.named_parameters() if id(p) not in own and not held]
     unit = Unit("block", weights, place=recorder.place, module=block)
     recorder.units.append(unit)
     recorder.fsdp.adopt(unit)

@@ -10,7 +10,7 @@ from functools import cached_property
 from ftplan.dataclass import dataclass
 from ftplan.errors import UnsupportedError
 from ftplan.memory.families.native import Native
-from ftplan.memory.fsdp import BUFFERS, shard_shape
+from ftplan.memory.fsdp import BUFFERS, shard_shape, stays_gathered
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.loss import chunk_tokens, head_weight
 from ftplan.memory.nn import Network
@@ -160,13 +160,14 @@ def resident_terms(model: Resident, sharding: ShardingSpec) -> list[StaticTerm]:
     if sharding.kind == "zero3":
         terms.append(_live(sharding, whole, f"{model.name}_gathered"))
     if sharding.kind == "fsdp" and sharding.version == 2:
-        root = [
+        stays = stays_gathered(model.network, sharding)
+        left = [
             (_gathered(p, sharding.param_dtype), times, inside)
             for p, times, inside in whole
-            if sharding.wrap == "model" or not inside
+            if stays(p, inside)
         ]
-        why = "FSDP2's root unit is resharded by its backward, and this model has none"
-        terms.append(weights_term(root, f"{model.name}_gathered", why))
+        why = "what FSDP2 frees in backward alone stays gathered, and this model has no backward"
+        terms.append(weights_term(left, f"{model.name}_gathered", why))
     if sharding.kind in ("fsdp", "zero3") and sharding.offload in ("params", "nvme"):
         return terms[1:]  # its shards wait on the host, or on NVMe
     return terms

@@ -359,7 +359,10 @@ def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, 
     """(regime, plan mapping, layers) of an architecture's sharded jobs."""
     if name not in ARCHITECTURES:
         return
-    yield from _jobs(name, SHARDED_REGIMES, JOBS_PER_ARCHITECTURE)
+    for number, job in enumerate(_jobs(name, SHARDED_REGIMES, JOBS_PER_ARCHITECTURE)):
+        yield job
+        if job[0].startswith("fsdp2"):
+            yield _in_one_root(*job, resharded=number % 2 == 1)
     yield from _jobs(name, FLAT_REGIMES, OTHER_JOBS_PER_ARCHITECTURE)
     if name in SPLIT:
         yield from _jobs(name, TENSOR_REGIMES, 1)
@@ -427,6 +430,18 @@ def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[st
         if kind == "ep":
             _spread(plan, SPREAD[name])
         yield regime, plan, (4, 3, 6)[(index + number) % 3] if index < 6 else 2 + number % 2
+
+
+def _in_one_root(
+    regime: str, plan: Mapping, layers: int, *, resharded: bool
+) -> tuple[str, Mapping, int]:
+    """The same job with embeddings, norm and head in FSDP2's root: until accelerate 1.13, which
+    reshards that too, and as PyTorch has it."""
+    sharding = {**plan["sharding"], "apart": []}
+    if resharded:
+        sharding["reshard_root"] = True
+    ending = "root-resharded" if resharded else "one-root"
+    return f"{regime}-{ending}", {**plan, "sharding": sharding}, layers
 
 
 def _spread(plan: Mapping, ep: int) -> None:
