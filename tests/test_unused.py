@@ -96,7 +96,7 @@ BASES: dict[str, Plan] = {
     "fsdp-one-root": training(
         hardware=FOUR,
         method=LORA,
-        batch=Batch(micro=1, seq_len=128),
+        batch=Batch(micro=1, seq_len=512),
         sharding=Sharding(kind="fsdp", apart=()),
     ),
     "fsdp1": training(
