@@ -255,10 +255,11 @@ class Sharding:
     version: Literal[1, 2] | None = None
     """FSDP's version."""
     wrap: Literal["block", "model"] | None = None
-    """FSDP: what is one unit."""
-    apart: tuple[Literal["embeddings", "head"], ...] | None = None
-    """FSDP2: what is a unit of its own beside the blocks: `embeddings`, `head`. That has the final
-    norm too, and tied embeddings, and is not freed between forward and backward."""
+    """FSDP: what is one unit. None: what the stack wraps, which may be more than blocks."""
+    apart: tuple[Literal["embeddings", "head", "adapters"], ...] | None = None
+    """FSDP2: what is a unit of its own beside the blocks: `embeddings`; `head`, which has the final
+    norm too, and tied embeddings, and is not freed between forward and backward; `adapters`, each
+    of LoRA's matrices by itself."""
     param_dtype: str | None = None
     """FSDP: what is gathered and computed in."""
     reduce_dtype: str | None = None

@@ -163,8 +163,8 @@ class Stack:
     """Model code of its own that is walked, and of which time; None: transformers' is."""
     no_sync: bool = False
     """Whether FSDP reduces gradients with the last micro batch alone; whole ones until then."""
-    apart: tuple[Literal["embeddings", "head"], ...] = ()
-    """What FSDP2 wraps apart from the blocks: embeddings, and the final norm with the head."""
+    apart: tuple[Literal["embeddings", "head", "adapters"], ...] = ()
+    """What FSDP2 wraps apart from blocks: embeddings, the final norm with the head, adapters."""
     reshard_root: bool = False
     """Whether FSDP2 frees what belongs to no unit between forward and backward."""
     holds_4bit_inputs: bool = False

@@ -225,7 +225,7 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
             kind = "fsdp"  # what transformers spreads experts with
         if count * nodes > 1:
             filler.fill("sharding.kind", None, kind)
-    if kind == "fsdp" and sharding.version != 1 and plan.method:
+    if kind == "fsdp" and sharding.version != 1 and sharding.wrap is None and plan.method:
         sharding = _units(sharding, find_stack(plan.stack or "transformers"), filler)
     budget = replace(
         plan.budget, headroom=filler.fill("budget.headroom", plan.budget.headroom, 0.0)
@@ -239,7 +239,10 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
 
 
 def _units(sharding: Sharding, stack: Stack, filler: _Filler) -> Sharding:
-    """What the stack's FSDP2 wraps beside the blocks."""
+    """What the stack's FSDP2 wraps beside the blocks, where the plan does not say what a unit is.
+
+    With ``wrap: block`` all that is beside the blocks is the root's (contract, section 3).
+    """
     given = {
         name: filler.fill(
             f"sharding.{name}",

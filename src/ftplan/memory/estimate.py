@@ -150,7 +150,28 @@ def static_terms(
                 "DDP copies every gradient into flat buckets (gradient_as_bucket_view=False)",
             )
         )
+    terms += held_adapter_terms(job, whole)
     return [term for term in terms if term.bytes and not _waits_elsewhere(term, job.sharding)]
+
+
+def held_adapter_terms(job: Job, whole: Counted) -> list[StaticTerm]:
+    """LoRA's matrices that a fused function gathers by itself: hooks free them when all is over.
+
+    So they and their gradients are whole from the first forward to the last backward.
+    """
+    spec = job.sharding
+    if "adapters" not in spec.apart or job.environment.kernels.lora == "none":
+        return []
+    thin = [
+        (_gathered(p, spec.param_dtype), times, inside)
+        for p, times, inside in whole
+        if p.added and p.trainable and inside
+    ]
+    why = "axolotl/kernels/lora.py 0.19, get_lora_parameters: unshard() without a reshard"
+    return [
+        weights_term(thin, "adapters/gathered", why),
+        weights_term(thin, "gradients/whole", f"{why}: reduced when backward has ended"),
+    ]
 
 
 def resident_terms(model: Resident, sharding: ShardingSpec) -> list[StaticTerm]:

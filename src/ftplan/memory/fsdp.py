@@ -18,6 +18,7 @@ from typing import Any
 
 from ftplan.dataclass import dataclass
 from ftplan.dtypes import find_format
+from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Module, Network
@@ -52,9 +53,17 @@ def wrapped_apart(network: Network, spec: ShardingSpec) -> list[tuple[str, list[
     table = network.child(network.embedding_names[0])
     head = _output_embeddings(network)
     tail = [module for module in (_final_norm(network), head) if module is not None]
-    if f"{network.head_name}.weight" in network.tied:
-        return [("head", [table, *tail])]
+    if len(network.stages) > 1:
+        raise UnsupportedError(
+            "FSDP2 of an encoder-decoder whose embeddings are a unit of their own",
+            because="its encoder and decoder share them, and torch 2.13 refuses a weight of two "
+            "units",
+            remedy="use sharding: {kind: fsdp, version: 2, wrap: block}, as accelerate had it "
+            "until 1.13",
+        )
     both = [("embeddings", [table]), ("head", tail)]
+    if f"{network.head_name}.weight" in network.tied:
+        both = [("head", [table, *tail])]
     return [(name, modules) for name, modules in both if name in spec.apart and modules]
 
 
@@ -257,7 +266,8 @@ class Fsdp:
         (``_force_complete_incomplete_states``)."""
         unit.entered = False
         unit.waiting.clear()
-        self.end_forward(unit)
+        if self.tape.rerun is None:  # ``post_forward`` does nothing on the way back
+            self.end_forward(unit)
         return self.leave(unit, out)
 
     def end_model(self, root: Unit) -> None:

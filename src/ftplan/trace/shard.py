@@ -129,8 +129,10 @@ def shard(model: Any, job: Job, mesh: Any) -> Any:
         "mesh": mesh, "mp_policy": policy, "offload_policy": offload,
         "reshard_after_forward": job.reshard_after_forward, "ignored_params": ignored,
     }  # fmt: skip
-    if job.apart:
+    if "head" in job.apart:
         return _shard_by_accelerate(model, job, given)
+    for layer in _apart(model, job):
+        fully_shard(layer, **given)
     if job.wrap == "block":
         for block in _units(model):
             fully_shard(block, **given)
@@ -138,6 +140,19 @@ def shard(model: Any, job: Job, mesh: Any) -> Any:
         del given["reshard_after_forward"]
     fully_shard(model, **given)
     return model
+
+
+def _apart(model: Any, job: Job) -> list[Any]:
+    """What LLaMA-Factory v1 and axolotl wrap by themselves: untied embeddings, LoRA's matrices."""
+    layers = []
+    if "adapters" in job.apart:
+        adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
+        pairs = [(module.lora_A["default"], module.lora_B["default"]) for module in adapted]
+        layers += [matrix for pair in pairs for matrix in pair]
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if "embeddings" in job.apart and table.weight is not head.weight:
+        layers.append(table)
+    return layers
 
 
 def _shard_by_accelerate(model: Any, job: Job, given: dict[str, Any]) -> Any:
