@@ -52,7 +52,7 @@ def job_of(resolved: Resolved) -> Job:
     autocast = None if policy or around or engine is not None else mixed
     sharding = replace(
         _sharding(plan, resolved.config),
-        adapters_apart=stack.name != "pytorch",
+        adapters_apart=stack.name != "pytorch" and not stack.own_modules,
         megatron=stack.name == "megatron",
         own_plan=stack.name not in PLANNED,
         deep_ep=stack.name == "axolotl",

@@ -491,7 +491,8 @@ def estimate(job: Job) -> Estimate:
 def _accumulated(job: Job, whole: Counted, learned: Counted, layout: Layout | None) -> Counted:
     """Gradients between micro batches: under ZeRO each rank keeps those that it owns.
 
-    FSDP keeps shards too, or the host does, or whole gradients where it waits for the last batch.
+    FSDP keeps shards too, or the host does, or whole gradients where it waits for the last batch;
+    of a flat parameter all of it.
     """
     spec = job.sharding
     if layout is not None and (spec.kind != "zero1" or spec.overlap_comm):
@@ -503,12 +504,15 @@ def _accumulated(job: Job, whole: Counted, learned: Counted, layout: Layout | No
         ]
     if spec.kind != "fsdp":
         return learned
+    joined = spec.version == 1 and not spec.adapters_apart
+    trains = {inside for p, _, inside in whole if p.trainable}
+    parts = [entry for entry in whole if entry[0].trainable or (joined and entry[2] in trains)]
     if not spec.no_sync:
-        return [] if spec.offload == "params" else learned
+        shards = _sharded(parts, spec) if joined else learned
+        return [] if spec.offload == "params" else shards
     return [
-        (_as(p, spec.reduce_dtype or spec.param_dtype or p.dtype), times, matrix)
-        for p, times, matrix in whole
-        if p.trainable
+        (_as(p, spec.reduce_dtype or spec.param_dtype or p.dtype), times, inside)
+        for p, times, inside in parts
     ]
 
 
