@@ -32,7 +32,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ftplan.dataclass import dataclass
-from ftplan.trace import build, core, cuda, llamafactory_v1, trainers
+from ftplan.trace import automodel, build, core, cuda, llamafactory_v1, trainers
 from ftplan.trace.job import Job, plan_from, resolve
 from ftplan.trace.quantized import emulated, quantize
 from ftplan.trace.triton import importable, stand_in
@@ -221,6 +221,12 @@ def _v1_steps(run: _Run, trainer: Any, inner: Callable[..., Any]) -> None:
     """Of LLaMA-Factory's ``BaseTrainer.fit``, whose AdamW is PyTorch's as it comes: foreach."""
     job = _with_optimizer(run.job, "adamw_torch")
     _finish(run, trainer.model, lambda: llamafactory_v1.fit(trainer, job, run.ledger, inner))
+
+
+def _automodel_steps(run: _Run, recipe: Any, inner: Callable[..., Any]) -> None:
+    """Of a recipe of AutoModel, whose optimizer is PyTorch's as the file names it."""
+    job = _with_optimizer(run.job, "adamw_torch")
+    _finish(run, recipe.model_parts[0], lambda: automodel.fit(recipe, job, run.ledger, inner))
 
 
 def _finish(run: _Run, model: Any, train: Callable[[], int]) -> None:
@@ -550,6 +556,25 @@ COMMANDS: dict[str, Command] = {
         on_host=(("llamafactory.v1.core.base_trainer:BaseTrainer", "_create_batch_generator"),),
         loop=("llamafactory.v1.core.base_trainer:BaseTrainer", "fit"),
         steps=_v1_steps,
+    ),
+    "nemo": Command(
+        package="nemo_automodel",
+        beside=("bitsandbytes", "torchao"),
+        write=automodel.write,
+        run=automodel.run,
+        on_host=(
+            ("nemo_automodel.recipes.llm.train_ft", "_count_label_tokens"),
+            ("nemo_automodel.recipes.llm.train_ft", "count_tail_padding"),
+            ("nemo_automodel.components._peft.lora_mlp", "_is_silu"),
+        ),
+        idle=(
+            ("nemo_automodel.components.training.rng", "_get_rng_state"),
+            ("nemo_automodel.components.training.rng", "_restore_rng_state"),
+            (automodel.RECIPE, "log_train_metrics"),
+            (automodel.RECIPE, "_update_progress_bar"),
+        ),
+        loop=(automodel.RECIPE, "run_train_validation_loop"),
+        steps=_automodel_steps,
     ),
     "ms-swift": Command(
         package="ms_swift",

@@ -1,0 +1,222 @@
+"""NeMo AutoModel on a recipe of its own: its data, its process group, and two steps of its loop.
+
+``TrainFinetuneRecipeForNextTokenPrediction`` builds the model on the meta device, shards it there
+and loads it afterwards: what stands in for loading gives the rank's own parts empty tensors. The
+compiled kernels (RMSNorm in fp32, the linear cross entropy of a chunk) allocate what Inductor's
+graphs do: their outputs and what the backward is handed.
+"""
+
+# torch is not installed where types are checked: its classes are Any there
+# mypy: disable-error-code="misc"
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ftplan.trace import build, core, cuda, trainers
+from ftplan.trace.llamafactory_v1 import hosted
+from ftplan.trace.shard import local
+
+__all__ = ["RECIPE", "fit", "run", "write"]
+
+RECIPE = "nemo_automodel.recipes.llm.train_ft:TrainFinetuneRecipeForNextTokenPrediction"
+
+
+# --- what the recipe reads ------------------------------------------------------------------------
+
+
+def write(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Questions whose answers are longer than ``seq_length``, and are cut to it."""
+    length = int(settings["dataset"]["seq_length"])
+    row = {"prompt": "w3", "completion": " ".join(["w4"] * 2 * length)}
+    lines = json.dumps(row) + "\n"
+    (folder / settings["dataset"]["path_or_dataset_id"]).write_text(256 * lines, "utf-8")
+    return {"checkpoint": {"enabled": False, "checkpoint_dir": "out"}}
+
+
+def run(settings: Mapping[str, Any], folder: Path) -> None:
+    """``automodel FILE``, in the process of one rank."""
+    import yaml
+
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(dict(settings), sort_keys=False), "utf-8")
+    home = importlib.import_module(RECIPE.partition(":")[0])
+    loader = importlib.import_module("nemo_automodel.components.config.loader")
+    with _stand_ins():
+        recipe = home.TrainFinetuneRecipeForNextTokenPrediction(loader.load_yaml_config(path))
+        recipe.setup()
+        recipe.run_train_validation_loop()
+
+
+# --- what stands in -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _stand_ins() -> Iterator[None]:
+    """A GPU's kernels, a checkpoint's loading and the process group, while the block runs."""
+    from nemo_automodel.components.checkpoint import checkpointing
+    from nemo_automodel.components.models.common import utils as models
+    from nemo_automodel.components.training import utils as training
+
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        enter(cuda.patched(torch.cuda, "current_device", lambda: 0))
+        enter(cuda.patched(nn.Module, "to", _moved(nn.Module.to)))
+        enter(cuda.patched(torch.cuda, "reset_peak_memory_stats", lambda *_: None))
+        enter(cuda.patched(training, "_use_fused_grad_norm", lambda *_: True))
+        enter(cuda.patched(training, "multi_tensor_sumsq", _sum_of_squares))
+        enter(cuda.patched(models, "_float32_rms_norm_fwd", _Float32RMSNorm.apply))
+        kind = checkpointing.Checkpointer
+        enter(cuda.patched(kind, "initialize_model_weights", staticmethod(_materialize)))
+        enter(cuda.patched(kind, "load_model", lambda *_args, **_kwargs: None))
+        yield
+
+
+def _sum_of_squares(_gradients: Any) -> Any:
+    """One kernel a dtype, whose scalar is all that it makes."""
+    return torch.zeros((), dtype=torch.float64)
+
+
+def _moved(original: Any) -> Any:
+    """``Module.to``: what is asked to go to the GPU, by its number, is there."""
+
+    def to(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return module if args and isinstance(args[0], int) else original(module, *args, **kwargs)
+
+    return to
+
+
+def _materialize(model: Any, *_args: Any, **_kwargs: Any) -> None:
+    """Empty tensors for what is on the meta device: of a shard, for the rank's own part."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None and local(old) is not old:
+                made.setdefault(id(old), _own_part(old))
+                module._parameters[name] = made[id(old)]
+    if not made:
+        build.materialize(model)
+        return
+    for module in model.modules():
+        for name, old in module._buffers.items():
+            if old is not None and old.device.type == "meta":
+                module._buffers[name] = torch.empty(old.shape, dtype=old.dtype)
+        if hasattr(module, "_get_fsdp_state") and module._get_fsdp_state()._fsdp_param_group:
+            for parameter in module._get_fsdp_state()._fsdp_param_group.fsdp_params:
+                parameter.reset_sharded_param()
+
+
+def _own_part(old: Any) -> Any:
+    part = local(old)
+    new = torch.empty_strided(part.shape, part.stride(), dtype=part.dtype)
+    return nn.Parameter(type(old.data)(new, old._spec, requires_grad=False), old.requires_grad)
+
+
+class _Float32RMSNorm(torch.autograd.Function):
+    """``float32_rms_norm``: an opaque op forwards, one fused reduction a row on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, eps: float) -> Any:
+        ctx.save_for_backward(x, weight)
+        wide, scale = x.float(), weight.float()
+        rows = torch.empty(x.shape[:-1], dtype=torch.float32)
+        made = torch.empty(x.shape, dtype=torch.float32)
+        del rows
+        return made.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        made = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        scale = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        return made, scale, None
+
+
+# --- its loop -------------------------------------------------------------------------------------
+
+
+def fit(recipe: Any, job: Any, ledger: trainers.TrainerLedger, inner: Any) -> int:
+    """Two steps of ``run_train_validation_loop``; the clock at the end of the last forward."""
+    scheduler = recipe.step_scheduler
+    with _disable_current_modes():
+        steps = [batches for batches, _ in zip(iter(scheduler), range(trainers.BATCHES))]
+    model = recipe.model_parts[0]
+    vars(recipe).update(  # what it tracks for its checkpoints is set once
+        step_scheduler=_Steps(scheduler, [[hosted(b, ledger) for b in s] for s in steps]),
+        optimizer=[build.build_optimizer(job, model)],
+    )
+    core._mark_model(ledger, model)
+    ledger.watch_modules(model)
+    clock = _Phases(recipe, ledger, len(steps[0]))
+    ledger.scalar_answer = _answer(ledger.scalar_answer)
+
+    def backward(loss: Any) -> None:
+        clock.backward(loss)
+
+    with cuda.patched(torch.Tensor, "backward", backward):
+        inner(recipe)
+    ledger.enter("end", clock.step + 1)
+    return clock.forward_end
+
+
+def _answer(usual: Any) -> Any:
+    """There are labels, and the norm of the gradients is finite."""
+
+    def answer(tensor: Any, phase: str) -> Any:
+        return usual(tensor, phase) if tensor.dtype.is_floating_point else 1
+
+    return answer
+
+
+class _Phases:
+    """Marks in the ledger which phase of which step is running."""
+
+    def __init__(self, recipe: Any, ledger: Any, micro_batches: int) -> None:
+        self._ledger, self._forward = ledger, recipe._forward_backward_step
+        self._micro, self._begun, self.forward_end = micro_batches, 0, 0
+        recipe._forward_backward_step = self.forward_backward
+
+    @property
+    def step(self) -> int:
+        """The optimizer step, from 1."""
+        return (self._begun - 1) // self._micro + 1
+
+    def forward_backward(self, *args: Any, **kwargs: Any) -> None:
+        """A micro batch begins, and ends with its backward."""
+        self._begun += 1
+        self._ledger.enter("forward", self.step)
+        self._forward(*args, **kwargs)
+        self._ledger.enter("step", self.step)
+
+    def backward(self, loss: Any) -> None:
+        """``loss.backward()``."""
+        gc.collect()
+        self.forward_end = self._ledger.clock - 1
+        self._ledger.enter("backward", self.step)
+        core._backward(loss)
+
+
+class _Steps:
+    """The recipe's scheduler, with the micro batches that it made before."""
+
+    def __init__(self, scheduler: Any, steps: Sequence[Any]) -> None:
+        self._scheduler, self._steps = scheduler, steps
+        self.epochs = [0]
+        self.is_val_step = self.is_ckpt_step = self.is_remote_logging_step = False
+        self.sigterm_flag = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._steps)
