@@ -67,19 +67,27 @@ def _stand_ins() -> Iterator[None]:
     from nemo_automodel.components.checkpoint import checkpointing
     from nemo_automodel.components.models.common import utils as models
     from nemo_automodel.components.training import utils as training
+    from nemo_automodel.shared import tied_weights
 
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(cuda.patched(torch.cuda, "current_device", lambda: 0))
         enter(cuda.patched(nn.Module, "to", _moved(nn.Module.to)))
         enter(cuda.patched(torch.cuda, "reset_peak_memory_stats", lambda *_: None))
+        enter(cuda.patched(tied_weights, "_same_tensor_storage", _same_storage))
         enter(cuda.patched(training, "_use_fused_grad_norm", lambda *_: True))
         enter(cuda.patched(training, "multi_tensor_sumsq", _sum_of_squares))
         enter(cuda.patched(models, "_float32_rms_norm_fwd", _Float32RMSNorm.apply))
         kind = checkpointing.Checkpointer
         enter(cuda.patched(kind, "initialize_model_weights", staticmethod(_materialize)))
         enter(cuda.patched(kind, "load_model", lambda *_args, **_kwargs: None))
+        enter(cuda.patched(checkpointing, "_new_gloo_process_group", lambda *_, **__: None))
         yield
+
+
+def _same_storage(left: Any, right: Any) -> bool:
+    """Whether two are one tensor: fake storages have no addresses to compare."""
+    return bool(local(left).untyped_storage()._cdata == local(right).untyped_storage()._cdata)
 
 
 def _sum_of_squares(_gradients: Any) -> Any:

@@ -35,6 +35,7 @@ from ftplan.dataclass import dataclass
 from ftplan.trace import automodel, build, core, cuda, llamafactory_v1, trainers
 from ftplan.trace.job import Job, plan_from, resolve
 from ftplan.trace.quantized import emulated, quantize
+from ftplan.trace.shard import distributed
 from ftplan.trace.triton import importable, stand_in
 
 __all__ = ["COMMANDS", "Command", "command_versions", "run_command"]
@@ -72,6 +73,8 @@ class Command:
     """Packages that it imports and never calls in these jobs, where they are not installed."""
     loop: tuple[str, str] = ("transformers:Trainer", "train")
     """Its training loop, by class and method."""
+    world: Callable[[Mapping[str, Any]], int] = lambda _settings: 1
+    """Ranks that the file's job has; of more than one, weights are sharded by FSDP2."""
     steps: Callable[[_Run, Any, Callable[..., Any]], None] | None = None
     """Two steps of the loop, watched; None: transformers' (:func:`_trainer_steps`)."""
 
@@ -301,7 +304,9 @@ def run_command(
     torch.set_num_threads(1)
     ledger = trainers.TrainerLedger(seq_len, 1)
     job = replace(resolve(plan_from({"model": "x", "method": {"kind": "full"}})), seq_len=seq_len)
-    job = replace(job, stack=name)
+    world = command.world(settings)
+    job = replace(job, stack=name, world=world, sharding="fsdp" if world > 1 else "none")
+    ledger.sharded = world > 1
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(core._quiet())
@@ -326,6 +331,7 @@ def run_command(
         for module, function in command.yes:
             home = _home(module)
             enter(cuda.patched(home, function, lambda *_args, **_kwargs: True))
+        enter(distributed(job, ledger))
         gc.freeze()
         stack.callback(gc.unfreeze)
         enter(FakeTensorMode(allow_non_fake_inputs=True))
@@ -563,6 +569,9 @@ COMMANDS: dict[str, Command] = {
         write=automodel.write,
         run=automodel.run,
         on_host=(
+            ("nemo_automodel.recipes.llm.train_ft", "create_distributed_setup_from_config"),
+            ("torch.distributed.device_mesh:DeviceMesh", "__getitem__"),
+            ("torch.distributed.device_mesh:DeviceMesh", "_flatten"),
             ("nemo_automodel.recipes.llm.train_ft", "_count_label_tokens"),
             ("nemo_automodel.recipes.llm.train_ft", "count_tail_padding"),
             ("nemo_automodel.components._peft.lora_mlp", "_is_silu"),
@@ -573,6 +582,7 @@ COMMANDS: dict[str, Command] = {
             (automodel.RECIPE, "log_train_metrics"),
             (automodel.RECIPE, "_update_progress_bar"),
         ),
+        world=lambda settings: int(settings.get("nproc_per_node", 1)),
         loop=(automodel.RECIPE, "run_train_validation_loop"),
         steps=_automodel_steps,
     ),
