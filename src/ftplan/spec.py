@@ -360,8 +360,9 @@ class Plan:
     """Attention implementation."""
     loss: Loss | None = None
     """Loss implementation."""
-    kernels: Literal["none", "liger", "unsloth", "foak"] | None = None
-    """Fused kernels that replace the model's own; `foak`: fms-acceleration's."""
+    kernels: Literal["none", "liger", "unsloth", "foak", "automodel"] | None = None
+    """Fused kernels that replace the model's own; `foak`: fms-acceleration's; `automodel`: the model
+    code of NeMo AutoModel."""
     hardware: Hardware = field(default_factory=Hardware)
     """GPUs and host."""
     sharding: Sharding = field(default_factory=Sharding)

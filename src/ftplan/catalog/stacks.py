@@ -113,6 +113,8 @@ class Stack:
     """Who casts logits to fp32: a model that does so has let go of the first copy."""
     loss_twice: bool = False
     """Whether the trainer takes the loss out of the logits itself, beside the model's own one."""
+    leaves_cache_on: bool = False
+    """Whether every layer copies keys and values into a cache, unless it is checkpointed."""
     caching_models: tuple[str, ...] = ()
     """Model types that fill a key-value cache in training, even when they are checkpointed."""
     repeating_attention: tuple[str, ...] = ()
@@ -139,7 +141,7 @@ class Stack:
     """Whether the model's outputs stay alive until backward has ended."""
     attention: Literal["eager", "sdpa", "flash"]
     """Attention when nothing is said."""
-    kernels: Literal["none", "liger", "unsloth", "foak"]
+    kernels: Literal["none", "liger", "unsloth", "foak", "automodel"]
     """Fused kernels when nothing is said."""
     rank: int
     """Adapter rank of the trainer's own configuration."""

@@ -58,14 +58,16 @@ def job_of(resolved: Resolved) -> Job:
         deep_ep=stack.name == "axolotl",
         own_spread=stack.name in ("nemo", "torchtitan"),
     )
+    kernels = _kernels(resolved, storage)
     environment = Environment(
         autocast=autocast,
         attention=plan.attention or "sdpa",
         repeats_heads=_repeats_heads(plan, stack, resolved.config),
         fills_cache=resolved.config.get("model_type") in stack.caching_models,
+        copies_to_cache=stack.leaves_cache_on and checkpointing.kind == "none",
         capability=_capability(gpu),
         padding_mask=batch.padding == "right",
-        kernels=_kernels(resolved, storage),
+        kernels=kernels,
         loss=plan.loss.kind,
         loss_by=fused_loss(plan),
         loss_shifts=stack.loss_shifts,
@@ -77,7 +79,8 @@ def job_of(resolved: Resolved) -> Job:
         log_probs=stack.log_probs,
         offload_checkpoints=_offloads(checkpointing.kind, sharding),
         checkpoint_attention=_core_alone(checkpointing, stack),
-        keeps_products=checkpointing.kind == "selective" and stack.name == "torchtitan",
+        checkpoint_parts=kernels.in_parts and checkpointing.kind == "full",
+        keeps_products=checkpointing.kind == "selective" and stack.name in ("torchtitan", "nemo"),
         packed=bool(batch.packing),
         hooks_hold_inputs=_hooks_hold_inputs(plan),
         keep_outputs=stack.keeps_outputs,
@@ -129,7 +132,10 @@ def job_of(resolved: Resolved) -> Job:
         fetches_ahead=stack.fetches_ahead,
         eval_micro=batch.eval_micro or 0,
         checkpoint_every=0
-        if checkpointing.kind == "none" or environment.checkpoint_attention or plan.task == "ppo"
+        if checkpointing.kind == "none"
+        or environment.checkpoint_attention
+        or environment.checkpoint_parts
+        or plan.task == "ppo"
         else checkpointing.every,
         loss_chunk=plan.loss.chunk or (stack.loss_chunk if modules else None) or 0,
         card_bytes=gpu.usable_bytes if gpu is not None else 0,
@@ -220,13 +226,22 @@ def _kernels(resolved: Resolved, storage: Format) -> Kernels:
         lora = "unsloth"
     elif library == "foak" and storage.layout != "plain":
         lora = "foak"
+    elif library == "automodel" or plan.stack == "nemo":
+        lora = "automodel"
     elif method is not None and method.fused_lora:
         lora = "axolotl"
     text = config.get("text_config")
     kind = config.get("model_type", "")
     inner = text.get("model_type", kind) if isinstance(text, Mapping) else kind
+    if library == "automodel" and storage.layout != "plain":
+        library = "none"  # quantised models are transformers'
     known = LIBRARIES[library]
-    return kernels_of(library, str(kind if kind in known else inner), lora=lora)
+    model_type = str(kind if kind in known else inner)
+    # lora_mlp.py: ``install_fused_lora_mlp`` leaves weights alone that are on the meta device yet
+    alone = (plan.hardware.count or 1) * (plan.hardware.nodes or 1) == 1
+    silu = config.get("hidden_act", "silu") in ("silu", "swish")
+    whole = lora != "automodel" or (alone and silu and model_type not in known)
+    return kernels_of(library, model_type, lora=lora, lora_mlp=whole)
 
 
 def _repeats_heads(plan: Plan, stack: Stack, config: Mapping[str, Any]) -> bool:
@@ -265,7 +280,7 @@ def _core_alone(checkpointing: Checkpointing, stack: Stack) -> bool:
     torchtitan's of every block, by operation."""
     selective = checkpointing.kind == "selective" and checkpointing.every == 1
     own = (stack.modules or stack.name).partition("-")[0]
-    return selective and own not in ("torchtune", "torchtitan")
+    return selective and own not in ("torchtune", "torchtitan", "nemo")
 
 
 def _labels(config: Mapping[str, Any]) -> int:
@@ -423,6 +438,10 @@ def _sharding(plan: Plan, config: Mapping[str, Any]) -> ShardingSpec:
         for name in ShardingSpec.__dataclass_fields__
         if name not in ("world",) and getattr(sharding, name, None) is not None
     }
+    world = (hardware.count or 1) * (hardware.nodes or 1)
+    if plan.stack == "nemo" and world == 1 and sharding.kind == "fsdp":
+        # components/distributed/fsdp2.py 0.7.0: one rank is not wrapped, nor cast by a policy
+        given["kind"] = "none"
     _refuse_offload(plan)
     _refuse_flat(plan)
     mixed = plan.precision.mixed
@@ -430,7 +449,7 @@ def _sharding(plan: Plan, config: Mapping[str, Any]) -> ShardingSpec:
         # accelerate's policy: everything in the dtype of mixed precision
         given.setdefault("param_dtype", mixed)
         given.setdefault("reduce_dtype", given["param_dtype"])
-    return ShardingSpec(world=(hardware.count or 1) * (hardware.nodes or 1), **given)
+    return ShardingSpec(world=world, **given)
 
 
 _MOVERS = {

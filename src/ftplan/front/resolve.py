@@ -382,9 +382,11 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
     return replace(plan, precision=_cast_in_part(plan, stack, filler, own("whole_in_fp32")))
 
 
-def fused_loss(plan: Plan) -> Literal["liger", "unsloth", "cut", "foak"]:
-    """Whose function a fused loss is."""
+def fused_loss(plan: Plan) -> Literal["liger", "unsloth", "cut", "foak", "automodel"]:
+    """Whose function a fused loss is, or one in chunks."""
     assert plan.loss is not None
+    if plan.stack == "nemo":
+        return "automodel"
     if plan.loss.by is not None:
         return plan.loss.by
     if plan.kernels in ("unsloth", "foak"):

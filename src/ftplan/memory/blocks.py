@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from ftplan.memory import ops
-from ftplan.memory.checkpointing import checkpoint_all
+from ftplan.memory.checkpointing import checkpoint, checkpoint_all
 from ftplan.memory.experts import Experts, Routing
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.nn import Module, Shared, Stack, Stage
@@ -96,6 +96,8 @@ def _run_block(
 ) -> Tensor:
     """A block's forward, as a unit of FSDP where the job is sharded."""
     run = _checkpoint if checkpointed else _run
+    if recorder.tape.env.checkpoint_parts:
+        run = _checkpoint_parts
     if recorder.fsdp is None or recorder.fsdp.spec.wrap == "model":
         return run(block, x, shared)
     apart = _spread(block) if recorder.fsdp.spec.ep > 1 else []
@@ -110,6 +112,39 @@ def _run_block(
     out = run(block, recorder.fsdp.enter(unit, x)[0], shared)
     recorder.fsdp.end_forward(unit)
     return recorder.fsdp.leave(unit, out)
+
+
+_PARTS = (
+    ("mlp", "feed_forward", "ffn"),
+    ("self_attn", "attention", "attn", "linear_attn"),
+    ("input_layernorm", "attention_norm", "layer_norm1", "norm1"),
+    ("post_attention_layernorm", "ffn_norm", "layer_norm2", "norm2"),
+)
+"""Of each the first name that a block has is checkpointed (nemo_automodel/components/distributed/
+activation_checkpointing.py 0.7.0, ``apply_submodule_checkpointing``)."""
+
+
+def _checkpoint_parts(block: Module, x: Tensor, shared: Shared) -> Tensor:
+    """The block with parts that keep their input alone."""
+    found = [next((name for name in names if name in block.children), "") for names in _PARTS]
+    parts = [block.children[name] for name in found if name]
+    plain = [part.forward for part in parts]
+    for part in parts:
+        part.forward = _checkpointed(part)
+    out = _run(block, x, copy.copy(shared))
+    for part, forward in zip(parts, plain, strict=True):
+        part.forward = forward
+    return out
+
+
+def _checkpointed(part: Module) -> Callable[..., Tensor]:
+    forward: Callable[..., Tensor] = part.forward
+    trains = any(parameter.trainable for _, parameter in part.named_parameters())
+
+    def run(x: Tensor, *rest: Any) -> Tensor:
+        return checkpoint(lambda x: forward(x, *rest), x, trains=trains)
+
+    return run
 
 
 def _spread(block: Module) -> list[Experts]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import json
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,16 @@ RECIPE = "nemo_automodel.recipes.llm.train_ft:TrainFinetuneRecipeForNextTokenPre
 # --- what the recipe reads ------------------------------------------------------------------------
 
 
+_HEADER = (278895051, 1, 0, 4)
+"""Of a shard of tokens: its magic number, version, count and bytes a token."""
+
+
 def write(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Questions whose answers are longer than ``seq_length``, and are cut to it."""
-    length = int(settings["dataset"]["seq_length"])
-    row = {"prompt": "w3", "completion": " ".join(["w4"] * 2 * length)}
-    lines = json.dumps(row) + "\n"
-    (folder / settings["dataset"]["path_or_dataset_id"]).write_text(256 * lines, "utf-8")
+    """A shard of tokens in nanogpt's format, of which every sample takes ``seq_len``."""
+    count = 256 * int(settings["dataset"]["seq_len"])
+    magic, version, _, width = _HEADER
+    words = array("i", [magic, version, count, width, *[0] * 252, *[3] * count])
+    (folder / settings["dataset"]["file_pattern"]).write_bytes(words.tobytes())
     return {"checkpoint": {"enabled": False, "checkpoint_dir": "out"}}
 
 
@@ -64,7 +68,9 @@ def run(settings: Mapping[str, Any], folder: Path) -> None:
 @contextlib.contextmanager
 def _stand_ins() -> Iterator[None]:
     """A GPU's kernels, a checkpoint's loading and the process group, while the block runs."""
+    from nemo_automodel._transformers import auto_model, infrastructure
     from nemo_automodel.components.checkpoint import checkpointing
+    from nemo_automodel.components.loss import chunked_ce
     from nemo_automodel.components.models.common import utils as models
     from nemo_automodel.components.training import utils as training
     from nemo_automodel.shared import tied_weights
@@ -72,12 +78,18 @@ def _stand_ins() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(cuda.patched(torch.cuda, "current_device", lambda: 0))
+        enter(cuda.patched(torch.cuda, "is_bf16_supported", lambda *_: True))
         enter(cuda.patched(nn.Module, "to", _moved(nn.Module.to)))
         enter(cuda.patched(torch.cuda, "reset_peak_memory_stats", lambda *_: None))
         enter(cuda.patched(tied_weights, "_same_tensor_storage", _same_storage))
         enter(cuda.patched(training, "_use_fused_grad_norm", lambda *_: True))
         enter(cuda.patched(training, "multi_tensor_sumsq", _sum_of_squares))
         enter(cuda.patched(models, "_float32_rms_norm_fwd", _Float32RMSNorm.apply))
+        enter(cuda.patched(torch, "compile", _as_it_is))
+        enter(cuda.patched(chunked_ce, "_linear_cross_entropy", _LinearCE.apply))
+        enter(cuda.patched(auto_model, "_init_model", _on_meta(auto_model._init_model)))
+        for name in _BEFORE_LOADING:
+            enter(cuda.patched(infrastructure, name, _on_meta(getattr(infrastructure, name))))
         kind = checkpointing.Checkpointer
         enter(cuda.patched(kind, "initialize_model_weights", staticmethod(_materialize)))
         enter(cuda.patched(kind, "load_model", lambda *_args, **_kwargs: None))
@@ -93,6 +105,25 @@ def _same_storage(left: Any, right: Any) -> bool:
 def _sum_of_squares(_gradients: Any) -> Any:
     """One kernel a dtype, whose scalar is all that it makes."""
     return torch.zeros((), dtype=torch.float64)
+
+
+_BEFORE_LOADING = (
+    "_apply_peft_and_lower_precision", "prepare_frozen_parameters_for_sharding", "_shard_ep_fsdp",
+)  # fmt: skip
+"""Steps of ``apply_model_infrastructure`` that a model may go through on the meta device."""
+
+
+def _on_meta(function: Any) -> Any:
+    """What runs on the meta device runs there with real meta tensors, where it does."""
+
+    def called(model: Any, *args: Any, **kwargs: Any) -> Any:
+        built = isinstance(model, nn.Module)
+        empty = nn.Module.register_parameter.__name__ == "register_empty_parameter"
+        meta = next(model.parameters()).device.type == "meta" if built else empty
+        with _disable_current_modes() if meta else contextlib.nullcontext():
+            return function(model, *args, **kwargs)
+
+    return called
 
 
 def _moved(original: Any) -> Any:
@@ -131,23 +162,61 @@ def _own_part(old: Any) -> Any:
 
 
 class _Float32RMSNorm(torch.autograd.Function):
-    """``float32_rms_norm``: an opaque op forwards, one fused reduction a row on the way back."""
+    """``float32_rms_norm``: an opaque op forwards, a fused reduction of each row on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, eps: float) -> Any:
+    def forward(ctx: Any, x: Any, weight: Any, _eps: float) -> Any:
         ctx.save_for_backward(x, weight)
-        wide, scale = x.float(), weight.float()
-        rows = torch.empty(x.shape[:-1], dtype=torch.float32)
-        made = torch.empty(x.shape, dtype=torch.float32)
-        del rows
+        made = _normed(x.float(), weight.float())
         return made.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         x, weight = ctx.saved_tensors
-        made = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        scale = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        return made, scale, None
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        _rows = torch.empty(x.shape[:-1], dtype=torch.float32)
+        made = torch.empty_like(x) if wants_x else None
+        return made, torch.empty_like(weight) if wants_weight else None, None
+
+
+def _normed(x: Any, _weight: Any) -> Any:
+    """``_fused_rms_norm``: its output, and a number a row that nobody takes."""
+    made = torch.empty_like(x)
+    _rows = torch.empty(x.shape[:-1], dtype=torch.float32)
+    return made
+
+
+class _LinearCE(torch.autograd.Function):
+    """``_linear_cross_entropy`` of a chunk, compiled: logits in the head's dtype, and statistics.
+
+    Inductor materialises neither fp32 logits nor their logarithms, and its backward writes their
+    gradient over the logits, which are donated to it (torch/_inductor/scheduler.py 2.13,
+    ``SchedulerDonatedBuffer``).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Any, weight: Any, labels: Any, _ignore: int, _dtype: Any
+    ) -> Any:
+        logits = torch.nn.functional.linear(hidden, weight)
+        statistics = [torch.empty(labels.shape, dtype=torch.float32) for _ in range(2)]
+        ctx.save_for_backward(hidden, weight, labels, logits, *statistics)
+        return torch.empty(labels.shape, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, _grad: Any) -> Any:
+        hidden, weight, _labels, logits, *_ = ctx.saved_tensors
+        wants_hidden, wants_weight, *_ = ctx.needs_input_grad
+        return (
+            torch.mm(logits, weight) if wants_hidden else None,
+            torch.mm(logits.t(), hidden) if wants_weight else None,
+            None, None, None,
+        )  # fmt: skip
+
+
+def _as_it_is(function: Any = None, **_options: Any) -> Any:
+    """In place of ``torch.compile``: what is compiled has a stand-in above."""
+    return function if function is not None else _as_it_is
 
 
 # --- its loop -------------------------------------------------------------------------------------

@@ -154,7 +154,8 @@ def _loaded(run: _Run) -> Callable[..., Any]:
             for module in made.modules():
                 if hasattr(module, "config"):
                     module.config._attn_implementation_internal = asked
-        build.materialize(made)
+        if run.job.world == 1:  # else it is sharded first
+            build.materialize(made)
         made.eval()
         settings = given.get("quantization_config") or getattr(config, "quantization_config", None)
         if settings is not None:
@@ -565,7 +566,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "nemo": Command(
         package="nemo_automodel",
-        beside=("bitsandbytes", "torchao"),
+        beside=("bitsandbytes", "cut_cross_entropy"),
         write=automodel.write,
         run=automodel.run,
         on_host=(
@@ -582,6 +583,11 @@ COMMANDS: dict[str, Command] = {
             (automodel.RECIPE, "log_train_metrics"),
             (automodel.RECIPE, "_update_progress_bar"),
         ),
+        yes=(
+            ("nemo_automodel.components._peft.lora_mlp", "_use_triton"),
+            ("cut_cross_entropy.cce_backward", "is_triton_greater_or_equal_3_2_0"),
+        ),
+        triton=True,
         world=lambda settings: int(settings.get("nproc_per_node", 1)),
         loop=(automodel.RECIPE, "run_train_validation_loop"),
         steps=_automodel_steps,
