@@ -57,6 +57,7 @@ def job_of(resolved: Resolved) -> Job:
         own_plan=stack.name not in PLANNED,
         deep_ep=stack.name == "axolotl",
         own_spread=stack.name in ("nemo", "torchtitan"),
+        keeps_last=stack.name == "nemo" and plan.sharding.reshard_after_forward is None,
     )
     kernels = _kernels(resolved, storage)
     environment = Environment(
