@@ -46,6 +46,7 @@ ALIASES = {
     "lit-gpt": "litgpt",
     "swift": "ms-swift",
     "automodel": "nemo",
+    "nemo-automodel": "nemo",
     "megatron-lm": "megatron",
 }
 
@@ -115,6 +116,8 @@ class Stack:
     """Whether the trainer takes the loss out of the logits itself, beside the model's own one."""
     leaves_cache_on: bool = False
     """Whether every layer copies keys and values into a cache, unless it is checkpointed."""
+    loss_outside: bool = False
+    """Whether the loop takes the loss out of what the model has returned."""
     caching_models: tuple[str, ...] = ()
     """Model types that fill a key-value cache in training, even when they are checkpointed."""
     repeating_attention: tuple[str, ...] = ()

@@ -123,6 +123,7 @@ def job_of(resolved: Resolved) -> Job:
         trainable_dtype=_trained(plan, stack) if engine is None else None,
         asks_input_grads=stack.asks_input_grads and method.kind not in ("full", "partial"),
         loss_twice=stack.loss_twice,
+        loss_outside=stack.loss_outside,
         value_head=stack.reward_head == "value",
         norm_dtype=plan.precision.norms if engine is None else None,
         embedding_dtype=plan.precision.embeddings if engine is None else None,
@@ -227,7 +228,7 @@ def _kernels(resolved: Resolved, storage: Format) -> Kernels:
         lora = "unsloth"
     elif library == "foak" and storage.layout != "plain":
         lora = "foak"
-    elif library == "automodel" or plan.stack == "nemo":
+    elif plan.stack == "nemo" and method is not None and method.fused_lora is not False:
         lora = "automodel"
     elif method is not None and method.fused_lora:
         lora = "axolotl"

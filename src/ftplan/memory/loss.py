@@ -13,6 +13,7 @@ __all__ = [
     "compute_loss",
     "head_weight",
     "model_outputs",
+    "outside_loss",
     "tiled_divergence",
 ]
 
@@ -61,8 +62,6 @@ def compute_loss(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return scalar(tiled_log_probs(network, x)), None
     if kind == "chunked" and env.loss_keeps_chunks:
         return _kept_chunks(network, x)
-    if kind == "chunked" and env.loss_by == "automodel":
-        return _remade_chunks(network, x), None
     if kind == "chunked":
         return _chunked(network, x), None
     if kind == "fused":
@@ -71,6 +70,14 @@ def compute_loss(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if env.logits_cast == "model" and env.loss_upcasts and network.loss_in_fp32:
         logits = ops.to(logits, "fp32")
     return _full(network, logits), logits
+
+
+def outside_loss(network: Network, outputs: Tensor) -> Tensor:
+    """A loop's own loss of what the model has returned: logits, or states that meet the head."""
+    kind = outputs.tape.env.loss
+    if kind == "full":
+        return _full(network, outputs)
+    return _remade_chunks(network, outputs) if kind == "chunked" else _fused(network, outputs)
 
 
 def model_outputs(

@@ -99,7 +99,11 @@ def _stand_ins() -> Iterator[None]:
 
 def _same_storage(left: Any, right: Any) -> bool:
     """Whether two are one tensor: fake storages have no addresses to compare."""
-    return bool(local(left).untyped_storage()._cdata == local(right).untyped_storage()._cdata)
+    both = [local(tensor) for tensor in (left, right)]
+    if left is right or "meta" in {tensor.device.type for tensor in both}:
+        return left is right
+    first, second = (tensor.untyped_storage() for tensor in both)
+    return bool(first._cdata == second._cdata)
 
 
 def _sum_of_squares(_gradients: Any) -> Any:

@@ -292,7 +292,7 @@ JOBS: dict[str, tuple[Settings, str, dict[str, Settings]]] = {
     "llamafactory-v1": (_V1, "model", _LLAMAFACTORY_V1),
     "ms-swift": (_SWIFT, "model", _MS_SWIFT),
     "axolotl": (_AX, "base_model", _AXOLOTL),
-    "nemo": (_AM, "model.pretrained_model_name_or_path", _NEMO),
+    "nemo-automodel": (_AM, "model.pretrained_model_name_or_path", _NEMO),
 }
 """By trainer: what every file says, the key of the model, what each job's file says beside it."""
 SEQ_LEN = 512

@@ -228,8 +228,9 @@ def _v1_steps(run: _Run, trainer: Any, inner: Callable[..., Any]) -> None:
 
 
 def _automodel_steps(run: _Run, recipe: Any, inner: Callable[..., Any]) -> None:
-    """Of a recipe of AutoModel, whose optimizer is PyTorch's as the file names it."""
-    job = _with_optimizer(run.job, "adamw_torch")
+    """Of a recipe of AutoModel, whose Adam is PyTorch's: foreach on a GPU, unless it is fused."""
+    fused = recipe.optimizer[0].defaults.get("fused")
+    job = _with_optimizer(run.job, "adamw_torch_fused" if fused else "adamw_torch")
     _finish(run, recipe.model_parts[0], lambda: automodel.fit(recipe, job, run.ledger, inner))
 
 
@@ -564,7 +565,7 @@ COMMANDS: dict[str, Command] = {
         loop=("llamafactory.v1.core.base_trainer:BaseTrainer", "fit"),
         steps=_v1_steps,
     ),
-    "nemo": Command(
+    "nemo-automodel": Command(
         package="nemo_automodel",
         beside=("bitsandbytes", "cut_cross_entropy"),
         write=automodel.write,
@@ -622,4 +623,4 @@ COMMANDS: dict[str, Command] = {
         triton=True,
     ),
 }
-"""By the name of the stack."""
+"""By the name of the trainer."""
