@@ -367,8 +367,8 @@ class Plan:
     loss: Loss | None = None
     """Loss implementation."""
     kernels: Literal["none", "liger", "unsloth", "foak", "automodel"] | None = None
-    """Fused kernels that replace the model's own; `foak`: fms-acceleration's; `automodel`: the model
-    code of NeMo AutoModel."""
+    """Fused kernels that replace the model's own; `foak`: fms-acceleration's; `automodel`: NeMo
+    AutoModel's model code."""
     hardware: Hardware = field(default_factory=Hardware)
     """GPUs and host."""
     sharding: Sharding = field(default_factory=Sharding)

@@ -60,6 +60,8 @@ def job_of(resolved: Resolved) -> Job:
         keeps_last=stack.name == "nemo" and plan.sharding.reshard_after_forward is None,
     )
     kernels = _kernels(resolved, storage)
+    if kernels.lora == "automodel" and checkpointing.kind == "selective":
+        _refuse_selective(method)
     environment = Environment(
         autocast=autocast,
         attention=plan.attention or "sdpa",
@@ -244,6 +246,19 @@ def _kernels(resolved: Resolved, storage: Format) -> Kernels:
     silu = config.get("hidden_act", "silu") in ("silu", "swish")
     whole = lora != "automodel" or (alone and silu and model_type not in known)
     return kernels_of(library, model_type, lora=lora, lora_mlp=whole)
+
+
+def _refuse_selective(method: Method) -> None:
+    """AutoModel adds the base's result to LoRA's product in place, unless dropout has copied it."""
+    plain = method.kind in ("lora", "qlora") and not method.use_dora and not method.dropout
+    if plain:
+        raise UnsupportedError(
+            "selective checkpointing of NeMo AutoModel's LoRA",
+            because="the checkpoint keeps a product that is then added to, and torch 2.13 refuses "
+            "that",
+            remedy="use gradient_checkpointing: full, or method.fused_lora: false "
+            "(peft.use_memory_efficient_lora)",
+        )
 
 
 def _repeats_heads(plan: Plan, stack: Stack, config: Mapping[str, Any]) -> bool:

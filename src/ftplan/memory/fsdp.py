@@ -72,9 +72,7 @@ def wrapped_apart(
     return [(name, modules) for name, modules in both if name in spec.apart and modules]
 
 
-def _untied(
-    network: Network, table: Module, head: Module | None
-) -> list[tuple[str, list[Module]]]:
+def _untied(network: Network, table: Module, head: Module | None) -> list[tuple[str, list[Module]]]:
     """AutoModel's: tables that are trained, and share no weight.
 
     nemo_automodel/components/distributed/parallelizer.py 0.7.0,

@@ -106,8 +106,8 @@ _AUTOMODEL: Mapping[str, Kernels] = {
     ),
     "qwen3": Kernels(rope_wide=True, in_parts=True),
 }
-"""nemo_automodel/components/models 0.7.0: dense models of its own (_transformers/registry.py), with
-``Float32RMSNorm`` (Qwen 3 has transformers') and llama/rope_utils.py. Any other is transformers'."""
+"""nemo_automodel/components/models 0.7.0: dense models of its own, with ``Float32RMSNorm`` (Qwen 3
+has transformers' norms) and llama/rope_utils.py. Any other dense model is transformers'."""
 
 LIBRARIES: Mapping[str, Mapping[str, Kernels]] = {
     "none": {}, "liger": _LIGER, "unsloth": _UNSLOTH, "foak": _FOAK, "automodel": _AUTOMODEL,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import itertools
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -166,7 +167,7 @@ def _own_part(old: Any) -> Any:
 
 
 class _Float32RMSNorm(torch.autograd.Function):
-    """``float32_rms_norm``: an opaque op forwards, a fused reduction of each row on the way back."""
+    """``float32_rms_norm``: an opaque op forward, a fused reduction of each row backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, _eps: float) -> Any:
@@ -199,9 +200,7 @@ class _LinearCE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Any, weight: Any, labels: Any, _ignore: int, _dtype: Any
-    ) -> Any:
+    def forward(ctx: Any, hidden: Any, weight: Any, labels: Any, _ignore: int, _dtype: Any) -> Any:
         logits = torch.nn.functional.linear(hidden, weight)
         statistics = [torch.empty(labels.shape, dtype=torch.float32) for _ in range(2)]
         ctx.save_for_backward(hidden, weight, labels, logits, *statistics)
@@ -230,7 +229,7 @@ def fit(recipe: Any, job: Any, ledger: trainers.TrainerLedger, inner: Any) -> in
     """Two steps of ``run_train_validation_loop``; the clock at the end of the last forward."""
     scheduler = recipe.step_scheduler
     with _disable_current_modes():
-        steps = [batches for batches, _ in zip(iter(scheduler), range(trainers.BATCHES))]
+        steps = list(itertools.islice(iter(scheduler), trainers.BATCHES))
     model = recipe.model_parts[0]
     vars(recipe).update(  # what it tracks for its checkpoints is set once
         step_scheduler=_Steps(scheduler, [[hosted(b, ledger) for b in s] for s in steps]),

@@ -244,6 +244,7 @@ _NF4: Settings = {
 }  # fmt: skip
 _ON_2: Settings = {"nproc_per_node": 2, "step_scheduler": {"global_batch_size": 4}}
 _ON_8: Settings = {"nproc_per_node": 8, "step_scheduler": {"global_batch_size": 16}}
+_LONG: Settings = {"dataset": {"seq_len": 4096}}
 _MORE: Settings = {"step_scheduler": {"global_batch_size": 8}}
 _NEMO: dict[str, Settings] = {
     "sft full": {},
@@ -273,6 +274,13 @@ _NEMO: dict[str, Settings] = {
     "sft lora mlp fused": {**_ADAPTED, **_CUT},
     "sft qlora": _NF4,
     "sft qlora checkpointed": {**_NF4, **_RECOMPUTED},
+    "sft full fused long": {**_CUT, **_LONG},
+    "sft full fused long checkpointed": {**_CUT, **_LONG, **_RECOMPUTED},
+    "sft lora mlp fused long": {**_ADAPTED, **_CUT, **_LONG},
+    "sft lora fused long checkpointed": {**_ADAPTED, **_CUT, **_LONG, **_RECOMPUTED},
+    "sft full fused long selective": {
+        **_CUT, **_LONG, "distributed": {"activation_checkpointing": "selective"},
+    },
     "sft full 2": _ON_2,
     "sft full 8 checkpointed": {**_ON_8, **_RECOMPUTED},
     "sft full 8 hf": _ON_8,

@@ -343,9 +343,9 @@ def _sharding(draft: Draft, keys: Keys) -> None:
         draft.put("sharding.kind", "fsdp" if count != 1 else "none", keys.at(dist, "strategy"))
         if count != 1:
             draft.put("sharding.version", 2)
-            _policy(draft, keys, alone=False)
-    if count == 1:
-        _policy(draft, keys, alone=True)
+            for name, value in _POLICY.items():
+                draft.put(f"sharding.{name}", draft.get(f"sharding.{name}") or value, keys.at(dist))
+    _cast_adapters(draft, keys, alone=count <= 1)
     if keys.flag(dist, "offload") or keys.has(dist, "offload_policy"):
         draft.put("sharding.offload", "params", keys.at(dist, "offload_policy"))
     reshard = keys.flag(dist, "reshard_after_forward")
@@ -358,16 +358,14 @@ _POLICY = {"param_dtype": "bf16", "reduce_dtype": "fp32"}
 """components/distributed/config.py 0.7.0, ``FSDP2Config``."""
 
 
-def _policy(draft: Draft, keys: Keys, *, alone: bool) -> None:
-    """What FSDP2's policy casts: gathered weights; of an adapter's job frozen weights as stored.
+def _cast_adapters(draft: Draft, keys: Keys, *, alone: bool) -> None:
+    """Frozen weights are stored as they are computed with, whatever ``torch_dtype`` says.
 
     On one rank nothing is wrapped, and adapters are cast with what they lie beside
-    (components/models/common/utils.py 0.7.0, ``cast_frozen_modules_to_compute_dtype``).
+    (components/models/common/utils.py 0.7.0, ``prepare_frozen_parameters_for_sharding``,
+    ``cast_frozen_modules_to_compute_dtype``).
     """
-    where = keys.at("distributed")
-    for name, value in _POLICY.items():
-        if not alone:
-            draft.put(f"sharding.{name}", draft.get(f"sharding.{name}") or value, where)
+    where = keys.at("peft")
     computed = draft.get("sharding.param_dtype") or _POLICY["param_dtype"]
     stored = draft.get("precision.weights")
     if draft.get("method.kind") == "full" or stored not in ("fp32", "bf16", "fp16", None):

@@ -140,7 +140,11 @@ class LoraLinear(Adapted):
     def together(self, x: Tensor, layers: Sequence[Linear]) -> list[Tensor] | None:
         style = x.tape.env.kernels.lora
         adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
-        if style == "automodel" or len(adapted) < len(layers) or not all(layer._fuses(style) for layer in adapted):
+        if (
+            style == "automodel"
+            or len(adapted) < len(layers)
+            or not all(layer._fuses(style) for layer in adapted)
+        ):
             return None
         return lora_products(x, adapted)
 
@@ -215,7 +219,7 @@ class LoraLinear(Adapted):
     def _scaled(
         self, x: Tensor, base_result: Tensor | None, norm: Tensor, weight: Tensor | None = None
     ) -> Tensor:
-        """What the magnitudes make of the base's result, which dropout has made anew, and update."""
+        """What the magnitudes make of the update and the base's result (None: it is made anew)."""
         tape = x.tape
         magnitude = tape.leaf(self.lora_magnitude_vector.default.parameters["weight"])
         ratio = ops.mul(magnitude, norm)
