@@ -286,6 +286,11 @@ def _check_kernels(plan: Plan, stack: Stack, config: Mapping[str, Any] | None) -
             f"unsloth's kernels do not come with {stack.title}",
             remedy="use stack: unsloth, or kernels: liger",
         )
+    if plan.kernels == "automodel" and stack.name != "nemo":
+        raise InputError(
+            f"NeMo AutoModel's model code does not come with {stack.title}",
+            remedy="use stack: nemo, or kernels: none",
+        )
 
 
 def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler: _Filler) -> Plan:

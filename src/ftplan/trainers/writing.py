@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from ftplan.catalog.stacks import Stack
@@ -48,6 +49,9 @@ class Writer:
         self.notes: list[str] = []
         if plan.method is None:
             self.refuse("a plan without a method (inference)")
+        if plan.kernels == "automodel":
+            self.plan = plan = replace(plan, kernels=None)
+            self.comment("kernels: automodel is not written: it is NeMo AutoModel's own model code")
         self._functions(plan, plan.method)
 
     def refuse(self, what: str) -> NoReturn:
