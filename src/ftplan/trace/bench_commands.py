@@ -278,9 +278,7 @@ _NEMO: dict[str, Settings] = {
     "sft full fused long checkpointed": {**_CUT, **_LONG, **_RECOMPUTED},
     "sft lora mlp fused long": {**_ADAPTED, **_CUT, **_LONG},
     "sft lora fused long checkpointed": {**_ADAPTED, **_CUT, **_LONG, **_RECOMPUTED},
-    "sft full fused long selective": {
-        **_CUT, **_LONG, "distributed": {"activation_checkpointing": "selective"},
-    },
+    "sft full chunked long checkpointed": {**_IN_CHUNKS, **_LONG, **_RECOMPUTED},
     "sft full 2": _ON_2,
     "sft full 8 checkpointed": {**_ON_8, **_RECOMPUTED},
     "sft full 8 hf": _ON_8,
