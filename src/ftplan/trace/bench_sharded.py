@@ -449,7 +449,8 @@ def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[st
             }  # fmt: skip
         plan: Mapping = {
             "version": 1, "model": name, "stack": more.get("stack", "transformers"),
-            "task": more.get("task", "sft"), "method": more["method"], "precision": more["precision"],
+            "task": more.get("task", "sft"), "method": more["method"],
+            "precision": more["precision"],
             "batch": {
                 "micro": micro, "seq_len": seq_len, "accumulation": 1, "padding": "none",
                 **more.get("batch", {}),
