@@ -241,11 +241,19 @@ def _kernels(resolved: Resolved, storage: Format) -> Kernels:
         library = "none"  # quantised models are transformers'
     known = LIBRARIES[library]
     model_type = str(kind if kind in known else inner)
-    # lora_mlp.py: ``install_fused_lora_mlp`` leaves weights alone that are on the meta device yet
-    alone = (plan.hardware.count or 1) * (plan.hardware.nodes or 1) == 1
-    silu = config.get("hidden_act", "silu") in ("silu", "swish")
-    whole = lora != "automodel" or (alone and silu and model_type not in known)
+    whole = lora != "automodel" or _fuses_mlp(plan, config, own=model_type in known)
     return kernels_of(library, model_type, lora=lora, lora_mlp=whole)
+
+
+def _fuses_mlp(plan: Plan, config: Mapping[str, Any], *, own: bool) -> bool:
+    """Whether AutoModel joins the projections of an adapted MLP.
+
+    It leaves alone what is on the meta device yet: its own models, and all that FSDP2 will shard
+    (components/_peft/lora_mlp.py 0.7.0, ``install_fused_lora_mlp``).
+    """
+    alone = (plan.hardware.count or 1) * (plan.hardware.nodes or 1) == 1
+    loaded = plan.sharding.kind == "ddp" or (alone and not own)
+    return loaded and config.get("hidden_act", "silu") in ("silu", "swish")
 
 
 def _refuse_selective(method: Method) -> None:

@@ -345,7 +345,8 @@ def _sharding(draft: Draft, keys: Keys) -> None:
             draft.put("sharding.version", 2)
             for name, value in _POLICY.items():
                 draft.put(f"sharding.{name}", draft.get(f"sharding.{name}") or value, keys.at(dist))
-    _cast_adapters(draft, keys, alone=count <= 1)
+    if "ddp" not in strategy:
+        _cast_adapters(draft, keys, alone=count <= 1)
     if keys.flag(dist, "offload") or keys.has(dist, "offload_policy"):
         draft.put("sharding.offload", "params", keys.at(dist, "offload_policy"))
     reshard = keys.flag(dist, "reshard_after_forward")
