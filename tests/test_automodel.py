@@ -25,7 +25,9 @@ def _plan(**more: Any) -> Plan:
 
 
 def _allocated(plan: Plan) -> int:
-    return api.estimate(plan, with_remedies=False).allocated_bytes.expected
+    allocated = api.estimate(plan, with_remedies=False).allocated_bytes
+    assert allocated is not None
+    return allocated.expected
 
 
 def test_one_rank_is_not_wrapped() -> None:

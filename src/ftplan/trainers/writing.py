@@ -49,10 +49,10 @@ class Writer:
         self.notes: list[str] = []
         if plan.method is None:
             self.refuse("a plan without a method (inference)")
-        if plan.kernels == "automodel":
-            self.plan = plan = replace(plan, kernels=None)
-            self.comment("kernels: automodel is not written: it is NeMo AutoModel's own model code")
         self._functions(plan, plan.method)
+        if plan.kernels == "automodel":
+            self.plan = replace(plan, kernels=None)
+            self.comment("kernels: automodel is not written: it is NeMo AutoModel's own model code")
 
     def refuse(self, what: str) -> NoReturn:
         """There is no key for this: the export stops and says so."""
