@@ -166,6 +166,10 @@ class Stack:
     """To what length a batch is padded."""
     modules: str | None = None
     """Model code of its own that is walked, and of which time; None: transformers' is."""
+    param_dtype: Literal["bf16"] | None = None
+    """What FSDP's policy gathers weights in; None: what mixed precision computes in."""
+    reduce_dtype: Literal["fp32"] | None = None
+    """What it reduces gradients in."""
     no_sync: bool = False
     """Whether FSDP reduces gradients with the last micro batch alone; whole ones until then."""
     apart: tuple[Literal["embeddings", "head", "adapters", "untied"], ...] = ()

@@ -227,6 +227,8 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
             filler.fill("sharding.kind", None, kind)
     if kind == "fsdp" and sharding.version != 1 and sharding.wrap is None and plan.method:
         sharding = _units(sharding, find_stack(plan.stack or "transformers"), filler)
+    if kind == "fsdp" and plan.method:
+        sharding = _policy(sharding, find_stack(plan.stack or "transformers"), filler)
     budget = replace(
         plan.budget, headroom=filler.fill("budget.headroom", plan.budget.headroom, 0.0)
     )
@@ -236,6 +238,19 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
         sharding=replace(sharding, kind=kind),
         budget=budget,
     )
+
+
+def _policy(sharding: Sharding, stack: Stack, filler: _Filler) -> Sharding:
+    """The dtypes of the stack's own policy; without one it follows mixed precision."""
+    given = {
+        name: filler.fill(f"sharding.{name}", getattr(sharding, name), value, source)
+        for name, value, source in (
+            ("param_dtype", stack.param_dtype, stack.sources.get("param_dtype", CONTRACT)),
+            ("reduce_dtype", stack.reduce_dtype, stack.sources.get("reduce_dtype", CONTRACT)),
+        )
+        if value is not None
+    }
+    return replace(sharding, **given)
 
 
 def _units(sharding: Sharding, stack: Stack, filler: _Filler) -> Sharding:
