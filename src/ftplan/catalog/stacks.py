@@ -46,6 +46,7 @@ ALIASES = {
     "lit-gpt": "litgpt",
     "swift": "ms-swift",
     "automodel": "nemo",
+    "nemo-automodel": "nemo",
     "megatron-lm": "megatron",
 }
 
@@ -113,6 +114,10 @@ class Stack:
     """Who casts logits to fp32: a model that does so has let go of the first copy."""
     loss_twice: bool = False
     """Whether the trainer takes the loss out of the logits itself, beside the model's own one."""
+    leaves_cache_on: bool = False
+    """Whether every layer copies keys and values into a cache, unless it is checkpointed."""
+    loss_outside: bool = False
+    """Whether the loop takes the loss out of what the model has returned."""
     caching_models: tuple[str, ...] = ()
     """Model types that fill a key-value cache in training, even when they are checkpointed."""
     repeating_attention: tuple[str, ...] = ()
@@ -139,7 +144,7 @@ class Stack:
     """Whether the model's outputs stay alive until backward has ended."""
     attention: Literal["eager", "sdpa", "flash"]
     """Attention when nothing is said."""
-    kernels: Literal["none", "liger", "unsloth", "foak"]
+    kernels: Literal["none", "liger", "unsloth", "foak", "automodel"]
     """Fused kernels when nothing is said."""
     rank: int
     """Adapter rank of the trainer's own configuration."""
@@ -161,9 +166,13 @@ class Stack:
     """To what length a batch is padded."""
     modules: str | None = None
     """Model code of its own that is walked, and of which time; None: transformers' is."""
+    param_dtype: Literal["bf16"] | None = None
+    """What FSDP's policy gathers weights in; None: what mixed precision computes in."""
+    reduce_dtype: Literal["fp32"] | None = None
+    """What it reduces gradients in."""
     no_sync: bool = False
     """Whether FSDP reduces gradients with the last micro batch alone; whole ones until then."""
-    apart: tuple[Literal["embeddings", "head", "adapters"], ...] = ()
+    apart: tuple[Literal["embeddings", "head", "adapters", "untied"], ...] = ()
     """What FSDP2 wraps apart from blocks: embeddings, the final norm with the head, adapters."""
     reshard_root: bool = False
     """Whether FSDP2 frees what belongs to no unit between forward and backward."""

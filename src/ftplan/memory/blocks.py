@@ -8,7 +8,7 @@ from typing import Any
 
 from ftplan.memory import ops
 from ftplan.memory.adapters.lora import LoraLinear
-from ftplan.memory.checkpointing import checkpoint_all
+from ftplan.memory.checkpointing import checkpoint, checkpoint_all
 from ftplan.memory.experts import Experts, Routing
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.nn import Module, Shared, Stack, Stage
@@ -116,6 +116,8 @@ def _run_block(
     ``idle``: what the unit has beside the block's weights.
     """
     run = _checkpoint if checkpointed else _run
+    if recorder.tape.env.checkpoint_parts:
+        run = _checkpoint_parts
     if recorder.fsdp is None or recorder.fsdp.spec.wrap == "model":
         return run(block, x, shared)
     apart = _spread(block) if recorder.fsdp.spec.ep > 1 else []
@@ -127,6 +129,7 @@ def _run_block(
     if "adapters" not in recorder.fsdp.spec.apart:
         weights += idle
     unit = Unit("block", weights, place=recorder.place, module=block)
+    unit.stays = recorder.fsdp.keeps(recorder.place)
     recorder.units.append(unit)
     recorder.fsdp.adopt(unit)
     for experts in apart:
@@ -137,6 +140,39 @@ def _run_block(
     out = run(block, recorder.fsdp.enter(unit, x)[0], shared)
     recorder.fsdp.end_forward(unit)
     return recorder.fsdp.leave(unit, out)
+
+
+_PARTS = (
+    ("mlp", "feed_forward", "ffn"),
+    ("self_attn", "attention", "attn", "linear_attn"),
+    ("input_layernorm", "attention_norm", "layer_norm1", "norm1"),
+    ("post_attention_layernorm", "ffn_norm", "layer_norm2", "norm2"),
+)
+"""Of each the first name that a block has is checkpointed (nemo_automodel/components/distributed/
+activation_checkpointing.py 0.7.0, ``apply_submodule_checkpointing``)."""
+
+
+def _checkpoint_parts(block: Module, x: Tensor, shared: Shared) -> Tensor:
+    """The block with parts that keep their input alone."""
+    found = [next((name for name in names if name in block.children), "") for names in _PARTS]
+    parts = [block.children[name] for name in found if name]
+    plain = [part.forward for part in parts]
+    for part in parts:
+        part.forward = _checkpointed(part)
+    out = _run(block, x, copy.copy(shared))
+    for part, forward in zip(parts, plain, strict=True):
+        part.forward = forward
+    return out
+
+
+def _checkpointed(part: Module) -> Callable[..., Tensor]:
+    forward: Callable[..., Tensor] = part.forward
+    trains = any(parameter.trainable for _, parameter in part.named_parameters())
+
+    def run(x: Tensor, *rest: Any) -> Tensor:
+        return checkpoint(lambda x: forward(x, *rest), x, trains=trains)
+
+    return run
 
 
 def _thin_layers(block: Module) -> list[Module]:

@@ -55,6 +55,8 @@ def wrapped_apart(
         return []
     table = network.child(network.embedding_names[0])
     head = _output_embeddings(network)
+    if "untied" in spec.apart:
+        return _untied(network, table, head)
     norm = _final_norm(network, adapted=adapted)
     tail = [module for module in (norm, head) if module is not None]
     if len(network.stages) > 1:
@@ -75,6 +77,22 @@ def wrapped_apart(
             )
         units = [("head", [table, *tail])]
     return [(name, modules) for name, modules in units if name in spec.apart and modules]
+
+
+def _untied(network: Network, table: Module, head: Module | None) -> list[tuple[str, list[Module]]]:
+    """AutoModel's: tables that are trained, and share no weight.
+
+    nemo_automodel/components/distributed/parallelizer.py 0.7.0,
+    ``_fully_shard_untied_input_output_embeddings``.
+    """
+    if f"{network.head_name}.weight" in network.tied:
+        return []
+    both = (("embeddings", table), ("head", head))
+    return [
+        (name, [module])
+        for name, module in both
+        if module is not None and any(p.trainable for _, p in module.named_parameters())
+    ]
 
 
 def stays_gathered(network: Network, spec: ShardingSpec) -> Callable[[Parameter, bool], bool]:
@@ -166,6 +184,8 @@ class Fsdp:
         self.across: list[Storage] = []
         """Shards of gradients while replicas sum them, kept until backward has ended."""
         self.order: list[Unit] = []
+        self.last = 0
+        """Which block comes last."""
         self.ended = False
         """The model has returned: what runs now is called by the trainer."""
         self.ran_again = False
@@ -221,7 +241,12 @@ class Fsdp:
 
     def place(self, layer: int, count: int) -> int | str | None:
         """Blocks that are recorded by themselves: the first and the last."""
+        self.last = count - 1
         return layer if layer in (0, count - 1) else None
+
+    def keeps(self, place: int | str | None) -> bool:
+        """Whether a block's weights stay until its way back."""
+        return self.spec.keeps_last and place == self.last
 
     def outer_units(self, network: Network, *, held: bool = False) -> list[Unit]:
         """The root, and before it in turn what is wrapped apart (:attr:`ShardingSpec.apart`).

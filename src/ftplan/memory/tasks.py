@@ -44,7 +44,7 @@ from ftplan.memory.log_probs import (
     log_probs,
     scalar,
 )
-from ftplan.memory.loss import tiled_divergence
+from ftplan.memory.loss import outside_loss, tiled_divergence
 from ftplan.memory.nn import Network
 from ftplan.memory.prepare import prepare
 from ftplan.memory.tape import BATCH, TOKENS, Tensor
@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 Kind = Literal["tokens", "labels", "rewards", "pairs", "unpaired", "odds", "policy", "teacher",
-               "contrast", "clipped", "values", "weighted", "native"]  # fmt: skip
+               "contrast", "clipped", "values", "weighted", "outside", "native"]  # fmt: skip
 
 _KINDS: dict[str, Kind] = {
     "sft": "tokens", "pt": "tokens", "classify": "labels", "rm": "rewards", "dpo": "pairs",
@@ -140,6 +140,8 @@ class Objective:
         outputs = held[0]
         if self.kind == "weighted":
             return _weighted(held)
+        if self.kind == "outside":
+            return outside_loss(network, outputs)
         if self.kind in ("rewards", "values"):
             return scalar([outputs])
         if self.kind == "contrast":
@@ -256,6 +258,8 @@ def objective_of(job: Job) -> Objective:
         resident += (Resident(name="weights/reward", network=reward, why=why),)
         scorers = (other, critic, reward)
     tiled = job.environment.loss == "chunked"
+    if kind == "tokens" and job.loss_outside:
+        return Objective(kind="outside", states=job.environment.loss != "full")
     if kind == "rewards" and job.value_head:
         kind = "values"
     if kind == "tokens" and job.loss_twice:
