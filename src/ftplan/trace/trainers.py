@@ -29,7 +29,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ftplan.dataclass import dataclass
-from ftplan.trace import build, core, cuda
+from ftplan.trace import build, core, cuda, zero
 from ftplan.trace.job import Job
 from ftplan.trace.ledger import Ledger
 from ftplan.trace.quantized import emulated, quantize
@@ -121,7 +121,7 @@ class Run:
             "per_device_train_batch_size": job.micro,
             "gradient_accumulation_steps": job.accumulation,
             "max_steps": BATCHES,
-            "use_cpu": True,
+            "use_cpu": not self.zero,
             "report_to": [],
             "save_strategy": "no",
             "logging_steps": 1000,
@@ -130,8 +130,19 @@ class Run:
             "bf16": job.mixed == "bfloat16",
             "gradient_checkpointing": checkpointed,
             "gradient_checkpointing_kwargs": kwargs if checkpointed else None,
+            **({"deepspeed": zero.settings_of(job)} if self.zero else {}),
             **self.arguments,
         }
+
+    @property
+    def zero(self) -> bool:
+        """DeepSpeed runs the trainer's steps."""
+        return self.job.sharding.startswith("zero")
+
+    def optimizer(self) -> Any:
+        """Of what is trained, in the dtype that it is trained in."""
+        model = self.trainer.model
+        return build.build_optimizer(self.job, zero.cast(self.job, model) if self.zero else model)
 
     @property
     def count(self) -> int:
@@ -214,7 +225,7 @@ def _trl(run: Run, name: str, rows: Sequence[Mapping[str, Any]], **more: Any) ->
         model=run.model, args=arguments, train_dataset=_dataset(rows),
         processing_class=tokenizer(), peft_config=run.peft_config(), **more,
     )  # fmt: skip
-    run.trainer.optimizer = build.build_optimizer(run.job, run.trainer.model)
+    run.trainer.optimizer = run.optimizer()
     if not run.batches:
         run.collate(run.trainer.data_collator, run.trainer.train_dataset)
 
@@ -332,7 +343,7 @@ def _grpo(run: Run, name: str = "grpo") -> None:
             processing_class=tokenizer(), peft_config=run.peft_config(),
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
         )  # fmt: skip
-    run.trainer.optimizer = build.build_optimizer(job, run.trainer.model)
+    run.trainer.optimizer = run.optimizer()
     run.batches = _prompts(run, generations)
 
     def generate(prompts: list[Any]) -> Any:
@@ -451,6 +462,9 @@ def run_trainer(
         total = core._count(model)
         enter(cuda.as_on_cuda(ledger, job.capability))
         ledger.scalar_answer = _answer(job)
+        if job.sharding.startswith("zero"):
+            ledger.scalar_answer = lambda tensor, _phase: zero.some_value(tensor)
+            enter(zero.launched(job, model, ledger))
         enter(emulated(job, ledger))
         enter(cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors))
         enter(cuda.patched(torch.Tensor, "__deepcopy__", build.copy_tensor))
@@ -568,7 +582,8 @@ def train(run: Run) -> int:
     else:
         clock.watch(trainer, "training_step", "forward", first=True)
         trainer.get_train_dataloader = lambda: _Loader(run)
-        trainer.create_optimizer = lambda *_: trainer.optimizer
+        optimizer = trainer.optimizer  # DeepSpeed's way of making one forgets it first
+        trainer.create_optimizer = lambda *_: optimizer
     with _silent():
         trainer.train()
         if run.evaluates:
@@ -584,6 +599,7 @@ class _Phases:
 
     def __init__(self, run: Run) -> None:
         self._ledger, self._accumulation = run.ledger, 1 if run.own_loop else run.job.accumulation
+        self._accelerator = run.trainer.accelerator
         self._begun = 0
         self.forward_end = 0
 
@@ -610,8 +626,16 @@ class _Phases:
         gc.collect()
         self.forward_end = self._ledger.clock - 1
         self._ledger.enter("backward", self.step)
-        core._backward(loss)
+        wrapper = getattr(self._accelerator, "deepspeed_engine_wrapped", None)
+        if wrapper is None:
+            core._backward(loss)
+        else:  # ``DeepSpeedEngineWrapper.backward``, which takes the step too
+            last = self._accelerator.sync_gradients
+            wrapper.engine.set_gradient_accumulation_boundary(is_boundary=last)
+            wrapper.engine.backward(loss)
         self._ledger.enter("step", self.step)
+        if wrapper is not None and last:
+            wrapper.engine.step()
 
 
 @contextlib.contextmanager
