@@ -77,12 +77,16 @@ def _without_values() -> Iterator[None]:
     def no(*_args: Any, **_kwargs: Any) -> bool:
         return False
 
+    def everybody_alike(gathered: list[Any], given: Any, **_kwargs: Any) -> None:
+        gathered[:] = [given] * len(gathered)
+
     def address(_tensor: Any) -> int:
         return 0
 
     accelerator = type(get_accelerator())
     with (
         patched(torch.Tensor, "data_ptr", address),
+        patched(torch.distributed, "all_gather_object", everybody_alike),
         patched(accelerator, "is_fp16_supported", lambda _self: True),
         patched(stage_1_and_2, "is_invalid_grad_norm", no),
         patched(stage3, "is_invalid_grad_norm", no),
@@ -120,9 +124,11 @@ def launched(job: Job, model: Any, ledger: Ledger) -> Iterator[None]:
 
     bf16 = patched(training_args, "is_torch_bf16_gpu_available", lambda: True)
     with _group(job, _rank(job, model)), _without_values(), _apart(job, ledger), bf16:
-        yield
-        AcceleratorState._reset_state(reset_partial_state=True)
-        unset_hf_deepspeed_config()  # else the next model would be made under ZeRO-3
+        try:
+            yield
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            unset_hf_deepspeed_config()  # else the next model would be made under ZeRO-3
 
 
 def run_steps(job: Job, model: Any, ledger: Ledger, mark: Callable[[Any], None]) -> int:
