@@ -31,7 +31,7 @@ def _weight(numel: int, *, stays: bool = False, frozen: bool = False) -> Weight:
 
 def _coordinator(trace: list[Running], **spec: Any) -> Coordinator:
     made = Coordinator(Tape(Environment()), ShardingSpec(kind="zero3", world=8, **spec), trace)
-    made.gather_small()
+    made.gather_small({weight for running in trace for weight in running.weights})
     made.reset()
     return made
 

@@ -18,7 +18,7 @@ from ftplan.dataclass import dataclass
 from ftplan.dtypes import find_format
 from ftplan.memory import ops
 from ftplan.memory.job import ShardingSpec
-from ftplan.memory.nn import Module
+from ftplan.memory.nn import Module, Network
 from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Played, Storage, Tape, Tensor
 
 __all__ = ["ACCUMULATED", "BUFFERS", "Fsdp", "Unit", "shard_shape"]
@@ -76,6 +76,8 @@ class Fsdp:
         self.order: list[Unit] = []
         self.beside = False
         """Another network runs, which is sharded by itself."""
+        self.again = False
+        """The network runs again with its adapters off."""
 
     def played(self, trained: Played | None = None) -> Played | None:
         """All is recorded: what comes between its segments at full depth, if anything.
@@ -83,6 +85,14 @@ class Fsdp:
         ``trained``: the same of the training that an evaluation interrupts.
         """
         return None
+
+    def root_of(self, network: Network) -> Unit:
+        """Of a model beside, it was gathered once and has stayed so (its bytes are static): FSDP2
+        reshards a root in backward, and this model runs none."""
+        return Unit("root", [])
+
+    def run_again(self, network: Network) -> None:
+        """The root of the model with its adapters off is the same one."""
 
     def ranks(self, unit: Unit) -> int:
         """Over how many ranks it is sharded."""

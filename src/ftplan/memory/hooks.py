@@ -35,6 +35,10 @@ class Visit:
     looks_at: Sequence[Parameter] = ()
     """Weights of modules inside that DeepSpeed finds away, and from then on fetches with this one
     (``register_external_parameter``)."""
+    engine: int = 0
+    """Which of DeepSpeed's engines it belongs to: what is trained, or a frozen model beside it."""
+    adapted: bool = True
+    """False: the model runs with its adapters off."""
     called: bool = False
     first: dict[bool, Visit] = field(default_factory=dict)
     """Of a module without forward code: which of those in it runs first, each way."""
@@ -46,6 +50,8 @@ class Mark(NamedTuple):
     visit: Visit
     fetches: bool
     forward: bool
+    begins: bool = False
+    """A forward of the whole model starts, before any module of it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,17 +75,19 @@ class Hooks:
         self.visits: list[Visit] = []
         self._before: list[tuple[Module, Callable[..., Any] | None]] = []
 
-    def watch(self, unit: Unit) -> Visit:
+    def watch(self, unit: Unit, engine: int = 0, *, adapted: bool = True) -> Visit:
         """Hook every module of the unit but the unit itself, which is returned."""
         assert unit.module is not None
         self._unit_of.update((id(parameter), unit) for parameter in unit.parameters)
-        whole = Visit(unit, "", list(unit.module.parameters.values()))
+        own = list(unit.module.parameters.values())
+        whole = Visit(unit, "", own, engine=engine, adapted=adapted)
         around: dict[str, Visit | None] = {"": None}
         for path, module in unit.module.named_modules():
             if not path:
                 continue
             outer = around[path.rpartition(".")[0]]
-            visit = Visit(unit, path, list(module.parameters.values()), outer)
+            own = list(module.parameters.values())
+            visit = Visit(unit, path, own, outer, engine=engine, adapted=adapted)
             visit.looks_at = module.looks_at()
             if hasattr(module, "forward"):
                 around[path] = None
@@ -124,6 +132,11 @@ class Hooks:
 
     def _runs(self, x: Tensor | None, forward: Callable[[Any], Any]) -> Any:
         return self._run(self._nameless, forward, (x,), {})
+
+    def begin(self, visit: Visit) -> None:
+        """A forward of the whole model starts (``_start_of_forward_hook``)."""
+        storage = self.tape.allocate(NOTHING, "mark")
+        self.marks[storage.index] = Mark(visit, fetches=True, forward=True, begins=True)
 
     def mark(self, visit: Visit, *, fetches: bool, forward: bool) -> None:
         """A storage without bytes that comes and goes: what moves events moves it too."""

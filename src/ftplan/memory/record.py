@@ -187,22 +187,23 @@ class Recorder:
     def apart(self, network: Network, *, beside: bool) -> Iterator[None]:
         """Run another network without a graph, sharded like the first.
 
-        ``beside``: it is a model of its own, whose root was gathered once and has stayed so (its
-        bytes are static): FSDP2 reshards a root in backward, and it runs none. Else it is the
-        first one with its adapters off, whose root may still be gathered.
+        ``beside``: it is a model of its own. Else it is the first one with its adapters off, whose
+        root may still be gathered.
         """
         before = (self.network, self.fsdp, self.units)
         blocks, self.blocks = self.blocks, 0
         self.network = network
         if self.fsdp is not None:
             order = list(self.fsdp.order)
-            self.units = [Unit("root", [])] if beside else self.units[:1]
-            self.fsdp.beside = beside
+            self.fsdp.beside, self.fsdp.again = beside, not beside
+            self.units = [self.fsdp.root_of(network)] if beside else self.units[:1]
+            if not beside:
+                self.fsdp.run_again(network)
         yield
         self.network, fsdp, self.units = before
         self.blocks = blocks
         if fsdp is not None:
-            fsdp.order, fsdp.beside = order, False
+            fsdp.order, fsdp.beside, fsdp.again = order, False, False
 
     def begin_root(self) -> None:
         """Gather what belongs to no block."""

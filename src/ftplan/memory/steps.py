@@ -55,7 +55,8 @@ def record_step(
     tape = recorder.tape
     tape.step_of = step_of
     if sharding is not None:
-        recorder.shard(_sharded(network, tape, sharding, accumulated=accumulated))
+        unseen = objective.unseen if objective is not None else ""
+        recorder.shard(_sharded(network, tape, sharding, accumulated=accumulated, unseen=unseen))
     elif isinstance(network, Native) or accumulated:
         _hold_gradients(network, tape, idle=not accumulated)
     if objective is not None and objective.before:
@@ -160,11 +161,14 @@ def _receive(recorder: Recorder, share: PipelineStage) -> None:
     recorder.recording.once.append(recorder.cut("receive buffers"))
 
 
-def _sharded(network: Network, tape: Tape, spec: ShardingSpec, *, accumulated: bool) -> Fsdp:
+def _sharded(
+    network: Network, tape: Tape, spec: ShardingSpec, *, accumulated: bool, unseen: str = ""
+) -> Fsdp:
     if spec.kind == "fsdp":
         kind = Flat if spec.version == 1 else Fsdp
         return kind(tape, spec, accumulated=accumulated)
-    return Zero(tape, spec, layout_of(network, spec), accumulated=accumulated)
+    layout = layout_of(network, spec)
+    return Zero(tape, spec, layout, accumulated=accumulated, unseen=unseen)
 
 
 def record_serving(network: Network, env: Environment) -> Recording:

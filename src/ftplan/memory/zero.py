@@ -20,14 +20,14 @@ from itertools import accumulate
 
 from ftplan.dataclass import dataclass
 from ftplan.memory.fsdp import ACCUMULATED, Fsdp, Unit
-from ftplan.memory.gathering import Gathering, stored
+from ftplan.memory.gathering import Gathering
 from ftplan.memory.hooks import Hooks, Visit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Network
 from ftplan.memory.statics import weight_bytes
 from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Played, Storage, Tape
 
-__all__ = ["Layout", "Zero", "layout_of", "live_bytes", "partition", "step_temporaries"]
+__all__ = ["Layout", "Zero", "layout_of", "partition", "step_temporaries"]
 
 GRADIENTS = Label("gradients", "parameters")
 
@@ -161,7 +161,7 @@ class Zero(Fsdp):
     """
 
     def __init__(
-        self, tape: Tape, spec: ShardingSpec, layout: Layout, *, accumulated: bool
+        self, tape: Tape, spec: ShardingSpec, layout: Layout, *, accumulated: bool, unseen: str = ""
     ) -> None:
         super().__init__(tape, spec, accumulated=accumulated)
         self.layout = layout
@@ -173,6 +173,8 @@ class Zero(Fsdp):
         self._parts: list[Storage] = []
         self._filled = 0
         self._turn = self._quiet = 0
+        self.unseen = unseen
+        """When there are forwards without a graph that are not recorded (:class:`Objective`)."""
         self._hooks = Hooks(tape) if spec.kind == "zero3" else None
         self._whole: dict[int, Visit] = {}
         """Units as modules, which have others in them."""
@@ -195,8 +197,8 @@ class Zero(Fsdp):
     def adopt(self, unit: Unit) -> None:
         """Know the unit of each gradient; stage 1 adds to those of earlier micro batches."""
         self.units.append(unit)
-        if self._hooks is not None and unit.name == "block" and not self.beside:
-            self._whole[id(unit)] = self._hooks.watch(unit)
+        if unit.name == "block":
+            self._watch(unit, adapted=not self.again)
         for parameter in unit.parameters:
             self._unit_of[id(parameter)] = unit
             if self.waits and self.accumulated and parameter.trainable:
@@ -210,11 +212,25 @@ class Zero(Fsdp):
         """The module has ended."""
         self._mark(unit, fetches=False, forward=True)
 
+    def _watch(self, unit: Unit, *, adapted: bool = True) -> None:
+        if self._hooks is not None and id(unit) not in self._whole:
+            engine = 1 if self.beside else 0
+            self._whole[id(unit)] = self._hooks.watch(unit, engine, adapted=adapted)
+
+    def root_of(self, network: Network) -> Unit:
+        """An engine of its own gathers a model beside, a module at a time."""
+        return Unit("root", [p for _, p in network.named_parameters()], module=network)
+
+    def run_again(self, network: Network) -> None:
+        """The layers around the blocks of the model with its adapters off have hooks too."""
+        self._watch(self.root_of(network), adapted=False)
+
     def begin_model(self, root: Unit) -> None:
         """``_start_of_forward_hook``: the model is the first module, inside PEFT's if need be."""
-        if self._hooks is not None and not self.beside and id(root) not in self._whole:
-            self._whole[id(root)] = self._hooks.watch(root)
-        added = any(p.added for unit in (root, *self.units) for p in unit.parameters)
+        self._watch(root)
+        if self._hooks is not None:
+            self._hooks.begin(self._whole[id(root)])
+        added = not self.beside and any(p.added for p in self.layout.gradients)
         for _ in range(3 if added else 1):
             self._mark(root, fetches=True, forward=True)
 
@@ -226,7 +242,7 @@ class Zero(Fsdp):
         self._mark(unit, fetches=True, forward=False)
 
     def _mark(self, unit: Unit, *, fetches: bool, forward: bool) -> None:
-        if self._hooks is not None and not self.beside and id(unit) in self._whole:
+        if self._hooks is not None and id(unit) in self._whole:
             self._hooks.mark(self._whole[id(unit)], fetches=fetches, forward=forward)
 
     def end_backward(self, unit: Unit) -> None:
@@ -242,7 +258,8 @@ class Zero(Fsdp):
             return None
         self._hooks.unhook()
         before = trained if isinstance(trained, Gathering) else None
-        return Gathering(self._hooks, self.spec, 2 if self.accumulated or before else 1, before)
+        batches = 2 if self.accumulated or before else 1
+        return Gathering(self._hooks, self.spec, batches, self.unseen, before)
 
     def _arrive(self, parameter: Parameter) -> int | None:
         """A gradient is there: bytes needed to reduce a bucket now; None: it stays as it is."""
@@ -366,25 +383,6 @@ def partition(parameter: Parameter, ranks: int) -> Parameter:
     part = Parameter(parameter.name, (-(-parameter.numel // ranks),), "fp32", True)
     part.embedding = parameter.embedding
     return part
-
-
-def live_bytes(spec: ShardingSpec, counted: Sequence[tuple[Parameter, int, bool]]) -> int:
-    """Stage 3: weights that are gathered at once, with those fetched ahead.
-
-    Each module that runs fetches ``stage3_prefetch_bucket_size`` elements more, so that there are
-    soon as many as ``stage3_max_live_parameters`` lets there be.
-    """
-    elements = total = stay = 0
-    for parameter, times, _ in counted:
-        count, item = stored(parameter)
-        elements += count * times
-        total += count * times * item
-        if count <= spec.persistence_elements:  # gathered once, to stay
-            stay += count * times
-    if not elements:
-        return 0
-    live = stay + min(elements - stay, spec.max_live_elements + spec.prefetch_elements)
-    return total * live // elements
 
 
 def step_temporaries(spec: ShardingSpec, layout: Layout, optimizer_bytes: int) -> int:
