@@ -235,7 +235,8 @@ class Zero(Fsdp):
             self._mark(root, fetches=True, forward=True)
 
     def end_model(self, root: Unit) -> None:
-        """Nor at the end of the model."""
+        """The model has ended, and with it what it looked at of the modules inside."""
+        self._mark(root, fetches=False, forward=True)
 
     def begin_backward(self, unit: Unit) -> None:
         """A gradient of its output wakes the module."""
