@@ -97,8 +97,6 @@ class Gathering:
         """Batches in a row that are played, of which the last one is shown."""
         self._unseen = unseen
         """When the first engine's model runs forward without being shown (:class:`Objective`)."""
-        self._paths = {(v.unit.name, v.path): v for v in hooks.visits if v.adapted and not v.engine}
-        """Modules of the first engine's model, by the kind of unit."""
         self._trained = trained
         """The training that an evaluation interrupts."""
         self._traces: dict[int, Sequence[Running]] = {}
@@ -113,8 +111,10 @@ class Gathering:
         self._made: dict[int, tuple[int, int, int, bool, bool]] = {}
         """What weights are made of, by the parameter that was recorded for all of them."""
         self._running: dict[tuple[int, str, int], Running] = {}
-        self._bare: dict[str, Running] = {}
-        """Modules without weights of their own, whichever layer's."""
+        self._bare: dict[tuple[int, str, str], Running] = {}
+        """Modules without weights of their own."""
+        self._apart = self._interrupted
+        """Whether those of each layer are told apart: some may run backward to the very end."""
         self._known: dict[int, dict[Visit | View, Running | Weight]] = {}
         """By layer, what marks are about."""
         self._marked: dict[tuple[int, int], _Marked] = {}
@@ -363,25 +363,17 @@ class Gathering:
                 found.add(place, _begin, mark.visit, mark)
             elif event > 0:
                 act = Coordinator.fetch if mark.fetches else Coordinator.release
-                for visit in self._running_as(mark.visit, fetches=mark.fetches):
+                alike = self._hooks.running_as(mark.visit)
+                for visit, *_ in alike if mark.fetches else reversed(alike):
                     found.add(place, act, visit, mark)
         return found
-
-    def _running_as(self, visit: Visit, *, fetches: bool) -> list[Visit]:
-        """With its adapters off a layer that has some runs its base layer alone."""
-        if visit.adapted:
-            return [visit]
-        places = ((visit.unit.name, visit.path + end) for end in ("", ".base_layer"))
-        both = [self._paths[place] for place in places if place in self._paths]
-        return (both if fetches else both[::-1]) or [visit]
 
     def _run_of(self, visit: Visit, layer: int) -> Running:
         """The module of a layer: blocks that are alike were recorded once."""
         unit, owned = visit.unit, [*self._owned.get(visit, ()), *visit.looks_at]
         if not owned:
-            if visit.path not in self._bare:
-                self._bare[visit.path] = Running([])
-            return self._bare[visit.path]
+            place = (layer if self._apart else 0, unit.name, visit.path)
+            return self._bare.setdefault(place, Running([]))
         engine = visit.engine
         key = (layer if _in_layer(unit, layer) else id(owned[0]), visit.path, engine)
         running = self._running.get(key)

@@ -40,6 +40,8 @@ class Visit:
     adapted: bool = True
     """False: the model runs with its adapters off."""
     called: bool = False
+    remaining: int = 0
+    """Gradients of inputs that are still to come before it has ended backward."""
     first: dict[bool, Visit] = field(default_factory=dict)
     """Of a module without forward code: which of those in it runs first, each way."""
 
@@ -73,6 +75,8 @@ class Hooks:
         """By the storage without bytes that stands for the mark."""
         self._unit_of: dict[int, Unit] = {}
         self.visits: list[Visit] = []
+        self._at: dict[tuple[str, str], list[Visit]] = {}
+        """Modules of what is trained, by the kind of unit and where they are in it."""
         self._before: list[tuple[Module, Callable[..., Any] | None]] = []
 
     def watch(self, unit: Unit, engine: int = 0, *, adapted: bool = True) -> Visit:
@@ -96,9 +100,36 @@ class Hooks:
                 around[path] = outer if _is_list(module) else visit
                 if around[path] is outer:
                     continue
-            self.visits.append(visit)
-        self.visits.append(whole)
+            self._add(visit)
+        self._add(whole)
         return whole
+
+    def _add(self, visit: Visit) -> None:
+        self.visits.append(visit)
+        if visit.adapted and not visit.engine:
+            self._at.setdefault((visit.unit.name, visit.path), []).append(visit)
+
+    def running_as(self, visit: Visit) -> list[list[Visit]]:
+        """Which modules run where one of the model with its adapters off does, of all blocks that
+        are recorded: a layer that has an adapter runs its base layer alone."""
+        if visit.adapted:
+            return [[visit]]
+        places = ((visit.unit.name, visit.path + end) for end in ("", ".base_layer"))
+        return [self._at[place] for place in places if place in self._at] or [[visit]]
+
+    def enter(self, visit: Visit, inputs: int = 0) -> None:
+        """The module runs: what an earlier forward of it, with a graph, had still to come is
+        forgotten, and it never ends backward (``ds_grads_remaining = 0``, which then goes below).
+        """
+        for alike in self.running_as(visit):
+            for known in alike:
+                known.remaining = 0
+        visit.remaining = inputs
+
+    def ends(self, visit: Visit) -> bool:
+        """A gradient of an input has come: whether it was the last one."""
+        visit.remaining -= 1
+        return visit.remaining == 0
 
     def unhook(self) -> None:
         """The step has been recorded: modules run by themselves again."""
@@ -124,9 +155,9 @@ class Hooks:
         self, visit: Visit, forward: Callable[..., Any], args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> Any:  # fmt: skip
-        left = [0]
+        self.enter(visit)
         self.mark(visit, fetches=True, forward=True)
-        out = forward(*(self._enter(value, visit, left) for value in args), **kwargs)
+        out = forward(*(self._enter(value, visit) for value in args), **kwargs)
         self.mark(visit, fetches=False, forward=True)
         return self._leave(out, visit)
 
@@ -153,17 +184,16 @@ class Hooks:
             self.marks[storage.index] = View(self._unit_of[id(parameter)], parameter)
         return storage
 
-    def _enter(self, x: Any, visit: Visit, left: list[int]) -> Any:
+    def _enter(self, x: Any, visit: Visit) -> Any:
         """``PostBackwardFunctionModule``: the module has ended with its last input's gradient."""
         if isinstance(x, Routing):
-            return Routing(x.logits, self._enter(x.weights, visit, left), x.index)
+            return Routing(x.logits, self._enter(x.weights, visit), x.index)
         if not isinstance(x, Tensor) or not x.requires_grad:
             return x
-        left[0] += 1
+        visit.remaining += 1
 
         def ended() -> None:
-            left[0] -= 1
-            if not left[0]:
+            if self.ends(visit):
                 self.mark(visit, fetches=False, forward=False)
 
         return _seen(x, "post_backward", ended)

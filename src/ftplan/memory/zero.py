@@ -206,6 +206,8 @@ class Zero(Fsdp):
 
     def begin_forward(self, unit: Unit) -> None:
         """Stage 3 fetches weights as modules ask for them; a block is one that has none."""
+        if self._hooks is not None and id(unit) in self._whole:
+            self._hooks.enter(self._whole[id(unit)], 1)
         self._mark(unit, fetches=True, forward=True)
 
     def end_forward(self, unit: Unit) -> None:
@@ -250,7 +252,8 @@ class Zero(Fsdp):
         """Gradients have gone as they arrived, and weights with the last use of them."""
         if unit.place == self._turn > 0 and not self.waits:
             self._own_part()
-        if unit.name == "block":
+        whole = self._whole.get(id(unit))
+        if unit.name == "block" and self._hooks and whole and self._hooks.ends(whole):
             self._mark(unit, fetches=False, forward=False)
 
     def played(self, trained: Played | None = None) -> Played | None:
