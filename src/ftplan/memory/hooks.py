@@ -117,13 +117,16 @@ class Hooks:
         places = ((visit.unit.name, visit.path + end) for end in ("", ".base_layer"))
         return [self._at[place] for place in places if place in self._at] or [[visit]]
 
-    def enter(self, visit: Visit, inputs: int = 0) -> None:
+    def enter(self, visit: Visit, inputs: int = 0, *, asked: bool = False) -> None:
         """The module runs: what an earlier forward of it, with a graph, had still to come is
         forgotten, and it never ends backward (``ds_grads_remaining = 0``, which then goes below).
+
+        ``asked``: its input asks for a gradient with the graph off too.
         """
         for alike in self.running_as(visit):
             for known in alike:
-                known.remaining = 0
+                if known.unit.place == visit.unit.place:
+                    known.remaining = int(asked)
         visit.remaining = inputs
 
     def ends(self, visit: Visit) -> bool:

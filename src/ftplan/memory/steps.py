@@ -56,7 +56,10 @@ def record_step(
     tape.step_of = step_of
     if sharding is not None:
         unseen = objective.unseen if objective is not None else ""
-        recorder.shard(_sharded(network, tape, sharding, accumulated=accumulated, unseen=unseen))
+        sharded = _sharded(network, tape, sharding, accumulated=accumulated, unseen=unseen)
+        if isinstance(sharded, Zero):
+            sharded.input_grads = input_grads
+        recorder.shard(sharded)
     elif isinstance(network, Native) or accumulated:
         _hold_gradients(network, tape, idle=not accumulated)
     if objective is not None and objective.before:

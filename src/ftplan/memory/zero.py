@@ -175,6 +175,8 @@ class Zero(Fsdp):
         self._turn = self._quiet = 0
         self.unseen = unseen
         """When there are forwards without a graph that are not recorded (:class:`Objective`)."""
+        self.input_grads = False
+        """What the embedding returns asks for a gradient (``enable_input_require_grads``)."""
         self._hooks = Hooks(tape) if spec.kind == "zero3" else None
         self._whole: dict[int, Visit] = {}
         """Units as modules, which have others in them."""
@@ -207,7 +209,8 @@ class Zero(Fsdp):
     def begin_forward(self, unit: Unit) -> None:
         """Stage 3 fetches weights as modules ask for them; a block is one that has none."""
         if self._hooks is not None and id(unit) in self._whole:
-            self._hooks.enter(self._whole[id(unit)], 1)
+            asked = self.again and self.input_grads and unit.place == 0
+            self._hooks.enter(self._whole[id(unit)], 1, asked=asked)
         self._mark(unit, fetches=True, forward=True)
 
     def end_forward(self, unit: Unit) -> None:

@@ -327,7 +327,8 @@ def _sampled(run: Run, prompts: list[Any]) -> tuple[list[list[int]], list[list[i
     return [[3] * run.prompt_tokens for _ in prompts], [[4] * length for _ in prompts]
 
 
-def _grpo(run: Run, name: str = "grpo") -> None:
+def _grpo(run: Run, name: str = "grpo", *, vllm: bool = False) -> None:
+    """``vllm``: log-probabilities come with the completions, and are corrected by the policy's."""
     job = run.job
     generations = job.micro * job.accumulation
     length = job.seq_len - run.prompt_tokens
@@ -350,8 +351,10 @@ def _grpo(run: Run, name: str = "grpo") -> None:
         texts = ["w4"] * len(prompts)
         if name == "rloo":
             return (*_sampled(run, prompts), texts)
-        return (*_sampled(run, prompts), None, texts, None, {}, None, [None] * len(prompts))
+        sampled = [[0.0] * length for _ in prompts] if vllm else None
+        return (*_sampled(run, prompts), None, texts, sampled, {}, None, [None] * len(prompts))
 
+    run.trainer.use_vllm = vllm
     run.trainer._generate = generate
 
 
@@ -415,6 +418,7 @@ TRAINERS: dict[str, Callable[[Run], None]] = {
     "trl.KTOTrainer": _kto,
     "trl.RewardTrainer": _reward,
     "trl.GRPOTrainer": _grpo,
+    "trl.GRPOTrainer, vLLM": lambda run: _grpo(run, vllm=True),
     "trl.RLOOTrainer": lambda run: _grpo(run, "rloo"),
     "trl.DistillationTrainer": _distillation,
     "trl.experimental.ORPOTrainer": _orpo,
@@ -435,7 +439,33 @@ def run_trainer(
     prompt_tokens: int = 1,
     evaluates: bool = False,
 ) -> core.TraceResult:
-    """Two steps of a real trainer; the peak of the second. ``arguments`` are its own, by name."""
+    """Two steps of a real trainer; the peak of the second. ``arguments`` are its own, by name.
+
+    Under ZeRO-1 and 2 the worst of the first, the last and the rank that owns the most gradients.
+    """
+    ranks = sorted({0, 1, job.world - 1}) if job.sharding in ("zero1", "zero2") else [0]
+    results = [
+        _run_rank(
+            name, replace(job, traced_rank=rank), config, layers=layers, arguments=arguments,
+            teacher=teacher, prompt_tokens=prompt_tokens, evaluates=evaluates,
+        )  # fmt: skip
+        for rank in ranks
+    ]
+    return max(results, key=lambda result: result.allocated_bytes)
+
+
+def _run_rank(
+    name: str,
+    job: Job,
+    config: dict[str, Any],
+    *,
+    layers: int | None,
+    arguments: Mapping[str, Any] | None,
+    teacher: dict[str, Any] | None,
+    prompt_tokens: int,
+    evaluates: bool,
+) -> core.TraceResult:
+    """One rank of a job, or the only one."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     os.environ |= _QUIET
@@ -463,7 +493,6 @@ def run_trainer(
         enter(cuda.as_on_cuda(ledger, job.capability))
         ledger.scalar_answer = _answer(job)
         if job.sharding.startswith("zero"):
-            ledger.scalar_answer = lambda tensor, _phase: zero.some_value(tensor)
             enter(zero.launched(job, model, ledger))
         enter(emulated(job, ledger))
         enter(cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors))
@@ -502,8 +531,13 @@ def _other(
 
 
 def _answer(job: Job) -> Callable[[Any, str], Any]:
-    """``item()`` without values: as in :mod:`cuda`."""
-    return functools.partial(cuda._scalar, padded=job.padding != "none")
+    """``item()`` without values: as in :mod:`cuda`, and numbers of DeepSpeed's as it needs them."""
+    known = functools.partial(cuda._scalar, padded=job.padding != "none")
+    if not job.sharding.startswith("zero"):
+        return known
+    return lambda tensor, phase: (
+        known(tensor, phase) if tensor.dtype == torch.bool else zero.some_value(tensor)
+    )
 
 
 def _project(
