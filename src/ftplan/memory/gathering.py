@@ -172,7 +172,7 @@ class Gathering:
             trained._place(trained._phases, trained._skipped)
         self._traces = trained._traces
         self._weights, self._running = trained._weights, trained._running
-        self._first = trained._first
+        self._first, self._bare, self._apart = trained._first, trained._bare, trained._apart
 
     def _reach(self, phases: Phases) -> int:
         """Over how many layers what happens in one may reach."""
