@@ -226,7 +226,9 @@ class Structure:
         own = counted_parameters(network)
         counted = own + (counted_parameters(objective.critic) if objective.critic else [])
         local = _sharded(counted, job.sharding)
-        layout = layout_of(network, job.sharding) if job.sharding.is_zero else None
+        layout = None
+        if job.sharding.is_zero:
+            layout = layout_of(network, job.sharding, objective.critic)
         if job.stage is not None:
             one_chunk(network, job.stage)
         self.program = program_of(job, network, objective)

@@ -78,6 +78,8 @@ class Fsdp:
         """Another network runs, which is sharded by itself."""
         self.again = False
         """The network runs again with its adapters off."""
+        self.second = False
+        """A second network runs that is trained with the first, in one wrapper around both."""
 
     def played(self, trained: Played | None = None) -> Played | None:
         """All is recorded: what comes between its segments at full depth, if anything.

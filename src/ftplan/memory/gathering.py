@@ -18,7 +18,7 @@ from ftplan.dataclass import dataclass
 from ftplan.dtypes import find_format
 from ftplan.memory.coordinator import REUSE_ELEMENTS, Coordinator, Running, Weight
 from ftplan.memory.fsdp import BUFFERS, Unit
-from ftplan.memory.hooks import Hooks, Mark, View, Visit
+from ftplan.memory.hooks import BESIDE, Hooks, Mark, View, Visit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.tape import ITEM_BYTES, Parameter, Phases, Product, Segment
 
@@ -149,7 +149,8 @@ class Gathering:
         if self._trained is not None:
             self._follow(self._trained)
             return self._play(phases, range(0))
-        self._skipped = range(0) if self._interrupted else _middle(phases, self._reach(phases))
+        alone = not any(visit.model or not visit.adapted for visit in self._hooks.visits)
+        self._skipped = _middle(phases, self._reach(phases)) if alone else range(0)
         try:
             return self._play(phases, self._skipped)
         except _UnlikeError:
@@ -157,8 +158,11 @@ class Gathering:
 
     @property
     def _interrupted(self) -> bool:
-        """The first engine's model runs forward more than once for each time that it runs back."""
-        return bool(self._unseen) or any(not visit.adapted for visit in self._hooks.visits)
+        """No telling what the first engine has recorded: its model runs forward more than once for
+        each time that it runs back, or by its inner modules alone."""
+        begun = any(isinstance(mark, Mark) and mark.begins for mark in self._hooks.marks.values())
+        again = any(not visit.adapted for visit in self._hooks.visits)
+        return bool(self._unseen) or again or not begun
 
     def _in_full(self) -> Phases:
         """Every layer is played."""
@@ -341,7 +345,7 @@ class Gathering:
         for of in marked.of:
             if of not in known:
                 known[of] = (
-                    self._weight(of.unit, of.parameter, layer, 0)
+                    self._weight(of.unit, of.parameter, layer, of.model)
                     if isinstance(of, View) else self._run_of(of, layer)
                 )  # fmt: skip
         return _Part(part, marked, [known[of] for of in marked.of])
@@ -374,27 +378,27 @@ class Gathering:
         if not owned:
             place = (layer if self._apart else 0, unit.name, visit.path)
             return self._bare.setdefault(place, Running([]))
-        engine = visit.engine
-        key = (layer if _in_layer(unit, layer) else id(owned[0]), visit.path, engine)
+        model = visit.model
+        key = (layer if _in_layer(unit, layer) else id(owned[0]), visit.path, model)
         running = self._running.get(key)
         if running is None:
-            weights = [self._weight(unit, p, layer, engine) for p in self._owned.get(visit, ())]
-            seen = [self._weight(unit, p, layer, engine) for p in visit.looks_at]
+            weights = [self._weight(unit, p, layer, model) for p in self._owned.get(visit, ())]
+            seen = [self._weight(unit, p, layer, model) for p in visit.looks_at]
             weights += [w for w in seen if not w.stays]
             # what stays of a model that is never stepped was gathered once: it is static
-            running = Running([w for w in weights if w.numel and not (engine and w.stays)])
+            running = Running([w for w in weights if w.numel and not (visit.engine and w.stays)])
             self._running[key] = running
         return running
 
-    def _weight(self, unit: Unit, parameter: Parameter, layer: int, engine: int) -> Weight:
+    def _weight(self, unit: Unit, parameter: Parameter, layer: int, model: int) -> Weight:
         key: object = id(parameter)
         if _in_layer(unit, layer):
-            key = (layer, self._places[id(parameter)], engine)
+            key = (layer, self._places[id(parameter)], model)
         if key not in self._weights:
             if id(parameter) not in self._made:
                 self._made[id(parameter)] = self._measured(parameter)
             self._weights[key] = Weight(*self._made[id(parameter)])
-            if not engine:
+            if model != BESIDE:
                 self._first.append(self._weights[key])
         return self._weights[key]
 

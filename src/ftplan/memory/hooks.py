@@ -19,7 +19,10 @@ from ftplan.memory.fsdp import Unit
 from ftplan.memory.nn import Module
 from ftplan.memory.tape import NOTHING, Parameter, Storage, Tape, Tensor
 
-__all__ = ["Hooks", "Mark", "View", "Visit"]
+__all__ = ["BESIDE", "SECOND", "Hooks", "Mark", "View", "Visit"]
+
+
+BESIDE, SECOND = 1, 2
 
 
 @dataclass(slots=True, eq=False)
@@ -35,8 +38,9 @@ class Visit:
     looks_at: Sequence[Parameter] = ()
     """Weights of modules inside that DeepSpeed finds away, and from then on fetches with this one
     (``register_external_parameter``)."""
-    engine: int = 0
-    """Which of DeepSpeed's engines it belongs to: what is trained, or a frozen model beside it."""
+    model: int = 0
+    """Which model it belongs to: the first one that is trained, a frozen one beside it, or a second
+    one that is trained with the first (``BESIDE``, ``SECOND``)."""
     adapted: bool = True
     """False: the model runs with its adapters off."""
     called: bool = False
@@ -44,6 +48,11 @@ class Visit:
     """Gradients of inputs that are still to come before it has ended backward."""
     first: dict[bool, Visit] = field(default_factory=dict)
     """Of a module without forward code: which of those in it runs first, each way."""
+
+    @property
+    def engine(self) -> int:
+        """Which of DeepSpeed's engines gathers its weights; the first: that of what is trained."""
+        return int(self.model == BESIDE)
 
 
 class Mark(NamedTuple):
@@ -62,6 +71,7 @@ class View:
 
     unit: Unit
     parameter: Parameter
+    model: int
 
 
 class Hooks:
@@ -73,25 +83,25 @@ class Hooks:
         self._nameless = Visit(Unit("nameless", []), "", [])
         self.marks: dict[int, Mark | View] = {}
         """By the storage without bytes that stands for the mark."""
-        self._unit_of: dict[int, Unit] = {}
+        self._unit_of: dict[int, tuple[Unit, int]] = {}
         self.visits: list[Visit] = []
         self._at: dict[tuple[str, str], list[Visit]] = {}
         """Modules of what is trained, by the kind of unit and where they are in it."""
         self._before: list[tuple[Module, Callable[..., Any] | None]] = []
 
-    def watch(self, unit: Unit, engine: int = 0, *, adapted: bool = True) -> Visit:
+    def watch(self, unit: Unit, model: int = 0, *, adapted: bool = True) -> Visit:
         """Hook every module of the unit but the unit itself, which is returned."""
         assert unit.module is not None
-        self._unit_of.update((id(parameter), unit) for parameter in unit.parameters)
+        self._unit_of.update((id(parameter), (unit, model)) for parameter in unit.parameters)
         own = list(unit.module.parameters.values())
-        whole = Visit(unit, "", own, engine=engine, adapted=adapted)
+        whole = Visit(unit, "", own, model=model, adapted=adapted)
         around: dict[str, Visit | None] = {"": None}
         for path, module in unit.module.named_modules():
             if not path:
                 continue
             outer = around[path.rpartition(".")[0]]
             own = list(module.parameters.values())
-            visit = Visit(unit, path, own, outer, engine=engine, adapted=adapted)
+            visit = Visit(unit, path, own, outer, model=model, adapted=adapted)
             visit.looks_at = module.looks_at()
             if hasattr(module, "forward"):
                 around[path] = None
@@ -106,7 +116,7 @@ class Hooks:
 
     def _add(self, visit: Visit) -> None:
         self.visits.append(visit)
-        if visit.adapted and not visit.engine:
+        if visit.adapted and not visit.model:
             self._at.setdefault((visit.unit.name, visit.path), []).append(visit)
 
     def running_as(self, visit: Visit) -> list[list[Visit]]:
@@ -184,7 +194,8 @@ class Hooks:
     def _viewed(self, parameter: Parameter) -> Storage:
         storage = self.tape.allocate(NOTHING, "view")
         if id(parameter) in self._unit_of:
-            self.marks[storage.index] = View(self._unit_of[id(parameter)], parameter)
+            unit, model = self._unit_of[id(parameter)]
+            self.marks[storage.index] = View(unit, parameter, model)
         return storage
 
     def _enter(self, x: Any, visit: Visit) -> Any:

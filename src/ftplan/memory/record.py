@@ -184,26 +184,29 @@ class Recorder:
         fsdp.adopt(root)
 
     @contextmanager
-    def apart(self, network: Network, *, beside: bool) -> Iterator[None]:
-        """Run another network without a graph, sharded like the first.
+    def apart(self, network: Network, *, beside: bool, trained: bool = False) -> Iterator[None]:
+        """Run another network, sharded like the first.
 
         ``beside``: it is a model of its own. Else it is the first one with its adapters off, whose
-        root may still be gathered.
+        root may still be gathered. ``trained``: with the first, in one wrapper around both.
         """
         before = (self.network, self.fsdp, self.units)
         blocks, self.blocks = self.blocks, 0
         self.network = network
         if self.fsdp is not None:
             order = list(self.fsdp.order)
-            self.fsdp.beside, self.fsdp.again = beside, not beside
+            self.fsdp.beside, self.fsdp.again = beside and not trained, not beside
+            self.fsdp.second = trained
             self.units = [self.fsdp.root_of(network)] if beside else self.units[:1]
+            if trained:
+                self.fsdp.adopt(self.units[0])
             if not beside:
                 self.fsdp.run_again(network)
         yield
         self.network, fsdp, self.units = before
         self.blocks = blocks
         if fsdp is not None:
-            fsdp.order, fsdp.beside, fsdp.again = order, False, False
+            fsdp.order, fsdp.beside, fsdp.again, fsdp.second = order, False, False, False
 
     def begin_root(self) -> None:
         """Gather what belongs to no block."""

@@ -55,8 +55,7 @@ def record_step(
     tape = recorder.tape
     tape.step_of = step_of
     if sharding is not None:
-        unseen = objective.unseen if objective is not None else ""
-        sharded = _sharded(network, tape, sharding, accumulated=accumulated, unseen=unseen)
+        sharded = _sharded(network, tape, sharding, accumulated=accumulated, objective=objective)
         if isinstance(sharded, Zero):
             sharded.input_grads = input_grads
         recorder.shard(sharded)
@@ -165,12 +164,18 @@ def _receive(recorder: Recorder, share: PipelineStage) -> None:
 
 
 def _sharded(
-    network: Network, tape: Tape, spec: ShardingSpec, *, accumulated: bool, unseen: str = ""
+    network: Network,
+    tape: Tape,
+    spec: ShardingSpec,
+    *,
+    accumulated: bool,
+    objective: Objective | None = None,
 ) -> Fsdp:
     if spec.kind == "fsdp":
         kind = Flat if spec.version == 1 else Fsdp
         return kind(tape, spec, accumulated=accumulated)
-    layout = layout_of(network, spec)
+    layout = layout_of(network, spec, objective.critic if objective is not None else None)
+    unseen = objective.unseen if objective is not None else ""
     return Zero(tape, spec, layout, accumulated=accumulated, unseen=unseen)
 
 
@@ -199,17 +204,29 @@ def record_serving(network: Network, env: Environment) -> Recording:
     return recorder.recording
 
 
-def record_scoring(network: Network, env: Environment, completion: int) -> Recording:
+def record_scoring(
+    network: Network,
+    env: Environment,
+    completion: int,
+    *,
+    sharding: ShardingSpec | None = None,
+    whole: bool = False,
+) -> Recording:
     """A batch through a model without a graph, its hidden states kept; then log-probabilities.
 
     As PPO scores a rollout: with all logits of the reference, or a head of one number a token.
+    ``sharding``: by ZeRO-3. ``whole``: the engine is called, not the modules in it.
     """
     recorder = Recorder(network, env)
     tape = recorder.tape
+    if sharding is not None:
+        recorder.shard(_sharded(network, tape, sharding, accumulated=False))
     recorder.states = States(recorder)
     _fill_cache(tape)
     with tape.no_grad():
         inputs = _inputs(tape)
+        if whole:
+            recorder.begin_root()
         recorder.order.append(recorder.cut("inputs"))
         shared = Shared()
         x: Tensor | None = None
@@ -225,6 +242,8 @@ def record_scoring(network: Network, env: Environment, completion: int) -> Recor
     recorder.end_autocast()
     recorder.recording.saved = _alive(tape)
     del inputs
+    if recorder.fsdp is not None:
+        recorder.recording.gathered = recorder.fsdp.played()
     return recorder.recording
 
 
@@ -363,17 +382,18 @@ def _run_critic(recorder: Recorder, objective: Objective, accumulated: bool) -> 
     critic = objective.critic
     if critic is None:
         return []
-    if accumulated:
+    if accumulated and recorder.fsdp is None:
         _hold_gradients(critic, recorder.tape)
     shared = Shared()
     x: Tensor | None = None
     states = recorder.states = States(recorder)
     _fill_cache(recorder.tape)
-    with recorder.apart(critic, beside=True):
+    with recorder.apart(critic, beside=True, trained=True):
+        recorder.begin_root()
         for stage in critic.stages:
             x = run_stage(recorder, stage, shared, 0, False)
         assert x is not None
-        values = critic.head(x)
+        values = recorder.end_root(critic.head(x))
     del x
     recorder.critic_states = states
     recorder.order.append(recorder.cut("values"))

@@ -299,21 +299,17 @@ def _refuse_sharded_ppo(job: Job) -> None:
     kind, world = job.sharding.kind, job.sharding.world
     if kind == "fsdp":
         raise UnsupportedError(
-            "ppo under fsdp: TRL generates with the bare policy and scores with the bare critic, "
-            "outside of the wrapper whose forward gathers their weights",
-            remedy="size it with sharding: ddp; TRL's own launch files for ppo use DeepSpeed",
+            "ppo under fsdp",
+            because="TRL generates with the bare policy and scores with the bare critic, outside "
+            "of the wrapper whose forward gathers their weights",
+            remedy="use zero2 or zero3, as TRL's own launch files for ppo do, or ddp",
         )
     if kind == "ddp" and world > 1 and job.reference == "adapter":
         raise UnsupportedError(
-            "ppo under ddp with the policy's adapters off as the reference: TRL asks the wrapper "
-            "for `model.policy`, which DistributedDataParallel does not have",
-            remedy="give TRL a ref_model (reference: model), or use one GPU",
-        )
-    if kind not in ("none", "ddp"):
-        raise UnsupportedError(
-            f"ppo sharded by {kind}",
-            because="one engine would be around a policy and a critic",
-            remedy="size it on one GPU or with sharding: ddp",
+            "ppo under ddp with the policy's adapters off as the reference",
+            because="TRL asks the wrapper for `model.policy`, which DistributedDataParallel does "
+            "not have",
+            remedy="give TRL a ref_model (reference: model), use zero2 or zero3, or one GPU",
         )
 
 

@@ -21,7 +21,7 @@ from itertools import accumulate
 from ftplan.dataclass import dataclass
 from ftplan.memory.fsdp import ACCUMULATED, Fsdp, Unit
 from ftplan.memory.gathering import Gathering
-from ftplan.memory.hooks import Hooks, Visit
+from ftplan.memory.hooks import BESIDE, SECOND, Hooks, Visit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Network
 from ftplan.memory.statics import weight_bytes
@@ -76,9 +76,14 @@ def trained_in_order(network: Network) -> list[Parameter]:
     return [*tables, *blocks, *(p for p in found if id(p) in own and not p.embedding)]
 
 
-def layout_of(network: Network, spec: ShardingSpec) -> Layout:
-    """The cut: weights of two dimensions and the others are groups of their own (Trainer)."""
+def layout_of(network: Network, spec: ShardingSpec, second: Network | None = None) -> Layout:
+    """The cut: weights of two dimensions and the others are groups of their own (Trainer).
+
+    ``second``: what is trained with the first, in one wrapper around both.
+    """
     trained = trained_in_order(network)
+    if second is not None:
+        trained += trained_in_order(second)
     ranks = spec.data_ranks
     kinds = [
         [p for p in trained if len(p.shape) > 1],
@@ -173,6 +178,7 @@ class Zero(Fsdp):
         self._parts: list[Storage] = []
         self._filled = 0
         self._turn = self._quiet = 0
+        self._begun = False
         self.unseen = unseen
         """When there are forwards without a graph that are not recorded (:class:`Objective`)."""
         self.input_grads = False
@@ -190,6 +196,8 @@ class Zero(Fsdp):
 
         Those after it are ``quiet``: no bucket is reduced while they run backward.
         """
+        if self.second:  # its gradients come when the bucket has begun
+            return layer if layer in (0, count - 1) else None
         self._turn = max(0, count - 2 - self.layout.quiet)
         self._quiet = count - 2 - self._turn
         if layer in (0, self._turn, count - 1):
@@ -219,12 +227,14 @@ class Zero(Fsdp):
 
     def _watch(self, unit: Unit, *, adapted: bool = True) -> None:
         if self._hooks is not None and id(unit) not in self._whole:
-            engine = 1 if self.beside else 0
-            self._whole[id(unit)] = self._hooks.watch(unit, engine, adapted=adapted)
+            model = BESIDE if self.beside else SECOND if self.second else 0
+            self._whole[id(unit)] = self._hooks.watch(unit, model, adapted=adapted)
 
     def root_of(self, network: Network) -> Unit:
-        """An engine of its own gathers a model beside, a module at a time."""
-        return Unit("root", [p for _, p in network.named_parameters()], module=network)
+        """An engine gathers another model a module at a time, as it does the first."""
+        unit = Unit("root", [p for _, p in network.named_parameters()], module=network)
+        unit.place = -1  # of no other
+        return unit
 
     def run_again(self, network: Network) -> None:
         """The layers around the blocks of the model with its adapters off have hooks too."""
@@ -233,8 +243,9 @@ class Zero(Fsdp):
     def begin_model(self, root: Unit) -> None:
         """``_start_of_forward_hook``: the model is the first module, inside PEFT's if need be."""
         self._watch(root)
-        if self._hooks is not None:
+        if self._hooks is not None and not self._begun:
             self._hooks.begin(self._whole[id(root)])
+        self._begun = self.second  # the wrapper around both has one forward
         added = not self.beside and any(p.added for p in self.layout.gradients)
         for _ in range(3 if added else 1):
             self._mark(root, fetches=True, forward=True)

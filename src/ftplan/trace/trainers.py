@@ -16,6 +16,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import json
 import os
 import sys
 import tempfile
@@ -367,11 +368,24 @@ def _ppo(run: Run) -> None:
     # its Accelerator asks the launcher alone
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if job.mixed == "bfloat16" else "no"
     AcceleratorState._reset_state(reset_partial_state=True)
-    given = {key: value for key, value in run.common.items() if key != "max_steps"}
+    given = {key: run.common[key] for key in run.common if key not in ("max_steps", "deepspeed")}
+    if run.zero:  # its own arguments stand in the way of ``deepspeed``: its scripts are launched so
+        settings = Path(run.folder) / "deepspeed.json"
+        settings.write_text(json.dumps(zero.settings_of(job)), encoding="ascii")
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(settings)
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     arguments = PPOConfig(
         **given, total_episodes=batch * BATCHES, num_ppo_epochs=1, num_sample_generations=0,
         response_length=job.seq_len - run.prompt_tokens, optim="adamw_torch_fused",
     )  # fmt: skip
+    if run.zero:
+        create = PPOTrainer.create_optimizer_and_scheduler
+
+        def of_what_is_trained(trainer: Any, *args: Any, **kwargs: Any) -> None:
+            zero.cast(job, trainer.model)
+            create(trainer, *args, **kwargs)
+
+        cast = cuda.patched(PPOTrainer, "create_optimizer_and_scheduler", of_what_is_trained)
     value, reward = run.beside
     reward.requires_grad_(False)
     for model in (run.model, run.other, value, reward):
@@ -379,11 +393,12 @@ def _ppo(run: Run) -> None:
             model.config.use_cache = True  # nobody turns it off in this trainer
     adapter = run.peft_config()
     reference = None if adapter else run.other
-    run.trainer = PPOTrainer(
-        args=arguments, processing_class=tokenizer(), model=run.model, ref_model=reference,
-        reward_model=reward, value_model=value, peft_config=adapter,
-        train_dataset=_dataset([{"input_ids": [3]}] * batch),
-    )  # fmt: skip
+    with cast if run.zero else contextlib.nullcontext():
+        run.trainer = PPOTrainer(
+            args=arguments, processing_class=tokenizer(), model=run.model, ref_model=reference,
+            reward_model=reward, value_model=value, peft_config=adapter,
+            train_dataset=_dataset([{"input_ids": [3]}] * batch),
+        )  # fmt: skip
     query = torch.full((batch, run.prompt_tokens), 3, device="meta")
     run.batches = [{"input_ids": query}] * BATCHES
     run.trainer.dataloader = _Loader(run)
@@ -446,9 +461,15 @@ def run_trainer(
     ranks = sorted({0, 1, job.world - 1}) if job.sharding in ("zero1", "zero2") else [0]
     results = [
         _run_rank(
-            name, replace(job, traced_rank=rank), config, layers=layers, arguments=arguments,
-            teacher=teacher, prompt_tokens=prompt_tokens, evaluates=evaluates,
-        )  # fmt: skip
+            name,
+            replace(job, traced_rank=rank),
+            config,
+            layers=layers,
+            arguments=arguments,
+            teacher=teacher,
+            prompt_tokens=prompt_tokens,
+            evaluates=evaluates,
+        )
         for rank in ranks
     ]
     return max(results, key=lambda result: result.allocated_bytes)

@@ -127,6 +127,8 @@ def launched(job: Job, model: Any, ledger: Ledger) -> Iterator[None]:
         try:
             yield
         finally:
+            for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+                os.environ.pop(name, None)
             AcceleratorState._reset_state(reset_partial_state=True)
             unset_hf_deepspeed_config()  # else the next model would be made under ZeRO-3
 
