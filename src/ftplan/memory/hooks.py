@@ -80,7 +80,10 @@ class Hooks:
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
         tape.viewed, tape.module_hook = self._viewed, self._runs
-        self._nameless = Visit(Unit("nameless", []), "", [])
+        self._nameless: dict[tuple[int, bool], Visit] = {}
+        """Modules that nobody keeps, of each model."""
+        self._running = (0, True)
+        """The model whose modules run, and whether its adapters are on."""
         self.marks: dict[int, Mark | View] = {}
         """By the storage without bytes that stands for the mark."""
         self._unit_of: dict[int, tuple[Unit, int]] = {}
@@ -175,7 +178,16 @@ class Hooks:
         return self._leave(out, visit)
 
     def _runs(self, x: Tensor | None, forward: Callable[[Any], Any]) -> Any:
-        return self._run(self._nameless, forward, (x,), {})
+        visit = self._nameless.get(self._running)
+        if visit is None:
+            model, adapted = self._running
+            visit = Visit(Unit("nameless", []), "", [], model=model, adapted=adapted)
+            self._nameless[self._running] = visit
+        return self._run(visit, forward, (x,), {})
+
+    def run(self, model: int = 0, *, adapted: bool = True) -> None:
+        """Modules of this model run from now on."""
+        self._running = (model, adapted)
 
     def begin(self, visit: Visit) -> None:
         """A forward of the whole model starts (``_start_of_forward_hook``)."""

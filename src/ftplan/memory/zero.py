@@ -226,8 +226,11 @@ class Zero(Fsdp):
         self._mark(unit, fetches=False, forward=True)
 
     def _watch(self, unit: Unit, *, adapted: bool = True) -> None:
-        if self._hooks is not None and id(unit) not in self._whole:
-            model = BESIDE if self.beside else SECOND if self.second else 0
+        if self._hooks is None:
+            return
+        model = BESIDE if self.beside else SECOND if self.second else 0
+        self._hooks.run(model, adapted=not self.again)
+        if id(unit) not in self._whole:
             self._whole[id(unit)] = self._hooks.watch(unit, model, adapted=adapted)
 
     def root_of(self, network: Network) -> Unit:

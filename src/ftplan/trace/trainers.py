@@ -368,14 +368,15 @@ def _ppo(run: Run) -> None:
     # its Accelerator asks the launcher alone
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if job.mixed == "bfloat16" else "no"
     AcceleratorState._reset_state(reset_partial_state=True)
-    given = {key: run.common[key] for key in run.common if key not in ("max_steps", "deepspeed")}
+    given = {"num_ppo_epochs": 1, **run.common}
+    given = {key: given[key] for key in given if key not in ("max_steps", "deepspeed")}
     if run.zero:  # its own arguments stand in the way of ``deepspeed``: its scripts are launched so
         settings = Path(run.folder) / "deepspeed.json"
         settings.write_text(json.dumps(zero.settings_of(job)), encoding="ascii")
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(settings)
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     arguments = PPOConfig(
-        **given, total_episodes=batch * BATCHES, num_ppo_epochs=1, num_sample_generations=0,
+        **given, total_episodes=batch * BATCHES, num_sample_generations=0,
         response_length=job.seq_len - run.prompt_tokens, optim="adamw_torch_fused",
     )  # fmt: skip
     if run.zero:
