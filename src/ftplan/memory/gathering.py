@@ -61,7 +61,7 @@ class _Marked:
         self.of.append(of)
         self.forward.append(mark is not None and mark.forward)
         self.engines.append(mark.visit.engine if mark is not None else 0)
-        self.again.append(mark is not None and not mark.visit.adapted)
+        self.again.append(mark is not None and mark.again)
 
 
 class _Part(NamedTuple):
@@ -87,7 +87,7 @@ class Gathering:
     """The live weights of a step, put between what is on the tape."""
 
     def __init__(
-        self, hooks: Hooks, spec: ShardingSpec, batches: int, unseen: str = "",
+        self, hooks: Hooks, spec: ShardingSpec, batches: int, unseen: bool = False,
         trained: Gathering | None = None,
     ) -> None:  # fmt: skip
         self._hooks = hooks
@@ -96,7 +96,7 @@ class Gathering:
         self._batches = batches
         """Batches in a row that are played, of which the last one is shown."""
         self._unseen = unseen
-        """When the first engine's model runs forward without being shown (:class:`Objective`)."""
+        """The first engine's model runs forward before each batch without being shown."""
         self._trained = trained
         """The training that an evaluation interrupts."""
         self._traces: dict[int, Sequence[Running]] = {}
@@ -160,9 +160,9 @@ class Gathering:
     def _interrupted(self) -> bool:
         """No telling what the first engine has recorded: its model runs forward more than once for
         each time that it runs back, or by its inner modules alone."""
-        begun = any(isinstance(mark, Mark) and mark.begins for mark in self._hooks.marks.values())
-        again = any(not visit.adapted for visit in self._hooks.visits)
-        return bool(self._unseen) or again or not begun
+        marks = (mark for mark in self._hooks.marks.values() if isinstance(mark, Mark))
+        begun = sum(mark.begins and not mark.visit.engine for mark in marks)
+        return self._unseen or begun != 1
 
     def _in_full(self) -> Phases:
         """Every layer is played."""
@@ -224,11 +224,9 @@ class Gathering:
         groups: list[_Group] = []
         scored = [phase for phase in placed if phase[0] == "scoring"]
         trained = [phase for phase in placed if phase[0] != "scoring"]
-        for _ in range(self._batches if self._unseen == "step" else 0):
-            self._run_unseen(engines[0], trained)
         for group in (scored, trained):
             for number in range(self._batches if group else 0):
-                if group is trained and self._unseen == "batch":
+                if group is trained and self._unseen:
                     self._run_unseen(engines[0], trained)
                 if number == self._batches - 1:
                     before = _alive(engines)

@@ -61,6 +61,8 @@ class Mark(NamedTuple):
     visit: Visit
     fetches: bool
     forward: bool
+    again: bool
+    """In a forward with the adapters off."""
     begins: bool = False
     """A forward of the whole model starts, before any module of it."""
 
@@ -192,7 +194,7 @@ class Hooks:
     def begin(self, visit: Visit) -> None:
         """A forward of the whole model starts (``_start_of_forward_hook``)."""
         storage = self.tape.allocate(NOTHING, "mark")
-        self.marks[storage.index] = Mark(visit, fetches=True, forward=True, begins=True)
+        self.marks[storage.index] = Mark(visit, True, True, not self._running[1], begins=True)
 
     def mark(self, visit: Visit, *, fetches: bool, forward: bool) -> None:
         """A storage without bytes that comes and goes: what moves events moves it too."""
@@ -201,7 +203,8 @@ class Hooks:
         if outer is not None and fetches and outer.first.setdefault(forward, visit) is visit:
             self.mark(outer, fetches=True, forward=forward)
         storage = self.tape.allocate(NOTHING, "mark")
-        self.marks[storage.index] = Mark(visit, fetches, forward)
+        again = forward and not self._running[1]
+        self.marks[storage.index] = Mark(visit, fetches, forward, again)
 
     def _viewed(self, parameter: Parameter) -> Storage:
         storage = self.tape.allocate(NOTHING, "view")

@@ -175,7 +175,7 @@ def _sharded(
         kind = Flat if spec.version == 1 else Fsdp
         return kind(tape, spec, accumulated=accumulated)
     layout = layout_of(network, spec, objective.critic if objective is not None else None)
-    unseen = objective.unseen if objective is not None else ""
+    unseen = objective is not None and objective.unseen
     return Zero(tape, spec, layout, accumulated=accumulated, unseen=unseen)
 
 
@@ -488,32 +488,45 @@ def _task_loss(recorder: Recorder, held: list[Tensor], objective: Objective) -> 
 
 def _run_again(recorder: Recorder, network: Network, objective: Objective) -> Tensor:
     """Another network's outputs on the same batch; the caller has turned the graph off."""
-    shared = Shared()
-    x: Tensor | None = None
     with recorder.apart(network, beside=objective.beside):
-        with recorder.tape.scoped("activations"):
-            recorder.begin_root()
-            for stage in network.stages:
-                if x is not None:
-                    shared.memory = x
-                x = run_stage(recorder, stage, shared, 0, False)
-        assert x is not None
-        outputs = model_outputs(network, x, objective.completion, states=objective.states)
-        del x
-        outputs = recorder.end_root(outputs)
+        outputs = _run_forward(recorder, network, objective)
     if recorder.tape.env.outputs_to_fp32:
         outputs = ops.to(outputs, "fp32")
     recorder.order.append(recorder.cut("the other model's logits"))
     return outputs
 
 
+def _run_forward(recorder: Recorder, network: Network, objective: Objective) -> Tensor:
+    """A network's outputs, as the loss takes them."""
+    shared = Shared()
+    x: Tensor | None = None
+    with recorder.tape.scoped("activations"):
+        recorder.begin_root()
+        for stage in network.stages:
+            if x is not None:
+                shared.memory = x
+            x = run_stage(recorder, stage, shared, 0, False)
+    assert x is not None
+    outputs = model_outputs(network, x, objective.completion, states=objective.states)
+    del x
+    return recorder.end_root(outputs)
+
+
 def _score_before(recorder: Recorder, objective: Objective) -> None:
-    """Log-probabilities that are made before the step: a forward with nothing else alive."""
-    if objective.other is None:
-        return
+    """Log-probabilities that are made before the step: a forward with nothing else alive.
+
+    The policy's own need more than its forward in the step under ZeRO-3 alone, where an earlier
+    step's record says what is kept for a way back.
+    """
     recorder.order = recorder.recording.before_order
     with recorder.tape.no_grad(), recorder.tape.scoped("logits"):
-        held = [_run_again(recorder, objective.other, objective)]
-        objective.scores(held.pop())
-    recorder.order.append(recorder.cut("log-probabilities"))
+        if objective.scores_itself and isinstance(recorder.fsdp, Zero) and recorder.fsdp.gathers:
+            held = [_run_forward(recorder, recorder.network, objective)]
+            recorder.order.append(recorder.cut("logits"))
+            objective.scores(held.pop())
+            recorder.order.append(recorder.cut("log-probabilities"))
+        if objective.other is not None:
+            held = [_run_again(recorder, objective.other, objective)]
+            objective.scores(held.pop())
+            recorder.order.append(recorder.cut("log-probabilities"))
     recorder.order = recorder.recording.forward_order

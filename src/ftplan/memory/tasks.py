@@ -108,10 +108,12 @@ class Objective:
     """Tokens of each sequence that the loss looks at; 0: all."""
     resident: tuple[Resident, ...] = ()
     """Frozen models that the job holds."""
-    unseen: Literal["", "step", "batch"] = ""
-    """Forwards of the policy without a graph that are not played, as those with one need more:
-    before each batch (KTO's mismatched pairs), or of all batches before a step (GRPO's, where vLLM
-    samples and TRL corrects what it says: ``vllm_importance_sampling_correction``)."""
+    unseen: bool = False
+    """The policy runs once more before each batch, without a graph, and needs less than with one:
+    KTO's mismatched pairs."""
+    scores_itself: bool = False
+    """The policy's own log-probabilities are made before the step: GRPO's, where vLLM samples and
+    TRL corrects what it says (``vllm_importance_sampling_correction``)."""
     critic: Network | None = None
     """A second network that is trained, whose forward runs first on the same batch (PPO)."""
     scorers: tuple[Network, ...] = ()
@@ -269,20 +271,14 @@ def objective_of(job: Job) -> Objective:
         sequences=sequences_of(job.task),
         other=other,
         before=job.task == "grpo",
-        unseen=_unseen(job),
+        unseen=job.task == "kto",
+        scores_itself=job.task == "grpo" and not job.generates,
         states=kind == "teacher" and tiled,
         completion=0 if kind == "teacher" and not tiled else job.completion_tokens,
         resident=resident,
         critic=critic,
         scorers=scorers,
     )
-
-
-def _unseen(job: Job) -> Literal["", "step", "batch"]:
-    """Source: trl/trainer/grpo_trainer.py and kto_trainer.py, 1.16."""
-    if job.task == "grpo" and not job.generates:
-        return "step"
-    return "batch" if job.task == "kto" else ""
 
 
 def _reference(job: Job) -> tuple[Resident, ...]:

@@ -166,7 +166,13 @@ class Zero(Fsdp):
     """
 
     def __init__(
-        self, tape: Tape, spec: ShardingSpec, layout: Layout, *, accumulated: bool, unseen: str = ""
+        self,
+        tape: Tape,
+        spec: ShardingSpec,
+        layout: Layout,
+        *,
+        accumulated: bool,
+        unseen: bool = False,
     ) -> None:
         super().__init__(tape, spec, accumulated=accumulated)
         self.layout = layout
@@ -180,7 +186,7 @@ class Zero(Fsdp):
         self._turn = self._quiet = 0
         self._begun = False
         self.unseen = unseen
-        """When there are forwards without a graph that are not recorded (:class:`Objective`)."""
+        """There is a forward without a graph before each batch, which is not recorded."""
         self.input_grads = False
         """What the embedding returns asks for a gradient (``enable_input_require_grads``)."""
         self._hooks = Hooks(tape) if spec.kind == "zero3" else None
@@ -190,6 +196,11 @@ class Zero(Fsdp):
         """Stage 3: whose gradient is larger than the bucket, and waits for the next one to come."""
         tape.step_of = self._arrive
         tape.own_linear = spec.kind == "zero3"
+
+    @property
+    def gathers(self) -> bool:
+        """Weights are gathered as modules ask for them."""
+        return self._hooks is not None
 
     def place(self, layer: int, count: int) -> int | str | None:
         """Blocks that are recorded by themselves: the first, the last, that of the first bucket.
