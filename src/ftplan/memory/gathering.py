@@ -227,7 +227,7 @@ class Gathering:
         for group in (scored, trained):
             for number in range(self._batches if group else 0):
                 if group is trained and self._unseen:
-                    self._run_unseen(engines[0], trained)
+                    self._run_unseen(engines[0], trained[0][1])
                 if number == self._batches - 1:
                     before = _alive(engines)
                 engines[0].events = []
@@ -237,15 +237,16 @@ class Gathering:
         return groups
 
     def _run_unseen(
-        self, engine: Coordinator, trained: Sequence[tuple[str, Sequence[_Part]]]
+        self, engine: Coordinator, parts: Sequence[_Part], *, adapted: bool = True
     ) -> None:
         """A forward without a graph, of which only what it leaves behind matters."""
-        for part in trained[0][1]:
+        for part in parts:
             marked = part.marked
             for act, on, number, again in zip(
                 marked.acts, part.on, marked.engines, marked.again, strict=True
             ):
-                if not number and not again and act not in (Coordinator.keep, Coordinator.let_go):
+                forward = act not in (Coordinator.keep, Coordinator.let_go)
+                if forward and not number and again != adapted:
                     act(engine, on, True)
         engine.events = []
 
@@ -283,6 +284,8 @@ class Gathering:
     ) -> Phases:
         played: Phases = []
         for name, parts in placed:
+            if name == "backward" and self._unseen:  # the reference of what ran unseen before
+                self._run_unseen(engines[0], placed[0][1], adapted=False)
             engines[0].in_backward = name == "backward"
             played.append((name, [self._run(engines, part) for part in parts]))
         engines[0].leftovers()

@@ -109,8 +109,8 @@ class Objective:
     resident: tuple[Resident, ...] = ()
     """Frozen models that the job holds."""
     unseen: bool = False
-    """The policy runs once more before each batch, without a graph, and needs less than with one:
-    KTO's mismatched pairs."""
+    """The policy runs once more before each batch, without a graph, and needs less than with one;
+    with its adapters off once more behind the reference: KTO's mismatched pairs."""
     scores_itself: bool = False
     """The policy's own log-probabilities are made before the step: GRPO's, where vLLM samples and
     TRL corrects what it says (``vllm_importance_sampling_correction``)."""
