@@ -180,12 +180,16 @@ class Hooks:
         return self._leave(out, visit)
 
     def _runs(self, x: Tensor | None, forward: Callable[[Any], Any]) -> Any:
+        return self._run(self.nameless(), forward, (x,), {})
+
+    def nameless(self) -> Visit:
+        """A module without weights that nobody keeps."""
         visit = self._nameless.get(self._running)
         if visit is None:
             model, adapted = self._running
             visit = Visit(Unit("nameless", []), "", [], model=model, adapted=adapted)
             self._nameless[self._running] = visit
-        return self._run(visit, forward, (x,), {})
+        return visit
 
     def run(self, model: int = 0, *, adapted: bool = True) -> None:
         """Modules of this model run from now on."""

@@ -257,12 +257,15 @@ class Zero(Fsdp):
     def begin_model(self, root: Unit) -> None:
         """``_start_of_forward_hook``: the model is the first module, inside PEFT's if need be."""
         self._watch(root)
-        if self._hooks is not None and not self._begun:
+        if self._hooks is None:
+            return
+        if not self._begun:
             self._hooks.begin(self._whole[id(root)])
         self._begun = self.second  # the wrapper around both has one forward
-        added = not self.beside and any(p.added for p in self.layout.gradients)
-        for _ in range(3 if added else 1):
-            self._mark(root, fetches=True, forward=True)
+        if not self.beside and any(p.added for p in self.layout.gradients):
+            for _ in ("PeftModel", "LoraModel"):
+                self._hooks.mark(self._hooks.nameless(), fetches=True, forward=True)
+        self._mark(root, fetches=True, forward=True)
 
     def end_model(self, root: Unit) -> None:
         """The model has ended, and with it what it looked at of the modules inside."""
