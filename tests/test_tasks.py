@@ -188,13 +188,12 @@ def test_ppo_keeps_the_scores_of_its_rollout() -> None:
 @pytest.mark.parametrize(
     ("kind", "method", "why"),
     [
-        ("zero3", {"kind": "full"}, "one engine"),
         ("fsdp", {"kind": "full"}, "outside of the wrapper"),
         ("ddp", LORA, "model.policy"),
     ],
 )
 def test_ppo_sharded_is_refused_by_name(kind: str, method: dict[str, Any], why: str) -> None:
-    """What TRL's own loop cannot run, or is not modelled, is said, never sized as another job."""
+    """What TRL's own loop cannot run is said, never sized as another job."""
     with pytest.raises(UnsupportedError, match=why):
         sized(**PPO, method=method, sharding={"kind": kind}, hardware={"gpu": "h100", "count": 2})
 

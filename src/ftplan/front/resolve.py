@@ -31,6 +31,7 @@ from ftplan.spec import (
     Plan,
     Precision,
     Rollout,
+    Sharding,
 )
 
 __all__ = ["Resolved", "fused_loss", "native_dtype", "resolve"]
@@ -224,6 +225,8 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
             kind = "fsdp"  # what transformers spreads experts with
         if count * nodes > 1:
             filler.fill("sharding.kind", None, kind)
+    if kind == "fsdp" and sharding.version != 1 and sharding.wrap is None and plan.method:
+        sharding = _units(sharding, find_stack(plan.stack or "transformers"), filler)
     budget = replace(
         plan.budget, headroom=filler.fill("budget.headroom", plan.budget.headroom, 0.0)
     )
@@ -233,6 +236,23 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
         sharding=replace(sharding, kind=kind),
         budget=budget,
     )
+
+
+def _units(sharding: Sharding, stack: Stack, filler: _Filler) -> Sharding:
+    """What the stack's FSDP2 wraps beside the blocks, where the plan does not say what a unit is.
+
+    With ``wrap: block`` all that is beside the blocks is the root's (contract, section 3).
+    """
+    given = {
+        name: filler.fill(
+            f"sharding.{name}",
+            getattr(sharding, name),
+            getattr(stack, name) or None,
+            stack.sources.get(name, CONTRACT),
+        )
+        for name in ("apart", "reshard_root")
+    }
+    return replace(sharding, **given)
 
 
 def _serving(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) -> Plan:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from ftplan.memory import ops
+from ftplan.memory.adapters.lora import LoraLinear
 from ftplan.memory.checkpointing import checkpoint_all
 from ftplan.memory.experts import Experts, Routing
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.nn import Module, Shared, Stack, Stage
 from ftplan.memory.record import BOUNDARY, HANDED, Recorder
-from ftplan.memory.tape import Node, Tape, Tensor
+from ftplan.memory.tape import Node, Parameter, Tape, Tensor
 
 __all__ = ["ask_for_gradient", "run_stage"]
 
@@ -73,7 +74,8 @@ def run_stage(
         _name_parts(block, recorder.tape)
         entering = x.storage.index if x.storage is not None else 0
         # the caller's name for the input lives until the block returns
-        x = _run_block(recorder, block, x, shared, checkpointed=checkpointed)
+        idle = _switched_off(recorder, stage, layer)
+        x = _run_block(recorder, block, x, shared, checkpointed=checkpointed, idle=idle)
         x = recorder.network.after_block(layer, x)
         _name_boundary(x)
         picks.note(key)
@@ -91,25 +93,64 @@ def run_stage(
     return x
 
 
+def _switched_off(recorder: Recorder, stage: Stage, layer: int) -> list[Parameter]:
+    """The layer's adapters where they are off: a unit gathers them all the same."""
+    if recorder.adapted is None:
+        return []
+    stack = recorder.adapted.stages[recorder.network.stages.index(stage)].stack
+    block = stack.kinds[stack.pattern[layer]]
+    return [parameter for _, parameter in block.named_parameters() if parameter.added]
+
+
 def _run_block(
-    recorder: Recorder, block: Module, x: Tensor, shared: Shared, *, checkpointed: bool
+    recorder: Recorder,
+    block: Module,
+    x: Tensor,
+    shared: Shared,
+    *,
+    checkpointed: bool,
+    idle: Sequence[Parameter] = (),
 ) -> Tensor:
-    """A block's forward, as a unit of FSDP where the job is sharded."""
+    """A block's forward, as a unit of FSDP where the job is sharded.
+
+    ``idle``: what the unit has beside the block's weights.
+    """
     run = _checkpoint if checkpointed else _run
     if recorder.fsdp is None or recorder.fsdp.spec.wrap == "model":
         return run(block, x, shared)
     apart = _spread(block) if recorder.fsdp.spec.ep > 1 else []
-    own = {id(p) for experts in apart for _, p in experts.named_parameters()}
-    weights = [p for _, p in block.named_parameters() if id(p) not in own]
+    hooked = recorder.tape.env.kernels.lora == "none"  # else a function gathers them by itself
+    thin = _thin_layers(block) if hooked and "adapters" in recorder.fsdp.spec.apart else []
+    own = {id(p) for module in (*apart, *thin) for _, p in module.named_parameters()}
+    held = recorder.fsdp.beside and not recorder.fsdp.spec.reshard_after_forward
+    weights = [p for _, p in block.named_parameters() if id(p) not in own and not held]
+    if "adapters" not in recorder.fsdp.spec.apart and not recorder.fsdp.by_module:
+        weights += idle
     unit = Unit("block", weights, place=recorder.place, module=block)
     recorder.units.append(unit)
     recorder.fsdp.adopt(unit)
     for experts in apart:
         _shard_experts(recorder, recorder.fsdp, experts)
+    for module in thin:
+        _shard_adapter(recorder, recorder.fsdp, module)
     recorder.fsdp.begin_forward(unit)
     out = run(block, recorder.fsdp.enter(unit, x)[0], shared)
     recorder.fsdp.end_forward(unit)
     return recorder.fsdp.leave(unit, out)
+
+
+def _thin_layers(block: Module) -> list[Module]:
+    """LoRA's matrices, each a module of PEFT's."""
+    adapted = [module for _, module in block.named_modules() if isinstance(module, LoraLinear)]
+    return [matrix.default for lora in adapted for matrix in (lora.lora_A, lora.lora_B)]
+
+
+def _shard_adapter(recorder: Recorder, fsdp: Fsdp, matrix: Module) -> None:
+    """Make a unit of one matrix."""
+    unit = Unit("adapter", [p for _, p in matrix.named_parameters()], place=recorder.place)
+    recorder.units.append(unit)
+    fsdp.adopt(unit)
+    fsdp.enclose(unit, [matrix])
 
 
 def _spread(block: Module) -> list[Experts]:

@@ -1,6 +1,7 @@
 """FSDP2 on the tape: what is gathered, for how long, and what becomes of gradients.
 
-A unit is a block, or the root with everything else. Its weights are gathered into one flat buffer
+A unit is a block, what is wrapped apart (:func:`enclose`), or the root with everything else. Its
+weights are gathered into one flat buffer
 and copied out from there; forward keeps the flat buffer until the next unit has been copied out,
 backward gathers the next unit ahead of time; gradients are copied into one flat buffer, reduced
 and scattered, and that buffer lives until the next unit's turn
@@ -10,18 +11,20 @@ and scattered, and that buffer lives until the next unit's turn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from math import prod
+from typing import Any
 
 from ftplan.dataclass import dataclass
 from ftplan.dtypes import find_format
+from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Module, Network
 from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Played, Storage, Tape, Tensor
 
-__all__ = ["ACCUMULATED", "BUFFERS", "Fsdp", "Unit", "shard_shape"]
+__all__ = ["ACCUMULATED", "BUFFERS", "Fsdp", "Unit", "shard_shape", "stays_gathered"]
 
 BUFFERS = ("gptq", "awq")
 """Formats whose linear layers hold buffers, which FSDP and ZeRO leave whole on every rank
@@ -37,6 +40,85 @@ def shard_shape(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
     if not shape:
         return shape
     return (-(-shape[0] // ranks), *shape[1:])
+
+
+def wrapped_apart(
+    network: Network, spec: ShardingSpec, *, adapted: bool
+) -> list[tuple[str, list[Module]]]:
+    """What FSDP2 makes units of beside the blocks, as accelerate does since 1.14.
+
+    The embeddings, and the final norm with the head: one unit where these two share a weight
+    (accelerate/utils/fsdp_utils.py 1.15, ``fsdp2_prepare_model``). ``adapted``: PEFT is around it.
+    Or the output layer alone (torchtune's ``custom_sharded_layers``).
+    """
+    if not spec.apart:
+        return []
+    table = network.child(network.embedding_names[0])
+    head = _output_embeddings(network)
+    norm = _final_norm(network, adapted=adapted)
+    tail = [module for module in (norm, head) if module is not None]
+    if len(network.stages) > 1:
+        raise UnsupportedError(
+            "FSDP2 of an encoder-decoder whose embeddings are a unit of their own",
+            because="its encoder and decoder share them, and torch 2.13 refuses a weight of two "
+            "units",
+            remedy="use sharding: {kind: fsdp, version: 2, wrap: block}, as accelerate had it "
+            "until 1.13",
+        )
+    units = [("embeddings", [table]), ("head", tail), ("output", [head] if head else [])]
+    if f"{network.head_name}.weight" in network.tied:
+        if "output" in spec.apart:
+            raise UnsupportedError(
+                "an output layer as a unit of FSDP2 whose weight is the embeddings'",
+                because="torchtune multiplies by a sharded table then, and fails",
+                remedy="leave output out of sharding.apart (custom_sharded_layers)",
+            )
+        units = [("head", [table, *tail])]
+    return [(name, modules) for name, modules in units if name in spec.apart and modules]
+
+
+def stays_gathered(network: Network, spec: ShardingSpec) -> Callable[[Parameter, bool], bool]:
+    """Whether a forward leaves a weight gathered, by the weight and whether a block has it."""
+    freed = {
+        id(parameter)
+        for name, modules in wrapped_apart(network, spec, adapted=_is_adapted(network))
+        for module in modules
+        for _, parameter in module.named_parameters()
+        if name != "head"
+    }
+
+    def stays(parameter: Parameter, inside: bool) -> bool:
+        if not spec.reshard_after_forward:
+            return True
+        in_root = spec.wrap == "model" or not inside
+        return in_root and not spec.reshard_root and id(parameter) not in freed
+
+    return stays
+
+
+def _output_embeddings(network: Network) -> Module | None:
+    """``get_output_embeddings``: none of a classifier or an embedding model."""
+    path, _, name = network.head_name.rpartition(".")
+    parent = network.child(path) if path else network
+    return None if network.head_name == "score" else parent.children.get(name)
+
+
+def _is_adapted(network: Network) -> bool:
+    return any(p.added for stage in network.stages for p in stage.stack.parameters())
+
+
+def _final_norm(network: Network, *, adapted: bool) -> Module | None:
+    """``_find_final_norm``: the last norm among the base model's own children.
+
+    With PEFT around a model whose base is called ``model`` it looks one module too high, and finds
+    none.
+    """
+    base = network.embedding_names[0].partition(".")[0]
+    if adapted and base == "model":
+        return None
+    children = network.child(base).children.values()
+    norms = [module for module in children if "Norm" in type(module).__name__]
+    return norms[-1] if norms else None
 
 
 @dataclass(slots=True)
@@ -57,10 +139,23 @@ class Unit:
     """How many tensors of the model a parameter stands for, where that is not one."""
     experts: bool = False
     """Experts that are spread, and sharded over those ranks alone that have the same ones."""
+    stays: bool = False
+    """It is not freed between forward and backward."""
+    waiting: set[int] = field(default_factory=set)
+    """Which of its modules (by id) have not run yet in this pass."""
+    entered: bool = False
+    """One of its modules has run in this pass."""
+    turns: int = 0
+    """How many of its calls the way back has come to."""
+    shards: dict[int, Tensor] = field(default_factory=dict)
+    """Reduced gradients of later calls, by parameter."""
 
 
 class Fsdp:
     """The state of FSDP while one micro batch is recorded."""
+
+    by_module = False
+    """Weights are gathered a module at a time, not by unit."""
 
     def __init__(self, tape: Tape, spec: ShardingSpec, *, accumulated: bool) -> None:
         self.tape = tape
@@ -74,6 +169,10 @@ class Fsdp:
         self.across: list[Storage] = []
         """Shards of gradients while replicas sum them, kept until backward has ended."""
         self.order: list[Unit] = []
+        self.ended = False
+        """The model has returned: what runs now is called by the trainer."""
+        self.ran_again = False
+        """Another pass of the same model came after the one that has a way back."""
         self.beside = False
         """Another network runs, which is sharded by itself."""
         self.again = False
@@ -87,14 +186,6 @@ class Fsdp:
         ``trained``: the same of the training that an evaluation interrupts.
         """
         return None
-
-    def root_of(self, network: Network) -> Unit:
-        """Of a model beside, it was gathered once and has stayed so (its bytes are static): FSDP2
-        reshards a root in backward, and this model runs none."""
-        return Unit("root", [])
-
-    def run_again(self, network: Network) -> None:
-        """The root of the model with its adapters off is the same one."""
 
     def ranks(self, unit: Unit) -> int:
         """Over how many ranks it is sharded."""
@@ -139,8 +230,35 @@ class Fsdp:
         """Blocks that are recorded by themselves: the first and the last."""
         return layer if layer in (0, count - 1) else None
 
+    def outer_units(self, network: Network, *, held: bool = False) -> list[Unit]:
+        """The root, and before it in turn what is wrapped apart (:attr:`ShardingSpec.apart`).
+
+        ``held``: what is not freed between forward and backward is there already, its bytes static.
+        """
+        units: list[Unit] = []
+        left = {id(p): p for _, p in network.named_parameters()}  # tied weights once
+        for name, modules in wrapped_apart(network, self.spec, adapted=_is_adapted(network)):
+            own = [p for module in modules for _, p in module.named_parameters() if id(p) in left]
+            unit = Unit(name, list({id(p): left.pop(id(p), p) for p in own}.values()))
+            unit.stays = name == "head"
+            units.append(unit)
+            self.enclose(unit, modules)
+        units.insert(0, Unit("root", list(left.values()), module=None if held else network))
+        for unit in units:
+            stays = unit.stays or (unit is units[0] and not self.spec.reshard_root)
+            if held and (stays or not self.spec.reshard_after_forward):
+                unit.parameters = []
+        return units
+
+    def share_units(self, network: Network, like: Network, units: Sequence[Unit]) -> None:
+        """The modules of the same model with its adapters off are in the same units."""
+        named = {unit.name: unit for unit in units}
+        for name, modules in wrapped_apart(network, self.spec, adapted=_is_adapted(like)):
+            self.enclose(named[name], modules)
+
     def begin_model(self, root: Unit) -> None:
         """The root's ``pre_forward``."""
+        self.ended = False
         self.begin_forward(root)
 
     def adopt(self, unit: Unit) -> None:
@@ -164,7 +282,7 @@ class Fsdp:
 
     def begin_forward(self, unit: Unit) -> None:
         """``pre_forward``: gather and copy out; then the unit before gives up its flat buffer."""
-        if unit.gathered:
+        if unit.gathered or not unit.parameters:
             return
         self._gather(unit)
         self._copy_out(unit)
@@ -174,31 +292,62 @@ class Fsdp:
 
     def end_forward(self, unit: Unit) -> None:
         """``post_forward``: free what was gathered, unless it is kept for backward."""
-        if self.spec.reshard_after_forward:
+        if self.spec.reshard_after_forward and not unit.stays:
             unit.gathered = []
         self.order.append(unit)
+
+    def complete(self, unit: Unit, out: Tensor) -> Tensor:
+        """Its modules have run, or the model has ended without some of them
+        (``_force_complete_incomplete_states``)."""
+        unit.entered = False
+        unit.waiting.clear()
+        if self.tape.rerun is None:  # ``post_forward`` does nothing on the way back
+            self.end_forward(unit)
+        if self.ended:  # it has a forward of its own, whose end frees the flat buffer
+            self.previous.clear()
+        return self.leave(unit, out)
 
     def end_model(self, root: Unit) -> None:
         """The root's ``post_forward`` frees the last flat buffer and keeps the root's weights.
 
-        Backward needs them at once (``_lazy_init``: ``_auto_reshard_after_forward``).
+        Backward needs them at once (``_lazy_init``: ``_auto_reshard_after_forward``), unless it was
+        told to free them.
         """
-        self.order.append(root)
+        if root.parameters:
+            self.order.append(root)
+        if self.spec.reshard_root and self.spec.reshard_after_forward:
+            root.gathered = []
+        self.ended = True
         self.previous.clear()
 
     def begin_backward(self, unit: Unit) -> None:
         """``pre_backward``: gather (unless that was done ahead), then gather the next one."""
+        if not unit.parameters:
+            return
+        if unit.reduced:
+            self._begin_again(unit)
         if not unit.gathered:
             self._gather(unit)
             self._copy_out(unit)
             unit.flat = None
-        index = self.order.index(unit)
-        if index > 0 and not self.order[index - 1].gathered:
-            self._gather(self.order[index - 1])
+        calls = [index for index, each in enumerate(self.order) if each is unit]
+        unit.turns += 1
+        index = calls[-min(unit.turns, len(calls))]
+        if index > 0 or self.ran_again:  # then the pass before ended with the last of them
+            ahead = self.order[index - 1]
+            if not ahead.gathered:
+                self._gather(ahead)
+
+    def _begin_again(self, unit: Unit) -> None:
+        """An earlier call of its modules has a way back of its own: to what is reduced it adds."""
+        unit.reduced = False
+        unit.shards = {id(p): p.grad for p in unit.parameters if p.grad is not None}
+        for parameter in unit.parameters:
+            parameter.grad = None
 
     def end_backward(self, unit: Unit) -> None:
         """``post_backward``: free the weights, reduce and scatter the gradients."""
-        if unit.reduced:
+        if unit.reduced or not unit.parameters:
             return
         unit.reduced = True
         trained = [p for p in unit.parameters if p.grad is not None]
@@ -236,14 +385,48 @@ class Fsdp:
             return
         held = Tensor(self.tape, shard, ONE, 1, orig)
         for parameter in trained:
-            parameter.grad = held
+            parameter.grad = unit.shards.pop(id(parameter), held)
 
     def finish(self, units: Sequence[Unit]) -> None:
-        """The callback at the end: the root, and blocks whose input asked for no gradient."""
-        for unit in reversed(units):
+        """The callback at the end: the root, and units whose input asked for no gradient."""
+        for unit in units:
             self.end_backward(unit)
+            unit.flat = None  # ``finalize_backward``: gathered ahead, and nobody came for it
         self.scattered.clear()
         self.across.clear()
+
+    def enclose(self, unit: Unit, modules: Sequence[Module]) -> None:
+        """Make modules one unit: gathered before the first of them runs, left after the last.
+
+        ``fully_shard([a, b])``: ``_register_group_forward_hooks``. Where the first module's inputs
+        ask for no gradient, nothing marks where the way back leaves the unit, and it is reduced at
+        the end.
+        """
+        for module in modules:
+            self._enclose(unit, module, {id(each) for each in modules})
+
+    def _enclose(self, unit: Unit, module: Module, all_of_them: set[int]) -> None:
+        forward = module.forward
+        run: Callable[..., Tensor] = getattr(forward, "bare", forward)  # of another recording
+
+        def enclosed(*args: Any) -> Tensor:
+            if not unit.waiting:
+                unit.waiting |= all_of_them
+            self.begin_forward(unit)
+            given = [self._given(unit, arg) if isinstance(arg, Tensor) else arg for arg in args]
+            unit.entered = True
+            out = run(*given)
+            unit.waiting.discard(id(module))
+            return out if unit.waiting else self.complete(unit, out)
+
+        vars(enclosed)["bare"] = run
+        module.forward = enclosed
+
+    def _given(self, unit: Unit, x: Tensor) -> Tensor:
+        """``cast_forward_inputs``, and the way back leaves the unit here."""
+        if self.spec.param_dtype:
+            x = ops.to(x, self.spec.param_dtype)
+        return x if unit.entered else self.enter(unit, x)[0]
 
     def enter(self, unit: Unit, *inputs: Tensor) -> list[Tensor]:
         """Mark where the way back leaves the unit: when the gradients of all inputs are there."""

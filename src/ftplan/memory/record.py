@@ -160,8 +160,12 @@ class Recorder:
         self.start = 0
         self.fsdp: Fsdp | None = None
         self.units: list[Unit] = []
+        self.outer: list[Unit] = []
+        """Those that are no blocks: the root first."""
         self.place: int | str | None = None
         """Of the block that is recorded next (:meth:`Fsdp.place`)."""
+        self.adapted: Network | None = None
+        """The trained network, while it runs with its adapters off."""
         self.blocks = 0
         """Blocks of the stages before: every n-th of all is checkpointed, not of a stage's."""
         self.states: States | None = None
@@ -172,16 +176,17 @@ class Recorder:
         gradients, so no garbage collection may take them while the step is recorded."""
 
     def shard(self, fsdp: Fsdp) -> None:
-        """Make the root a unit; blocks become one as they run."""
+        """Make the root a unit, and what is wrapped apart; blocks become one as they run."""
         self.fsdp = fsdp
-        own = {id(p): p for _, p in self.network.named_parameters()}  # tied weights once
-        root = Unit("root", list(own.values()), module=self.network)
+        self.outer = fsdp.outer_units(self.network)
+        root = self.outer[0]
         if fsdp.spec.wrap == "model":
             for stage in self.network.stages:
                 root.times.update(stage.stack.times())
                 root.parameters += stage.stack.parameters()
-        self.units.append(root)
-        fsdp.adopt(root)
+        self.units = list(self.outer)
+        for unit in self.outer:
+            fsdp.adopt(unit)
 
     @contextmanager
     def apart(self, network: Network, *, beside: bool, trained: bool = False) -> Iterator[None]:
@@ -190,23 +195,28 @@ class Recorder:
         ``beside``: it is a model of its own. Else it is the first one with its adapters off, whose
         root may still be gathered. ``trained``: with the first, in one wrapper around both.
         """
-        before = (self.network, self.fsdp, self.units)
+        before = (self.network, self.units)
         blocks, self.blocks = self.blocks, 0
         self.network = network
         if self.fsdp is not None:
             order = list(self.fsdp.order)
-            self.fsdp.beside, self.fsdp.again = beside and not trained, not beside
-            self.fsdp.second = trained
-            self.units = [self.fsdp.root_of(network)] if beside else self.units[:1]
+            fsdp = self.fsdp
+            fsdp.beside, fsdp.again, fsdp.second = beside and not trained, not beside, trained
+            if beside:
+                self.units = fsdp.outer_units(network, held=True)
+            else:
+                self.adapted = before[0]
+                fsdp.share_units(network, before[0], self.outer)
+                self.units = list(self.outer)
+                fsdp.ran_again = True
             if trained:
-                self.fsdp.adopt(self.units[0])
-            if not beside:
-                self.fsdp.run_again(network)
+                fsdp.adopt(self.units[0])
         yield
-        self.network, fsdp, self.units = before
-        self.blocks = blocks
-        if fsdp is not None:
-            fsdp.order, fsdp.beside, fsdp.again, fsdp.second = order, False, False, False
+        self.network, self.units = before
+        self.blocks, self.adapted = blocks, None
+        if self.fsdp is not None:
+            self.fsdp.order = order
+            self.fsdp.beside = self.fsdp.again = self.fsdp.second = False
 
     def begin_root(self) -> None:
         """Gather what belongs to no block."""
@@ -217,6 +227,9 @@ class Recorder:
         """The model's forward is over."""
         if self.fsdp is None:
             return loss
+        for unit in reversed(self.units):
+            if unit.waiting:
+                loss = self.fsdp.complete(unit, loss)
         self.fsdp.end_model(self.units[0])
         return self.fsdp.leave(self.units[0], loss)
 

@@ -165,6 +165,8 @@ class Zero(Fsdp):
     Stage 1 does it at the end unless ``overlap_comm`` is on, and then keeps its own part alone too.
     """
 
+    by_module = True
+
     def __init__(
         self,
         tape: Tape,
@@ -244,15 +246,16 @@ class Zero(Fsdp):
         if id(unit) not in self._whole:
             self._whole[id(unit)] = self._hooks.watch(unit, model, adapted=adapted)
 
-    def root_of(self, network: Network) -> Unit:
-        """An engine gathers another model a module at a time, as it does the first."""
-        unit = Unit("root", [p for _, p in network.named_parameters()], module=network)
-        unit.place = -1  # of no other
-        return unit
+    def outer_units(self, network: Network, *, held: bool = False) -> list[Unit]:
+        """The root alone: an engine gathers any model a module at a time."""
+        own = {id(p): p for _, p in network.named_parameters()}  # tied weights once
+        unit = Unit("root", list(own.values()), module=network)
+        unit.place = -1 if held else None  # of no other
+        return [unit]
 
-    def run_again(self, network: Network) -> None:
+    def share_units(self, network: Network, like: Network, units: Sequence[Unit]) -> None:
         """The layers around the blocks of the model with its adapters off have hooks too."""
-        self._watch(self.root_of(network), adapted=False)
+        self._watch(self.outer_units(network, held=True)[0], adapted=False)
 
     def begin_model(self, root: Unit) -> None:
         """``_start_of_forward_hook``: the model is the first module, inside PEFT's if need be."""

@@ -276,6 +276,15 @@ EVALUATED_REGIMES: dict[str, Mapping] = {
     },
 }  # fmt: skip
 """Regimes with an evaluation between two steps."""
+PAIRED_REGIMES: dict[str, Mapping] = {
+    "fsdp2-full-dpo": {
+        "task": "dpo", "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+    },
+    "fsdp2-lora-dpo": {
+        "task": "dpo", "method": LORA, "precision": BF16, "gradient_checkpointing": True,
+    },
+}  # fmt: skip
+"""Regimes with a reference: a model beside the trained one, or the same with its adapters off."""
 GATHERED = (
     "llama-3.1-8b", "qwen2.5-7b", "mistral-7b-v0.1", "pythia-1.4b", "opt-1.3b", "smollm2-1.7b",
     "qwen3-4b", "phi-3-mini", "olmo-2-7b", "granite-3.1-2b", "gpt2-xl", "gemma-2-2b",
@@ -349,6 +358,8 @@ ARCHITECTURES = (
     "gemma-2-2b", "gpt-oss-20b", "deepseek-v2-lite", "olmoe-1b-7b", "llama-3.2-1b",
     "qwen2.5-0.5b", "falcon-7b",
 )  # fmt: skip
+SHARING = ("t5-base",)
+"""Architectures whose encoder and decoder share embeddings, which cannot be a unit apart."""
 WORLDS = (8, 2, 4, 16, 32, 64)
 SHAPES = ((1, 1024), (2, 512), (1, 2048), (4, 512), (2, 1024))
 JOBS_PER_ARCHITECTURE = 6
@@ -356,7 +367,30 @@ OTHER_JOBS_PER_ARCHITECTURE = 2
 
 
 def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, int]]:
-    """(regime, plan mapping, layers) of an architecture's sharded jobs."""
+    """(regime, plan mapping, layers) of an architecture's sharded jobs.
+
+    FSDP2's are there with all that is beside the blocks in the root (``wrap: block``), and as
+    others wrap them (:func:`_other_units`).
+    """
+    for number, (regime, plan, layers) in enumerate(_in_one_root(name)):
+        yield regime, plan, layers
+        sharding = plan["sharding"]
+        if name not in SHARING and sharding.get("version") == 2 and plan["stack"] == "transformers":
+            for ending, more in _other_units(regime, number).items():
+                yield f"{regime}-{ending}", {**plan, "sharding": {**sharding, **more}}, layers
+
+
+def _other_units(regime: str, number: int) -> dict[str, Mapping]:
+    """As accelerate wraps since 1.14, until 1.13, and LLaMA-Factory v1 (with LoRA)."""
+    units: dict[str, Mapping] = {"apart": {"apart": ["embeddings", "head"]}}
+    if number % 2 and regime.startswith("fsdp2"):
+        units["root-resharded"] = {"reshard_root": True}
+    if number % 2 == 0 and regime.startswith(("fsdp2-lora", "fsdp2-qlora")):
+        units["adapters-apart"] = {"apart": ["embeddings", "adapters"], "reshard_root": True}
+    return units
+
+
+def _in_one_root(name: str) -> Iterator[tuple[str, Mapping, int]]:
     if name not in ARCHITECTURES:
         return
     yield from _jobs(name, SHARDED_REGIMES, JOBS_PER_ARCHITECTURE)
@@ -369,6 +403,8 @@ def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, 
             "method": {**LORA, "targets": COLUMNS[name]},
         }
         yield from _jobs(name, {"tp-lora-columns": adapted}, 1)
+    if name in SPLIT:
+        yield from _jobs(name, PAIRED_REGIMES, 1)
     if name in PLANNED:
         yield from _jobs(name, PLANNED_REGIMES, 2)
     if name in RINGED:
@@ -413,7 +449,8 @@ def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[st
             }  # fmt: skip
         plan: Mapping = {
             "version": 1, "model": name, "stack": more.get("stack", "transformers"),
-            "task": "sft", "method": more["method"], "precision": more["precision"],
+            "task": more.get("task", "sft"), "method": more["method"],
+            "precision": more["precision"],
             "batch": {
                 "micro": micro, "seq_len": seq_len, "accumulation": 1, "padding": "none",
                 **more.get("batch", {}),

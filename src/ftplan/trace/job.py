@@ -77,6 +77,8 @@ class Job:
     sharding: str
     fsdp_version: int
     wrap: str
+    apart: tuple[str, ...]
+    reshard_root: bool
     param_dtype: str
     reduce_dtype: str
     reshard_after_forward: bool
@@ -127,8 +129,8 @@ def _refuse(plan: Plan) -> None:
         )
     if find_stack(stack).modules and _beyond_its_loop(plan):
         raise UnsupportedError(
-            f"tracing {stack} but for supervised finetuning on one GPU",
-            remedy="trace the task sft without sharding, images, padding or packing",
+            f"tracing {stack} but for supervised finetuning on one GPU, or with torchtune's FSDP2,",
+            remedy="trace the task sft without other sharding, images, padding or packing",
         )
     ring = (sharding.cp or 1) > 1
     if ring and (sharding.kind != "fsdp" or (sharding.version or 2) != 2 or (sharding.tp or 1) > 1):
@@ -166,10 +168,15 @@ def _refuse(plan: Plan) -> None:
 
 def _beyond_its_loop(plan: Plan) -> bool:
     """Whether a job asks for more than the walked loop of a trainer with modules of its own."""
-    sharded = plan.sharding.kind not in (None, "none") or (plan.sharding.tp or 1) > 1
-    batch = plan.batch
+    sharding, batch = plan.sharding, plan.batch
+    fsdp2 = sharding.kind == "fsdp" and sharding.version == 2
+    shards = (
+        fsdp2 and sharding.offload in (None, "none") and (plan.stack or "").startswith("torchtune")
+    )
+    sharded = sharding.kind not in (None, "none") and not shards
+    split = (sharding.tp or 1) > 1
     other = batch.images or batch.packing or (batch.padding or "none") != "none"
-    return bool(sharded or other or plan.task not in (None, *TASKS))
+    return bool(sharded or split or other or plan.task not in (None, *TASKS))
 
 
 _IMPLEMENTATIONS = {
@@ -260,6 +267,8 @@ def resolve(plan: Plan) -> Job:
         sharding=sharding.kind or ("ddp" if world > 1 else "none"),
         fsdp_version=sharding.version or 2,
         wrap=sharding.wrap or "block",
+        apart=sharding.apart or (() if sharding.wrap else own.apart),
+        reshard_root=bool(sharding.reshard_root) or (not sharding.wrap and own.reshard_root),
         param_dtype=_FLOATS.get(param_dtype, ""),
         reduce_dtype=_FLOATS.get(sharding.reduce_dtype or param_dtype, ""),
         reshard_after_forward=(
