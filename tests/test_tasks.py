@@ -198,6 +198,17 @@ def test_ppo_sharded_is_refused_by_name(kind: str, method: dict[str, Any], why: 
         sized(**PPO, method=method, sharding={"kind": kind}, hardware={"gpu": "h100", "count": 2})
 
 
+def test_where_a_head_on_the_policy_is_the_critic_no_second_model_is_trained() -> None:
+    """LLaMA-Factory's PPO: TRL 0.9's, which was not traced; the answer says so."""
+    head: dict[str, Any] = {**PPO, "stack": "llamafactory"}
+    plan = plan_of(**head)
+    own = {term.name: term.bytes for term in sized(**head).static}
+    both = {term.name: term.bytes for term in sized(**PPO).static}
+    assert own["optimizer/states"] < 0.6 * both["optimizer/states"]
+    assert {"weights/reference", "weights/reward"} <= set(own)
+    assert not api.is_traced(resolve(plan)) and api.is_traced(resolve(plan_of(**PPO)))
+
+
 def test_ppo_runs_on_several_gpus_where_its_trainer_does() -> None:
     """Under DDP with a reference of its own a GPU holds what one GPU holds, and the buckets."""
     one = sized(**PPO)

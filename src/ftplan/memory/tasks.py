@@ -22,7 +22,8 @@ trainers that people run; the file and version that each mirrors:
               generalised Jensen-Shannon divergence over all logits; in tiles where the loss is
               chunked (trl/trainer/distillation_trainer.py 1.16)
     ppo       trl/experimental/ppo/ppo_trainer.py 1.12 (in no later version): policy and critic in
-              one wrapper, all hidden states returned; logits divided in place
+              one wrapper, all hidden states returned; logits divided in place. LLaMA-Factory's is
+              that of TRL 0.9, where a head on the policy is the critic: not traced
     embed     sentence_transformers MultipleNegativesRankingLoss: anchors and positives, pooled
 """
 
@@ -257,10 +258,12 @@ def objective_of(job: Job) -> Objective:
         _refuse_sharded_ppo(job)
         assert other is not None
         # both are what TRL's script loads: the policy's own architecture with a head of one number
-        critic, reward = (prepare(_scoring(job, method)) for method in ("full", "partial"))
+        reward = prepare(_scoring(job, "partial"))
+        if not job.value_head:  # else a head on the policy is all that there is of a critic
+            critic = prepare(_scoring(job, "full"))
         why = "a frozen model scores what was sampled"
         resident += (Resident(name="weights/reward", network=reward, why=why),)
-        scorers = (other, critic, reward)
+        scorers = tuple(filter(None, (other, critic, reward)))
     tiled = job.environment.loss == "chunked"
     if kind == "rewards" and job.value_head:
         kind = "values"
@@ -291,7 +294,10 @@ def _reference(job: Job) -> tuple[Resident, ...]:
 
 
 def _refuse_sharded_ppo(job: Job) -> None:
-    """What TRL's loop cannot run, by its own code (trl/experimental/ppo/ppo_trainer.py 1.12)."""
+    """What TRL's loop cannot run, by its own code (trl/experimental/ppo/ppo_trainer.py 1.12).
+
+    LLaMA-Factory's (train/ppo/trainer.py 0.9.5, on TRL 0.9) generates with the bare model too.
+    """
     kind, world = job.sharding.kind, job.sharding.world
     if kind == "fsdp":
         raise UnsupportedError(
@@ -300,7 +306,7 @@ def _refuse_sharded_ppo(job: Job) -> None:
             "of the wrapper whose forward gathers their weights",
             remedy="use zero2 or zero3, as TRL's own launch files for ppo do, or ddp",
         )
-    if kind == "ddp" and world > 1 and job.reference == "adapter":
+    if kind == "ddp" and world > 1 and job.reference == "adapter" and not job.value_head:
         raise UnsupportedError(
             "ppo under ddp with the policy's adapters off as the reference",
             because="TRL asks the wrapper for `model.policy`, which DistributedDataParallel does "
