@@ -94,6 +94,8 @@ class Stack:
     """Whether checkpointing is PyTorch's reentrant implementation."""
     reentrant_but_for: tuple[str, ...] = ()
     """Tasks and model types for which it is the other implementation."""
+    reentrant_adapted: tuple[str, ...] = ()
+    """Sharding under which that of a model with adapters is reentrant, whatever is asked for."""
     loss: Literal["full", "chunked", "fused"]
     """How the loss meets the logits."""
     loss_chunk: int | None

@@ -354,6 +354,8 @@ def _report(
 def is_traced(resolved: Resolved) -> bool:
     """Whether the stack's modules are those that the walk was held against."""
     plan = resolved.plan
+    if plan.task == "ppo" and resolved.stack.reward_head == "value":
+        return False  # LLaMA-Factory's is that of TRL 0.9, which was not traced
     if not resolved.stack.own_modules or plan.method is None:
         return True
     if resolved.stack.name == "nemo":

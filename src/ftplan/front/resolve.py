@@ -365,6 +365,11 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         kind = str((config or {}).get("model_type"))
         reentrant = stack.reenters(plan.task or "sft", kind)
         checkpointing = replace(checkpointing, reentrant=reentrant)
+    adapts = method.kind not in ("full", "partial", "bitfit")
+    if adapts and plan.sharding.kind in stack.reentrant_adapted and checkpointing.kind != "none":
+        name = "gradient_checkpointing.reentrant"
+        reentrant = filler.fill(name, None, True, own("reentrant_adapted"))
+        checkpointing = replace(checkpointing, reentrant=reentrant)
     loss = plan.loss
     if loss is None:
         kind = stack.loss_kind(method=method.kind, task=plan.task or "sft")

@@ -126,7 +126,7 @@ def _run_block(
     own = {id(p) for module in (*apart, *thin) for _, p in module.named_parameters()}
     held = recorder.fsdp.beside and not recorder.fsdp.spec.reshard_after_forward
     weights = [p for _, p in block.named_parameters() if id(p) not in own and not held]
-    if "adapters" not in recorder.fsdp.spec.apart:
+    if "adapters" not in recorder.fsdp.spec.apart and not recorder.fsdp.by_module:
         weights += idle
     unit = Unit("block", weights, place=recorder.place, module=block)
     unit.stays = recorder.fsdp.keeps(recorder.place)

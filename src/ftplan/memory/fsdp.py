@@ -172,6 +172,9 @@ class Unit:
 class Fsdp:
     """The state of FSDP while one micro batch is recorded."""
 
+    by_module = False
+    """Weights are gathered a module at a time, not by unit."""
+
     def __init__(self, tape: Tape, spec: ShardingSpec, *, accumulated: bool) -> None:
         self.tape = tape
         self.spec = spec
@@ -192,6 +195,10 @@ class Fsdp:
         """Another pass of the same model came after the one that has a way back."""
         self.beside = False
         """Another network runs, which is sharded by itself."""
+        self.again = False
+        """The network runs again with its adapters off."""
+        self.second = False
+        """A second network runs that is trained with the first, in one wrapper around both."""
 
     def played(self, trained: Played | None = None) -> Played | None:
         """All is recorded: what comes between its segments at full depth, if anything.
