@@ -127,6 +127,9 @@ class Stack:
     log_probs: Literal["rows", "whole", "kernel", "copied"] = "rows"
     """How a preference task takes log-probabilities out of logits: a sequence at a time, all at
     once, or in a kernel that keeps the logits alone, or a copy of them without the last token's."""
+    logit_metrics: Literal["none", "returned", "measured"] = "none"
+    """What a preference task does with logits for its metrics: nothing, KTO's forward returns them
+    by label, or they are copied once the loss is there."""
     reward_head: Literal["score", "value"] = "score"
     """A reward model's head: in place of the language model's, or beside it, and both run."""
     outputs_to_fp32: bool

@@ -75,6 +75,7 @@ def job_of(resolved: Resolved) -> Job:
         loss_keeps_chunks=stack.loss_keeps_chunks,
         loss_columns=stack.loss_columns or 0,
         log_probs=stack.log_probs,
+        logit_metrics=stack.logit_metrics,
         offload_checkpoints=_offloads(checkpointing.kind, sharding),
         checkpoint_attention=_core_alone(checkpointing, stack),
         keeps_products=checkpointing.kind == "selective" and stack.name == "torchtitan",

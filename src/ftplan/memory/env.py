@@ -46,6 +46,9 @@ class Environment:
     """A chunked loss meets so many columns of the vocabulary at a time, in one buffer; 0: all."""
     log_probs: Literal["rows", "whole", "kernel", "copied"] = "rows"
     """How a task takes the log-probabilities of labels out of logits: :mod:`log_probs`."""
+    logit_metrics: Literal["none", "returned", "measured"] = "none"
+    """What a preference task does with logits for its metrics: KTO's forward returns them by
+    label, or they are copied once the loss is there."""
     offload_checkpoints: bool = False
     """A checkpointed block's input waits in host memory."""
     keeps_products: bool = False

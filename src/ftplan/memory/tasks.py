@@ -11,7 +11,9 @@ trainers that people run; the file and version that each mirrors:
     dpo       trl/trainer/dpo_trainer.py 1.10 (all logits) and 1.16 (log-probabilities in tiles):
               chosen and rejected in one batch, then the reference's forward without a graph
     kto       trl/trainer/kto_trainer.py 1.16: one completion a sample, then the reference's
-              forward; the forwards over mismatched pairs need no more than the reference's
+              forward; the forwards over mismatched pairs need no more than the reference's. Logits
+              are copied apart by label in the forward (trl/experimental/kto until 1.5,
+              LLaMA-Factory) or for metrics (1.9 to 1.14)
               LLaMA-Factory's 0.9.5 (train/rm, train/dpo, train/kto): a value head beside the
               language model's, whose loss is computed and left; log-probabilities of all logits
     orpo      trl/experimental/orpo/orpo_trainer.py 1.16: chosen and rejected in one batch, a
@@ -40,6 +42,7 @@ from ftplan.memory.job import Job
 from ftplan.memory.log_probs import (
     divergence,
     divided_in_place,
+    entropies,
     half_cross_entropy,
     log_probs,
     scalar,
@@ -159,18 +162,47 @@ class Objective:
             scaled = divided_in_place(outputs, self.completion)
             mine = log_probs(scaled, self.completion, how="rows", scaled=True)
             return scalar([mine, *held[1:]])
-        mine = log_probs(outputs, self.completion)
-        if self.kind == "unpaired" and _taken_whole(outputs):
-            held.append(ops.gather(outputs))  # kto/trainer.py: logits[tags] and logits[~tags]
+        tape, mine = outputs.tape, log_probs(outputs, self.completion)
+        metrics = tape.env.logit_metrics if self._labelled and outputs.width > 1 else "none"
+        returned = metrics == "returned" and self.kind == "unpaired"
+        if returned:
+            held[0] = ops.gather(outputs)  # all that the policy's forward hands on
+            del outputs
+        parts, known = [mine], []
         if self.other is not None and not self.before:
-            with outputs.tape.no_grad():
-                known = [self._whole(again)]
+            with tape.no_grad():
+                known.append(self._whole(again))
                 if self.kind == "unpaired" and _taken_whole(known[0]):
                     # kto/trainer.py: the mismatched pairs while the first logits are held
                     known.append(self._whole(again))
-                theirs = log_probs(known[-1], self.completion)
-            return scalar([mine, theirs])
-        return scalar([mine])
+                parts.append(log_probs(known[-1], self.completion))
+                if returned:
+                    known[1:] = [ops.gather(known[0])]
+        if metrics == "measured":
+            self._measure(held[0])
+        return scalar(parts)
+
+    @property
+    def _labelled(self) -> bool:
+        """Some completions are wanted and others are not."""
+        return self.kind in ("pairs", "unpaired")
+
+    def _measure(self, outputs: Tensor) -> None:
+        """Entropies, and the mean logit of either label's completions, which are picked out.
+
+        Pairs are two halves; samples that are not paired are copied first. Of these a batch takes
+        the most that has one label alone, and a run of some length has such a one
+        (trl/trainer/dpo_trainer.py and kto_trainer.py, ``_compute_loss``, 1.9 to 1.14).
+        """
+        with outputs.tape.no_grad():
+            shifted = ops.rows_slice(outputs, TOKENS + BATCH * -1)
+            if outputs.tape.env.log_probs == "rows":
+                entropies(shifted)
+            if self.kind == "unpaired":
+                copies = ops.gather(shifted)
+                ops.gather(copies)
+            else:
+                ops.gather(shifted.alias(width=-(-shifted.width // 2)))
 
     def _whole(self, again: Again) -> Tensor:
         """The other network's logits, as the loss takes them."""

@@ -167,6 +167,7 @@ _LIGER: Settings = {
     "liger_glu_activation": True, "liger_rope": True,
 }  # fmt: skip
 _PLAIN: Settings = dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False)
+_KTO: Settings = {"rl": "kto", "remove_unused_columns": False}
 _AXOLOTL: dict[str, Settings] = {
     "sft lora": {},
     "sft lora kept": _HELD,
@@ -205,6 +206,10 @@ _AXOLOTL: dict[str, Settings] = {
     "orpo full": {"rl": "orpo", **_NO_ADAPTER},
     "simpo lora": {"rl": "simpo"},
     "rm lora": {"reward_model": True},
+    "kto lora": {**_KTO},
+    "kto lora kept": {**_KTO, **_HELD},
+    "kto full": {**_KTO, **_NO_ADAPTER},
+    "kto qlora": {**_KTO, **_4BIT},
 }
 JOBS: dict[str, tuple[Settings, str, dict[str, Settings]]] = {
     "llamafactory": (_LF, "model_name_or_path", _LLAMAFACTORY),

@@ -52,7 +52,8 @@ BATCHES = 2
 class TrainerLedger(Ledger):
     """Answers what depends on values: how many rows a mask picks.
 
-    Of the tokens of a sequence it picks those that are no prompt; of anything else, all.
+    Of the tokens of a sequence it picks those that are no prompt; of anything else, all. Samples
+    of KTO are all desirable: a run of some length has such a batch, and it takes the most.
     """
 
     def __init__(self, seq_len: int, prompt_tokens: int) -> None:
@@ -72,9 +73,13 @@ class TrainerLedger(Ledger):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _picked(self, mask: Any) -> int:
-        if mask.dim() == 1:  # of labels: the first token has none (ms-swift's logits_to_keep)
+        if mask.dim() == 1:
             entry = self.entry_of(mask)
-            return int(mask.numel()) - (entry is not None and entry.op == "ne")
+            op = entry.op if entry is not None else ""
+            if op == "bitwise_not" and mask.numel() < self.seq_len:  # samples without KTO's label
+                return 0
+            # of labels: the first token has none (ms-swift's logits_to_keep)
+            return int(mask.numel()) - (op == "ne")
         shifted = self.seq_len - mask.shape[-1]
         if mask.dim() != 2 or shifted not in (0, 1):
             return int(mask.numel())
