@@ -73,6 +73,8 @@ class Stack:
     """An fp32 copy and an fp32 gradient beside each trainable 2-byte parameter (18 bytes)."""
     prepare_kbit: bool
     """Whether what is not quantised ends up in fp32 (`prepare_model_for_kbit_training`)."""
+    quantized_bf16_tasks: tuple[str, ...] = ()
+    """Tasks whose trainer casts the adapters of a quantised model to bf16."""
     prepare_kbit_tasks: tuple[str, ...] = ()
     """Tasks for which it does, where it does not for the others."""
     kbit_casts_back: tuple[str, ...] = ()
@@ -101,6 +103,11 @@ class Stack:
     """`chunked` by number instead: the tokens are split into this many chunks."""
     loss_keeps_chunks: bool
     """Whether autograd keeps every chunk until backward: no saving but the single allocation."""
+    casts_products: bool = False
+    """Whether its Liger is one whose fused loss adds to a 2-byte gradient of the head by way of
+    fp32."""
+    loss_compiled: bool = False
+    """Whether a chunked loss takes logits that are whole, and is compiled."""
     loss_methods: tuple[str, ...] | None
     """Methods for which ``loss`` holds (else `full`); None: all."""
     loss_tasks: tuple[str, ...] | None
@@ -201,7 +208,12 @@ class Stack:
 
     def of_task(self, task: str) -> Stack:
         """The profile as it is for one task."""
-        return replace(self, prepare_kbit=self.prepare_kbit or task in self.prepare_kbit_tasks)
+        two_bytes = task in self.quantized_bf16_tasks
+        return replace(
+            self,
+            prepare_kbit=self.prepare_kbit or task in self.prepare_kbit_tasks,
+            adapter_dtype_quantized="bf16" if two_bytes else self.adapter_dtype_quantized,
+        )
 
     def reenters(self, task: str, model_type: str = "") -> bool:
         """Whether checkpointing is the reentrant implementation for this task and model."""

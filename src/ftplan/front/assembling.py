@@ -68,11 +68,13 @@ def job_of(resolved: Resolved) -> Job:
         kernels=_kernels(resolved, storage),
         loss=plan.loss.kind,
         loss_by=fused_loss(plan),
+        casts_products=stack.casts_products,
         loss_shifts=stack.loss_shifts,
         loss_upcasts=stack.loss_upcasts
         and resolved.config.get("model_type") not in stack.uncast_losses,
         logits_cast=stack.logits_cast,
         loss_keeps_chunks=stack.loss_keeps_chunks,
+        loss_compiled=stack.loss_compiled,
         loss_columns=stack.loss_columns or 0,
         log_probs=stack.log_probs,
         logit_metrics=stack.logit_metrics,

@@ -34,6 +34,8 @@ class Environment:
     """How the loss meets the logits."""
     loss_by: Literal["liger", "unsloth", "cut", "foak"] = "liger"
     """Whose function a fused loss is."""
+    casts_products: bool = False
+    """Liger's fused loss adds to a 2-byte gradient of the head by way of fp32 (before 0.8.5)."""
     loss_shifts: Literal["labels", "logits"] = "labels"
     """What the loss moves by one token; moving the logits copies them."""
     loss_upcasts: bool = True
@@ -42,6 +44,8 @@ class Environment:
     """Who casts them: a model that does so has let go of the first copy."""
     loss_keeps_chunks: bool = False
     """A chunked loss recomputes nothing: autograd keeps every chunk."""
+    loss_compiled: bool = False
+    """A chunked loss takes whole logits, and is compiled: it keeps no softmax."""
     loss_columns: int = 0
     """A chunked loss meets so many columns of the vocabulary at a time, in one buffer; 0: all."""
     log_probs: Literal["rows", "whole", "kernel", "copied"] = "rows"

@@ -204,12 +204,16 @@ _AXOLOTL: dict[str, Settings] = {
     "dpo qlora": {"rl": "dpo", **_4BIT},
     "dpo lora kept": {"rl": "dpo", **_HELD},
     "orpo full": {"rl": "orpo", **_NO_ADAPTER},
-    "simpo lora": {"rl": "simpo"},
-    "rm lora": {"reward_model": True},
-    "kto lora": {**_KTO},
+    "simpo lora": {"rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 0.5},
+    "rm lora": {"reward_model": True, **_PLAIN},
+    "kto lora": _KTO,
     "kto lora kept": {**_KTO, **_HELD},
     "kto full": {**_KTO, **_NO_ADAPTER},
     "kto qlora": {**_KTO, **_4BIT},
+    "sft full liger flash": {
+        **_LIGER, "liger_fused_linear_cross_entropy": True, **_NO_ADAPTER, **_HELD,
+        "attn_implementation": "flash_attention_2", "sequence_len": 4096,
+    },
 }
 JOBS: dict[str, tuple[Settings, str, dict[str, Settings]]] = {
     "llamafactory": (_LF, "model_name_or_path", _LLAMAFACTORY),

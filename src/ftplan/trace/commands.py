@@ -32,7 +32,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ftplan.dataclass import dataclass
-from ftplan.trace import build, core, cuda, llamafactory_v1, trainers
+from ftplan.trace import build, core, cuda, llamafactory_v1, losses, trainers
 from ftplan.trace.job import Job, plan_from, resolve
 from ftplan.trace.quantized import emulated, quantize
 from ftplan.trace.triton import importable, stand_in
@@ -132,9 +132,10 @@ class _Run:
 
 def _loaded(run: _Run) -> Callable[..., Any]:
     """In place of ``from_pretrained``: the class's own model with empty weights, then quantised."""
+    from transformers import AutoConfig
 
-    def from_pretrained(cls: Any, _path: Any, *args: Any, **given: Any) -> Any:
-        config = given["config"]
+    def from_pretrained(cls: Any, path: Any, *args: Any, **given: Any) -> Any:
+        config = given.get("config") or AutoConfig.from_pretrained(path)
         named = given.get("dtype", given.get("torch_dtype"))
         dtype = config.dtype if named in ("auto", None) else named
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -507,7 +508,7 @@ def _axolotl(settings: Mapping[str, Any], folder: Path) -> None:
     known = ({**card, "compute_capability": "sm_80"}, {"torch_version": str(torch.__version__)})
     with cuda.patched(config, "gpu_capabilities", lambda: known):
         cfg = config.load_cfg(str(folder / "job.yaml"))
-    with _dequantising():
+    with _dequantising(), _compiled_loss():
         do_train(cfg, TrainerCliArgs())
 
 
@@ -521,6 +522,20 @@ def _dequantising() -> Iterator[None]:
         stack.enter_context(cuda.patched(home, "_NF4_DEQUANT_KERNELS", kernels))
         for name in ("cdequantize_blockwise_fp32", "_ptr", "_stream"):
             stack.enter_context(cuda.patched(home, name, lambda *_: None))
+        yield
+
+
+@contextlib.contextmanager
+def _compiled_loss() -> Iterator[None]:
+    """axolotl's chunked cross entropy is compiled: its stand-in saves what that saves."""
+    from axolotl.monkeypatch.loss import chunked
+
+    kind = chunked.CEWithChunkedOutputLoss
+    method = staticmethod(losses.compiled_cross_entropy)
+    with (
+        cuda.patched(kind, "compute_cross_entropy", method),
+        cuda.patched(torch, "compile", lambda function, **_options: function),
+    ):
         yield
 
 
