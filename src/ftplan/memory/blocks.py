@@ -261,9 +261,12 @@ def ask_for_gradient(x: Tensor) -> None:
         return
     held = [x.alias()]
     x.tape.collecting.append(held)
+    attributes = x.tape.attributes
+    attributes.append(x.alias())
 
-    def apply(_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def apply(grad: Tensor) -> tuple[Tensor | None, ...]:
         held.clear()
+        attributes.append(grad)
         return ()
 
     x.requires_grad, x.node = True, Node(x.tape, "input gradient", [], apply)

@@ -366,6 +366,11 @@ _LORA_FUNCTIONS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 def _lora_functions(draft: Draft, keys: Keys) -> None:
     """LoRA's fused functions: the plan has one switch for three, which the MLP's decides."""
     told = [keys.flag(name) for name in _LORA_FUNCTIONS]
+    silent = told == [None] * len(told) and not keys.flag("trust_remote_code")
+    of_8_bit = keys.word("adapter") == "lora" and keys.flag("load_in_8bit")
+    wanted = silent and not of_8_bit and keys.word("adapter") in ("lora", "qlora")
+    if any(told) or wanted:
+        _refuse_functions(draft, keys)
     if any(flag is not None for flag in told):
         draft.put("method.fused_lora", bool(told[0]), keys.at(_LORA_FUNCTIONS[0]))
     if any(bool(flag) != bool(told[0]) for flag in told):
@@ -377,6 +382,18 @@ def _lora_functions(draft: Draft, keys: Keys) -> None:
                 for n, flag in zip(_LORA_FUNCTIONS, told, strict=True)
                 if flag is not None
             ),
+        )
+
+
+def _refuse_functions(draft: Draft, keys: Keys) -> None:
+    """They are put into causal language models alone (``apply_lora_kernel_patches``, 0.19)."""
+    if draft.get("task") == "rm":
+        draft.find(
+            "CFG007",
+            "LoRA's fused functions, which are on where nothing is said, take no reward model: "
+            "axolotl stops here",
+            keys.at("reward_model"),
+            help="set lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel to false",
         )
 
 
