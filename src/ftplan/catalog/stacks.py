@@ -137,6 +137,10 @@ class Stack:
     logit_metrics: Literal["none", "returned", "measured"] = "none"
     """What a preference task does with logits for its metrics: nothing, KTO's forward returns them
     by label, or they are copied once the loss is there."""
+    references_frozen: bool = True
+    """Whether a reference's weights ask for no gradient; else autocast keeps their casts."""
+    fp32_references: tuple[str, ...] = ()
+    """Tasks whose reference is loaded in fp32, whatever the policy is stored in."""
     reward_head: Literal["score", "value"] = "score"
     """A reward model's head: in place of the language model's, or beside it, and both run."""
     outputs_to_fp32: bool

@@ -122,6 +122,10 @@ def job_of(resolved: Resolved) -> Job:
         trainable_dtype=_trained(plan, stack) if engine is None else None,
         asks_input_grads=stack.asks_input_grads and method.kind not in ("full", "partial"),
         loss_twice=stack.loss_twice,
+        reference_frozen=stack.references_frozen,
+        reference_weights=find_format("fp32")
+        if plan.task in stack.fp32_references and engine is None
+        else None,
         value_head=stack.reward_head == "value",
         norm_dtype=plan.precision.norms if engine is None else None,
         embedding_dtype=plan.precision.embeddings if engine is None else None,

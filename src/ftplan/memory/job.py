@@ -231,6 +231,10 @@ class Job:
     """``classify``: how many labels there are."""
     reference: Literal["none", "adapter", "model", "precomputed"] = "none"
     """Preference and RL tasks: where the reference's log-probabilities come from."""
+    reference_weights: Format | None = None
+    """Storage of a reference that the trainer loads by itself; None: that of the policy's."""
+    reference_frozen: bool = True
+    """Its weights ask for no gradient: autocast keeps no cast of them."""
     completion_tokens: int = 0
     """Reinforcement finetuning: tokens of a sequence that the loss looks at; 0: all."""
     teacher: Mapping[str, Any] | None = None

@@ -463,6 +463,7 @@ def _run_again(recorder: Recorder, network: Network, objective: Objective) -> Te
     """Another network's outputs on the same batch; the caller has turned the graph off."""
     shared = Shared()
     x: Tensor | None = None
+    begun = len(recorder.order)
     with recorder.apart(network, beside=objective.beside):
         with recorder.tape.scoped("activations"):
             recorder.begin_root()
@@ -474,6 +475,8 @@ def _run_again(recorder: Recorder, network: Network, objective: Objective) -> Te
         outputs = model_outputs(network, x, objective.completion, states=objective.states)
         del x
         outputs = recorder.end_root(outputs)
+    recorder.order.append(recorder.cut("the other model's head"))
+    recorder.drop_casts(begun)
     if recorder.tape.env.outputs_to_fp32:
         outputs = ops.to(outputs, "fp32")
     recorder.order.append(recorder.cut("the other model's logits"))

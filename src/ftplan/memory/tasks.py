@@ -310,7 +310,7 @@ def _reference(job: Job) -> tuple[Resident, ...]:
     if job.task not in ("dpo", "kto", "grpo", "ppo") or job.reference != "model":
         return ()
     why = "a second, frozen model gives the reference's log-probabilities"
-    network = prepare(_frozen(job))
+    network = prepare(_loaded_apart(job))
     return (Resident(name="weights/reference", network=network, why=why),)
 
 
@@ -352,6 +352,22 @@ def _scoring(job: Job, method: Literal["full", "partial"]) -> Job:
 def _frozen(job: Job) -> Job:
     """The same base model with nothing trained: a reference, or the policy with adapters off."""
     return replace(job, method="partial", last_layers=0, adapter=None, task="sft")
+
+
+def _loaded_apart(job: Job) -> Job:
+    """A reference as the trainer loads it: in a dtype of its own, or asking for gradients.
+
+    Nobody wants those, but autocast keeps the casts of weights that ask, until the forward ends.
+    FSDP1's are views of a flat one, of which it keeps none; PPO's reference is not autocast.
+    """
+    loaded, storage = _frozen(job), job.reference_weights
+    if not job.reference_frozen and job.sharding.kind != "fsdp" and job.task != "ppo":
+        loaded = replace(loaded, method="full")
+    if storage is None:
+        return loaded
+    return replace(
+        loaded, weights=storage, base_dtype=storage.name, norm_dtype=None, embedding_dtype=None
+    )
 
 
 def _in_batch(states: Tensor) -> Tensor:

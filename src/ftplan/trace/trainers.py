@@ -486,7 +486,10 @@ def _other(
     if job.task == "distill":
         assert teacher is not None
         model = build.build_model(job, build.model_config(teacher, layers))
-    elif job.task in ("dpo", "kto", "grpo", "ppo") and job.reference == "model":
+    elif job.task in ("dpo", "kto", "grpo") and job.reference == "model":
+        # TRL loads it, and leaves its weights asking for gradients
+        return build.build_model(job, build.model_config(config, layers)).eval()
+    elif job.task == "ppo" and job.reference == "model":
         model = build.build_model(job, build.model_config(config, layers))
     else:
         return None
