@@ -211,18 +211,11 @@ _AXOLOTL: dict[str, Settings] = {
     "kto full": {**_KTO, **_NO_ADAPTER},
     "kto qlora": {**_KTO, **_4BIT},
     "orpo qlora": {"rl": "orpo", **_4BIT},
-    "dpo lora fused": {"rl": "dpo", **dict.fromkeys(_PLAIN, True)},
+    "orpo lora fused": {"rl": "orpo", **dict.fromkeys(_PLAIN, True)},
     "dpo int8": {"rl": "dpo", "load_in_8bit": True},
     "rm qlora": {"reward_model": True, **_4BIT, **_PLAIN},
-    "sft lora relora": {
-        "relora": True,
-        "jagged_restart_steps": 1,
-        "jagged_restart_warmup_steps": 1,
-    },
-    "sft full unfrozen": {
-        **_NO_ADAPTER,
-        "unfrozen_parameters": ["model.layers.1.*"],
-    },
+    "sft lora adafactor": {"optimizer": "adafactor"},
+    "sft full lion": {"optimizer": "lion_8bit", **_NO_ADAPTER, **_HELD},
     "sft full liger flash": {
         **_LIGER,
         "liger_fused_linear_cross_entropy": True,
