@@ -77,6 +77,18 @@ _LLAMAFACTORY: dict[str, Settings] = {
     "kto lora": {"stage": "kto"},
     "kto lora kept": {"stage": "kto", **_KEPT},
     "kto full": {"stage": "kto", **_FULL},
+    "sft lora fp16 checkpoint": {"MODEL": "llama-2-7b"},
+    "sft lora fp16 checkpoint kept": {"MODEL": "llama-2-7b", **_KEPT},
+    "sft lora fp32 checkpoint kept": {"MODEL": "olmo-2-1b", **_KEPT},
+    "sft qlora fp16 checkpoint": {"MODEL": "llama-2-7b", **_QLORA},
+    "sft full fp16 checkpoint": {"MODEL": "llama-2-7b", **_FULL},
+    "sft full fp32 checkpoint pure": {
+        "MODEL": "olmo-2-1b",
+        **_FULL,
+        "pure_bf16": True,
+        "bf16": False,
+    },
+    "dpo full fp32 checkpoint": {"MODEL": "olmo-2-1b", "stage": "dpo", **_FULL},
 }
 _V1: Settings = {"train_dataset": "rows.jsonl", "cutoff_len": 512, "micro_batch_size": 2}
 _V1_KEPT: Settings = {"enable_activation_checkpointing": False}
@@ -149,6 +161,24 @@ _MS_SWIFT: dict[str, Settings] = {
     "orpo lora": {**_RL, "rlhf_type": "orpo"},
     "simpo full": {**_RL, "rlhf_type": "simpo", **_ALL},
     "sft liger": {"use_liger_kernel": True},
+    "sft full liger": {"use_liger_kernel": True, **_ALL},
+    "sft full packed liger": {
+        "attn_impl": "flash_attention_2",
+        "packing": True,
+        "use_liger_kernel": True,
+        **_ALL,
+        **_OPEN,
+    },
+    "cls lora": {"task_type": "seq_cls", "num_labels": 3},
+    "cls full": {"task_type": "seq_cls", "num_labels": 3, **_ALL},
+    "sft qlora liger": {**_BNB, "use_liger_kernel": True},
+    "cpo lora": {**_RL, "rlhf_type": "cpo"},
+    "simpo lora": {**_RL, "rlhf_type": "simpo"},
+    "orpo full": {**_RL, "rlhf_type": "orpo", **_ALL},
+    "rm lora kept": {**_RL, "rlhf_type": "rm", **_OPEN},
+    "kto qlora": {**_RL, "rlhf_type": "kto", **_BNB},
+    "embedding lora": {"task_type": "embedding", "loss_type": "infonce"},
+    "reranker lora": {"task_type": "reranker", "loss_type": "pointwise_reranker"},
 }
 _AX: Settings = {
     "sequence_len": 512, "micro_batch_size": 2, "gradient_accumulation_steps": 1,
@@ -231,7 +261,9 @@ JOBS: dict[str, tuple[Settings, str, dict[str, Settings]]] = {
     "ms-swift": (_SWIFT, "model", _MS_SWIFT),
     "axolotl": (_AX, "base_model", _AXOLOTL),
 }
-"""By trainer: what every file says, the key of the model, what each job's file says beside it."""
+"""By trainer: what every file says, the key of the model, what each job's file says beside it.
+
+``MODEL`` is no key of a file: a model that is stored in another dtype than bf16."""
 SEQ_LEN = 512
 
 
@@ -240,8 +272,9 @@ def jobs(trainer: str) -> Iterator[Mapping[str, Any]]:
     common, key, each = JOBS[trainer]
     models = [name for name in MODELS if name not in _UNKNOWN.get(trainer, ())]
     for number, (name, settings) in enumerate(each.items()):
-        model = models[number % len(models)]
-        said = {key: find_model(model).hub_ids[0], **common, **settings}
+        model = settings.get("MODEL", models[number % len(models)])
+        told = {name: value for name, value in settings.items() if name != "MODEL"}
+        said = {key: find_model(model).hub_ids[0], **common, **told}
         yield {
             "name": f"{trainer.removesuffix('-v1')} {name}",
             "model": model,

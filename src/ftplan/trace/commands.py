@@ -427,7 +427,11 @@ def _swift_data(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         row: dict[str, Any] = {"messages": [question, {"role": "assistant", "content": answer}]}
         if kind in ("dpo", "orpo", "cpo", "simpo", "rm"):
             row["rejected_response"] = words(2 * length, ("w3", "w4")[number % 2])
-        rows.append({**row, "label": number % 2 == 0} if kind == "kto" else row)
+        if kind == "kto":
+            row["label"] = number % 2 == 0
+        elif _flag(settings["command"], "task_type") == "seq_cls":
+            row["label"] = number % 2
+        rows.append(row)
     lines = "".join(json.dumps(each) + "\n" for each in rows)
     (folder / "rows.jsonl").write_text(lines, "utf-8")
     return {

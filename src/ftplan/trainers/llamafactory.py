@@ -286,18 +286,13 @@ def _classic_quantised(draft: Draft, keys: Keys) -> None:
 
 def _classic_precision(draft: Draft, keys: Keys) -> None:
     pure = keys.flag("pure_bf16")
-    quantised = draft.get("precision.weights") is not None
     if pure:
         draft.put("precision.mixed", "no", keys.at("pure_bf16"))
-        if not quantised:
-            draft.put("precision.weights", "bf16", keys.at("pure_bf16"))
         draft.put("precision.trained", "bf16", keys.at("pure_bf16"))
         if draft.get("method.kind") not in ("full", "partial"):
             draft.put("method.adapter_dtype", "bf16", keys.at("pure_bf16"))
     elif keys.flag("use_badam"):
         draft.put("precision.trained", "bf16", keys.at("use_badam"))
-    if draft.get("precision.mixed") == "fp16" and not quantised:
-        draft.assume("precision.weights", "fp16", SOURCE % "hparams/parser.py: compute_dtype")
     if keys.flag("upcast_layernorm"):
         draft.put("precision.norms", "fp32", keys.at("upcast_layernorm"))
 
@@ -404,12 +399,9 @@ def export(plan: Plan) -> writing.Exported:
             out.line("quantization_method", bits[1])
             if plan.precision.weights == "nf4":
                 out.line("double_quantization", method.double_quant)
-    else:
-        stored = "fp16" if plan.precision.mixed == "fp16" else "bf16"
-        # what it trains whole it casts to fp32 by itself
-        expected = (stored, None) if _pure(plan) or kind != "full" else (stored, "fp32", None)
-        if plan.precision.weights not in expected:
-            out.refuse(f"weights in {plan.precision.weights} (LLaMA-Factory keeps {stored} here)")
+    elif plan.precision.weights is not None:
+        why = "LLaMA-Factory loads a checkpoint in its own dtype"
+        out.differs("precision.weights", plan.precision.weights, why)
     if plan.precision.norms == "fp32":
         out.line("upcast_layernorm", True)
     out.line("cutoff_len", plan.batch.seq_len)
