@@ -141,6 +141,8 @@ class Stack:
     """Whether a reference's weights ask for no gradient; else autocast keeps their casts."""
     fp32_references: tuple[str, ...] = ()
     """Tasks whose reference is loaded in fp32, whatever the policy is stored in."""
+    pairs_joined: bool = False
+    """Whether both of a reward model's pair are one row, a mask between them."""
     reward_head: Literal["score", "value"] = "score"
     """A reward model's head: in place of the language model's, or beside it, and both run."""
     outputs_to_fp32: bool
@@ -161,6 +163,9 @@ class Stack:
     """Adapter targets of the trainer's own configuration."""
     dropout: float
     """Adapter dropout of the trainer's own configuration."""
+    base_of_checkpoint: bool = False
+    """Whether what quantisation leaves alone stays in the checkpoint's dtype, whatever products
+    are computed in."""
     double_quant: bool
     """Whether NF4's block scales are quantised when nothing is said."""
     micro: int

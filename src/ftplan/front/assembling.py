@@ -97,6 +97,7 @@ def job_of(resolved: Resolved) -> Job:
         dropout=plan.task not in stack.dropout_off,
     )
     native = native_dtype(resolved.config) or "bf16"
+    unquantised = native if stack.base_of_checkpoint else method.compute_dtype or native
     modules = modules_of(resolved)
     return Job(
         config=local_config(resolved.config, sharding),
@@ -112,7 +113,7 @@ def job_of(resolved: Resolved) -> Job:
         if method.kind not in ("full", "partial")
         else None,
         weights=storage,
-        base_dtype=(engine or method.compute_dtype or native) if quantised else storage.name,
+        base_dtype=(engine or unquantised) if quantised else storage.name,
         compute_dtype=method.compute_dtype or "bf16",
         prepare_kbit=quantised and bool(method.prepare_kbit) and engine is None,
         kbit_casts_back=plan.task in stack.kbit_casts_back and mixed == "bf16",
@@ -126,6 +127,7 @@ def job_of(resolved: Resolved) -> Job:
         reference_weights=find_format("fp32")
         if plan.task in stack.fp32_references and engine is None
         else None,
+        pairs_joined=stack.pairs_joined and plan.task == "rm",
         value_head=stack.reward_head == "value",
         norm_dtype=plan.precision.norms if engine is None else None,
         embedding_dtype=plan.precision.embeddings if engine is None else None,
@@ -199,6 +201,8 @@ def _trained(plan: Plan, stack: Stack) -> str | None:
     """What the trainer casts every trained parameter to, whole copies beside adapters too."""
     method = plan.method
     assert method is not None
+    if stack.base_of_checkpoint and plan.precision.trained == "bf16":
+        return None  # LLaMA-Factory's pure_bf16: nothing is cast to fp32, and nothing to bf16
     if plan.precision.trained is not None:
         return plan.precision.trained
     adapts = method.kind not in ("full", "partial")

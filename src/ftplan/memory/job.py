@@ -196,6 +196,8 @@ class Job:
     """What the embedding returns asks for a gradient even where nothing is checkpointed."""
     loss_twice: bool = False
     """A language model's own loss is computed and left: the trainer takes one out of the logits."""
+    pairs_joined: bool = False
+    """Both of a pair are one row: as many sequences as samples."""
     value_head: bool = False
     """A reward model's head lies beside the language model's, which runs too."""
     norm_dtype: str | None = None

@@ -294,7 +294,7 @@ def objective_of(job: Job) -> Objective:
         kind = "weighted"
     return Objective(
         kind=kind,
-        sequences=sequences_of(job.task),
+        sequences=1 if job.pairs_joined else sequences_of(job.task),
         other=other,
         before=job.task == "grpo",
         states=kind == "teacher" and tiled,

@@ -118,6 +118,23 @@ _LLAMAFACTORY_V1: dict[str, Settings] = {
             "name": "freeze", "freeze_trainable_layers": 1, "cast_trainable_params_to_fp32": False,
         },
     },
+    "v1 rm full": {"stage": "rm"},
+    "v1 rm freeze": {
+        "stage": "rm", **_V1_KEPT,
+        "peft_config": {
+            "name": "freeze", "freeze_trainable_layers": 1, "cast_trainable_params_to_fp32": False,
+        },
+    },
+    "v1 full liger": {
+        "MODEL": "qwen3-4b", "kernel_config": {"name": "liger_kernel", "include_kernels": "auto"},
+    },
+    "v1 full padding-free": {
+        "batching_strategy": "padding_free", "flash_attn": "flash_attention_2",
+    },
+    "v1 lora padding-free": {
+        "batching_strategy": "padding_free", "flash_attn": "flash_attention_2", **_V1_LORA,
+        **_V1_KEPT,
+    },
 }  # fmt: skip
 _SWIFT: Settings = {
     "tuner_type": "lora", "max_length": 512, "per_device_train_batch_size": 2,

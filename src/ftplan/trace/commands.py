@@ -304,6 +304,8 @@ def run_command(
         enter(contextlib.chdir(folder))
         if command.triton:
             enter(importable())
+        if "liger" in str(settings):
+            enter(trainers.liger_on_cuda())
         for package in command.absent:
             enter(_standing_in(package))
         cut = build.cut_depth(dict(config), layers) if layers is not None else dict(config)

@@ -36,7 +36,7 @@ from ftplan.trace.quantized import emulated, quantize
 from ftplan.trace.triton import importable
 
 __all__ = [
-    "BATCHES", "TRAINERS", "Quantizer", "Run", "TrainerLedger", "run_trainer", "tokenizer", "train",
+    "BATCHES", "TRAINERS", "Quantizer", "Run", "TrainerLedger", "liger_on_cuda", "run_trainer", "tokenizer", "train",
     "trainer_versions",
 ]  # fmt: skip
 
@@ -446,7 +446,7 @@ def run_trainer(
         if name.startswith("trl"):
             enter(_trl_on_cuda())
         if (arguments or {}).get("use_liger_kernel"):
-            enter(_liger_on_cuda())
+            enter(liger_on_cuda())
         model = build.build_model(job, build.model_config(config, layers))
         other = _other(job, config, teacher, layers)
         beside = [_scoring(job, config, layers) for _ in range(2 if job.task == "ppo" else 0)]
@@ -538,12 +538,14 @@ def _trl_on_cuda() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _liger_on_cuda() -> Iterator[None]:
+def liger_on_cuda() -> Iterator[None]:
     """Liger's kernels as they are chosen on a GPU: it imports them when one is first asked for."""
     with importable():
-        dispatch = importlib.import_module("liger_kernel.backends.dispatch")
+        dispatch = _imported("liger_kernel.backends.dispatch")
         chosen = lambda *_args, **_kwargs: ["nvidia-triton"]  # noqa: E731 - one answer
-        with cuda.patched(dispatch, "available_impls", chosen):
+        with contextlib.ExitStack() as stack:
+            if dispatch is not None:  # there is no choice before 0.8.5
+                stack.enter_context(cuda.patched(dispatch, "available_impls", chosen))
             yield
 
 

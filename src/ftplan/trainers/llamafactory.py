@@ -83,12 +83,12 @@ def refuse(data: dict[str, Any], keys: Keys) -> InputError | None:
     return None
 
 
-def read(context: Context, keys: Keys) -> None:
-    """Fill the draft from a LLaMA-Factory configuration."""
+def read(context: Context, keys: Keys, verb: str | None = None) -> None:
+    """Fill the draft from a LLaMA-Factory configuration; ``verb`` is v1's stage."""
     if "model" in keys.data and "model_name_or_path" not in keys.data:
         from ftplan.trainers import llamafactory_v1
 
-        llamafactory_v1.read(context, keys)
+        llamafactory_v1.read(context, keys, verb)
     else:
         _read_classic(context, keys)
 
