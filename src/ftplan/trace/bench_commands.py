@@ -213,6 +213,10 @@ _LIGER: Settings = {
     "plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rms_norm": True,
     "liger_glu_activation": True, "liger_rope": True,
 }  # fmt: skip
+_CUT: Settings = {
+    "plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"],
+    "cut_cross_entropy": True,
+}  # fmt: skip
 _PLAIN: Settings = dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False)
 _KTO: Settings = {"rl": "kto", "remove_unused_columns": False}
 _AXOLOTL: dict[str, Settings] = {
@@ -271,6 +275,10 @@ _AXOLOTL: dict[str, Settings] = {
         "attn_implementation": "flash_attention_2",
         "sequence_len": 4096,
     },
+    "sft lora cut": {**_CUT, **_HELD},
+    "sft full cut": {**_CUT, **_NO_ADAPTER},
+    "sft full cut kept": {**_CUT, **_NO_ADAPTER, **_HELD},
+    "sft qlora cut packed": {**_CUT, **_4BIT, **_PACKED},
 }
 JOBS: dict[str, tuple[Settings, str, dict[str, Settings]]] = {
     "llamafactory": (_LF, "model_name_or_path", _LLAMAFACTORY),

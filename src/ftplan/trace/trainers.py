@@ -36,8 +36,8 @@ from ftplan.trace.quantized import emulated, quantize
 from ftplan.trace.triton import importable
 
 __all__ = [
-    "BATCHES", "TRAINERS", "Quantizer", "Run", "TrainerLedger", "liger_on_cuda", "run_trainer", "tokenizer", "train",
-    "trainer_versions",
+    "BATCHES", "TRAINERS", "Quantizer", "Run", "TrainerLedger", "liger_on_cuda", "run_trainer",
+    "tokenizer", "train", "trainer_versions", "words",
 ]  # fmt: skip
 
 _QUIET = {
@@ -161,7 +161,8 @@ class Run:
             ]
 
 
-def _words(count: int, word: str = "w3") -> str:
+def words(count: int, word: str = "w3") -> str:
+    """A text of so many tokens."""
     return " ".join([word] * count)
 
 
@@ -249,9 +250,9 @@ def _pairs_of(run: Run) -> list[dict[str, str]]:
     """A prompt and two answers; the trainer ends each with a token of its own."""
     answer = run.job.seq_len - run.prompt_tokens - 1
     row = {
-        "prompt": _words(run.prompt_tokens),
-        "chosen": " " + _words(answer, "w4"),
-        "rejected": " " + _words(answer, "w3"),
+        "prompt": words(run.prompt_tokens),
+        "chosen": " " + words(answer, "w4"),
+        "rejected": " " + words(answer, "w3"),
     }
     return [row] * run.count
 
@@ -278,7 +279,7 @@ def _dpo(run: Run) -> None:
 
 def _kto(run: Run) -> None:
     answer = run.job.seq_len - run.prompt_tokens - 1
-    row = {"prompt": _words(run.prompt_tokens), "completion": " " + _words(answer, "w4")}
+    row = {"prompt": words(run.prompt_tokens), "completion": " " + words(answer, "w4")}
     rows = [{**row, "label": number % 2 == 0} for number in range(run.count)]
     more = {"ref_model": run.other} if run.other is not None else {}
     _trl(run, "kto", rows, **more)
@@ -291,19 +292,19 @@ def _orpo(run: Run) -> None:
 def _reward(run: Run) -> None:
     rows = [{key: row[key] for key in ("chosen", "rejected")} for row in _pairs_of(run)]
     words = run.job.seq_len - 1
-    rows = [{"chosen": _words(words), "rejected": _words(words, "w4")}] * len(rows)
+    rows = [{"chosen": words(words), "rejected": words(words, "w4")}] * len(rows)
     _trl(run, "reward", rows)
 
 
 def _gkd(run: Run) -> None:
-    turn = {"role": "user", "content": _words(run.prompt_tokens)}
-    answer = {"role": "assistant", "content": _words(run.job.seq_len - run.prompt_tokens, "w4")}
+    turn = {"role": "user", "content": words(run.prompt_tokens)}
+    answer = {"role": "assistant", "content": words(run.job.seq_len - run.prompt_tokens, "w4")}
     rows = [{"messages": [turn, answer]}] * run.count
     _trl(run, "gkd", rows, teacher_model=run.other, config={"lmbda": 0.0})
 
 
 def _distillation(run: Run) -> None:
-    rows = [{"prompt": _words(run.prompt_tokens)}] * run.count
+    rows = [{"prompt": words(run.prompt_tokens)}] * run.count
     length = run.job.seq_len - run.prompt_tokens
     settings = {"max_completion_length": length}
     run.batches = _prompts(run, run.job.micro * run.job.accumulation)
@@ -313,7 +314,7 @@ def _distillation(run: Run) -> None:
 
 def _prompts(run: Run, count: int) -> list[Any]:
     """Batches of prompts alone, all of a step at once."""
-    rows = [{"prompt": _words(run.prompt_tokens)}] * count
+    rows = [{"prompt": words(run.prompt_tokens)}] * count
     return [rows] * (run.job.accumulation * BATCHES)
 
 
@@ -331,7 +332,7 @@ def _grpo(run: Run, name: str = "grpo") -> None:
     arguments = config(
         **run.common, num_generations=generations, max_completion_length=length
     )  # fmt: skip
-    rows = [{"prompt": _words(run.prompt_tokens)}] * run.count
+    rows = [{"prompt": words(run.prompt_tokens)}] * run.count
     home = sys.modules[trainer.__module__]
     with cuda.patched(home, "create_model_from_path", lambda *_, **__: run.other):
         run.trainer = trainer(
