@@ -134,6 +134,8 @@ class Stack:
     log_probs: Literal["rows", "whole", "kernel", "copied"] = "rows"
     """How a preference task takes log-probabilities out of logits: a sequence at a time, all at
     once, or in a kernel that keeps the logits alone, or a copy of them without the last token's."""
+    rolled_labels: tuple[str, ...] = ()
+    """Preference tasks that move labels by one token, instead of cutting the last one's logits."""
     logit_metrics: Literal["none", "returned", "measured"] = "none"
     """What a preference task does with logits for its metrics: nothing, KTO's forward returns them
     by label, or they are copied once the loss is there."""

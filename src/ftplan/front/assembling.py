@@ -77,6 +77,7 @@ def job_of(resolved: Resolved) -> Job:
         loss_compiled=stack.loss_compiled,
         loss_columns=stack.loss_columns or 0,
         log_probs=stack.log_probs,
+        rolls_labels=plan.task in stack.rolled_labels,
         logit_metrics=stack.logit_metrics,
         offload_checkpoints=_offloads(checkpointing.kind, sharding),
         checkpoint_attention=_core_alone(checkpointing, stack),

@@ -50,6 +50,8 @@ class Environment:
     """A chunked loss meets so many columns of the vocabulary at a time, in one buffer; 0: all."""
     log_probs: Literal["rows", "whole", "kernel", "copied"] = "rows"
     """How a task takes the log-probabilities of labels out of logits: :mod:`log_probs`."""
+    rolls_labels: bool = False
+    """Labels are moved by one token, and every token's logits are met, the last one's too."""
     logit_metrics: Literal["none", "returned", "measured"] = "none"
     """What a preference task does with logits for its metrics: KTO's forward returns them by
     label, or they are copied once the loss is there."""

@@ -43,9 +43,10 @@ def log_probs(
     """
     if outputs.width == 1:
         return outputs
-    how = how or outputs.tape.env.log_probs
-    rows = BATCH * completion if completion else TOKENS + BATCH * -1
-    shifted = ops.rows_slice(outputs, rows)
+    env = outputs.tape.env
+    how, last = how or env.log_probs, 0 if env.rolls_labels else -1
+    rows = BATCH * completion if completion else TOKENS + BATCH * last
+    shifted = outputs if rows == outputs.rows else ops.rows_slice(outputs, rows)
     if completion and not scaled:  # divided by the sampling temperature
         shifted = ops.scale(shifted)
     if how == "copied" and not completion:
@@ -54,7 +55,7 @@ def log_probs(
         return _in_a_kernel(shifted)
     if how == "whole":
         return _log_softmax(shifted)
-    length = ONE * completion if completion else SEQ + ONE * -1
+    length = ONE * completion if completion else SEQ + ONE * last
     return _picked(shifted, length)
 
 
