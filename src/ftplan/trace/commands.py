@@ -424,7 +424,7 @@ def _llamafactory(settings: Mapping[str, Any], folder: Path) -> None:
 def _swift_data(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Conversations that are longer than fits, cut on the right."""
     length = int(_flag(settings["command"], "max_length"))
-    kind = _flag(settings["command"], "rlhf_type")
+    kind, task = (_flag(settings["command"], name) for name in ("rlhf_type", "task_type"))
     rows = []
     for number in range(64):
         answer = trainers.words(
@@ -436,8 +436,13 @@ def _swift_data(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             row["rejected_response"] = trainers.words(2 * length, ("w3", "w4")[number % 2])
         if kind == "kto":
             row["label"] = number % 2 == 0
-        elif _flag(settings["command"], "task_type") == "seq_cls":
+        elif task == "seq_cls":
             row["label"] = number % 2
+        elif task in ("embedding", "reranker"):
+            row = {
+                "messages": [{"role": "user", "content": answer}],
+                "positive_messages": [[{"role": "user", "content": answer}]],
+            }
         rows.append(row)
     lines = "".join(json.dumps(each) + "\n" for each in rows)
     (folder / "rows.jsonl").write_text(lines, "utf-8")
