@@ -238,7 +238,11 @@ def _kernels(resolved: Resolved, storage: Format) -> Kernels:
     kind = config.get("model_type", "")
     inner = text.get("model_type", kind) if isinstance(text, Mapping) else kind
     known = LIBRARIES[library]
-    return kernels_of(library, str(kind if kind in known else inner), lora=lora)
+    kernels = kernels_of(library, str(kind if kind in known else inner), lora=lora)
+    if library == "liger" and resolved.stack.loss_twice:
+        # v1 of LLaMA-Factory needs logits: for a fused head it has PyTorch's cross entropy replaced
+        return replace(kernels, loss=True)
+    return kernels
 
 
 def _repeats_heads(plan: Plan, stack: Stack, config: Mapping[str, Any]) -> bool:

@@ -36,7 +36,7 @@ from typing import Literal
 
 from ftplan.dataclass import dataclass
 from ftplan.errors import UnsupportedError
-from ftplan.memory import ops
+from ftplan.memory import fused, ops
 from ftplan.memory.families.native import Native
 from ftplan.memory.job import Job
 from ftplan.memory.log_probs import (
@@ -234,6 +234,8 @@ def _weighted(held: list[Tensor]) -> Tensor:
     shifted = ops.rows_slice(logits, TOKENS + BATCH * -1)
     if not shifted.tape.alone:  # of a single sequence that is a view
         shifted = ops.copy(shifted, "shifted logits")
+    if shifted.tape.env.kernels.loss:
+        return fused.cross_entropy(shifted, shifted.tape.tensor(shifted.rows, 1, "int64", "labels"))
     return ops.nll_loss(ops.unary(shifted, "log_softmax", "output"))
 
 

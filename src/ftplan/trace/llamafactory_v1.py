@@ -92,14 +92,14 @@ def fit(
 
 
 def _answer(ledger: trainers.TrainerLedger) -> Callable[[Any, str], Any]:
-    """The norm of the gradients is finite, and there are pairs: else the loop leaves out a step."""
+    """The norm of the gradients is finite, there are pairs, and labels are tokens (Liger)."""
     usual = ledger.scalar_answer
     assert usual is not None
 
     def answer(tensor: Any, phase: str) -> Any:
         entry = ledger.entry_of(tensor)
-        pairs = entry is not None and entry.op == "any"
-        asked = tensor.dtype == torch.bool and (phase == "step" or pairs)
+        sound = entry is not None and entry.op in ("any", "lt", "ge")
+        asked = tensor.dtype == torch.bool and (phase == "step" or sound)
         return True if asked else usual(tensor, phase)
 
     return answer
