@@ -291,8 +291,8 @@ def _orpo(run: Run) -> None:
 
 def _reward(run: Run) -> None:
     rows = [{key: row[key] for key in ("chosen", "rejected")} for row in _pairs_of(run)]
-    words = run.job.seq_len - 1
-    rows = [{"chosen": words(words), "rejected": words(words, "w4")}] * len(rows)
+    length = run.job.seq_len - 1
+    rows = [{"chosen": words(length), "rejected": words(length, "w4")}] * len(rows)
     _trl(run, "reward", rows)
 
 
