@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -121,17 +122,15 @@ def _cut_loss() -> Iterator[None]:
     for kernel in ("cce_forward", "cce_backward", "indexed_dot"):
         setattr(tuning, f"{kernel}_autotune", lambda: lambda function: function)
     with contextlib.ExitStack() as stack:
-        sys.modules.setdefault("cut_cross_entropy.tl_autotune", tuning)
-        try:
+        if importlib.util.find_spec("cut_cross_entropy") is not None:
+            sys.modules.setdefault("cut_cross_entropy.tl_autotune", tuning)
             utils = importlib.import_module("cut_cross_entropy.tl_utils")
             home = importlib.import_module("cut_cross_entropy.linear_cross_entropy")
-        except ImportError:
-            yield
-            return
-        name = "cce_linear_cross_entropy"
-        stack.enter_context(cuda.patched(utils, "is_package_greater_or_equal", lambda *_: True))
-        stack.enter_context(cuda.patched(torch.cuda, "is_bf16_supported", lambda *_: True))
-        stack.enter_context(cuda.patched(home, name, _aligned(getattr(home, name))))
+            name = "cce_linear_cross_entropy"
+            enter = stack.enter_context
+            enter(cuda.patched(utils, "is_package_greater_or_equal", lambda *_: True))
+            enter(cuda.patched(torch.cuda, "is_bf16_supported", lambda *_: True))
+            enter(cuda.patched(home, name, _aligned(getattr(home, name))))
         yield
 
 

@@ -541,13 +541,41 @@ def _trl_on_cuda() -> Iterator[None]:
 @contextlib.contextmanager
 def liger_on_cuda() -> Iterator[None]:
     """Liger's kernels as they are chosen on a GPU: it imports them when one is first asked for."""
-    with importable():
+    with importable(), contextlib.ExitStack() as stack:
         dispatch = _imported("liger_kernel.backends.dispatch")
         chosen = lambda *_args, **_kwargs: ["nvidia-triton"]  # noqa: E731 - one answer
-        with contextlib.ExitStack() as stack:
-            if dispatch is not None:  # there is no choice before 0.8.5
-                stack.enter_context(cuda.patched(dispatch, "available_impls", chosen))
-            yield
+        if dispatch is not None:  # there is no choice before 0.8.5
+            stack.enter_context(cuda.patched(dispatch, "available_impls", chosen))
+        home = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
+        adding = _Adding(home.fused_linear_cross_entropy_forward, of_two_bytes=dispatch is not None)
+        stack.enter_context(cuda.patched(home, "torch", adding))
+        stack.enter_context(cuda.patched(home, "fused_linear_cross_entropy_forward", adding))
+        yield
+
+
+class _Adding:
+    """In place of ``torch`` in Liger's fused loss: on a GPU a product is added where it belongs.
+
+    ``addmm`` writes into the gradient of the head, of fp32 or, since 0.8.5, of the logits' dtype;
+    on a CPU, and else, the product and an fp32 copy of it are there first.
+    """
+
+    def __init__(self, forward: Callable[..., Any], *, of_two_bytes: bool) -> None:
+        self._forward, self._of_two_bytes, self._adds = forward, of_two_bytes, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        weight = kwargs["weight"] if "weight" in kwargs else args[1]
+        self._adds = self._of_two_bytes or weight.dtype == torch.float32
+        return self._forward(*args, **kwargs)
+
+    def mm(self, *operands: Any, **kwargs: Any) -> Any:
+        """A product; nothing but a zero to add where it has been added."""
+        if kwargs or not self._adds:
+            return torch.mm(*operands, **kwargs)
+        return torch.zeros(())
 
 
 def _imported(name: str) -> Any:
