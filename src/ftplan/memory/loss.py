@@ -376,7 +376,8 @@ def _fused(network: Network, x: Tensor) -> Tensor:
     """A fused linear cross entropy: gradients are made in forward, chunk by chunk.
 
     Liger and Unsloth; cut cross entropy makes a log-sum-exp a token forward and the gradients
-    backward (cut_cross_entropy 25.1, ``LinearCrossEntropyFunction``).
+    backward (cut_cross_entropy 25.1 and axolotl's fork of it, commit 5f0c7a7,
+    ``LinearCrossEntropyFunction``).
     """
     tape, by = x.tape, x.tape.env.loss_by
     weights = [tape.leaf(p) for p in network.head_parameters() if p.trainable]
@@ -418,10 +419,11 @@ def _fused(network: Network, x: Tensor) -> Tensor:
 def _chunk_of_logits(network: Network, x: Tensor, *, backward: bool) -> None:
     """What a chunk of a fused loss takes for a moment: its logits, and copies of them.
 
-    Liger writes the gradient over the logits; its earlier version copied them up and down
-    (fms_acceleration_foak, liger_ce), and until 0.8.1 a product became fp32 before it was added to
-    a 2-byte gradient of the head; Unsloth multiplies into one fp32 buffer, writes the gradient
-    over it and makes that of the states in fp32.
+    Liger writes the gradient over the logits. Autocast casts the head once for the gradient of
+    the states, which stays, and its transposed view for every chunk; until 0.8.1 a product became
+    fp32 before it was added to a 2-byte gradient of the head. Liger's earlier version copied
+    logits up and down (fms_acceleration_foak, liger_ce). Unsloth multiplies into one fp32 buffer,
+    writes the gradient over it and makes that of the states in fp32.
     """
     tape, by = x.tape, x.tape.env.loss_by
     parameter, trained = head_weight(network)
@@ -432,6 +434,9 @@ def _chunk_of_logits(network: Network, x: Tensor, *, backward: bool) -> None:
         weight = ops.autocast(tape.leaf(parameter))
         held = "fp32" if by == "unsloth" else dtype
         logits = tape.tensor(CHUNK, vocabulary, held, "chunk of logits")
+        if by == "liger" and weight.dtype != parameter.dtype:
+            turned = tape.tensor(ONE * vocabulary, width, dtype, "cast")  # of a view: not kept
+            del turned
         if by == "foak":
             copy = tape.tensor(CHUNK, vocabulary, "fp32", "chunk of logits")
             del copy
