@@ -79,7 +79,8 @@ def record_step(
     x: Tensor | None = None
     if objective is not None and objective.all_states:
         recorder.states = States(recorder)
-        _fill_cache(tape)
+        if not checkpoint_every:  # transformers' GradientCheckpointingLayer turns the cache off
+            _fill_cache(tape)
     for number, stage in enumerate(network.stages):
         if x is not None:
             shared.memory = x
