@@ -6,7 +6,6 @@ model/adapter.py and model/model_utils/checkpointing.py, commit ff6d4d12e.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from ftplan.catalog.stacks import find_stack
@@ -289,8 +288,6 @@ def _classic_precision(draft: Draft, keys: Keys) -> None:
     if pure:
         draft.put("precision.mixed", "no", keys.at("pure_bf16"))
         draft.put("precision.trained", "bf16", keys.at("pure_bf16"))
-        if draft.get("method.kind") not in ("full", "partial"):
-            draft.put("method.adapter_dtype", "bf16", keys.at("pure_bf16"))
     elif keys.flag("use_badam"):
         draft.put("precision.trained", "bf16", keys.at("use_badam"))
     if keys.flag("upcast_layernorm"):
@@ -364,10 +361,7 @@ def export(plan: Plan) -> writing.Exported:
     out = writing.Writer(plan, trainer=NAME)
     out.tasks("sft", "pt", "dpo", "kto", "orpo", "rm")
     out.methods("full", "lora", "qlora", "dora", "partial")
-    stack = find_stack(NAME)
-    if _pure(plan):  # trainable parameters are not cast to fp32 then
-        stack = replace(stack, adapter_dtype="bf16", adapter_dtype_quantized="bf16")
-    out.profile(stack)
+    out.profile(find_stack(NAME))
     method = plan.method
     out.line("model_name_or_path", out.model())
     out.line("stage", {"orpo": "dpo", None: "sft"}.get(plan.task, plan.task))
@@ -434,13 +428,10 @@ def export(plan: Plan) -> writing.Exported:
 
 
 def _pure(plan: Plan) -> bool:
-    """Whether nothing is in fp32: LLaMA-Factory's pure_bf16."""
-    method = plan.method
+    """Whether nothing is cast to fp32 but what PEFT casts: LLaMA-Factory's pure_bf16."""
+    method, trained = plan.method, plan.precision.trained
     if method is None or plan.precision.mixed not in (None, "no"):
         return False
-    if method.kind in ("full", "partial"):
-        trained = plan.precision.trained
-        if trained is None and plan.stack != NAME:
-            trained = "bf16" if plan.precision.weights == "bf16" else None
-        return trained == "bf16"
-    return method.adapter_dtype == "bf16"
+    if trained is None and plan.stack != NAME and method.kind in ("full", "partial"):
+        trained = plan.precision.weights
+    return trained == "bf16"
