@@ -93,6 +93,9 @@ class Stack:
     """The same on more than one GPU, where it differs."""
     reentrant: bool
     """Whether checkpointing is PyTorch's reentrant implementation."""
+    asks_at_blocks: bool = False
+    """Whether only blocks that train are checkpointed, the first of which asks for its input's
+    gradient; else the embedding's output asks."""
     reentrant_but_for: tuple[str, ...] = ()
     """Tasks and model types for which it is the other implementation."""
     loss: Literal["full", "chunked", "fused"]

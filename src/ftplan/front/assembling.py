@@ -79,6 +79,7 @@ def job_of(resolved: Resolved) -> Job:
         log_probs=stack.log_probs,
         rolls_labels=plan.task in stack.rolled_labels,
         logit_metrics=stack.logit_metrics,
+        asks_at_blocks=stack.asks_at_blocks and method.kind == "partial",
         offload_checkpoints=_offloads(checkpointing.kind, sharding),
         checkpoint_attention=_core_alone(checkpointing, stack),
         keeps_products=checkpointing.kind == "selective" and stack.name == "torchtitan",

@@ -50,6 +50,10 @@ def run_stage(
             continue
         number = recorder.blocks + layer
         checkpointed = checkpoint_every > 0 and number % checkpoint_every == 0
+        if checkpointed and recorder.tape.env.asks_at_blocks:
+            checkpointed = _trains(stage.stack.kinds[kind])
+            if checkpointed and not x.requires_grad:
+                ask_for_gradient(x)
         recorder.place = recorder.fsdp.place(layer, stage.stack.count) if recorder.fsdp else None
         # the model's forward has a name for the first block's input; what it hands to all blocks
         # of a kind dies with the first of them, which runs last on the way back; and the last

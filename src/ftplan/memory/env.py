@@ -55,6 +55,8 @@ class Environment:
     logit_metrics: Literal["none", "returned", "measured"] = "none"
     """What a preference task does with logits for its metrics: KTO's forward returns them by
     label, or they are copied once the loss is there."""
+    asks_at_blocks: bool = False
+    """Checkpoints are for blocks that train, the first of which asks for its input's gradient."""
     offload_checkpoints: bool = False
     """A checkpointed block's input waits in host memory."""
     keeps_products: bool = False
