@@ -429,9 +429,9 @@ def export(plan: Plan) -> writing.Exported:
 
 def _pure(plan: Plan) -> bool:
     """Whether nothing is cast to fp32 but what PEFT casts: LLaMA-Factory's pure_bf16."""
-    method, trained = plan.method, plan.precision.trained
+    method = plan.method
     if method is None or plan.precision.mixed not in (None, "no"):
         return False
-    if trained is None and plan.stack != NAME and method.kind in ("full", "partial"):
-        trained = plan.precision.weights
-    return trained == "bf16"
+    if plan.precision.trained is None and plan.stack != NAME:
+        return method.kind in ("full", "partial") and plan.precision.weights == "bf16"
+    return plan.precision.trained == "bf16"
