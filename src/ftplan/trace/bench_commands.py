@@ -61,7 +61,11 @@ _LLAMAFACTORY: dict[str, Settings] = {
     "sft full 8-bit": {**_FULL, "optim": "adamw_bnb_8bit"},
     "sft freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
     "sft packed": {"packing": True},
-    "sft neat": {"neat_packing": True, "flash_attn": "fa2"},
+    "sft neat": {
+        "neat_packing": True,
+        "flash_attn": "fa2",
+        "per_device_train_batch_size": 1,
+    },
     "sft no autocast": {"bf16": False},
     "pt lora": {"stage": "pt"},
     "pt full": {"stage": "pt", **_FULL},
@@ -89,6 +93,7 @@ _LLAMAFACTORY: dict[str, Settings] = {
         "bf16": False,
     },
     "dpo full fp32 checkpoint": {"MODEL": "olmo-2-1b", "stage": "dpo", **_FULL},
+    "sft neat masked": {"neat_packing": True, "MODEL": "llama-3.2-1b", **_KEPT},
 }
 _V1: Settings = {"train_dataset": "rows.jsonl", "cutoff_len": 512, "micro_batch_size": 2}
 _V1_KEPT: Settings = {"enable_activation_checkpointing": False}

@@ -121,6 +121,24 @@ def _read_classic(context: Context, keys: Keys) -> None:
     put_attention(draft, keys, "flash_attn")
     draft.assume("attention", "sdpa", SOURCE % "model/model_utils/attention.py: flash_attn auto")
     training_arguments(context, keys, micro=8, prefix=SOURCE % "hparams/training_args.py")
+    if neat and draft.get("attention") != "flash":
+        # data/collator.py: a mask of every token by every token keeps samples apart
+        draft.put("batch.packing", False, keys.at("neat_packing"))
+        draft.put("batch.padding", "right", keys.at("neat_packing"))
+        draft.find(
+            "IMP010",
+            "neat_packing without flash_attn: fa2 keeps samples apart by a mask: sized as rows "
+            "that are masked, not packed",
+            keys.at("neat_packing"),
+        )
+    elif neat and (draft.get("batch.micro") or 1) > 1:
+        draft.find(
+            "CFG007",
+            "neat_packing with flash_attn: fa2 takes one row at a time: LLaMA-Factory stops at "
+            "the first batch",
+            keys.at("neat_packing"),
+            help="set per_device_train_batch_size: 1, and a larger cutoff_len",
+        )
     _classic_precision(draft, keys)
     _classic_checkpointing(draft, keys)
     _classic_optimizer(draft, keys)
