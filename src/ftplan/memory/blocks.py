@@ -29,7 +29,7 @@ def run_stage(
     x = stage.enter(recorder.tape, shared)
     received = input_grads and not x.requires_grad
     if received:
-        ask_for_gradient(x)
+        ask_for_gradient(x, outlives=False)  # a pipeline sends its gradient on
     for held in recorder.tape.collecting:
         if (checkpoint_every or received) and held and held[0].storage is x.storage:
             held.clear()
@@ -254,23 +254,26 @@ class _Picks:
         self._before, self._recorded = key, False
 
 
-def ask_for_gradient(x: Tensor) -> None:
+def ask_for_gradient(x: Tensor, *, outlives: bool = True) -> None:
     """Make ``x`` the first node of the graph: its gradient arrives outside of the blocks.
 
     What collects a gradient (``AccumulateGrad``) holds the tensor until then; what passes from
     checkpointed block to block is held by the blocks anyway (:func:`run_stage` drops it here).
-    Where no graph is built nothing collects.
+    Where no graph is built nothing collects. ``outlives``: nobody takes the gradient off it, so
+    that both are there as long as the graph is.
     """
     if not x.tape.grad_enabled:
         return
     held = [x.alias()]
     x.tape.collecting.append(held)
     attributes = x.tape.attributes
-    attributes.append(x.alias())
+    if outlives:
+        attributes.append(x.alias())
 
     def apply(grad: Tensor) -> tuple[Tensor | None, ...]:
         held.clear()
-        attributes.append(grad)
+        if outlives:
+            attributes.append(grad)
         return ()
 
     x.requires_grad, x.node = True, Node(x.tape, "input gradient", [], apply)
