@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_bench import accuracy
 
-LEAST_TRAINED, LEAST_SHOWN = 496, 84
+LEAST_TRAINED, LEAST_SHOWN = 651, 84
 ALLOWED = {"zero2-": 0.05, "distillation zero3-": 0.02, "llama-adapter-v2-fsdp": 0.07}
 """Errors that are allowed where it is more than 1 %, by what a regime has in its name: ZeRO-2 is
 played for the worst of all ranks in each respect, which need not be one rank; LLaMA-Adapter v2 in

@@ -105,6 +105,38 @@ def test_a_reference_model_adds_its_weights() -> None:
         assert size >= without[name] + term.bytes
 
 
+def test_a_reference_that_the_trainer_loads_has_a_dtype_of_its_own() -> None:
+    """KTO's trainer gets none from axolotl, and loads one in fp32; DPO's gets the policy's twin."""
+    bytes_of = {}
+    for task in ("dpo", "kto"):
+        found = sized(task=task, stack="axolotl", reference="model")
+        term = next(t for t in found.static if t.name == "weights/reference")
+        bytes_of[task] = term.bytes / found.total_params
+    assert bytes_of["dpo"] < bytes_of["kto"] == pytest.approx(4, rel=1e-3)
+
+
+def test_weights_that_ask_for_gradients_leave_their_casts_in_autocast() -> None:
+    """TRL's reference asks, though nobody wants its gradients: its casts stay for its forward."""
+    mixed = {"weights": "fp32", "mixed": "bf16"}
+    plan = plan_of(task="dpo", reference="model", precision=mixed, stack="trl")
+    job = replace(job_of(resolve(plan)), micro=1, seq_len=16)
+    asking = dict(estimate(job).phases)
+    frozen = dict(estimate(replace(job, reference_frozen=True)).phases)
+    assert asking["forward"] > frozen["forward"] + 10**8
+    assert asking["backward"] == frozen["backward"]
+
+
+def test_metrics_of_logits_copy_them() -> None:
+    """TRL 1.9 to 1.14 copies a batch's logits twice for KTO's metrics: more than nothing at all,
+    by no less than both copies in 4-byte numbers."""
+    plan = plan_of(task="kto", method=LORA, reference="adapter", stack="trl-1.10")
+    job = job_of(resolve(plan))
+    silent = replace(job, environment=replace(job.environment, logit_metrics="none"))
+    logits = 2 * 511 * 151_936 * 2
+    more = dict(estimate(job).phases)["forward"] - dict(estimate(silent).phases)["forward"]
+    assert logits < more <= 2 * logits + 2**20
+
+
 def test_an_adapter_switched_off_needs_no_second_model() -> None:
     """With adapters the reference is the model itself without them."""
     names = {term.name for term in sized(task="dpo", method=LORA).static}

@@ -74,6 +74,8 @@ class Stack:
     """An fp32 copy and an fp32 gradient beside each trainable 2-byte parameter (18 bytes)."""
     prepare_kbit: bool
     """Whether what is not quantised ends up in fp32 (`prepare_model_for_kbit_training`)."""
+    quantized_bf16_tasks: tuple[str, ...] = ()
+    """Tasks whose trainer casts the adapters of a quantised model to bf16."""
     prepare_kbit_tasks: tuple[str, ...] = ()
     """Tasks for which it does, where it does not for the others."""
     kbit_casts_back: tuple[str, ...] = ()
@@ -92,6 +94,9 @@ class Stack:
     """The same on more than one GPU, where it differs."""
     reentrant: bool
     """Whether checkpointing is PyTorch's reentrant implementation."""
+    asks_at_blocks: bool = False
+    """Whether only blocks that train are checkpointed, the first of which asks for its input's
+    gradient; else the embedding's output asks."""
     reentrant_but_for: tuple[str, ...] = ()
     """Tasks and model types for which it is the other implementation."""
     reentrant_adapted: tuple[str, ...] = ()
@@ -104,6 +109,11 @@ class Stack:
     """`chunked` by number instead: the tokens are split into this many chunks."""
     loss_keeps_chunks: bool
     """Whether autograd keeps every chunk until backward: no saving but the single allocation."""
+    casts_products: bool = False
+    """Whether its Liger is one whose fused loss adds to a 2-byte gradient of the head by way of
+    fp32."""
+    loss_compiled: bool = False
+    """Whether a chunked loss takes logits that are whole, and is compiled."""
     loss_methods: tuple[str, ...] | None
     """Methods for which ``loss`` holds (else `full`); None: all."""
     loss_tasks: tuple[str, ...] | None
@@ -134,6 +144,17 @@ class Stack:
     log_probs: Literal["rows", "whole", "kernel", "copied"] = "rows"
     """How a preference task takes log-probabilities out of logits: a sequence at a time, all at
     once, or in a kernel that keeps the logits alone, or a copy of them without the last token's."""
+    rolled_labels: tuple[str, ...] = ()
+    """Preference tasks that move labels by one token, instead of cutting the last one's logits."""
+    logit_metrics: Literal["none", "returned", "measured"] = "none"
+    """What a preference task does with logits for its metrics: nothing, KTO's forward returns them
+    by label, or they are copied once the loss is there."""
+    references_frozen: bool = True
+    """Whether a reference's weights ask for no gradient; else autocast keeps their casts."""
+    fp32_references: tuple[str, ...] = ()
+    """Tasks whose reference is loaded in fp32, whatever the policy is stored in."""
+    pairs_joined: bool = False
+    """Whether both of a reward model's pair are one row, a mask between them."""
     reward_head: Literal["score", "value"] = "score"
     """A reward model's head: in place of the language model's, or beside it, and both run."""
     outputs_to_fp32: bool
@@ -154,6 +175,9 @@ class Stack:
     """Adapter targets of the trainer's own configuration."""
     dropout: float
     """Adapter dropout of the trainer's own configuration."""
+    base_of_checkpoint: bool = False
+    """Whether what quantisation leaves alone stays in the checkpoint's dtype, whatever products
+    are computed in."""
     double_quant: bool
     """Whether NF4's block scales are quantised when nothing is said."""
     micro: int
@@ -213,7 +237,12 @@ class Stack:
 
     def of_task(self, task: str) -> Stack:
         """The profile as it is for one task."""
-        return replace(self, prepare_kbit=self.prepare_kbit or task in self.prepare_kbit_tasks)
+        two_bytes = task in self.quantized_bf16_tasks
+        return replace(
+            self,
+            prepare_kbit=self.prepare_kbit or task in self.prepare_kbit_tasks,
+            adapter_dtype_quantized="bf16" if two_bytes else self.adapter_dtype_quantized,
+        )
 
     def reenters(self, task: str, model_type: str = "") -> bool:
         """Whether checkpointing is the reentrant implementation for this task and model."""

@@ -73,13 +73,18 @@ def job_of(resolved: Resolved) -> Job:
         kernels=kernels,
         loss=plan.loss.kind,
         loss_by=fused_loss(plan),
+        casts_products=stack.casts_products,
         loss_shifts=stack.loss_shifts,
         loss_upcasts=stack.loss_upcasts
         and resolved.config.get("model_type") not in stack.uncast_losses,
         logits_cast=stack.logits_cast,
         loss_keeps_chunks=stack.loss_keeps_chunks,
+        loss_compiled=stack.loss_compiled,
         loss_columns=stack.loss_columns or 0,
         log_probs=stack.log_probs,
+        rolls_labels=plan.task in stack.rolled_labels,
+        logit_metrics=stack.logit_metrics,
+        asks_at_blocks=stack.asks_at_blocks and method.kind == "partial",
         offload_checkpoints=_offloads(checkpointing.kind, sharding),
         checkpoint_attention=_core_alone(checkpointing, stack),
         checkpoint_parts=kernels.in_parts and checkpointing.kind == "full",
@@ -100,6 +105,7 @@ def job_of(resolved: Resolved) -> Job:
         dropout=plan.task not in stack.dropout_off,
     )
     native = native_dtype(resolved.config) or "bf16"
+    unquantised = native if stack.base_of_checkpoint else method.compute_dtype or native
     modules = modules_of(resolved)
     return Job(
         config=local_config(resolved.config, sharding),
@@ -115,7 +121,7 @@ def job_of(resolved: Resolved) -> Job:
         if method.kind not in ("full", "partial")
         else None,
         weights=storage,
-        base_dtype=(engine or method.compute_dtype or native) if quantised else storage.name,
+        base_dtype=(engine or unquantised) if quantised else storage.name,
         compute_dtype=method.compute_dtype or "bf16",
         prepare_kbit=quantised and bool(method.prepare_kbit) and engine is None,
         kbit_casts_back=plan.task in stack.kbit_casts_back and mixed == "bf16",
@@ -126,6 +132,11 @@ def job_of(resolved: Resolved) -> Job:
         asks_input_grads=stack.asks_input_grads and method.kind not in ("full", "partial"),
         loss_twice=stack.loss_twice,
         loss_outside=stack.loss_outside,
+        reference_frozen=stack.references_frozen,
+        reference_weights=find_format("fp32")
+        if plan.task in stack.fp32_references and engine is None
+        else None,
+        pairs_joined=stack.pairs_joined and plan.task == "rm",
         value_head=stack.reward_head == "value",
         norm_dtype=plan.precision.norms if engine is None else None,
         embedding_dtype=plan.precision.embeddings if engine is None else None,
@@ -202,6 +213,8 @@ def _trained(plan: Plan, stack: Stack) -> str | None:
     """What the trainer casts every trained parameter to, whole copies beside adapters too."""
     method = plan.method
     assert method is not None
+    if stack.base_of_checkpoint and plan.precision.trained == "bf16":
+        return None  # LLaMA-Factory's pure_bf16: nothing is cast to fp32, and nothing to bf16
     if plan.precision.trained is not None:
         return plan.precision.trained
     adapts = method.kind not in ("full", "partial")
@@ -242,7 +255,11 @@ def _kernels(resolved: Resolved, storage: Format) -> Kernels:
     known = LIBRARIES[library]
     model_type = str(kind if kind in known else inner)
     whole = lora != "automodel" or _fuses_mlp(plan, config, own=model_type in known)
-    return kernels_of(library, model_type, lora=lora, lora_mlp=whole)
+    kernels = kernels_of(library, model_type, lora=lora, lora_mlp=whole)
+    if library == "liger" and resolved.stack.loss_twice:
+        # v1 of LLaMA-Factory needs logits: for a fused head it has PyTorch's cross entropy replaced
+        return replace(kernels, loss=True)
+    return kernels
 
 
 def _fuses_mlp(plan: Plan, config: Mapping[str, Any], *, own: bool) -> bool:

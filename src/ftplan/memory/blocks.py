@@ -30,7 +30,7 @@ def run_stage(
     x = stage.enter(recorder.tape, shared)
     received = input_grads and not x.requires_grad
     if received:
-        ask_for_gradient(x)
+        ask_for_gradient(x, outlives=False)  # a pipeline sends its gradient on
     for held in recorder.tape.collecting:
         if (checkpoint_every or received) and held and held[0].storage is x.storage:
             held.clear()
@@ -51,6 +51,10 @@ def run_stage(
             continue
         number = recorder.blocks + layer
         checkpointed = checkpoint_every > 0 and number % checkpoint_every == 0
+        if checkpointed and recorder.tape.env.asks_at_blocks:
+            checkpointed = _trains(stage.stack.kinds[kind])
+            if checkpointed and not x.requires_grad:
+                ask_for_gradient(x)
         recorder.place = recorder.fsdp.place(layer, stage.stack.count) if recorder.fsdp else None
         # the model's forward has a name for the first block's input; what it hands to all blocks
         # of a kind dies with the first of them, which runs last on the way back; and the last
@@ -327,20 +331,26 @@ class _Picks:
         self._before, self._recorded = key, False
 
 
-def ask_for_gradient(x: Tensor) -> None:
+def ask_for_gradient(x: Tensor, *, outlives: bool = True) -> None:
     """Make ``x`` the first node of the graph: its gradient arrives outside of the blocks.
 
     What collects a gradient (``AccumulateGrad``) holds the tensor until then; what passes from
     checkpointed block to block is held by the blocks anyway (:func:`run_stage` drops it here).
-    Where no graph is built nothing collects.
+    Where no graph is built nothing collects. ``outlives``: nobody takes the gradient off it, so
+    that both are there as long as the graph is.
     """
     if not x.tape.grad_enabled:
         return
     held = [x.alias()]
     x.tape.collecting.append(held)
+    attributes = x.tape.attributes
+    if outlives:
+        attributes.append(x.alias())
 
-    def apply(_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def apply(grad: Tensor) -> tuple[Tensor | None, ...]:
         held.clear()
+        if outlives:
+            attributes.append(grad)
         return ()
 
     x.requires_grad, x.node = True, Node(x.tape, "input gradient", [], apply)

@@ -37,6 +37,8 @@ class Environment:
     loss_by: Literal["liger", "unsloth", "cut", "foak", "automodel"] = "liger"
     """Whose function a fused loss is, or one in chunks; ``automodel``: NeMo's, which is cut cross
     entropy where it is fused."""
+    casts_products: bool = False
+    """Liger's fused loss adds to a 2-byte gradient of the head by way of fp32 (before 0.8.5)."""
     loss_shifts: Literal["labels", "logits"] = "labels"
     """What the loss moves by one token; moving the logits copies them."""
     loss_upcasts: bool = True
@@ -45,10 +47,19 @@ class Environment:
     """Who casts them: a model that does so has let go of the first copy."""
     loss_keeps_chunks: bool = False
     """A chunked loss recomputes nothing: autograd keeps every chunk."""
+    loss_compiled: bool = False
+    """A chunked loss takes whole logits, and is compiled: it keeps no softmax."""
     loss_columns: int = 0
     """A chunked loss meets so many columns of the vocabulary at a time, in one buffer; 0: all."""
     log_probs: Literal["rows", "whole", "kernel", "copied"] = "rows"
     """How a task takes the log-probabilities of labels out of logits: :mod:`log_probs`."""
+    rolls_labels: bool = False
+    """Labels are moved by one token, and every token's logits are met, the last one's too."""
+    logit_metrics: Literal["none", "returned", "measured"] = "none"
+    """What a preference task does with logits for its metrics: KTO's forward returns them by
+    label, or they are copied once the loss is there."""
+    asks_at_blocks: bool = False
+    """Checkpoints are for blocks that train, the first of which asks for its input's gradient."""
     offload_checkpoints: bool = False
     """A checkpointed block's input waits in host memory."""
     keeps_products: bool = False

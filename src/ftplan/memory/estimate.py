@@ -594,7 +594,9 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
         network,
         environment,
         checkpoint_every=job.checkpoint_every,
-        input_grads=(job.checkpoint_every > 0 or job.asks_input_grads) and not job.modules,
+        input_grads=(job.checkpoint_every > 0 or job.asks_input_grads)
+        and not job.modules
+        and not environment.asks_at_blocks,
         share=stage,
         accumulated=job.accumulation > 1 and not (stage is not None and stage.fresh),
         ahead=job.accumulation - 1 if job.fetches_ahead else 0,

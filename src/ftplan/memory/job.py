@@ -204,6 +204,8 @@ class Job:
     """A language model's own loss is computed and left: the trainer takes one out of the logits."""
     loss_outside: bool = False
     """A language model's loss is the loop's own, of what the model has returned."""
+    pairs_joined: bool = False
+    """Both of a pair are one row: as many sequences as samples."""
     value_head: bool = False
     """A reward model's head lies beside the language model's, which runs too."""
     norm_dtype: str | None = None
@@ -239,6 +241,10 @@ class Job:
     """``classify``: how many labels there are."""
     reference: Literal["none", "adapter", "model", "precomputed"] = "none"
     """Preference and RL tasks: where the reference's log-probabilities come from."""
+    reference_weights: Format | None = None
+    """Storage of a reference that the trainer loads by itself; None: that of the policy's."""
+    reference_frozen: bool = True
+    """Its weights ask for no gradient: autocast keeps no cast of them."""
     completion_tokens: int = 0
     """Reinforcement finetuning: tokens of a sequence that the loss looks at; 0: all."""
     teacher: Mapping[str, Any] | None = None

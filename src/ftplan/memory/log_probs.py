@@ -15,7 +15,14 @@ from typing import Literal
 from ftplan.memory import ops
 from ftplan.memory.tape import BATCH, ONE, SEQ, TOKENS, Grads, Size, Tensor
 
-__all__ = ["divergence", "divided_in_place", "half_cross_entropy", "log_probs", "scalar"]
+__all__ = [
+    "divergence",
+    "divided_in_place",
+    "entropies",
+    "half_cross_entropy",
+    "log_probs",
+    "scalar",
+]
 
 
 def scalar(parts: list[Tensor]) -> Tensor:
@@ -36,9 +43,10 @@ def log_probs(
     """
     if outputs.width == 1:
         return outputs
-    how = how or outputs.tape.env.log_probs
-    rows = BATCH * completion if completion else TOKENS + BATCH * -1
-    shifted = ops.rows_slice(outputs, rows)
+    env = outputs.tape.env
+    how, last = how or env.log_probs, 0 if env.rolls_labels else -1
+    rows = BATCH * completion if completion else TOKENS + BATCH * last
+    shifted = outputs if rows == outputs.rows else ops.rows_slice(outputs, rows)
     if completion and not scaled:  # divided by the sampling temperature
         shifted = ops.scale(shifted)
     if how == "copied" and not completion:
@@ -47,7 +55,7 @@ def log_probs(
         return _in_a_kernel(shifted)
     if how == "whole":
         return _log_softmax(shifted)
-    length = ONE * completion if completion else SEQ + ONE * -1
+    length = ONE * completion if completion else SEQ + ONE * last
     return _picked(shifted, length)
 
 
@@ -191,6 +199,16 @@ def _log_sum_exp(row: Tensor) -> Tensor:
 
     ops.record([out], "logsumexp", [row], apply)
     return out
+
+
+def entropies(logits: Tensor) -> None:
+    """Entropy of each row, without a graph: of a flat copy, 128 rows at a time.
+
+    Source: trl/trainer/utils.py, ``entropy_from_logits``, 1.10.
+    """
+    flat = ops.copy(logits)
+    made = [flat.tape.tensor(ONE * 128, flat.width, flat.dtype, "entropy") for _ in range(3)]
+    made.clear()
 
 
 def half_cross_entropy(logits: Tensor) -> Tensor:

@@ -60,6 +60,9 @@ def compute_loss(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
     kind = env.loss
     if kind == "chunked" and env.loss_columns:
         return scalar(tiled_log_probs(network, x)), None
+    if kind == "chunked" and env.loss_compiled:
+        logits = network.head(x)
+        return _compiled_chunks(logits), logits
     if kind == "chunked" and env.loss_keeps_chunks:
         return _kept_chunks(network, x)
     if kind == "chunked":
@@ -380,6 +383,35 @@ def _kept_chunks(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return loss, logits
 
 
+def _compiled_chunks(logits: Tensor) -> Tensor:
+    """Cross entropy of logits that are whole, some tokens of every sequence at a time, compiled.
+
+    A chunk of several sequences is a copy. The compiled function keeps it, the largest logit and
+    the log of the sum of each row, and makes its gradient in one piece; then those of all chunks
+    are joined (axolotl/monkeypatch/loss/chunked.py, 0.19; torch/_functorch/partitioners.py, 2.13:
+    what can be made again from an input is not saved).
+    """
+    tape, rows = logits.tape, logits.rows
+    rest = rows + CHUNK * -1
+    pieces = logits if tape.env.one_sequence else ops.copy(logits, "chunks of logits")
+    statistics = [tape.tensor(rows, 1, "fp32", "statistics") for _ in range(2)]
+    labels = tape.tensor(rows, 1, "int64", "shifted labels")
+    loss = tape.tensor(ONE, 1, "fp32", "loss")
+    saved = [pieces.alias(), *statistics, labels]
+    del statistics, labels
+    width, dtype = logits.width, logits.dtype
+    make = ops.like(rows, width, dtype, pieces.requires_grad)
+
+    def apply(grad: Tensor) -> Grads:
+        made = [tape.tensor(CHUNK, width, dtype, "gradient of a chunk")]
+        saved.clear()
+        made.append(tape.tensor(rest, width, dtype, "gradients of chunks"))
+        return (make(grad),)
+
+    ops.record([loss], "compiled loss", [pieces], apply)
+    return loss
+
+
 def _chunk_loss(network: Network, hidden: Tensor) -> Tensor:
     """Loss, accuracy and entropy of one chunk, head and logits in fp32."""
     tape = hidden.tape
@@ -401,7 +433,8 @@ def _fused(network: Network, x: Tensor) -> Tensor:
     """A fused linear cross entropy: gradients are made in forward, chunk by chunk.
 
     Liger and Unsloth; cut cross entropy makes a log-sum-exp a token forward and the gradients
-    backward (cut_cross_entropy 25.1, ``LinearCrossEntropyFunction``).
+    backward (cut_cross_entropy 25.1 and axolotl's fork of it, commit 5f0c7a7,
+    ``LinearCrossEntropyFunction``).
     """
     tape, by = x.tape, x.tape.env.loss_by
     weights = [tape.leaf(p) for p in network.head_parameters() if p.trainable]
@@ -448,18 +481,24 @@ def _fused(network: Network, x: Tensor) -> Tensor:
 def _chunk_of_logits(network: Network, x: Tensor, *, backward: bool) -> None:
     """What a chunk of a fused loss takes for a moment: its logits, and copies of them.
 
-    Liger writes the gradient over the logits; its earlier version copied them up and down
-    (fms_acceleration_foak, liger_ce); Unsloth multiplies into one fp32 buffer, writes the gradient
-    over it and makes that of the states in fp32.
+    Liger writes the gradient over the logits. Autocast casts the head once for the gradient of
+    the states, which stays, and its transposed view for every chunk; until 0.8.1 a product became
+    fp32 before it was added to a 2-byte gradient of the head. Liger's earlier version copied
+    logits up and down (fms_acceleration_foak, liger_ce). Unsloth multiplies into one fp32 buffer,
+    writes the gradient over it and makes that of the states in fp32.
     """
     tape, by = x.tape, x.tape.env.loss_by
-    parameter, _ = head_weight(network)
+    parameter, trained = head_weight(network)
     vocabulary, width = parameter.shape
     dtype = tape.env.autocast or x.dtype
+    cast = tape.env.casts_products and by == "liger" and parameter.dtype != "fp32"
     with tape.no_grad():
         weight = ops.autocast(tape.leaf(parameter))
         held = "fp32" if by == "unsloth" else dtype
         logits = tape.tensor(CHUNK, vocabulary, held, "chunk of logits")
+        if by == "liger" and weight.dtype != parameter.dtype:
+            turned = tape.tensor(ONE * vocabulary, width, dtype, "cast")  # of a view: not kept
+            del turned
         if by == "foak":
             copy = tape.tensor(CHUNK, vocabulary, "fp32", "chunk of logits")
             del copy
@@ -469,4 +508,7 @@ def _chunk_of_logits(network: Network, x: Tensor, *, backward: bool) -> None:
         if by != "unsloth" and backward and dtype != x.dtype:
             product = tape.tensor(CHUNK, width, dtype, "product")
             del product
+        if cast and backward and trained:
+            products = [tape.tensor(ONE * vocabulary, width, d, "product") for d in (dtype, "fp32")]
+            products.clear()
     del weight, logits

@@ -303,6 +303,14 @@ class Recorder:
         self.recording.cache_exit = [self._drop([] if keeps else cached) for cached in caches]
         self.start = len(tape.events)
 
+    def drop_casts(self, begun: int) -> None:
+        """Autocast ends around another network, whose forward is in the order since ``begun``."""
+        ran = self.order[begun:]
+        for index in dict.fromkeys(ran):
+            if self.casts[index]:
+                self.casts[index].clear()
+                self.order += [self.cut("casts dropped")] * ran.count(index)
+
     def _cast(self, outputs: list[Tensor]) -> None:
         """Outputs, and every layer's cache where it is tuples, while the first ones are held."""
         tape = self.tape

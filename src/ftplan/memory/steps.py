@@ -82,7 +82,8 @@ def record_step(
     x: Tensor | None = None
     if objective is not None and objective.all_states:
         recorder.states = States(recorder)
-        _fill_cache(tape)
+        if not checkpoint_every:  # transformers' GradientCheckpointingLayer turns the cache off
+            _fill_cache(tape)
     for number, stage in enumerate(network.stages):
         if x is not None:
             shared.memory = x
@@ -488,8 +489,11 @@ def _task_loss(recorder: Recorder, held: list[Tensor], objective: Objective) -> 
 
 def _run_again(recorder: Recorder, network: Network, objective: Objective) -> Tensor:
     """Another network's outputs on the same batch; the caller has turned the graph off."""
+    begun = len(recorder.order)
     with recorder.apart(network, beside=objective.beside):
         outputs = _run_forward(recorder, network, objective)
+    recorder.order.append(recorder.cut("the other model's head"))
+    recorder.drop_casts(begun)
     if recorder.tape.env.outputs_to_fp32:
         outputs = ops.to(outputs, "fp32")
     recorder.order.append(recorder.cut("the other model's logits"))

@@ -11,7 +11,9 @@ trainers that people run; the file and version that each mirrors:
     dpo       trl/trainer/dpo_trainer.py 1.10 (all logits) and 1.16 (log-probabilities in tiles):
               chosen and rejected in one batch, then the reference's forward without a graph
     kto       trl/trainer/kto_trainer.py 1.16: one completion a sample, then the reference's
-              forward; the forwards over mismatched pairs need no more than the reference's
+              forward; the forwards over mismatched pairs need no more than the reference's. Logits
+              are copied apart by label in the forward (trl/experimental/kto until 1.5,
+              LLaMA-Factory) or for metrics (1.9 to 1.14)
               LLaMA-Factory's 0.9.5 (train/rm, train/dpo, train/kto): a value head beside the
               language model's, whose loss is computed and left; log-probabilities of all logits
     orpo      trl/experimental/orpo/orpo_trainer.py 1.16: chosen and rejected in one batch, a
@@ -35,12 +37,13 @@ from typing import Literal
 
 from ftplan.dataclass import dataclass
 from ftplan.errors import UnsupportedError
-from ftplan.memory import ops
+from ftplan.memory import fused, ops
 from ftplan.memory.families.native import Native
 from ftplan.memory.job import Job
 from ftplan.memory.log_probs import (
     divergence,
     divided_in_place,
+    entropies,
     half_cross_entropy,
     log_probs,
     scalar,
@@ -168,18 +171,47 @@ class Objective:
             scaled = divided_in_place(outputs, self.completion)
             mine = log_probs(scaled, self.completion, how="rows", scaled=True)
             return scalar([mine, *held[1:]])
-        mine = log_probs(outputs, self.completion)
-        if self.kind == "unpaired" and _taken_whole(outputs):
-            held.append(ops.gather(outputs))  # kto/trainer.py: logits[tags] and logits[~tags]
+        tape, mine = outputs.tape, log_probs(outputs, self.completion)
+        metrics = tape.env.logit_metrics if self._labelled and outputs.width > 1 else "none"
+        returned = metrics == "returned" and self.kind == "unpaired"
+        if returned:
+            held[0] = ops.gather(outputs)  # all that the policy's forward hands on
+            del outputs
+        parts, known = [mine], []
         if self.other is not None and not self.before:
-            with outputs.tape.no_grad():
-                known = [self._whole(again)]
+            with tape.no_grad():
+                known.append(self._whole(again))
                 if self.kind == "unpaired" and _taken_whole(known[0]):
                     # kto/trainer.py: the mismatched pairs while the first logits are held
                     known.append(self._whole(again))
-                theirs = log_probs(known[-1], self.completion)
-            return scalar([mine, theirs])
-        return scalar([mine])
+                parts.append(log_probs(known[-1], self.completion))
+                if returned:
+                    known[1:] = [ops.gather(known[0])]
+        if metrics == "measured":
+            self._measure(held[0])
+        return scalar(parts)
+
+    @property
+    def _labelled(self) -> bool:
+        """Some completions are wanted and others are not."""
+        return self.kind in ("pairs", "unpaired")
+
+    def _measure(self, outputs: Tensor) -> None:
+        """Entropies, and the mean logit of either label's completions, which are picked out.
+
+        Pairs are two halves; samples that are not paired are copied first. Of these a batch takes
+        the most that has one label alone, and a run of some length has such a one
+        (trl/trainer/dpo_trainer.py and kto_trainer.py, ``_compute_loss``, 1.9 to 1.14).
+        """
+        with outputs.tape.no_grad():
+            shifted = ops.rows_slice(outputs, TOKENS + BATCH * -1)
+            if outputs.tape.env.log_probs == "rows":
+                entropies(shifted)
+            if self.kind == "unpaired":
+                copies = ops.gather(shifted)
+                ops.gather(copies)
+            else:
+                ops.gather(shifted.alias(width=-(-shifted.width // 2)))
 
     def _whole(self, again: Again) -> Tensor:
         """The other network's logits, as the loss takes them."""
@@ -211,6 +243,8 @@ def _weighted(held: list[Tensor]) -> Tensor:
     shifted = ops.rows_slice(logits, TOKENS + BATCH * -1)
     if not shifted.tape.alone:  # of a single sequence that is a view
         shifted = ops.copy(shifted, "shifted logits")
+    if shifted.tape.env.kernels.loss:
+        return fused.cross_entropy(shifted, shifted.tape.tensor(shifted.rows, 1, "int64", "labels"))
     return ops.nll_loss(ops.unary(shifted, "log_softmax", "output"))
 
 
@@ -275,7 +309,7 @@ def objective_of(job: Job) -> Objective:
         kind = "weighted"
     return Objective(
         kind=kind,
-        sequences=sequences_of(job.task),
+        sequences=1 if job.pairs_joined else sequences_of(job.task),
         other=other,
         before=job.task == "grpo",
         unseen=job.task == "kto",
@@ -293,7 +327,7 @@ def _reference(job: Job) -> tuple[Resident, ...]:
     if job.task not in ("dpo", "kto", "grpo", "ppo") or job.reference != "model":
         return ()
     why = "a second, frozen model gives the reference's log-probabilities"
-    network = prepare(_frozen(job))
+    network = prepare(_loaded_apart(job))
     return (Resident(name="weights/reference", network=network, why=why),)
 
 
@@ -334,6 +368,22 @@ def _scoring(job: Job, method: Literal["full", "partial"]) -> Job:
 def _frozen(job: Job) -> Job:
     """The same base model with nothing trained: a reference, or the policy with adapters off."""
     return replace(job, method="partial", last_layers=0, adapter=None, task="sft")
+
+
+def _loaded_apart(job: Job) -> Job:
+    """A reference as the trainer loads it: in a dtype of its own, or asking for gradients.
+
+    Nobody wants those, but autocast keeps the casts of weights that ask, until the forward ends.
+    FSDP1's are views of a flat one, of which it keeps none; PPO's reference is not autocast.
+    """
+    loaded, storage = _frozen(job), job.reference_weights
+    if not job.reference_frozen and job.sharding.kind != "fsdp" and job.task != "ppo":
+        loaded = replace(loaded, method="full")
+    if storage is None:
+        return loaded
+    return replace(
+        loaded, weights=storage, base_dtype=storage.name, norm_dtype=None, embedding_dtype=None
+    )
 
 
 def _in_batch(states: Tensor) -> Tensor:

@@ -61,7 +61,11 @@ _LLAMAFACTORY: dict[str, Settings] = {
     "sft full 8-bit": {**_FULL, "optim": "adamw_bnb_8bit"},
     "sft freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
     "sft packed": {"packing": True},
-    "sft neat": {"neat_packing": True, "flash_attn": "fa2"},
+    "sft neat": {
+        "neat_packing": True,
+        "flash_attn": "fa2",
+        "per_device_train_batch_size": 1,
+    },
     "sft no autocast": {"bf16": False},
     "pt lora": {"stage": "pt"},
     "pt full": {"stage": "pt", **_FULL},
@@ -77,6 +81,19 @@ _LLAMAFACTORY: dict[str, Settings] = {
     "kto lora": {"stage": "kto"},
     "kto lora kept": {"stage": "kto", **_KEPT},
     "kto full": {"stage": "kto", **_FULL},
+    "sft lora fp16 checkpoint": {"MODEL": "llama-2-7b"},
+    "sft lora fp16 checkpoint kept": {"MODEL": "llama-2-7b", **_KEPT},
+    "sft lora fp32 checkpoint kept": {"MODEL": "olmo-2-1b", **_KEPT},
+    "sft qlora fp16 checkpoint": {"MODEL": "llama-2-7b", **_QLORA},
+    "sft full fp16 checkpoint": {"MODEL": "llama-2-7b", **_FULL},
+    "sft full fp32 checkpoint pure": {
+        "MODEL": "olmo-2-1b",
+        **_FULL,
+        "pure_bf16": True,
+        "bf16": False,
+    },
+    "dpo full fp32 checkpoint": {"MODEL": "olmo-2-1b", "stage": "dpo", **_FULL},
+    "sft neat masked": {"neat_packing": True, "MODEL": "llama-3.2-1b", **_KEPT},
 }
 _V1: Settings = {"train_dataset": "rows.jsonl", "cutoff_len": 512, "micro_batch_size": 2}
 _V1_KEPT: Settings = {"enable_activation_checkpointing": False}
@@ -105,6 +122,23 @@ _LLAMAFACTORY_V1: dict[str, Settings] = {
         "peft_config": {
             "name": "freeze", "freeze_trainable_layers": 1, "cast_trainable_params_to_fp32": False,
         },
+    },
+    "v1 rm full": {"stage": "rm"},
+    "v1 rm freeze": {
+        "stage": "rm", **_V1_KEPT,
+        "peft_config": {
+            "name": "freeze", "freeze_trainable_layers": 1, "cast_trainable_params_to_fp32": False,
+        },
+    },
+    "v1 full liger": {
+        "MODEL": "qwen3-4b", "kernel_config": {"name": "liger_kernel", "include_kernels": "auto"},
+    },
+    "v1 full padding-free": {
+        "batching_strategy": "padding_free", "flash_attn": "flash_attention_2",
+    },
+    "v1 lora padding-free": {
+        "batching_strategy": "padding_free", "flash_attn": "flash_attention_2", **_V1_LORA,
+        **_V1_KEPT,
     },
 }  # fmt: skip
 _SWIFT: Settings = {
@@ -149,6 +183,24 @@ _MS_SWIFT: dict[str, Settings] = {
     "orpo lora": {**_RL, "rlhf_type": "orpo"},
     "simpo full": {**_RL, "rlhf_type": "simpo", **_ALL},
     "sft liger": {"use_liger_kernel": True},
+    "sft full liger": {"use_liger_kernel": True, **_ALL},
+    "sft full packed liger": {
+        "attn_impl": "flash_attention_2",
+        "packing": True,
+        "use_liger_kernel": True,
+        **_ALL,
+        **_OPEN,
+    },
+    "cls lora": {"task_type": "seq_cls", "num_labels": 3},
+    "cls full": {"task_type": "seq_cls", "num_labels": 3, **_ALL},
+    "sft qlora liger": {**_BNB, "use_liger_kernel": True},
+    "cpo lora": {**_RL, "rlhf_type": "cpo"},
+    "simpo lora": {**_RL, "rlhf_type": "simpo"},
+    "orpo full": {**_RL, "rlhf_type": "orpo", **_ALL},
+    "rm lora kept": {**_RL, "rlhf_type": "rm", **_OPEN},
+    "kto qlora": {**_RL, "rlhf_type": "kto", **_BNB},
+    "embedding lora": {"task_type": "embedding", "loss_type": "infonce"},
+    "reranker lora": {"task_type": "reranker", "loss_type": "pointwise_reranker"},
 }
 _AX: Settings = {
     "sequence_len": 512, "micro_batch_size": 2, "gradient_accumulation_steps": 1,
@@ -166,7 +218,12 @@ _LIGER: Settings = {
     "plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rms_norm": True,
     "liger_glu_activation": True, "liger_rope": True,
 }  # fmt: skip
+_CUT: Settings = {
+    "plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"],
+    "cut_cross_entropy": True,
+}  # fmt: skip
 _PLAIN: Settings = dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False)
+_KTO: Settings = {"rl": "kto", "remove_unused_columns": False}
 _AXOLOTL: dict[str, Settings] = {
     "sft lora": {},
     "sft lora kept": _HELD,
@@ -203,8 +260,30 @@ _AXOLOTL: dict[str, Settings] = {
     "dpo qlora": {"rl": "dpo", **_4BIT},
     "dpo lora kept": {"rl": "dpo", **_HELD},
     "orpo full": {"rl": "orpo", **_NO_ADAPTER},
-    "simpo lora": {"rl": "simpo"},
-    "rm lora": {"reward_model": True},
+    "simpo lora": {"rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 0.5},
+    "rm lora": {"reward_model": True, **_PLAIN},
+    "kto lora": _KTO,
+    "kto lora kept": {**_KTO, **_HELD},
+    "kto full": {**_KTO, **_NO_ADAPTER},
+    "kto qlora": {**_KTO, **_4BIT},
+    "orpo qlora": {"rl": "orpo", **_4BIT},
+    "orpo lora fused": {"rl": "orpo", **dict.fromkeys(_PLAIN, True)},
+    "dpo int8": {"rl": "dpo", "load_in_8bit": True},
+    "rm qlora": {"reward_model": True, **_4BIT, **_PLAIN},
+    "sft lora adafactor": {"optimizer": "adafactor"},
+    "sft full lion": {"optimizer": "lion_8bit", **_NO_ADAPTER, **_HELD},
+    "sft full liger flash": {
+        **_LIGER,
+        "liger_fused_linear_cross_entropy": True,
+        **_NO_ADAPTER,
+        **_HELD,
+        "attn_implementation": "flash_attention_2",
+        "sequence_len": 4096,
+    },
+    "sft lora cut": {**_CUT, **_HELD},
+    "sft full cut": {**_CUT, **_NO_ADAPTER},
+    "sft full cut kept": {**_CUT, **_NO_ADAPTER, **_HELD},
+    "sft qlora cut packed": {**_CUT, **_4BIT, **_PACKED},
 }
 _COMPONENTS = "nemo_automodel.components"
 _AM: Settings = {
@@ -231,7 +310,9 @@ _RECOMPUTED: Settings = {"distributed": {"activation_checkpointing": True}}
 _IN_CHUNKS: Settings = {
     "loss_fn": {"_target_": f"{_COMPONENTS}.loss.chunked_ce.ChunkedCrossEntropy"}
 }
-_CUT: Settings = {"loss_fn": {"_target_": f"{_COMPONENTS}.loss.linear_ce.FusedLinearCrossEntropy"}}
+_CUT_HEAD: Settings = {
+    "loss_fn": {"_target_": f"{_COMPONENTS}.loss.linear_ce.FusedLinearCrossEntropy"}
+}
 _FP32: Settings = {"model": {"torch_dtype": "float32"}}
 _HF: Settings = {"model": {"force_hf": True}}
 _NF4: Settings = {
@@ -250,20 +331,20 @@ _NEMO: dict[str, Settings] = {
     "sft full": {},
     "sft full checkpointed": _RECOMPUTED,
     "sft full chunked": _IN_CHUNKS,
-    "sft full fused": _CUT,
+    "sft full fused": _CUT_HEAD,
     "sft full hf": {},
     "sft full accumulated": _MORE,
     "sft full fp32": _FP32,
     "sft full selective": {"distributed": {"activation_checkpointing": "selective"}},
     "sft full single": {"step_scheduler": {"global_batch_size": 1, "local_batch_size": 1}},
-    "sft full fused adam": {"optimizer": {"_target_": "torch.optim.Adam", "fused": True}, **_CUT},
+    "sft full fused adam": {"optimizer": {"_target_": "torch.optim.Adam", "fused": True}, **_CUT_HEAD},
     "sft lora": _ADAPTED,
     "sft lora checkpointed": {**_ADAPTED, **_RECOMPUTED},
     "sft lora dropout": {"peft": {**_PEFT, "dropout": 0.1}},
     "sft lora targets": {"peft": {**_PEFT, "target_modules": ["*.q_proj", "*.v_proj"]}},
     "sft lora mlp": _ADAPTED,
     "sft lora chunked": {**_ADAPTED, **_IN_CHUNKS},
-    "sft lora fused": {**_ADAPTED, **_CUT},
+    "sft lora fused": {**_ADAPTED, **_CUT_HEAD},
     "sft lora accumulated": {**_ADAPTED, **_MORE},
     "sft lora plain": {"peft": {**_PEFT, "use_memory_efficient_lora": False}},
     "sft lora mlp checkpointed": {**_ADAPTED, **_RECOMPUTED},
@@ -271,13 +352,13 @@ _NEMO: dict[str, Settings] = {
     "sft lora hf": {**_ADAPTED, **_HF},
     "sft dora": {"peft": {**_PEFT, "use_dora": True}},
     "sft lora fp32": {"peft": {**_PEFT, "lora_dtype": "float32"}},
-    "sft lora mlp fused": {**_ADAPTED, **_CUT},
+    "sft lora mlp fused": {**_ADAPTED, **_CUT_HEAD},
     "sft qlora": _NF4,
     "sft qlora checkpointed": {**_NF4, **_RECOMPUTED},
-    "sft full fused long": {**_CUT, **_LONG},
-    "sft full fused long checkpointed": {**_CUT, **_LONG, **_RECOMPUTED},
-    "sft lora mlp fused long": {**_ADAPTED, **_CUT, **_LONG},
-    "sft lora fused long checkpointed": {**_ADAPTED, **_CUT, **_LONG, **_RECOMPUTED},
+    "sft full fused long": {**_CUT_HEAD, **_LONG},
+    "sft full fused long checkpointed": {**_CUT_HEAD, **_LONG, **_RECOMPUTED},
+    "sft lora mlp fused long": {**_ADAPTED, **_CUT_HEAD, **_LONG},
+    "sft lora fused long checkpointed": {**_ADAPTED, **_CUT_HEAD, **_LONG, **_RECOMPUTED},
     "sft full chunked long checkpointed": {**_IN_CHUNKS, **_LONG, **_RECOMPUTED},
     "sft full 2": _ON_2,
     "sft full 8 checkpointed": {**_ON_8, **_RECOMPUTED},
@@ -285,7 +366,7 @@ _NEMO: dict[str, Settings] = {
     "sft full 8 fp32": {**_ON_8, **_FP32},
     "sft lora 8": {**_ON_8, **_ADAPTED},
     "sft lora 2 checkpointed": {**_ON_2, **_ADAPTED, **_RECOMPUTED},
-    "sft full 8 fused": {**_ON_8, **_CUT},
+    "sft full 8 fused": {**_ON_8, **_CUT_HEAD},
     "sft full 2 hf": _ON_2,
     "sft full 8 chunked": {**_ON_8, **_IN_CHUNKS},
     "sft full 8 accumulated": {
@@ -300,7 +381,9 @@ JOBS: dict[str, tuple[Settings, str, dict[str, Settings]]] = {
     "axolotl": (_AX, "base_model", _AXOLOTL),
     "nemo-automodel": (_AM, "model.pretrained_model_name_or_path", _NEMO),
 }
-"""By trainer: what every file says, the key of the model, what each job's file says beside it."""
+"""By trainer: what every file says, the key of the model, what each job's file says beside it.
+
+``MODEL`` is no key of a file: a model that is stored in another dtype than bf16."""
 SEQ_LEN = 512
 
 
@@ -309,10 +392,11 @@ def jobs(trainer: str) -> Iterator[Mapping[str, Any]]:
     common, key, each = JOBS[trainer]
     models = [name for name in MODELS if name not in _UNKNOWN.get(trainer, ())]
     for number, (name, settings) in enumerate(each.items()):
-        model = models[number % len(models)]
+        model = settings.get("MODEL", models[number % len(models)])
+        told = {name: value for name, value in settings.items() if name != "MODEL"}
         section, _, name_of_model = key.rpartition(".")
         hub = {name_of_model: find_model(model).hub_ids[0]}
-        said = _merged({section: hub} if section else hub, common, settings)
+        said = _merged({section: hub} if section else hub, common, told)
         yield {
             "name": f"{trainer.removesuffix('-v1')} {name}",
             "model": model,

@@ -2,9 +2,10 @@
 
     python -m ftplan.trace.bench_trainers [--out validation/trainers] [--only NAME ...]
 
-One file for each version of TRL that jobs were run with (PPO is in none after 1.12: run it again
-with that version first on the path), and one for those that DeepSpeed ran, which has to be
-installed. A job that is there already is not run again (``--fresh``).
+One file for each version of TRL that jobs were run with (PPO is in none after 1.12, and the tasks
+called 1.10 are those of 1.9 to 1.12: run them again with that version first on the path), and one
+for those that DeepSpeed ran, which has to be installed. A job that is there already is not run
+again (``--fresh``).
 """
 
 from __future__ import annotations
@@ -91,10 +92,18 @@ TASKS: dict[str, tuple[str, Mapping, Mapping, Sequence[str]]] = {
         ("lora", "lora-accumulated", "full-bf16-checkpointed", "full-autocast",
          "qlora-checkpointed"),
     ),
-    # last: Liger puts its functions into the modules of transformers, for good
+    # last of a version: Liger puts its functions into the modules of transformers, for good
     "sft-liger": (
         "trl.SFTTrainer", {"kernels": "liger"}, {"use_liger_kernel": True},
         ("lora", "full-bf16-checkpointed"),
+    ),
+    "dpo-1.10": (
+        "trl.DPOTrainer", {"task": "dpo", "stack": "trl-1.10"}, {},
+        ("lora", "full-bf16", "qlora-checkpointed"),
+    ),
+    "kto-1.10": (
+        "trl.KTOTrainer", {"task": "kto", "stack": "trl-1.10"}, {},
+        ("lora", "full-bf16-checkpointed", "qlora-checkpointed"),
     ),
 }  # fmt: skip
 """Task: the trainer, the plan's own keys, the trainer's own arguments, the ways of training."""
@@ -211,6 +220,7 @@ def record(job: Mapping) -> Mapping:
     configs, plan = catalogue(), job["plan"]
     # kernels that the trainer puts in by itself are run, launched into the void
     run = {key: value for key, value in plan.items() if key != "kernels"}
+    run["stack"] = plan["stack"].partition("-")[0]
     result = run_trainer(
         job["trainer"], resolve(plan_from(run)), configs[plan["model"]],
         layers=job["layers"], arguments=job["arguments"],
@@ -254,7 +264,8 @@ def _write(
     kept = {} if fresh or not path.exists() else _kept(path)
     for job in wanted:
         key = json.dumps(job)
-        if key in kept or (only and not any(word in job["name"] for word in only)):
+        skipped = only and not any(word in job["name"] for word in only)
+        if key in kept or skipped or not _meant(job, versions["trl"]):
             continue
         began = time.monotonic()
         try:
@@ -268,6 +279,12 @@ def _write(
     if ordered:
         path.write_text(f'{{"versions": {json.dumps(versions)}, "jobs": [\n{lines}\n]}}\n', "ascii")
     return len(ordered)
+
+
+def _meant(job: Mapping, version: str) -> bool:
+    """Whether a job is one of this version of TRL: those of an earlier profile are of no other."""
+    minor = tuple(int(part) for part in version.split(".")[:2])
+    return job["plan"]["stack"] != "trl-1.10" or (1, 9) <= minor <= (1, 12)
 
 
 def _kept(path: Path) -> dict[str, Mapping]:

@@ -32,7 +32,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ftplan.dataclass import dataclass
-from ftplan.trace import automodel, build, core, cuda, llamafactory_v1, trainers
+from ftplan.trace import automodel, axolotl, build, core, cuda, llamafactory_v1, trainers
 from ftplan.trace.job import Job, plan_from, resolve
 from ftplan.trace.quantized import emulated, quantize
 from ftplan.trace.shard import distributed
@@ -86,11 +86,6 @@ class _Ended(Exception):
 # --- data and model folders -----------------------------------------------------------------------
 
 
-def words(count: int, word: str = "w3") -> str:
-    """A text of so many tokens."""
-    return " ".join([word] * count)
-
-
 def _model_folder(home: Path, name: str, config: Mapping[str, Any]) -> None:
     """What a hub id leads to: a config, and a tokenizer with a token for each word."""
     folder = home / name
@@ -135,9 +130,10 @@ class _Run:
 
 def _loaded(run: _Run) -> Callable[..., Any]:
     """In place of ``from_pretrained``: the class's own model with empty weights, then quantised."""
+    from transformers import AutoConfig
 
-    def from_pretrained(cls: Any, _path: Any, *args: Any, **given: Any) -> Any:
-        config = given["config"]
+    def from_pretrained(cls: Any, path: Any, *args: Any, **given: Any) -> Any:
+        config = given.get("config") or AutoConfig.from_pretrained(path)
         named = given.get("dtype", given.get("torch_dtype"))
         dtype = config.dtype if named in ("auto", None) else named
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -316,6 +312,8 @@ def run_command(
         enter(contextlib.chdir(folder))
         if command.triton:
             enter(importable())
+        if "liger" in str(settings):
+            enter(trainers.liger_on_cuda())
         for package in command.absent:
             enter(_standing_in(package))
         cut = build.cut_depth(dict(config), layers) if layers is not None else dict(config)
@@ -396,16 +394,24 @@ def _llamafactory_data(settings: Mapping[str, Any], folder: Path) -> dict[str, A
     stage = settings.get("stage", "sft")
     count, answer = 64, length  # longer than fits: every sample is cut to cutoff_len
     info: dict[str, Any] = {"file_name": "rows.json"}
-    row: dict[str, Any] = {"instruction": words(2), "input": "", "output": words(answer, "w4")}
+    row: dict[str, Any] = {
+        "instruction": trainers.words(2),
+        "input": "",
+        "output": trainers.words(answer, "w4"),
+    }
     if stage in ("dpo", "rm"):
-        row = {"instruction": words(2), "chosen": words(answer, "w4"), "rejected": words(answer)}
+        row = {
+            "instruction": trainers.words(2),
+            "chosen": trainers.words(answer, "w4"),
+            "rejected": trainers.words(answer),
+        }
         info |= {"ranking": True}
         info["columns"] = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
     elif stage == "kto":
         row |= {"kto_tag": True}
         info["columns"] = {"prompt": "instruction", "response": "output", "kto_tag": "kto_tag"}
     elif stage == "pt":
-        row = {"text": words(length)}
+        row = {"text": trainers.words(length)}
         info["columns"] = {"prompt": "text"}
     rows = [dict(row) for _ in range(count)]
     if stage == "kto":
@@ -432,15 +438,26 @@ def _llamafactory(settings: Mapping[str, Any], folder: Path) -> None:
 def _swift_data(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Conversations that are longer than fits, cut on the right."""
     length = int(_flag(settings["command"], "max_length"))
-    kind = _flag(settings["command"], "rlhf_type")
+    kind, task = (_flag(settings["command"], name) for name in ("rlhf_type", "task_type"))
     rows = []
     for number in range(64):
-        answer = words(2 * length, ("w4", "w3")[number % 2])  # kto pairs each with the next one's
-        question = {"role": "user", "content": words(2)}
+        answer = trainers.words(
+            2 * length, ("w4", "w3")[number % 2]
+        )  # kto pairs each with the next one's
+        question = {"role": "user", "content": trainers.words(2)}
         row: dict[str, Any] = {"messages": [question, {"role": "assistant", "content": answer}]}
         if kind in ("dpo", "orpo", "cpo", "simpo", "rm"):
-            row["rejected_response"] = words(2 * length, ("w3", "w4")[number % 2])
-        rows.append({**row, "label": number % 2 == 0} if kind == "kto" else row)
+            row["rejected_response"] = trainers.words(2 * length, ("w3", "w4")[number % 2])
+        if kind == "kto":
+            row["label"] = number % 2 == 0
+        elif task == "seq_cls":
+            row["label"] = number % 2
+        elif task in ("embedding", "reranker"):
+            row = {
+                "messages": [{"role": "user", "content": answer}],
+                "positive_messages": [[{"role": "user", "content": answer}]],
+            }
+        rows.append(row)
     lines = "".join(json.dumps(each) + "\n" for each in rows)
     (folder / "rows.jsonl").write_text(lines, "utf-8")
     return {
@@ -464,78 +481,6 @@ def _swift(settings: Mapping[str, Any], folder: Path) -> None:
         if name != "command":
             flags += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     {"sft": sft_main, "pt": pretrain_main, "rlhf": rlhf_main}[verb](flags)
-
-
-# --- axolotl --------------------------------------------------------------------------------------
-
-
-def _axolotl_rows(task: str | None, length: int) -> tuple[list[dict[str, Any]], Any]:
-    """Rows of a task's kind, and what axolotl calls it; longer ones than fit it leaves out."""
-    prompt, answers = words(2), (words(length - 3, "w4"), words(length - 3))
-    if task is None:
-        return [{"text": words(64 * length)}], "completion"
-    if task == "kto":
-        answered = [
-            {"prompt": prompt, "completion": answers[number % 2], "label": number % 2 == 0}
-            for number in range(64)
-        ]
-        return answered, {
-            "field_prompt": "prompt", "field_completion": "completion", "field_label": "label",
-            "prompt_format": "{prompt}", "completion_format": " {completion}",
-        }  # fmt: skip
-    if task == "orpo":
-        names, turns = ("chosen", "rejected"), [{"content": prompt, "role": "user"}]
-        said = [[*turns, {"content": answer, "role": "assistant"}] for answer in answers]
-        return [dict(zip(names, said, strict=True))] * 64, "chat_template.argilla"
-    if task == "rm":
-        whole = {"system": "", "input": prompt, "chosen": words(length, "w4")}
-        return [{**whole, "rejected": words(length)}] * 64, "bradley_terry.chat_template"
-    pair = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
-    return [pair] * 64, {
-        "field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected",
-        "prompt_format": "{prompt}", "chosen_format": " {chosen}", "rejected_format": " {rejected}",
-    }  # fmt: skip
-
-
-def _axolotl_data(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Texts that are cut into samples of ``sequence_len``; pairs for preferences."""
-    task = "rm" if settings.get("reward_model") else settings.get("rl")
-    rows, kind = _axolotl_rows(task, int(settings["sequence_len"]))
-    _write_json(folder / "rows.json", rows)
-    return {
-        "datasets": [{"path": "rows.json", "ds_type": "json", "type": kind}],
-        "dataset_prepared_path": "prepared", "output_dir": "out", "val_set_size": 0,
-        "max_steps": trainers.BATCHES, "save_strategy": "no", "learning_rate": 1e-4,
-        "dataset_num_proc": 1, "num_epochs": 1,
-    }  # fmt: skip
-
-
-def _axolotl(settings: Mapping[str, Any], folder: Path) -> None:
-    import yaml
-    from axolotl.cli import config
-    from axolotl.cli.args import TrainerCliArgs
-    from axolotl.cli.train import do_train
-
-    (folder / "job.yaml").write_text(yaml.safe_dump(dict(settings)), "utf-8")
-    card = {"bf16": True, "fp8": False, "tf32": False, "n_gpu": 1, "n_node": 1}
-    known = ({**card, "compute_capability": "sm_80"}, {"torch_version": str(torch.__version__)})
-    with cuda.patched(config, "gpu_capabilities", lambda: known):
-        cfg = config.load_cfg(str(folder / "job.yaml"))
-    with _dequantising():
-        do_train(cfg, TrainerCliArgs())
-
-
-@contextlib.contextmanager
-def _dequantising() -> Iterator[None]:
-    """axolotl calls bitsandbytes' kernels by their addresses: its own tensors, and no launch."""
-    from axolotl.kernels import quantize as home
-
-    kernels = dict.fromkeys(home._NF4_DEQUANT_KERNELS, lambda *_: None)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(cuda.patched(home, "_NF4_DEQUANT_KERNELS", kernels))
-        for name in ("cdequantize_blockwise_fp32", "_ptr", "_stream"):
-            stack.enter_context(cuda.patched(home, name, lambda *_: None))
-        yield
 
 
 def _stages(*names: str) -> Sequence[tuple[str, str]]:
@@ -562,6 +507,12 @@ COMMANDS: dict[str, Command] = {
         write=llamafactory_v1.write,
         run=llamafactory_v1.run,
         on_host=(("llamafactory.v1.core.base_trainer:BaseTrainer", "_create_batch_generator"),),
+        yes=(
+            (
+                "llamafactory.v1.plugins.model_plugins.kernels.liger_kernel_ops:LigerKernel",
+                "check_deps",
+            ),
+        ),
         loop=("llamafactory.v1.core.base_trainer:BaseTrainer", "fit"),
         steps=_v1_steps,
     ),
@@ -605,8 +556,8 @@ COMMANDS: dict[str, Command] = {
     "axolotl": Command(
         package="axolotl",
         beside=("trl", "bitsandbytes", "liger_kernel"),
-        write=_axolotl_data,
-        run=_axolotl,
+        write=axolotl.write,
+        run=axolotl.run,
         on_host=(
             ("axolotl.common.datasets", "load_datasets"),
             ("axolotl.common.datasets", "load_preference_datasets"),

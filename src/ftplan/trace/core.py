@@ -231,15 +231,17 @@ def trace_job(
 
 
 def _reference(job: Job, config: dict[str, Any], layers: int | None) -> Any:
-    """The second, frozen model of a preference job that has no adapter to switch off."""
+    """The second model of a preference job that has no adapter to switch off.
+
+    TRL and axolotl leave its weights asking for gradients, of which autocast keeps the casts.
+    """
     kind = job.reference
     if kind == "none":
         kind = "model" if job.method in ("full", "partial", "bitfit") else "adapter"
     if job.task not in ("dpo", "kto") or kind != "model":
         return None
     model = build.build_model(job, build.model_config(config, layers))
-    model.requires_grad_(False)
-    return model.eval()
+    return model.requires_grad_(job.stack in ("trl", "axolotl")).eval()
 
 
 def _forget_autocast() -> None:

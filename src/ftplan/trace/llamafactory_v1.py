@@ -23,11 +23,16 @@ from ftplan.trace import build, core, cuda, trainers
 
 __all__ = ["fit", "hosted", "run", "write"]
 
+_TEMPLATE = 3
+"""Words of a question of one word and of what ChatML puts around it and its answer."""
+
 
 def write(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Conversations that are longer than ``cutoff_len``, and are cut to it."""
     length = int(settings.get("cutoff_len", 2048))
     row = {"messages": [_said("user", "w3"), _said("assistant", " ".join(["w4"] * length))]}
+    if settings.get("stage") == "rm":
+        row = _pair(length)
     rows = folder / settings["train_dataset"]
     rows.write_text("".join(json.dumps(row) + "\n" for _ in range(64)), "utf-8")
     return {
@@ -40,11 +45,22 @@ def _said(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "value": text}]}
 
 
-def run(settings: Mapping[str, Any], _folder: Path) -> None:
-    """``llamafactory-cli sft FILE`` with ``USE_V1=1``."""
-    from llamafactory.v1.trainers.sft_trainer import run_sft
+def _pair(length: int) -> dict[str, Any]:
+    """A pair that fills a row: the template adds as much to each answer."""
+    answers = {}
+    for name, word in (("chosen_messages", "w4"), ("rejected_messages", "w3")):
+        said = " ".join([word] * (length // 2 - _TEMPLATE))
+        answers[name] = [_said("user", "w3"), _said("assistant", said)]
+    return answers
 
-    run_sft(dict(settings))
+
+def run(settings: Mapping[str, Any], _folder: Path) -> None:
+    """``llamafactory-cli STAGE FILE`` with ``USE_V1=1``; the stage is no key of the file."""
+    from llamafactory.v1.trainers import rm_trainer, sft_trainer
+
+    stage = settings.get("stage", "sft")
+    start = {"sft": sft_trainer.run_sft, "rm": rm_trainer.run_rm}[stage]
+    start({key: value for key, value in settings.items() if key != "stage"})
 
 
 def fit(
@@ -64,7 +80,7 @@ def fit(
             )
     ledger.watch_modules(trainer.model)
     clock = _Phases(trainer, ledger)
-    ledger.scalar_answer = _answer(ledger.scalar_answer)
+    ledger.scalar_answer = _answer(ledger)
 
     def backward(loss: Any) -> None:  # a method of tensors, which one of an object cannot be
         clock.backward(loss)
@@ -75,11 +91,16 @@ def fit(
     return clock.forward_end
 
 
-def _answer(usual: Any) -> Callable[[Any, str], Any]:
-    """The norm of the gradients is finite: else the loop leaves the optimizer's step out."""
+def _answer(ledger: trainers.TrainerLedger) -> Callable[[Any, str], Any]:
+    """The norm of the gradients is finite, there are pairs, and labels are tokens (Liger)."""
+    usual = ledger.scalar_answer
+    assert usual is not None
 
     def answer(tensor: Any, phase: str) -> Any:
-        return True if phase == "step" and tensor.dtype == torch.bool else usual(tensor, phase)
+        entry = ledger.entry_of(tensor)
+        sound = entry is not None and entry.op in ("any", "lt", "ge")
+        asked = tensor.dtype == torch.bool and (phase == "step" or sound)
+        return True if asked else usual(tensor, phase)
 
     return answer
 

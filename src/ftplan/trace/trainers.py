@@ -37,8 +37,8 @@ from ftplan.trace.quantized import emulated, quantize
 from ftplan.trace.triton import importable
 
 __all__ = [
-    "BATCHES", "TRAINERS", "Quantizer", "Run", "TrainerLedger", "run_trainer", "tokenizer", "train",
-    "trainer_versions",
+    "BATCHES", "TRAINERS", "Quantizer", "Run", "TrainerLedger", "liger_on_cuda", "run_trainer",
+    "tokenizer", "train", "trainer_versions", "words",
 ]  # fmt: skip
 
 _QUIET = {
@@ -53,7 +53,8 @@ BATCHES = 2
 class TrainerLedger(Ledger):
     """Answers what depends on values: how many rows a mask picks.
 
-    Of the tokens of a sequence it picks those that are no prompt; of anything else, all.
+    Of the tokens of a sequence it picks those that are no prompt; of anything else, all. Samples
+    of KTO are all desirable: a run of some length has such a batch, and it takes the most.
     """
 
     def __init__(self, seq_len: int, prompt_tokens: int) -> None:
@@ -68,14 +69,20 @@ class TrainerLedger(Ledger):
                 masks = index is not None and index.dtype == torch.bool
                 indices += self._rows(index) if masks else [index]
             args = (args[0], indices, *args[2:])
+        if func is aten.equal.default:  # Liger: need the gradients be scaled (in place)?
+            return False
         if func is aten.nonzero.default:
             return torch.empty(self._picked(args[0]), args[0].dim(), dtype=torch.int64)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _picked(self, mask: Any) -> int:
-        if mask.dim() == 1:  # of labels: the first token has none (ms-swift's logits_to_keep)
+        if mask.dim() == 1:
             entry = self.entry_of(mask)
-            return int(mask.numel()) - (entry is not None and entry.op == "ne")
+            op = entry.op if entry is not None else ""
+            if op == "bitwise_not" and mask.numel() < self.seq_len:  # samples without KTO's label
+                return 0
+            # of labels: the first token has none (ms-swift's logits_to_keep)
+            return int(mask.numel()) - (op == "ne")
         shifted = self.seq_len - mask.shape[-1]
         if mask.dim() != 2 or shifted not in (0, 1):
             return int(mask.numel())
@@ -166,7 +173,8 @@ class Run:
             ]
 
 
-def _words(count: int, word: str = "w3") -> str:
+def words(count: int, word: str = "w3") -> str:
+    """A text of so many tokens."""
     return " ".join([word] * count)
 
 
@@ -254,9 +262,9 @@ def _pairs_of(run: Run) -> list[dict[str, str]]:
     """A prompt and two answers; the trainer ends each with a token of its own."""
     answer = run.job.seq_len - run.prompt_tokens - 1
     row = {
-        "prompt": _words(run.prompt_tokens),
-        "chosen": " " + _words(answer, "w4"),
-        "rejected": " " + _words(answer, "w3"),
+        "prompt": words(run.prompt_tokens),
+        "chosen": " " + words(answer, "w4"),
+        "rejected": " " + words(answer, "w3"),
     }
     return [row] * run.count
 
@@ -283,7 +291,7 @@ def _dpo(run: Run) -> None:
 
 def _kto(run: Run) -> None:
     answer = run.job.seq_len - run.prompt_tokens - 1
-    row = {"prompt": _words(run.prompt_tokens), "completion": " " + _words(answer, "w4")}
+    row = {"prompt": words(run.prompt_tokens), "completion": " " + words(answer, "w4")}
     rows = [{**row, "label": number % 2 == 0} for number in range(run.count)]
     more = {"ref_model": run.other} if run.other is not None else {}
     _trl(run, "kto", rows, **more)
@@ -295,20 +303,20 @@ def _orpo(run: Run) -> None:
 
 def _reward(run: Run) -> None:
     rows = [{key: row[key] for key in ("chosen", "rejected")} for row in _pairs_of(run)]
-    words = run.job.seq_len - 1
-    rows = [{"chosen": _words(words), "rejected": _words(words, "w4")}] * len(rows)
+    length = run.job.seq_len - 1
+    rows = [{"chosen": words(length), "rejected": words(length, "w4")}] * len(rows)
     _trl(run, "reward", rows)
 
 
 def _gkd(run: Run) -> None:
-    turn = {"role": "user", "content": _words(run.prompt_tokens)}
-    answer = {"role": "assistant", "content": _words(run.job.seq_len - run.prompt_tokens, "w4")}
+    turn = {"role": "user", "content": words(run.prompt_tokens)}
+    answer = {"role": "assistant", "content": words(run.job.seq_len - run.prompt_tokens, "w4")}
     rows = [{"messages": [turn, answer]}] * run.count
     _trl(run, "gkd", rows, teacher_model=run.other, config={"lmbda": 0.0})
 
 
 def _distillation(run: Run) -> None:
-    rows = [{"prompt": _words(run.prompt_tokens)}] * run.count
+    rows = [{"prompt": words(run.prompt_tokens)}] * run.count
     length = run.job.seq_len - run.prompt_tokens
     settings = {"max_completion_length": length}
     run.batches = _prompts(run, run.job.micro * run.job.accumulation)
@@ -318,7 +326,7 @@ def _distillation(run: Run) -> None:
 
 def _prompts(run: Run, count: int) -> list[Any]:
     """Batches of prompts alone, all of a step at once."""
-    rows = [{"prompt": _words(run.prompt_tokens)}] * count
+    rows = [{"prompt": words(run.prompt_tokens)}] * count
     return [rows] * (run.job.accumulation * BATCHES)
 
 
@@ -337,7 +345,7 @@ def _grpo(run: Run, name: str = "grpo", *, vllm: bool = False) -> None:
     arguments = config(
         **run.common, num_generations=generations, max_completion_length=length
     )  # fmt: skip
-    rows = [{"prompt": _words(run.prompt_tokens)}] * run.count
+    rows = [{"prompt": words(run.prompt_tokens)}] * run.count
     home = sys.modules[trainer.__module__]
     with cuda.patched(home, "create_model_from_path", lambda *_, **__: run.other):
         run.trainer = trainer(
@@ -502,7 +510,7 @@ def _run_rank(
         if name.startswith("trl"):
             enter(_trl_on_cuda())
         if (arguments or {}).get("use_liger_kernel"):
-            enter(_liger_on_cuda())
+            enter(liger_on_cuda())
         model = build.build_model(job, build.model_config(config, layers))
         other = _other(job, config, teacher, layers)
         beside = [_scoring(job, config, layers) for _ in range(2 if job.task == "ppo" else 0)]
@@ -544,7 +552,10 @@ def _other(
     if job.task == "distill":
         assert teacher is not None
         model = build.build_model(job, build.model_config(teacher, layers))
-    elif job.task in ("dpo", "kto", "grpo", "ppo") and job.reference == "model":
+    elif job.task in ("dpo", "kto", "grpo") and job.reference == "model":
+        # TRL loads it, and leaves its weights asking for gradients
+        return build.build_model(job, build.model_config(config, layers)).eval()
+    elif job.task == "ppo" and job.reference == "model":
         model = build.build_model(job, build.model_config(config, layers))
     else:
         return None
@@ -598,13 +609,43 @@ def _trl_on_cuda() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _liger_on_cuda() -> Iterator[None]:
+def liger_on_cuda() -> Iterator[None]:
     """Liger's kernels as they are chosen on a GPU: it imports them when one is first asked for."""
-    with importable():
-        dispatch = importlib.import_module("liger_kernel.backends.dispatch")
+    with importable(), contextlib.ExitStack() as stack:
+        dispatch = _imported("liger_kernel.backends.dispatch")
         chosen = lambda *_args, **_kwargs: ["nvidia-triton"]  # noqa: E731 - one answer
-        with cuda.patched(dispatch, "available_impls", chosen):
-            yield
+        if dispatch is not None:  # there is no choice before 0.8.5
+            stack.enter_context(cuda.patched(dispatch, "available_impls", chosen))
+        home = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
+        adding = _Adding(home.fused_linear_cross_entropy_forward, of_two_bytes=dispatch is not None)
+        stack.enter_context(cuda.patched(home, "torch", adding))
+        stack.enter_context(cuda.patched(home, "fused_linear_cross_entropy_forward", adding))
+        yield
+
+
+class _Adding:
+    """In place of ``torch`` in Liger's fused loss: on a GPU a product is added where it belongs.
+
+    ``addmm`` writes into the gradient of the head, of fp32 or, since 0.8.5, of the logits' dtype;
+    on a CPU, and else, the product and an fp32 copy of it are there first.
+    """
+
+    def __init__(self, forward: Callable[..., Any], *, of_two_bytes: bool) -> None:
+        self._forward, self._of_two_bytes, self._adds = forward, of_two_bytes, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        weight = kwargs["weight"] if "weight" in kwargs else args[1]
+        self._adds = self._of_two_bytes or weight.dtype == torch.float32
+        return self._forward(*args, **kwargs)
+
+    def mm(self, *operands: Any, **kwargs: Any) -> Any:
+        """A product; nothing but a zero to add where it has been added."""
+        if kwargs or not self._adds:
+            return torch.mm(*operands, **kwargs)
+        return torch.zeros(())
 
 
 def _imported(name: str) -> Any:

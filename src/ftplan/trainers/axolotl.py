@@ -366,6 +366,7 @@ _LORA_FUNCTIONS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 def _lora_functions(draft: Draft, keys: Keys) -> None:
     """LoRA's fused functions: the plan has one switch for three, which the MLP's decides."""
     told = [keys.flag(name) for name in _LORA_FUNCTIONS]
+    _refuse_functions(draft, keys, told)
     if any(flag is not None for flag in told):
         draft.put("method.fused_lora", bool(told[0]), keys.at(_LORA_FUNCTIONS[0]))
     if any(bool(flag) != bool(told[0]) for flag in told):
@@ -377,6 +378,31 @@ def _lora_functions(draft: Draft, keys: Keys) -> None:
                 for n, flag in zip(_LORA_FUNCTIONS, told, strict=True)
                 if flag is not None
             ),
+        )
+
+
+def _refuse_functions(draft: Draft, keys: Keys, told: list[bool | None]) -> None:
+    """They are put into a causal language model that has its adapter (``apply_lora_kernel_patches``
+    of monkeypatch/lora_kernels.py, ``_load_adapters`` of loaders/model.py, 0.19)."""
+    adapter, task = keys.word("adapter"), draft.get("task")
+    of_8_bit = adapter == "lora" and keys.flag("load_in_8bit")
+    silent = not any(keys.has(name) for name in _LORA_FUNCTIONS)
+    usual = silent and not of_8_bit and not keys.flag("trust_remote_code")
+    if adapter in ("lora", "qlora") and task == "rm" and (usual or any(told)):
+        draft.find(
+            "CFG007",
+            "LoRA's fused functions, which are on where nothing is said, take no reward model: "
+            "axolotl stops here",
+            keys.at("reward_model"),
+            help="set lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel to false",
+        )
+    elif task in ("dpo", "kto") and any(told):
+        draft.find(
+            "CFG007",
+            f"with {task} the trainer adapts the model after axolotl has looked for adapters to "
+            "fuse: axolotl stops here",
+            keys.at(_LORA_FUNCTIONS[told.index(True)]),
+            help="leave lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel out",
         )
 
 

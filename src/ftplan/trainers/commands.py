@@ -312,7 +312,7 @@ def _identify(
                 "llamafactory", "llamafactory-cli train", rest[1:] if verb == "train" else rest
             )
         if verb == "sft" or verb in ("dpo", "rm"):
-            return job("llamafactory", f"llamafactory-cli {verb}", rest[1:])
+            return job("llamafactory", f"llamafactory-cli {verb}", rest[1:], verb)
         if verb in _LF_REFUSED:
             refuse(f"{name} {verb}", _LF_REFUSED[verb])
         return None

@@ -215,10 +215,10 @@ class Draft:
 
     def _profile(self) -> None:
         """Fill from the stack's profile what the file leaves to the trainer."""
-        stack = self.stack
+        task = self.get("task") or "sft"
+        stack = self.stack.of_task(task)
         source = stack.sources
         method = self.get("method.kind")
-        task = self.get("task") or "sft"
         if method in _ADAPTERS:
             quantised = method == "qlora"
             self.assume("method.rank", stack.rank, source["rank"])

@@ -6,7 +6,6 @@ model/adapter.py and model/model_utils/checkpointing.py, commit ff6d4d12e.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from ftplan.catalog.stacks import find_stack
@@ -83,12 +82,12 @@ def refuse(data: dict[str, Any], keys: Keys) -> InputError | None:
     return None
 
 
-def read(context: Context, keys: Keys) -> None:
-    """Fill the draft from a LLaMA-Factory configuration."""
+def read(context: Context, keys: Keys, verb: str | None = None) -> None:
+    """Fill the draft from a LLaMA-Factory configuration; ``verb`` is v1's stage."""
     if "model" in keys.data and "model_name_or_path" not in keys.data:
         from ftplan.trainers import llamafactory_v1
 
-        llamafactory_v1.read(context, keys)
+        llamafactory_v1.read(context, keys, verb)
     else:
         _read_classic(context, keys)
 
@@ -122,6 +121,24 @@ def _read_classic(context: Context, keys: Keys) -> None:
     put_attention(draft, keys, "flash_attn")
     draft.assume("attention", "sdpa", SOURCE % "model/model_utils/attention.py: flash_attn auto")
     training_arguments(context, keys, micro=8, prefix=SOURCE % "hparams/training_args.py")
+    if neat and draft.get("attention") != "flash":
+        # data/collator.py: a mask of every token by every token keeps samples apart
+        draft.put("batch.packing", False, keys.at("neat_packing"))
+        draft.put("batch.padding", "right", keys.at("neat_packing"))
+        draft.find(
+            "IMP010",
+            "neat_packing without flash_attn: fa2 keeps samples apart by a mask: sized as rows "
+            "that are masked, not packed",
+            keys.at("neat_packing"),
+        )
+    elif neat and (draft.get("batch.micro") or 1) > 1:
+        draft.find(
+            "CFG007",
+            "neat_packing with flash_attn: fa2 takes one row at a time: LLaMA-Factory stops at "
+            "the first batch",
+            keys.at("neat_packing"),
+            help="set per_device_train_batch_size: 1, and a larger cutoff_len",
+        )
     _classic_precision(draft, keys)
     _classic_checkpointing(draft, keys)
     _classic_optimizer(draft, keys)
@@ -286,18 +303,11 @@ def _classic_quantised(draft: Draft, keys: Keys) -> None:
 
 def _classic_precision(draft: Draft, keys: Keys) -> None:
     pure = keys.flag("pure_bf16")
-    quantised = draft.get("precision.weights") is not None
     if pure:
         draft.put("precision.mixed", "no", keys.at("pure_bf16"))
-        if not quantised:
-            draft.put("precision.weights", "bf16", keys.at("pure_bf16"))
         draft.put("precision.trained", "bf16", keys.at("pure_bf16"))
-        if draft.get("method.kind") not in ("full", "partial"):
-            draft.put("method.adapter_dtype", "bf16", keys.at("pure_bf16"))
     elif keys.flag("use_badam"):
         draft.put("precision.trained", "bf16", keys.at("use_badam"))
-    if draft.get("precision.mixed") == "fp16" and not quantised:
-        draft.assume("precision.weights", "fp16", SOURCE % "hparams/parser.py: compute_dtype")
     if keys.flag("upcast_layernorm"):
         draft.put("precision.norms", "fp32", keys.at("upcast_layernorm"))
 
@@ -369,10 +379,7 @@ def export(plan: Plan) -> writing.Exported:
     out = writing.Writer(plan, trainer=NAME)
     out.tasks("sft", "pt", "dpo", "kto", "orpo", "rm")
     out.methods("full", "lora", "qlora", "dora", "partial")
-    stack = find_stack(NAME)
-    if _pure(plan):  # trainable parameters are not cast to fp32 then
-        stack = replace(stack, adapter_dtype="bf16", adapter_dtype_quantized="bf16")
-    out.profile(stack)
+    out.profile(find_stack(NAME))
     method = plan.method
     out.line("model_name_or_path", out.model())
     out.line("stage", {"orpo": "dpo", None: "sft"}.get(plan.task, plan.task))
@@ -404,12 +411,9 @@ def export(plan: Plan) -> writing.Exported:
             out.line("quantization_method", bits[1])
             if plan.precision.weights == "nf4":
                 out.line("double_quantization", method.double_quant)
-    else:
-        stored = "fp16" if plan.precision.mixed == "fp16" else "bf16"
-        # what it trains whole it casts to fp32 by itself
-        expected = (stored, None) if _pure(plan) or kind != "full" else (stored, "fp32", None)
-        if plan.precision.weights not in expected:
-            out.refuse(f"weights in {plan.precision.weights} (LLaMA-Factory keeps {stored} here)")
+    elif plan.precision.weights is not None:
+        why = "LLaMA-Factory loads a checkpoint in its own dtype"
+        out.differs("precision.weights", plan.precision.weights, why)
     if plan.precision.norms == "fp32":
         out.line("upcast_layernorm", True)
     out.line("cutoff_len", plan.batch.seq_len)
@@ -442,13 +446,10 @@ def export(plan: Plan) -> writing.Exported:
 
 
 def _pure(plan: Plan) -> bool:
-    """Whether nothing is in fp32: LLaMA-Factory's pure_bf16."""
+    """Whether nothing is cast to fp32 but what PEFT casts: LLaMA-Factory's pure_bf16."""
     method = plan.method
     if method is None or plan.precision.mixed not in (None, "no"):
         return False
-    if method.kind in ("full", "partial"):
-        trained = plan.precision.trained
-        if trained is None and plan.stack != NAME:
-            trained = "bf16" if plan.precision.weights == "bf16" else None
-        return trained == "bf16"
-    return method.adapter_dtype == "bf16"
+    if plan.precision.trained is None and plan.stack != NAME:
+        return method.kind in ("full", "partial") and plan.precision.weights == "bf16"
+    return plan.precision.trained == "bf16"

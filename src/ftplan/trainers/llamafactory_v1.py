@@ -17,17 +17,14 @@ from ftplan.trainers.words import model_name, optimizer_name, targets
 __all__ = ["read"]
 
 
-def read(context: Context, keys: Keys) -> None:
-    """Fill the draft from a v1 configuration."""
+def read(context: Context, keys: Keys, verb: str | None = None) -> None:
+    """Fill the draft from a v1 configuration; ``verb`` of the command is its stage."""
     draft = context.draft
     draft.stack = find_stack("llamafactory-v1")
     draft.keys(keys)
     source = SOURCE % "v1/config/training_args.py"
     draft.put("model.name", model_name(keys.text("model")), keys.at("model"))
-    loss = keys.word("pref_loss")
-    stage = keys.word("stage") or ("dpo" if loss else "sft")
-    task = "orpo" if loss in ("orpo", "simpo") else STAGES.get(stage, "sft")
-    draft.put("task", task, keys.at("stage"))
+    task = _task(draft, keys, verb)
     draft.put("batch.micro", keys.count("micro_batch_size"), keys.at("micro_batch_size"))
     draft.assume("batch.micro", 1, f"{source}: micro_batch_size = 1")
     draft.put("batch.seq_len", keys.count("cutoff_len"), keys.at("cutoff_len"))
@@ -38,12 +35,7 @@ def read(context: Context, keys: Keys) -> None:
     if batch is not None:
         steps = max(batch // ranks // draft.get("batch.micro"), 1)
         draft.put("batch.accumulation", steps, keys.at("global_batch_size"))
-    strategy = keys.word("batching_strategy")
-    draft.put(
-        "batch.packing",
-        strategy in ("padding_free", "dynamic_padding_free", "dynamic_batching"),
-        keys.at("batching_strategy"),
-    )
+    _strategy(draft, keys)
     on = keys.flag("enable_activation_checkpointing")
     if on is not None:
         draft.put(
@@ -61,6 +53,14 @@ def read(context: Context, keys: Keys) -> None:
             SOURCE % "v1/core/base_trainer.py: use_reentrant False",
         )
     _method(draft, keys)
+    if task == "rm" and draft.get("method.kind") not in ("full", "partial"):
+        draft.find(
+            "CFG007",
+            "peft_config: lora asks PEFT for a causal language model, which a reward model is not: "
+            "v1 stops here",
+            keys.at("peft_config", "name"),
+            help="train the whole model, or its last layers (peft_config: freeze)",
+        )
     kernels = keys.text("kernel_config", "name") or ""
     if "liger" in kernels and "qwen3" in (draft.get("model.name") or "").lower():
         # it knows qwen3 alone, and with logits required it fuses no loss (liger_kernel_ops.py)
@@ -124,6 +124,34 @@ def read(context: Context, keys: Keys) -> None:
     elif task == "orpo":
         draft.put("reference", "none", keys.at("pref_loss"))
     surroundings(context, keys)
+
+
+def _task(draft: Draft, keys: Keys, verb: str | None) -> str:
+    """The command's stage; what a file says of a loss of preferences is for a trainer to come."""
+    loss = keys.word("pref_loss")
+    stage = keys.word("stage") or verb or ("dpo" if loss else "sft")
+    task = "orpo" if loss in ("orpo", "simpo") else STAGES.get(stage, "sft")
+    draft.put("task", task, keys.at("stage"))
+    if task not in ("sft", "rm"):
+        draft.find(
+            "CFG007",
+            f"{stage} is a stage that v1 of LLaMA-Factory does not have yet: it stops here",
+            keys.at("stage" if keys.has("stage") else "pref_loss"),
+            help="use the classic engine (model_name_or_path, stage), without USE_V1=1",
+        )
+    return task
+
+
+def _strategy(draft: Draft, keys: Keys) -> None:
+    """How micro batches are filled: rows of samples, or one row of them all.
+
+    Source: v1/plugins/trainer_plugins/batching.py, 0.9.5.
+    """
+    strategy, at = keys.word("batching_strategy"), keys.at("batching_strategy")
+    if strategy in ("padding_free", "dynamic_padding_free"):
+        draft.put("batch.packing", True, at)
+        draft.put("batch.seq_len", draft.get("batch.micro") * draft.get("batch.seq_len"), at)
+        draft.put("batch.micro", 1, at)
 
 
 def _method(draft: Draft, keys: Keys) -> None:

@@ -368,7 +368,7 @@ def _read(name: str, context: Context, keys: Keys, program: str | None, megatron
     if name == axolotl.NAME:
         axolotl.read(context, keys)
     elif name == llamafactory.NAME:
-        llamafactory.read(context, keys)
+        llamafactory.read(context, keys, program)
     elif name == trl.NAME:
         trl.read(context, keys, program)
     elif name == transformers.NAME:

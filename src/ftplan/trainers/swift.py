@@ -125,6 +125,19 @@ def _task(draft: Draft, keys: Keys, verb: str | None) -> str:
     if keys.count("num_labels") and kind is None:
         task = "classify"
     draft.put("task", task, keys.at("task_type"))
+    if kind == "generative_reranker":
+        draft.not_modelled(
+            keys,
+            ("task_type",),
+            "the vocabulary's head stays, and meets the last token alone; sized without it",
+        )
+    if kind in ("embedding", "reranker", "generative_reranker"):
+        draft.find(
+            "IMP010",
+            "a sample is taken to have one positive answer and no negative ones, of which each is "
+            "a sequence more",
+            keys.at("task_type"),
+        )
     return task
 
 

@@ -83,6 +83,7 @@ class Writer:
         """Note what the plan says otherwise than the trainer does and no key can change."""
         method, plan = self.plan.method, self.plan
         assert method is not None
+        stack = stack.of_task(plan.task or "sft")
         quantised = method.kind == "qlora"
         dtype = stack.adapter_dtype_quantized if quantised else stack.adapter_dtype
         adapter = method.kind in ("lora", "qlora", "dora")
