@@ -161,6 +161,15 @@ class Stack:
     """To what length a batch is padded."""
     modules: str | None = None
     """Model code of its own that is walked, and of which time; None: transformers' is."""
+    keeps_gradients: bool = False
+    """Whether gradients are set to zero and stay, instead of going, when a step begins."""
+    sharding: Literal["fsdp"] | None = None
+    """What the model is sharded by when nothing is said, on one GPU too."""
+    reduce_dtype: Literal["fp32"] | None = None
+    """FSDP: dtype that gradients are reduced in when nothing is said; None: that of mixed
+    precision."""
+    early_stop: bool = True
+    """Whether a checkpointed block that runs again stops when the last saved tensor is there."""
     no_sync: bool = False
     """Whether FSDP reduces gradients with the last micro batch alone; whole ones until then."""
     holds_4bit_inputs: bool = False

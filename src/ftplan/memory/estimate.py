@@ -251,7 +251,7 @@ class Structure:
                 )
             )
         idle = [entry for entry in learned if entry[0].idle]
-        if idle and job.accumulation == 1:
+        if idle and not job.adds_up:
             why = "gradients that nothing clears"
             static.append(weights_term(idle, "gradients/idle", why))
         for model in objective.resident:
@@ -259,7 +259,7 @@ class Structure:
         if job.sampler_bytes:
             static.append(_sampler(job))
         if (
-            job.accumulation > 1
+            job.adds_up
             and not job.main_weights
             and not (job.stage is not None and job.stage.fresh)
         ):
@@ -574,7 +574,7 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
         checkpoint_every=job.checkpoint_every,
         input_grads=(job.checkpoint_every > 0 or job.asks_input_grads) and not job.modules,
         share=stage,
-        accumulated=job.accumulation > 1 and not (stage is not None and stage.fresh),
+        accumulated=job.adds_up and not (stage is not None and stage.fresh),
         ahead=job.accumulation - 1 if job.fetches_ahead else 0,
         sharding=sharding,
         objective=objective,

@@ -53,6 +53,10 @@ class Unit:
     place: int | str | None = None
     """The layer, where it is recorded by itself; else it stands for others too."""
     module: Module | None = None
+    part: Tensor | None = None
+    """A gradient of some of the tokens, before it is reduced with those of the others."""
+    scattered: dict[int, Tensor | None] = field(default_factory=dict)
+    """Shards of gradients (by id of the weight) that were reduced before the rest of the unit's."""
     times: dict[int, int] = field(default_factory=dict)
     """How many tensors of the model a parameter stands for, where that is not one."""
     experts: bool = False
@@ -109,6 +113,8 @@ class Fsdp:
         if unit.flat is not None or unit.gathered or self.ranks(unit) == 1:
             return
         total = self._total(unit, unit.parameters)
+        if not unit.parameters:
+            return
         casts = (
             self._allocate(total // self.ranks(unit), "shards") if self.spec.param_dtype else None
         )
@@ -171,11 +177,14 @@ class Fsdp:
 
         Backward needs them at once (``_lazy_init``: ``_auto_reshard_after_forward``).
         """
-        self.order.append(root)
+        if root.parameters:
+            self.order.append(root)
         self.previous.clear()
 
     def begin_backward(self, unit: Unit) -> None:
         """``pre_backward``: gather (unless that was done ahead), then gather the next one."""
+        if not unit.parameters:
+            return
         if not unit.gathered:
             self._gather(unit)
             self._copy_out(unit)
@@ -184,16 +193,46 @@ class Fsdp:
         if index > 0 and not self.order[index - 1].gathered:
             self._gather(self.order[index - 1])
 
+    def unshard(self, unit: Unit) -> None:
+        """``FSDPModule.unshard``, outside of a forward: nothing waits for the flat buffer."""
+        self._gather(unit)
+        self._copy_out(unit)
+        unit.flat = None
+
+    def accumulate(self, unit: Unit, parameter: Parameter, *, reduces: bool) -> None:
+        """A backward of a part of the unit: its gradient is added up in the dtype of the
+        reduction (``to_accumulated_grad_if_needed``), and reduced with the last such part.
+
+        The weights stay gathered; what was scattered waits for the rest of the unit's.
+        """
+        grad, parameter.grad = parameter.grad, None
+        if grad is None:
+            return
+        if unit.part is None:
+            unit.part = ops.to(grad, self.spec.reduce_dtype or grad.dtype)
+        del grad
+        if not reduces:
+            return
+        parameter.grad, unit.part = unit.part, None
+        self._reduce(unit)
+        unit.scattered[id(parameter)] = parameter.grad
+        parameter.grad = None
+
     def end_backward(self, unit: Unit) -> None:
         """``post_backward``: free the weights, reduce and scatter the gradients."""
         if unit.reduced:
             return
         unit.reduced = True
+        unit.gathered = []
+        self._reduce(unit)
+        for parameter in unit.parameters:
+            parameter.grad = unit.scattered.pop(id(parameter), None) or parameter.grad
+
+    def _reduce(self, unit: Unit) -> None:
         trained = [p for p in unit.parameters if p.grad is not None]
         grads = [parameter.grad for parameter in trained]
         for parameter in trained:
             parameter.grad = None
-        unit.gathered = []
         self.scattered.clear()
         if not grads:
             return

@@ -466,6 +466,10 @@ class Network(Module):
         """What the model keeps from batch to batch, as long as the longest: none, usually."""
         return []
 
+    def shard(self, _fsdp: Any) -> list[Any]:
+        """Units of FSDP2 beside the blocks, which the network gathers where they run."""
+        return []
+
     def after_block(self, _layer: int, x: Tensor) -> Tensor:
         """What the model does to the hidden states between two blocks: nothing, but for images."""
         return x

@@ -172,16 +172,21 @@ class Recorder:
         gradients, so no garbage collection may take them while the step is recorded."""
 
     def shard(self, fsdp: Fsdp) -> None:
-        """Make the root a unit; blocks become one as they run."""
+        """Make the root a unit, and what the network wraps by itself; blocks become one as they
+        run."""
         self.fsdp = fsdp
+        apart = self.network.shard(fsdp)
+        wrapped = {id(p) for unit in apart for p in unit.parameters}
         own = {id(p): p for _, p in self.network.named_parameters()}  # tied weights once
+        own = {key: p for key, p in own.items() if key not in wrapped}
         root = Unit("root", list(own.values()), module=self.network)
         if fsdp.spec.wrap == "model":
             for stage in self.network.stages:
                 root.times.update(stage.stack.times())
                 root.parameters += stage.stack.parameters()
-        self.units.append(root)
-        fsdp.adopt(root)
+        self.units += [root, *apart]
+        for unit in self.units:
+            fsdp.adopt(unit)
 
     @contextmanager
     def apart(self, network: Network, *, beside: bool) -> Iterator[None]:

@@ -1,0 +1,317 @@
+"""torchtitan's own modules: its decoder for Llama 3 and Qwen 3, and the losses of its trainer.
+
+Source: pytorch/torchtitan torchtitan/models/common (decoder.py, attention.py, rope.py,
+feed_forward.py), torchtitan/components/loss.py, torchtitan/distributed/fsdp.py and
+torchtitan/trainer.py, 0.3.0. Norms are PyTorch's fused one, attention is compiled flex attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ftplan.memory import ops
+from ftplan.memory.attention import Heads, flex_attention
+from ftplan.memory.families import complete
+from ftplan.memory.families.llama import rotate
+from ftplan.memory.families.native.base import Native, settle
+from ftplan.memory.fsdp import Fsdp, Unit
+from ftplan.memory.job import Job
+from ftplan.memory.nn import Embedding, Linear, Module, Shared, Stack, Stage, activation
+from ftplan.memory.tape import (
+    CHUNK,
+    ONE,
+    SEQ,
+    TOKENS,
+    Grads,
+    Parameter,
+    Tape,
+    Tensor,
+    backward,
+)
+
+__all__ = ["ATTENTION", "CHECKPOINTS", "METHODS", "WEIGHTS", "build", "losses", "model_types", "wraps"]
+
+Config = Mapping[str, Any]
+
+METHODS = ("full",)
+WEIGHTS = ("bf16", "fp32")
+CHECKPOINTS = ("full", "selective")
+ATTENTION = ("sdpa", "flash")
+"""Any fused kernel means flex attention, which is compiled whatever else is."""
+
+
+def model_types(_modules: str, _method: str) -> tuple[str, ...]:
+    """Architectures of which its model classes are walked."""
+    return ("llama", "qwen3")
+
+
+def losses(_modules: str, _method: str) -> tuple[str, ...]:
+    """``CrossEntropyLoss``, by itself or in ``ChunkedLossWrapper``."""
+    return ("full", "chunked")
+
+
+def wraps(sharding: Any) -> bool:
+    """``fully_shard`` of every block, on one GPU too."""
+    version, wrap = sharding.version or 2, sharding.wrap or "block"
+    offloads = sharding.offload not in (None, "none")
+    return (sharding.kind, version, wrap) == ("fsdp", 2, "block") and not offloads
+
+
+class RMSNorm(Module):
+    """``torch.nn.RMSNorm``, one kernel on CUDA: keeps its input and an fp32 number a row."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = self.parameter("weight", width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = x.tape.leaf(self.weight)
+        out = x.tape.tensor(x.rows, x.width, x.dtype, "rms_norm")
+        saved = (x, x.tape.tensor(x.rows, 1, "fp32", "rms_norm statistics"))
+        makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in (x, weight)]
+
+        def apply(grad: Tensor) -> Grads:
+            _kept = saved
+            return tuple(make(grad) for make in makers)
+
+        ops.record([out], "rms_norm", [x, weight], apply)
+        return out
+
+
+class Attention(Module):
+    """``GQAttention``: one matrix makes queries, keys and values, which are laid apart."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        hidden, count = config["hidden_size"], config["num_attention_heads"]
+        kv_count = config.get("num_key_value_heads") or count
+        size = config.get("head_dim") or hidden // count
+        self.widths = (count * size, kv_count * size, kv_count * size)
+        self.heads = Heads(count=count, kv_count=kv_count, size=size, value_size=size)
+        self.wqkv = Linear(hidden, sum(self.widths))
+        self.wo = Linear(count * size, hidden)
+        self.normed = config["model_type"] == "qwen3"
+        if self.normed:
+            self.q_norm, self.k_norm = RMSNorm(size), RMSNorm(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._project(x)
+        if self.normed:
+            q = self._by_head(self.q_norm, q)
+            k = self._by_head(self.k_norm, k)
+        turn = _rotate_halves if self.normed else _rotate_pairs
+        q, k = turn(q, k, self.heads.size)
+        out: Tensor = self.wo.forward(flex_attention(q, k, v, self.heads))
+        return out
+
+    def _project(self, x: Tensor) -> list[Tensor]:
+        qkv: Tensor = self.wqkv.forward(x)
+        return [ops.copy(piece) for piece in ops.split(qkv, self.widths)]
+
+    def _by_head(self, norm: Module, x: Tensor) -> Tensor:
+        rows = x.rows * (x.width // self.heads.size)
+        out: Tensor = norm.forward(ops.view(x, rows, self.heads.size))
+        return ops.view(out, x.rows, x.width)
+
+
+def _rotate_pairs(q: Tensor, k: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """``ComplexRoPE``: neighbours as complex numbers, times rows of a table that are picked."""
+    rows = q.tape.tensor(TOKENS, size, "fp32", "rope")
+    xq, xk = ops.to(q, "fp32"), ops.to(k, "fp32")
+    xq_out = _turn(xq, rows)
+    xk_out = _turn(xk, rows)
+    return ops.to(xq_out, q.dtype), ops.to(xk_out, k.dtype)
+
+
+def _turn(x: Tensor, rows: Tensor) -> Tensor:
+    """A complex product; the way back conjugates the other factor for a moment."""
+    out = x.tape.tensor(x.rows, x.width, x.dtype, "mul")
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+
+    def apply(grad: Tensor) -> Grads:
+        conjugate = grad.tape.tensor(rows.rows, rows.width, rows.dtype, "conjugate")
+        result = make(grad)
+        del conjugate
+        return (result,)
+
+    ops.record([out], "mul", [x], apply)
+    return out
+
+
+def _rotate_halves(q: Tensor, k: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """``CosSinRoPE``: halves, in fp32."""
+    rows = q.tape.tensor(TOKENS, 2 * size, "fp32", "rope")
+    cos, sin = rows.alias(width=size), rows.alias(width=size)
+    xq, xk = ops.to(q, "fp32"), ops.to(k, "fp32")
+    xq_out = rotate(xq, cos, sin)
+    xk_out = rotate(xk, cos, sin)
+    return ops.to(xq_out, q.dtype), ops.to(xk_out, k.dtype)
+
+
+class FeedForward(Module):
+    """``w2(silu(w1(x)) * w3(x))``."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        hidden, inner = config["hidden_size"], config["intermediate_size"]
+        self.w1, self.w3 = Linear(hidden, inner), Linear(hidden, inner)
+        self.w2 = Linear(inner, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = ops.mul(activation(self.w1.forward(x), "silu"), self.w3.forward(x))
+        return self.w2.forward(h)
+
+
+class TransformerBlock(Module):
+    """Attention and MLP, each behind a norm and beside the residual stream."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config["hidden_size"])
+        self.ffn_norm = RMSNorm(config["hidden_size"])
+
+    def forward(self, x: Tensor, _shared: Shared) -> Tensor:
+        h = ops.add(x, self.attention.forward(self.attention_norm.forward(x)))
+        return ops.add(h, self.feed_forward.forward(self.ffn_norm.forward(h)))
+
+
+class Decoder(Native):
+    """The decoder, its units of FSDP2 beside the blocks, and the trainer's loss."""
+
+    def __init__(self, config: Config, *, chunked: bool) -> None:
+        super().__init__()
+        self.chunked = chunked
+        hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+        self.tok_embeddings = Embedding(vocabulary, hidden)
+        self.norm = RMSNorm(hidden)
+        self.lm_head = Linear(hidden, vocabulary)
+        self.embedding_names = ("tok_embeddings",)
+        self.is_tied = bool(config.get("tie_word_embeddings"))
+        if self.is_tied:
+            self.tie("tok_embeddings.weight", "lm_head.weight")
+        stack = Stack("layers", config["num_hidden_layers"], lambda _layer: TransformerBlock(config))
+        self.stages = [Stage(stack, self._enter, self._leave)]
+        attention: Attention = stack.kinds[0].attention  # type: ignore[attr-defined]
+        self.row_width = attention.heads.size * (2 if attention.normed else 1)
+        self.fsdp: Fsdp | None = None
+
+    def inputs(self, tape: Tape) -> list[Tensor]:
+        """Positions, and what a mask of packed documents knows of each token."""
+        ends = tape.tensor(TOKENS, 2 if tape.alone else 1, "int32", "document ends")
+        return [tape.tensor(TOKENS, 1, "int64", "positions"), ends]
+
+    def tables(self, tape: Tape) -> list[Tensor]:
+        """Each layer's own table of rotary positions, as long as the sequence."""
+        return [tape.tensor(SEQ, self.row_width * self.stages[0].stack.count, "fp32", "rope")]
+
+    def shard(self, fsdp: Fsdp) -> list[Unit]:
+        """``apply_fsdp_to_decoder``: embeddings by themselves, norm and head together; all three
+        are one unit where they share a weight."""
+        self.fsdp = fsdp
+        last = [*self.norm.parameters.values(), *self.lm_head.parameters.values()]
+        self.last = Unit("last", last)
+        first = list(self.tok_embeddings.parameters.values())
+        self.first = self.last if self.is_tied else Unit("first", first)
+        return [self.last] if self.is_tied else [self.first, self.last]
+
+    def _enter(self, tape: Tape, _shared: Shared) -> Tensor:
+        if self.fsdp is None:
+            return self.tok_embeddings.forward(tape)
+        self.fsdp.begin_forward(self.first)
+        x = self.tok_embeddings.forward(tape)
+        if self.is_tied:
+            return x
+        self.fsdp.end_forward(self.first)
+        return self.fsdp.leave(self.first, x)
+
+    def _leave(self, x: Tensor, _shared: Shared) -> Tensor:
+        if self.fsdp is not None:
+            self.fsdp.begin_forward(self.last)
+            if not self.is_tied:
+                x = self.fsdp.enter(self.last, x)[0]
+        return self.norm.forward(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.lm_head.forward(x)
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """All logits; or the states, for a loss that has the head.
+
+        The last unit stays gathered, but where the head has not run when the model returns.
+        """
+        made = x if self.chunked else self.head(x)
+        del x
+        if self.fsdp is None:
+            return [made]
+        self.fsdp.order.append(self.last)
+        made = self.fsdp.leave(self.last, made)
+        if self.chunked:
+            self.last.gathered = []
+        return [made]
+
+    def loss(self, held: list[Tensor]) -> Tensor:
+        """``loss_fn``, while the trainer names what the model returned."""
+        if self.chunked:
+            loss = self._chunked(held[0])
+        else:
+            loss = _entropy(held[0])
+        held.clear()
+        return loss
+
+    def _chunked(self, x: Tensor) -> Tensor:
+        """``ChunkedLossWrapper``: each chunk runs forward and at once backward.
+
+        Two chunks are played; the others are like the second.
+        """
+        tape, width, dtype = x.tape, x.width, x.dtype
+        chunks, held = x.alias(), []
+        if not tape.alone:  # chunks of several sequences are laid together
+            chunks = tape.tensor(x.rows, width, dtype, "chunks of hidden states")
+            held = [tape.tensor(TOKENS, 1, "int64", name) for name in ("labels", "positions")]
+        total = tape.tensor(x.rows, width, "fp32", "gradient of hidden states")
+        if self.fsdp is not None:
+            self.fsdp.unshard(self.last)
+        tape.chunks_played = 2
+        logits: list[Tensor] = []
+        for rows, last in ((CHUNK, False), (TOKENS + CHUNK * -1, True)):
+            with tape.counting({CHUNK: rows}):
+                self._piece(chunks, logits, last=last)
+        if self.fsdp is not None:
+            self.last.gathered = []
+        gradient = tape.tensor(x.rows, width, dtype, "gradient of hidden states")
+        loss = tape.tensor(ONE, 1, "fp32", "loss")
+        ops.record([loss], "chunked loss", [x], lambda _grad: (gradient,))
+        del held, total
+        return loss
+
+    def _piece(self, chunks: Tensor, logits: list[Tensor], *, last: bool) -> None:
+        """One chunk there and back; ``logits`` names those of the chunk before until new ones
+        are there."""
+        leaf = Parameter("", (1, chunks.width), chunks.dtype, True)
+        h = chunks.alias(rows=CHUNK)
+        h.requires_grad, h.node = True, leaf
+        made = self.head(h)
+        logits[:] = [made]
+        del made
+        loss = _entropy(logits[0])
+        backward(loss, h.tape.tensor(ONE, 1, "fp32", "output gradient"))
+        if self.fsdp is not None:
+            self.fsdp.accumulate(self.last, self.lm_head.weight, reduces=last)
+        cast = ops.to(leaf.grad, "fp32") if leaf.grad is not None else None
+        del cast, loss
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """``cross_entropy_loss``: in fp32, summed; the labels are the batch's own."""
+    labels = Tensor(logits.tape, None, logits.rows, 1, "int64")
+    return ops.cross_entropy(ops.to(logits, "fp32"), labels)
+
+
+def build(job: Job) -> Native:
+    """The network of a job."""
+    network = Decoder(complete(job.config), chunked=job.environment.loss == "chunked")
+    settle(network, job, "")
+    return network
