@@ -482,7 +482,7 @@ def _accumulated(job: Job, whole: Counted, learned: Counted, layout: Layout | No
     if spec.kind != "fsdp":
         return learned
     if not spec.no_sync:
-        return [] if spec.offload == "params" else learned
+        return [] if spec.offload == "params" else [*learned, *(e for e in learned if e[0].twice)]
     return [
         (_as(p, spec.reduce_dtype or spec.param_dtype or p.dtype), times, matrix)
         for p, times, matrix in whole
@@ -527,7 +527,7 @@ def _shard(parameter: Parameter, ranks: int) -> Parameter:
     shape = shard_shape(parameter.shape, ranks)
     part = Parameter(parameter.name, shape, parameter.dtype, parameter.trainable)
     part.added, part.embedding = parameter.added, parameter.embedding
-    part.idle = parameter.idle
+    part.idle, part.twice = parameter.idle, parameter.twice
     part.expert = parameter.expert
     part.whole = parameter.shape
     return part

@@ -77,6 +77,8 @@ class Fsdp:
         """The flat gradients of the unit before."""
         self.across: list[Storage] = []
         """Shards of gradients while replicas sum them, kept until backward has ended."""
+        self.divides = False
+        """The trainer sets what gradients are divided by (``set_gradient_divide_factor``)."""
         self.order: list[Unit] = []
         self.beside = False
         """Another network runs, which is sharded by itself."""
@@ -247,7 +249,7 @@ class Fsdp:
         del grads
         unit.accumulated.clear()
         shard = self._allocate(flat // ranks, "reduced gradients")
-        if ranks == 1 and unit.experts:  # no collective divides them
+        if ranks == 1 and (unit.experts or self.divides):  # no collective divides them
             divided = self._allocate(flat, "divided gradients")
             del divided
         if dtype != orig:

@@ -449,6 +449,7 @@ class Parameter:
         "stored",
         "sum",
         "trainable",
+        "twice",
         "whole",
     )
 
@@ -476,6 +477,9 @@ class Parameter:
         """Never trained, whatever the method: the real class asks for no gradient of it."""
         self.whole = shape
         """The shape before it was sharded."""
+        self.twice = False
+        """FSDP2 reduces its gradient twice in a micro batch: another weight's gradient is a view of
+        the second sum, and holds all of it."""
         self.idle = False
         """It takes gradients that no optimizer uses and nothing clears."""
 

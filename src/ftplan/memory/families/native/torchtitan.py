@@ -192,6 +192,7 @@ class Decoder(Native):
         self.is_tied = bool(config.get("tie_word_embeddings"))
         if self.is_tied:
             self.tie("tok_embeddings.weight", "lm_head.weight")
+            self.lm_head.weight.twice = chunked
         stack = Stack("layers", config["num_hidden_layers"], lambda _layer: TransformerBlock(config))
         self.stages = [Stage(stack, self._enter, self._leave)]
         attention: Attention = stack.kinds[0].attention  # type: ignore[attr-defined]
@@ -210,7 +211,7 @@ class Decoder(Native):
     def shard(self, fsdp: Fsdp) -> list[Unit]:
         """``apply_fsdp_to_decoder``: embeddings by themselves, norm and head together; all three
         are one unit where they share a weight."""
-        self.fsdp = fsdp
+        self.fsdp, fsdp.divides = fsdp, True
         last = [*self.norm.parameters.values(), *self.lm_head.parameters.values()]
         self.last = Unit("last", last)
         first = list(self.tok_embeddings.parameters.values())
