@@ -29,7 +29,9 @@ __all__ = [
 UNMODELLED = {"mlx": "training with MLX on Apple silicon (unified memory, no CUDA allocator)"}
 """Stacks that are recognised and refused, and what is not modelled."""
 
-OWN_MODULES = frozenset({"torchtune", "litgpt", "nemo", "megatron", "unsloth", "torchtitan"})
+OWN_MODULES = frozenset(
+    {"torchtune", "litgpt", "nemo", "megatron", "unsloth", "torchtitan", "torchtitan-2024"}
+)
 """Stacks that run their own model code, which the walk was not held against."""
 
 RINGS = ("transformers", "trl", "pytorch")

@@ -48,6 +48,8 @@ class Unit:
     gathered: list[Storage] = field(default_factory=list)
     flat: Storage | None = None
     reduced: bool = False
+    across: Storage | None = None
+    """A shard of gradients while replicas sum it: kept until backward has ended."""
     accumulated: list[Storage] = field(default_factory=list)
     """Whole gradients of earlier micro batches, in the dtype that they will be reduced in."""
     place: int | str | None = None
@@ -75,8 +77,6 @@ class Fsdp:
         """The flat buffer of the unit before, until this one has been copied out."""
         self.scattered: list[Storage] = []
         """The flat gradients of the unit before."""
-        self.across: list[Storage] = []
-        """Shards of gradients while replicas sum them, kept until backward has ended."""
         self.divides = False
         """The trainer sets what gradients are divided by (``set_gradient_divide_factor``)."""
         self.order: list[Unit] = []
@@ -110,7 +110,7 @@ class Fsdp:
     def _gather(self, unit: Unit) -> None:
         """``foreach_all_gather``: a cast copy of the shards, then the flat buffer.
 
-        On one rank there is nothing to gather: shards are copied out as they are.
+        On one rank there is nothing to gather: shards are cast and copied out one by one.
         """
         if unit.flat is not None or unit.gathered or self.ranks(unit) == 1:
             return
@@ -127,9 +127,13 @@ class Fsdp:
         return sum(self._bytes(p, self.ranks(unit)) * unit.times.get(id(p), 1) for p in parameters)
 
     def _copy_out(self, unit: Unit) -> None:
-        unit.gathered = [
-            self._allocate(self._total(unit, (p,)), "weights") for p in unit.parameters
-        ]
+        cast: Storage | None = None
+        for parameter in unit.parameters:
+            size = self._total(unit, (parameter,))
+            if self.ranks(unit) == 1 and parameter.stored != parameter.dtype:
+                cast = self._allocate(size, "shards")  # beside the cast of the one before
+            unit.gathered.append(self._allocate(size, "weights"))
+        del cast
 
     def place(self, layer: int, count: int) -> int | str | None:
         """Blocks that are recorded by themselves: the first and the last."""
@@ -241,6 +245,7 @@ class Fsdp:
         ranks = self.ranks(unit)
         dtype = self.spec.reduce_dtype or trained[0].dtype
         orig = trained[0].stored
+        unit.across = None
         _last = grads[-1] if ranks > 1 else None  # ``foreach_reduce``: the variable of its loop
         if unit.accumulated:  # ``accumulate_unsharded_grad_if_needed``: added and gone before
             grads.clear()
@@ -252,9 +257,9 @@ class Fsdp:
         if ranks == 1 and (unit.experts or self.divides):  # no collective divides them
             divided = self._allocate(flat, "divided gradients")
             del divided
+        if self.spec.dp_replicate > 1:
+            unit.across = shard  # ``AllReduceState``
         if dtype != orig:
-            if self.spec.dp_replicate > 1:
-                self.across.append(shard)  # ``AllReduceState``
             shard = self._allocate(
                 flat // ranks // ITEM_BYTES[dtype] * ITEM_BYTES[orig], "reduced gradients"
             )
@@ -272,7 +277,8 @@ class Fsdp:
         for unit in reversed(units):
             self.end_backward(unit)
         self.scattered.clear()
-        self.across.clear()
+        for unit in units:
+            unit.across = None
 
     def enter(self, unit: Unit, *inputs: Tensor) -> list[Tensor]:
         """Mark where the way back leaves the unit: when the gradients of all inputs are there."""

@@ -85,7 +85,7 @@ _MODELS = {
 }  # fmt: skip
 """Flavors by the names of the catalogue."""
 _NEVER = "--parallelism.fsdp_reshard_after_forward never"
-_ALWAYS = "--parallelism.fsdp_reshard_after_forward always"
+
 
 JOBS: tuple[Job, ...] = (
     _job("selective", "llama3", "8B", 2),
@@ -114,6 +114,14 @@ JOBS: tuple[Job, ...] = (
          precision={"weights": "bf16", "mixed": "bf16"}),
     _job("fp32", "llama3", "1B", 3, "--training.mixed_precision_param", "float32",
          shape=(2, 1024), precision={"weights": "fp32", "mixed": "no"}),
+    _job("deep", "llama3", "1B", 8, shape=(8, 2048), checkpointing="none", world=4),
+    _job("deep-one-gpu", "qwen3", "0.6B", 9, shape=(16, 1024), loss="full", world=1),
+    _job("deep-kept", "qwen3", "1.7B", 6, *shlex.split(_NEVER), shape=(4, 2048), world=32,
+         sharding={"reshard_after_forward": False}, checkpointing="full"),
+    _job("qwen3-bf16-one-gpu", "qwen3", "4B", 3, "--training.dtype", "bfloat16", world=1,
+         shape=(2, 4096), precision={"weights": "bf16", "mixed": "bf16"}, checkpointing="none"),
+    _job("hybrid-tied", "qwen3", "0.6B", 4, "--parallelism.data_parallel_replicate_degree", "4",
+         shape=(8, 2048), sharding={"dp_replicate": 4}, loss="full", checkpointing="full"),
     _job("wide", "llama3", "70B", 2, shape=(1, 4096), world=128, checkpointing="full"),
 )  # fmt: skip
 

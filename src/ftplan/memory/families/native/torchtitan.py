@@ -181,9 +181,9 @@ class TransformerBlock(Module):
 class Decoder(Native):
     """The decoder, its units of FSDP2 beside the blocks, and the trainer's loss."""
 
-    def __init__(self, config: Config, *, chunked: bool) -> None:
+    def __init__(self, config: Config, *, chunked: bool, earlier: int) -> None:
         super().__init__()
-        self.chunked = chunked
+        self.chunked, self.earlier = chunked, earlier
         hidden, vocabulary = config["hidden_size"], config["vocab_size"]
         self.tok_embeddings = Embedding(vocabulary, hidden)
         self.norm = RMSNorm(hidden)
@@ -200,9 +200,13 @@ class Decoder(Native):
         self.fsdp: Fsdp | None = None
 
     def inputs(self, tape: Tape) -> list[Tensor]:
-        """Positions, and what a mask of packed documents knows of each token."""
+        """Positions, and what a mask of packed documents knows of each token; and what the loop
+        has moved to the GPU of the step's earlier micro batches: tokens and positions."""
         ends = tape.tensor(TOKENS, 2 if tape.alone else 1, "int32", "document ends")
-        return [tape.tensor(TOKENS, 1, "int64", "positions"), ends]
+        held = [tape.tensor(TOKENS, 1, "int64", "positions"), ends]
+        if self.earlier:
+            held.append(tape.tensor(TOKENS * self.earlier, 2, "int64", "earlier batches"))
+        return held
 
     def tables(self, tape: Tape) -> list[Tensor]:
         """Each layer's own table of rotary positions, as long as the sequence."""
@@ -313,6 +317,7 @@ def _entropy(logits: Tensor) -> Tensor:
 
 def build(job: Job) -> Native:
     """The network of a job."""
-    network = Decoder(complete(job.config), chunked=job.environment.loss == "chunked")
+    chunked, earlier = job.environment.loss == "chunked", job.accumulation - 1
+    network = Decoder(complete(job.config), chunked=chunked, earlier=earlier)
     settle(network, job, "")
     return network
