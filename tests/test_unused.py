@@ -93,6 +93,12 @@ BASES: dict[str, Plan] = {
     "fsdp": training(
         hardware=FOUR, sharding=Sharding(kind="fsdp"), batch=replace(BATCH, accumulation=2)
     ),
+    "fsdp-one-root": training(
+        hardware=FOUR,
+        method=LORA,
+        batch=Batch(micro=1, seq_len=512),
+        sharding=Sharding(kind="fsdp", apart=()),
+    ),
     "fsdp1": training(
         hardware=FOUR,
         sharding=Sharding(kind="fsdp", version=1),
@@ -173,6 +179,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "sharding.param_dtype": ("fp32", "bf16"),
     "sharding.reduce_dtype": ("fp32", "bf16"),
     "sharding.reshard_after_forward": (False,),
+    "sharding.apart": (("embeddings",), ("embeddings", "head")),
     "sharding.tp": (2, 4),
     "sharding.pp": (2, 4),
     "sharding.virtual_stages": (2,),
@@ -283,6 +290,7 @@ QUIET = {
 ELSEWHERE = {
     "gradient_checkpointing.reentrant": "moves a moment that is not the worst of every task's",
     "loss.chunk": "is a tile of the head, which is not the worst moment of every task's",
+    "sharding.reshard_root": "is the root's, which has next to nothing beside units of its own",
     "batch.lengths.kind": "is in what is reserved, which may be rounded to the same",
 }
 """Keys that act on a moment which does not decide for every plan: they have to for one of ours."""
@@ -354,7 +362,9 @@ def test_no_key_is_ignored(name: str, base: Path) -> None:
 @pytest.mark.parametrize("key", ELSEWHERE)
 def test_keys_that_count_elsewhere(key: str, base: Path) -> None:
     """What does not change every answer changes some: it is no excuse for a key that is dead."""
-    assert any(changes(name, key, base) for name in ("full-settled", "lora", "fsdp1"))
+    assert any(
+        changes(name, key, base) for name in ("full-settled", "lora", "fsdp1", "fsdp-one-root")
+    )
 
 
 @pytest.mark.parametrize("key", QUIET)

@@ -255,13 +255,19 @@ class Sharding:
     version: Literal[1, 2] | None = None
     """FSDP's version."""
     wrap: Literal["block", "model"] | None = None
-    """FSDP: what is one unit."""
+    """FSDP: what is one unit. None: what the stack wraps, which may be more than blocks."""
+    apart: tuple[Literal["embeddings", "head", "adapters"], ...] | None = None
+    """FSDP2: what is a unit of its own beside the blocks: `embeddings`; `head`, which has the final
+    norm too, and tied embeddings, and is not freed between forward and backward; `adapters`, each
+    of LoRA's matrices by itself."""
     param_dtype: str | None = None
     """FSDP: what is gathered and computed in."""
     reduce_dtype: str | None = None
     """FSDP: what gradients are reduced in."""
     reshard_after_forward: bool | None = None
     """FSDP: free the gathered weights between forward and backward."""
+    reshard_root: bool | None = None
+    """FSDP2: what belongs to no unit is freed between forward and backward too."""
     no_sync: bool | None = None
     """FSDP: reduce gradients with the last micro batch alone; until then each GPU holds all."""
     use_orig_params: bool | None = None

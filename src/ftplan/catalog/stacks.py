@@ -174,6 +174,10 @@ class Stack:
     """Whether a checkpointed block that runs again stops when the last saved tensor is there."""
     no_sync: bool = False
     """Whether FSDP reduces gradients with the last micro batch alone; whole ones until then."""
+    apart: tuple[Literal["embeddings", "head", "adapters"], ...] = ()
+    """What FSDP2 wraps apart from blocks: embeddings, the final norm with the head, adapters."""
+    reshard_root: bool = False
+    """Whether FSDP2 frees what belongs to no unit between forward and backward."""
     holds_4bit_inputs: bool = False
     """Whether bitsandbytes' 4-bit product holds its input, out of a checkpoint's sight (< 0.44)."""
     asks_input_grads: bool = False

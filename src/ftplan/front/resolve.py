@@ -31,6 +31,7 @@ from ftplan.spec import (
     Plan,
     Precision,
     Rollout,
+    Sharding,
 )
 
 __all__ = ["Resolved", "fused_loss", "native_dtype", "resolve"]
@@ -207,9 +208,7 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
     own = find_stack(plan.stack or "transformers") if plan.method is not None else None
     if sharding.kind is None and own is not None and own.sharding is not None:
         source = own.sources["sharding"]
-        sharding = replace(
-            sharding, kind=filler.fill("sharding.kind", None, own.sharding, source)
-        )
+        sharding = replace(sharding, kind=filler.fill("sharding.kind", None, own.sharding, source))
     if sharding.kind == "fsdp" and own is not None and own.reduce_dtype is not None:
         source = own.sources["reduce_dtype"]
         reduced = filler.fill(
@@ -236,6 +235,8 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
             kind = "fsdp"  # what transformers spreads experts with
         if count * nodes > 1:
             filler.fill("sharding.kind", None, kind)
+    if kind == "fsdp" and sharding.version != 1 and sharding.wrap is None and plan.method:
+        sharding = _units(sharding, find_stack(plan.stack or "transformers"), filler)
     budget = replace(
         plan.budget, headroom=filler.fill("budget.headroom", plan.budget.headroom, 0.0)
     )
@@ -245,6 +246,23 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
         sharding=replace(sharding, kind=kind),
         budget=budget,
     )
+
+
+def _units(sharding: Sharding, stack: Stack, filler: _Filler) -> Sharding:
+    """What the stack's FSDP2 wraps beside the blocks, where the plan does not say what a unit is.
+
+    With ``wrap: block`` all that is beside the blocks is the root's (contract, section 3).
+    """
+    given = {
+        name: filler.fill(
+            f"sharding.{name}",
+            getattr(sharding, name),
+            getattr(stack, name) or None,
+            stack.sources.get(name, CONTRACT),
+        )
+        for name in ("apart", "reshard_root")
+    }
+    return replace(sharding, **given)
 
 
 def _serving(plan: Plan, config: Mapping[str, Any] | None, filler: _Filler) -> Plan:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from ftplan.memory import ops
+from ftplan.memory.adapters.lora import LoraLinear
 from ftplan.memory.checkpointing import checkpoint_all
 from ftplan.memory.experts import Experts, Routing
 from ftplan.memory.fsdp import Fsdp, Unit
@@ -99,17 +100,36 @@ def _run_block(
     if recorder.fsdp is None or recorder.fsdp.spec.wrap == "model":
         return run(block, x, shared)
     apart = _spread(block) if recorder.fsdp.spec.ep > 1 else []
-    own = {id(p) for experts in apart for _, p in experts.named_parameters()}
-    weights = [p for _, p in block.named_parameters() if id(p) not in own]
+    hooked = recorder.tape.env.kernels.lora == "none"  # else a function gathers them by itself
+    thin = _thin_layers(block) if hooked and "adapters" in recorder.fsdp.spec.apart else []
+    own = {id(p) for module in (*apart, *thin) for _, p in module.named_parameters()}
+    held = recorder.fsdp.beside and not recorder.fsdp.spec.reshard_after_forward
+    weights = [p for _, p in block.named_parameters() if id(p) not in own and not held]
     unit = Unit("block", weights, place=recorder.place, module=block)
     recorder.units.append(unit)
     recorder.fsdp.adopt(unit)
     for experts in apart:
         _shard_experts(recorder, recorder.fsdp, experts)
+    for module in thin:
+        _shard_adapter(recorder, recorder.fsdp, module)
     recorder.fsdp.begin_forward(unit)
     out = run(block, recorder.fsdp.enter(unit, x)[0], shared)
     recorder.fsdp.end_forward(unit)
     return recorder.fsdp.leave(unit, out)
+
+
+def _thin_layers(block: Module) -> list[Module]:
+    """LoRA's matrices, each a module of PEFT's."""
+    adapted = [module for _, module in block.named_modules() if isinstance(module, LoraLinear)]
+    return [matrix.default for lora in adapted for matrix in (lora.lora_A, lora.lora_B)]
+
+
+def _shard_adapter(recorder: Recorder, fsdp: Fsdp, matrix: Module) -> None:
+    """Make a unit of one matrix."""
+    unit = Unit("adapter", [p for _, p in matrix.named_parameters()], place=recorder.place)
+    recorder.units.append(unit)
+    fsdp.adopt(unit)
+    fsdp.enclose(unit, [matrix])
 
 
 def _spread(block: Module) -> list[Experts]:

@@ -10,7 +10,7 @@ from functools import cached_property
 from ftplan.dataclass import dataclass
 from ftplan.errors import UnsupportedError
 from ftplan.memory.families.native import Native
-from ftplan.memory.fsdp import BUFFERS, shard_shape
+from ftplan.memory.fsdp import BUFFERS, shard_shape, stays_gathered
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.loss import chunk_tokens, head_weight
 from ftplan.memory.nn import Network
@@ -150,7 +150,28 @@ def static_terms(
                 "DDP copies every gradient into flat buckets (gradient_as_bucket_view=False)",
             )
         )
+    terms += held_adapter_terms(job, whole)
     return [term for term in terms if term.bytes and not _waits_elsewhere(term, job.sharding)]
+
+
+def held_adapter_terms(job: Job, whole: Counted) -> list[StaticTerm]:
+    """LoRA's matrices that a fused function gathers by itself: hooks free them when all is over.
+
+    So they and their gradients are whole from the first forward to the last backward.
+    """
+    spec = job.sharding
+    if "adapters" not in spec.apart or job.environment.kernels.lora == "none":
+        return []
+    thin = [
+        (_gathered(p, spec.param_dtype), times, inside)
+        for p, times, inside in whole
+        if p.added and p.trainable and inside
+    ]
+    why = "axolotl/kernels/lora.py 0.19, get_lora_parameters: unshard() without a reshard"
+    return [
+        weights_term(thin, "adapters/gathered", why),
+        weights_term(thin, "gradients/whole", f"{why}: reduced when backward has ended"),
+    ]
 
 
 def resident_terms(model: Resident, sharding: ShardingSpec) -> list[StaticTerm]:
@@ -160,13 +181,14 @@ def resident_terms(model: Resident, sharding: ShardingSpec) -> list[StaticTerm]:
     if sharding.kind == "zero3":
         terms.append(_live(sharding, whole, f"{model.name}_gathered"))
     if sharding.kind == "fsdp" and sharding.version == 2:
-        root = [
+        stays = stays_gathered(model.network, sharding)
+        left = [
             (_gathered(p, sharding.param_dtype), times, inside)
             for p, times, inside in whole
-            if sharding.wrap == "model" or not inside
+            if stays(p, inside)
         ]
-        why = "FSDP2's root unit is resharded by its backward, and this model has none"
-        terms.append(weights_term(root, f"{model.name}_gathered", why))
+        why = "what FSDP2 frees in backward alone stays gathered, and this model has no backward"
+        terms.append(weights_term(left, f"{model.name}_gathered", why))
     if sharding.kind in ("fsdp", "zero3") and sharding.offload in ("params", "nvme"):
         return terms[1:]  # its shards wait on the host, or on NVMe
     return terms
@@ -258,11 +280,7 @@ class Structure:
             static += resident_terms(model, job.sharding)
         if job.sampler_bytes:
             static.append(_sampler(job))
-        if (
-            job.adds_up
-            and not job.main_weights
-            and not (job.stage is not None and job.stage.fresh)
-        ):
+        if job.adds_up and not job.main_weights and not (job.stage is not None and job.stage.fresh):
             static.append(
                 weights_term(
                     _accumulated(job, counted, learned, layout),

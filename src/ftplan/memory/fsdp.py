@@ -1,6 +1,7 @@
 """FSDP2 on the tape: what is gathered, for how long, and what becomes of gradients.
 
-A unit is a block, or the root with everything else. Its weights are gathered into one flat buffer
+A unit is a block, what is wrapped apart (:func:`enclose`), or the root with everything else. Its
+weights are gathered into one flat buffer
 and copied out from there; forward keeps the flat buffer until the next unit has been copied out,
 backward gathers the next unit ahead of time; gradients are copied into one flat buffer, reduced
 and scattered, and that buffer lives until the next unit's turn
@@ -10,18 +11,20 @@ and scattered, and that buffer lives until the next unit's turn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from math import prod
+from typing import Any
 
 from ftplan.dataclass import dataclass
 from ftplan.dtypes import find_format
+from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
 from ftplan.memory.job import ShardingSpec
-from ftplan.memory.nn import Module
+from ftplan.memory.nn import Module, Network
 from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Played, Storage, Tape, Tensor
 
-__all__ = ["ACCUMULATED", "BUFFERS", "Fsdp", "Unit", "shard_shape"]
+__all__ = ["ACCUMULATED", "BUFFERS", "Fsdp", "Unit", "shard_shape", "stays_gathered"]
 
 BUFFERS = ("gptq", "awq")
 """Formats whose linear layers hold buffers, which FSDP and ZeRO leave whole on every rank
@@ -37,6 +40,72 @@ def shard_shape(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
     if not shape:
         return shape
     return (-(-shape[0] // ranks), *shape[1:])
+
+
+def wrapped_apart(network: Network, spec: ShardingSpec) -> list[tuple[str, list[Module]]]:
+    """What FSDP2 makes units of beside the blocks, as accelerate does since 1.14.
+
+    The embeddings, and the final norm with the head: one unit where these two share a weight
+    (accelerate/utils/fsdp_utils.py 1.15, ``fsdp2_prepare_model``).
+    """
+    if not spec.apart:
+        return []
+    table = network.child(network.embedding_names[0])
+    head = _output_embeddings(network)
+    tail = [module for module in (_final_norm(network), head) if module is not None]
+    if len(network.stages) > 1:
+        raise UnsupportedError(
+            "FSDP2 of an encoder-decoder whose embeddings are a unit of their own",
+            because="its encoder and decoder share them, and torch 2.13 refuses a weight of two "
+            "units",
+            remedy="use sharding: {kind: fsdp, version: 2, wrap: block}, as accelerate had it "
+            "until 1.13",
+        )
+    both = [("embeddings", [table]), ("head", tail)]
+    if f"{network.head_name}.weight" in network.tied:
+        both = [("head", [table, *tail])]
+    return [(name, modules) for name, modules in both if name in spec.apart and modules]
+
+
+def stays_gathered(network: Network, spec: ShardingSpec) -> Callable[[Parameter, bool], bool]:
+    """Whether a forward leaves a weight gathered, by the weight and whether a block has it."""
+    freed = {
+        id(parameter)
+        for name, modules in wrapped_apart(network, spec)
+        for module in modules
+        for _, parameter in module.named_parameters()
+        if name != "head"
+    }
+
+    def stays(parameter: Parameter, inside: bool) -> bool:
+        if not spec.reshard_after_forward:
+            return True
+        in_root = spec.wrap == "model" or not inside
+        return in_root and not spec.reshard_root and id(parameter) not in freed
+
+    return stays
+
+
+def _output_embeddings(network: Network) -> Module | None:
+    """``get_output_embeddings``: none of a classifier or an embedding model."""
+    path, _, name = network.head_name.rpartition(".")
+    parent = network.child(path) if path else network
+    return None if network.head_name == "score" else parent.children.get(name)
+
+
+def _final_norm(network: Network) -> Module | None:
+    """``_find_final_norm``: the last norm among the base model's own children.
+
+    With PEFT around a model whose base is called ``model`` it looks one module too high, and finds
+    none.
+    """
+    base, inside, _ = network.embedding_names[0].partition(".")
+    adapted = any(p.added for stage in network.stages for p in stage.stack.parameters())
+    if adapted and base == "model":
+        return None
+    children = (network.child(base) if inside else network).children.values()
+    norms = [module for module in children if "Norm" in type(module).__name__]
+    return norms[-1] if norms else None
 
 
 @dataclass(slots=True)
@@ -63,6 +132,12 @@ class Unit:
     """How many tensors of the model a parameter stands for, where that is not one."""
     experts: bool = False
     """Experts that are spread, and sharded over those ranks alone that have the same ones."""
+    stays: bool | None = None
+    """Whether it is not freed between forward and backward; None: as the policy says."""
+    waiting: set[int] = field(default_factory=set)
+    """Which of its modules (by id) have not run yet in this pass."""
+    entered: bool = False
+    """One of its modules has run in this pass."""
 
 
 class Fsdp:
@@ -139,6 +214,26 @@ class Fsdp:
         """Blocks that are recorded by themselves: the first and the last."""
         return layer if layer in (0, count - 1) else None
 
+    def outer_units(self, network: Network, *, held: bool = False) -> list[Unit]:
+        """The root, and before it in turn what is wrapped apart (:attr:`ShardingSpec.apart`).
+
+        ``held``: what is not freed between forward and backward is there already, its bytes static.
+        """
+        units: list[Unit] = []
+        left = {id(p): p for _, p in network.named_parameters()}  # tied weights once
+        for name, modules in wrapped_apart(network, self.spec):
+            own = [p for module in modules for _, p in module.named_parameters() if id(p) in left]
+            unit = Unit(name, list({id(p): left.pop(id(p), p) for p in own}.values()))
+            unit.stays = not network.frees_head if name == "head" else None
+            units.append(unit)
+            self.enclose(unit, modules)
+        units.insert(0, Unit("root", list(left.values()), module=None if held else network))
+        for unit in units:
+            stays = unit.stays or (unit is units[0] and not self.spec.reshard_root)
+            if held and (stays or not self.spec.reshard_after_forward):
+                unit.parameters = []
+        return units
+
     def begin_model(self, root: Unit) -> None:
         """The root's ``pre_forward``."""
         self.begin_forward(root)
@@ -164,7 +259,7 @@ class Fsdp:
 
     def begin_forward(self, unit: Unit) -> None:
         """``pre_forward``: gather and copy out; then the unit before gives up its flat buffer."""
-        if unit.gathered:
+        if unit.gathered or not unit.parameters:
             return
         self._gather(unit)
         self._copy_out(unit)
@@ -174,17 +269,30 @@ class Fsdp:
 
     def end_forward(self, unit: Unit) -> None:
         """``post_forward``: free what was gathered, unless it is kept for backward."""
-        if self.spec.reshard_after_forward:
+        kept = not self.spec.reshard_after_forward
+        if not (kept if unit.stays is None else unit.stays):
             unit.gathered = []
         self.order.append(unit)
+
+    def complete(self, unit: Unit, out: Tensor) -> Tensor:
+        """Its modules have run, or the model has ended without some of them
+        (``_force_complete_incomplete_states``)."""
+        unit.entered = False
+        unit.waiting.clear()
+        if self.tape.rerun is None:  # ``post_forward`` does nothing on the way back
+            self.end_forward(unit)
+        return self.leave(unit, out)
 
     def end_model(self, root: Unit) -> None:
         """The root's ``post_forward`` frees the last flat buffer and keeps the root's weights.
 
-        Backward needs them at once (``_lazy_init``: ``_auto_reshard_after_forward``).
+        Backward needs them at once (``_lazy_init``: ``_auto_reshard_after_forward``), unless it was
+        told to free them.
         """
         if root.parameters:
             self.order.append(root)
+        if self.spec.reshard_root and self.spec.reshard_after_forward:
+            root.gathered = []
         self.previous.clear()
 
     def begin_backward(self, unit: Unit) -> None:
@@ -226,7 +334,7 @@ class Fsdp:
 
     def end_backward(self, unit: Unit) -> None:
         """``post_backward``: free the weights, reduce and scatter the gradients."""
-        if unit.reduced:
+        if unit.reduced or not unit.parameters:
             return
         unit.reduced = True
         unit.gathered = []
@@ -273,12 +381,46 @@ class Fsdp:
             parameter.grad = held
 
     def finish(self, units: Sequence[Unit]) -> None:
-        """The callback at the end: the root, and blocks whose input asked for no gradient."""
-        for unit in reversed(units):
+        """The callback at the end: the root, and units whose input asked for no gradient."""
+        for unit in units:
             self.end_backward(unit)
+            unit.flat = None  # ``finalize_backward``: gathered ahead, and nobody came for it
         self.scattered.clear()
         for unit in units:
             unit.across = None
+
+    def enclose(self, unit: Unit, modules: Sequence[Module]) -> None:
+        """Make modules one unit: gathered before the first of them runs, left after the last.
+
+        ``fully_shard([a, b])``: ``_register_group_forward_hooks``. Where the first module's inputs
+        ask for no gradient, nothing marks where the way back leaves the unit, and it is reduced at
+        the end.
+        """
+        for module in modules:
+            self._enclose(unit, module, {id(each) for each in modules})
+
+    def _enclose(self, unit: Unit, module: Module, all_of_them: set[int]) -> None:
+        forward = module.forward
+        run: Callable[..., Tensor] = getattr(forward, "bare", forward)  # of another recording
+
+        def enclosed(*args: Any) -> Tensor:
+            if not unit.waiting:
+                unit.waiting |= all_of_them
+            self.begin_forward(unit)
+            given = [self._given(unit, arg) if isinstance(arg, Tensor) else arg for arg in args]
+            unit.entered = True
+            out = run(*given)
+            unit.waiting.discard(id(module))
+            return out if unit.waiting else self.complete(unit, out)
+
+        vars(enclosed)["bare"] = run
+        module.forward = enclosed
+
+    def _given(self, unit: Unit, x: Tensor) -> Tensor:
+        """``cast_forward_inputs``, and the way back leaves the unit here."""
+        if self.spec.param_dtype:
+            x = ops.to(x, self.spec.param_dtype)
+        return x if unit.entered else self.enter(unit, x)[0]
 
     def enter(self, unit: Unit, *inputs: Tensor) -> list[Tensor]:
         """Mark where the way back leaves the unit: when the gradients of all inputs are there."""

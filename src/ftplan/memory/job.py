@@ -57,6 +57,10 @@ class ShardingSpec:
     no_sync: bool = False
     """Gradients are reduced with the last micro batch alone."""
     wrap: Literal["block", "model"] = "block"
+    apart: tuple[str, ...] = ()
+    """FSDP2: what is a unit of its own beside the blocks: `embeddings`, `head`, `adapters`."""
+    reshard_root: bool = False
+    """FSDP2: what belongs to no unit is freed between forward and backward too."""
     adapters_apart: bool = True
     """FSDP1: adapters are units of their own (PEFT's wrapping policy, which Trainer asks for)."""
     offload: Literal["none", "optimizer", "params", "activations", "nvme"] = "none"

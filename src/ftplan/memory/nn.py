@@ -443,6 +443,8 @@ class Network(Module):
         self.kept_in_fp32: tuple[str, ...] = ()
         """Modules and weights that are loaded in fp32 whatever dtype is asked for
         (``_keep_in_fp32_modules_strict``)."""
+        self.frees_head = False
+        """FSDP2 frees a unit of norm and head after forward as others: somebody told it to."""
         self.virtual_tokens = 0
         """Learned tokens before each sequence, in tokens of a sequence (prompt tuning)."""
 
@@ -466,9 +468,8 @@ class Network(Module):
         """What the model keeps from batch to batch, as long as the longest: none, usually."""
         return []
 
-    def shard(self, _fsdp: Any) -> list[Any]:
-        """Units of FSDP2 beside the blocks, which the network gathers where they run."""
-        return []
+    def sharded(self, fsdp: Any, units: Sequence[Any]) -> None:
+        """FSDP shards it: ``units`` are those that are no blocks."""
 
     def after_block(self, _layer: int, x: Tensor) -> Tensor:
         """What the model does to the hidden states between two blocks: nothing, but for images."""

@@ -160,6 +160,8 @@ class Recorder:
         self.start = 0
         self.fsdp: Fsdp | None = None
         self.units: list[Unit] = []
+        self.outer: list[Unit] = []
+        """Those that are no blocks: the root first."""
         self.place: int | str | None = None
         """Of the block that is recorded next (:meth:`Fsdp.place`)."""
         self.blocks = 0
@@ -172,20 +174,17 @@ class Recorder:
         gradients, so no garbage collection may take them while the step is recorded."""
 
     def shard(self, fsdp: Fsdp) -> None:
-        """Make the root a unit, and what the network wraps by itself; blocks become one as they
-        run."""
+        """Make the root a unit, and what is wrapped apart; blocks become one as they run."""
         self.fsdp = fsdp
-        apart = self.network.shard(fsdp)
-        wrapped = {id(p) for unit in apart for p in unit.parameters}
-        own = {id(p): p for _, p in self.network.named_parameters()}  # tied weights once
-        own = {key: p for key, p in own.items() if key not in wrapped}
-        root = Unit("root", list(own.values()), module=self.network)
+        self.outer = fsdp.outer_units(self.network)
+        self.network.sharded(fsdp, self.outer)
+        root = self.outer[0]
         if fsdp.spec.wrap == "model":
             for stage in self.network.stages:
                 root.times.update(stage.stack.times())
                 root.parameters += stage.stack.parameters()
-        self.units += [root, *apart]
-        for unit in self.units:
+        self.units = list(self.outer)
+        for unit in self.outer:
             fsdp.adopt(unit)
 
     @contextmanager
@@ -196,18 +195,18 @@ class Recorder:
         bytes are static): FSDP2 reshards a root in backward, and it runs none. Else it is the
         first one with its adapters off, whose root may still be gathered.
         """
-        before = (self.network, self.fsdp, self.units)
+        before = (self.network, self.units)
         blocks, self.blocks = self.blocks, 0
         self.network = network
         if self.fsdp is not None:
             order = list(self.fsdp.order)
-            self.units = [Unit("root", [])] if beside else self.units[:1]
+            self.units = self.fsdp.outer_units(network, held=True) if beside else list(self.outer)
             self.fsdp.beside = beside
         yield
-        self.network, fsdp, self.units = before
+        self.network, self.units = before
         self.blocks = blocks
-        if fsdp is not None:
-            fsdp.order, fsdp.beside = order, False
+        if self.fsdp is not None:
+            self.fsdp.order, self.fsdp.beside = order, False
 
     def begin_root(self) -> None:
         """Gather what belongs to no block."""
@@ -218,6 +217,9 @@ class Recorder:
         """The model's forward is over."""
         if self.fsdp is None:
             return loss
+        for unit in reversed(self.units):
+            if unit.waiting:
+                loss = self.fsdp.complete(unit, loss)
         self.fsdp.end_model(self.units[0])
         return self.fsdp.leave(self.units[0], loss)
 

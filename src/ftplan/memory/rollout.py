@@ -13,6 +13,7 @@ from ftplan.dataclass import dataclass
 from ftplan.dtypes import Format, find_format
 from ftplan.memory.cache import CacheLayer, cache_bytes, cache_layers
 from ftplan.memory.families import complete
+from ftplan.memory.fsdp import stays_gathered
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.nn import Network
 from ftplan.memory.optimizer import rounded
@@ -133,7 +134,8 @@ def _gathered_to_generate(spec: ShardingSpec, network: Network) -> list[StaticTe
         return []
     blocks = max((stage.stack for stage in network.stages), key=lambda stack: stack.count)
     block = [(p, 2, True) for p in blocks.parameters()]  # one runs, the next is on its way
-    root = [entry for entry in counted if spec.wrap == "model" or not entry[2]]
+    stays = [entry for entry in counted if stays_gathered(network, spec)(entry[0], entry[2])]
     why = "torch/distributed/fsdp: the root stays gathered, blocks are gathered one by one"
-    whole = [*root, *(block if spec.wrap == "block" else ())]
+    passes = spec.wrap == "block" and spec.reshard_after_forward
+    whole = [*stays, *(block if passes else ())]
     return [weights_term(whole, "weights/gathered_to_generate", why)]

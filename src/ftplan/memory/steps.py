@@ -54,6 +54,10 @@ def record_step(
     recorder = Recorder(network, env)
     tape = recorder.tape
     tape.step_of = step_of
+    received = share is not None and not share.first
+    if input_grads and not received:
+        _ask_for_input_grads(network)
+    input_grads = input_grads or received
     if sharding is not None:
         recorder.shard(_sharded(network, tape, sharding, accumulated=accumulated))
     elif isinstance(network, Native) or accumulated:
@@ -69,10 +73,6 @@ def record_step(
     recorder.recording.batch = [*batch, *further, *network.tables(tape)]
     before = _left_over(recorder, objective, ahead) if objective is not None else []
     values = _run_critic(recorder, objective, accumulated) if objective is not None else []
-    received = share is not None and not share.first
-    if input_grads and not received:
-        _ask_for_input_grads(network)
-    input_grads = input_grads or received
     recorder.begin_root()
     recorder.order.append(recorder.cut("inputs"))
     shared = Shared(checkpointed=checkpoint_every > 0)

@@ -349,6 +349,8 @@ ARCHITECTURES = (
     "gemma-2-2b", "gpt-oss-20b", "deepseek-v2-lite", "olmoe-1b-7b", "llama-3.2-1b",
     "qwen2.5-0.5b", "falcon-7b",
 )  # fmt: skip
+SHARING = ("t5-base",)
+"""Architectures whose encoder and decoder share embeddings, which cannot be a unit apart."""
 WORLDS = (8, 2, 4, 16, 32, 64)
 SHAPES = ((1, 1024), (2, 512), (1, 2048), (4, 512), (2, 1024))
 JOBS_PER_ARCHITECTURE = 6
@@ -356,7 +358,30 @@ OTHER_JOBS_PER_ARCHITECTURE = 2
 
 
 def sharded_jobs_of(name: str, config: Mapping) -> Iterator[tuple[str, Mapping, int]]:
-    """(regime, plan mapping, layers) of an architecture's sharded jobs."""
+    """(regime, plan mapping, layers) of an architecture's sharded jobs.
+
+    FSDP2's are there with all that is beside the blocks in the root (``wrap: block``), and as
+    others wrap them (:func:`_other_units`).
+    """
+    for number, (regime, plan, layers) in enumerate(_in_one_root(name)):
+        yield regime, plan, layers
+        sharding = plan["sharding"]
+        if name not in SHARING and sharding.get("version") == 2 and plan["stack"] == "transformers":
+            for ending, more in _other_units(regime, number).items():
+                yield f"{regime}-{ending}", {**plan, "sharding": {**sharding, **more}}, layers
+
+
+def _other_units(regime: str, number: int) -> dict[str, Mapping]:
+    """As accelerate wraps since 1.14, until 1.13, and LLaMA-Factory v1 (with LoRA)."""
+    units: dict[str, Mapping] = {"apart": {"apart": ["embeddings", "head"]}}
+    if number % 2 and regime.startswith("fsdp2"):
+        units["root-resharded"] = {"reshard_root": True}
+    if number % 2 == 0 and regime.startswith(("fsdp2-lora", "fsdp2-qlora")):
+        units["adapters-apart"] = {"apart": ["embeddings", "adapters"], "reshard_root": True}
+    return units
+
+
+def _in_one_root(name: str) -> Iterator[tuple[str, Mapping, int]]:
     if name not in ARCHITECTURES:
         return
     yield from _jobs(name, SHARDED_REGIMES, JOBS_PER_ARCHITECTURE)

@@ -77,6 +77,8 @@ class Job:
     sharding: str
     fsdp_version: int
     wrap: str
+    apart: tuple[str, ...]
+    reshard_root: bool
     param_dtype: str
     reduce_dtype: str
     reshard_after_forward: bool
@@ -260,6 +262,8 @@ def resolve(plan: Plan) -> Job:
         sharding=sharding.kind or ("ddp" if world > 1 else "none"),
         fsdp_version=sharding.version or 2,
         wrap=sharding.wrap or "block",
+        apart=sharding.apart or (() if sharding.wrap else own.apart),
+        reshard_root=bool(sharding.reshard_root) or (not sharding.wrap and own.reshard_root),
         param_dtype=_FLOATS.get(param_dtype, ""),
         reduce_dtype=_FLOATS.get(sharding.reduce_dtype or param_dtype, ""),
         reshard_after_forward=(

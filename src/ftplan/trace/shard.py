@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -124,14 +125,59 @@ def shard(model: Any, job: Job, mesh: Any) -> Any:
     if job.cp > 1:
         mesh = mesh.all_ranks
     ignored = _shard_experts(model, job, mesh, mp_policy=policy, offload_policy=offload)
+    given = {
+        "mesh": mesh, "mp_policy": policy, "offload_policy": offload,
+        "reshard_after_forward": job.reshard_after_forward, "ignored_params": ignored,
+    }  # fmt: skip
+    if "head" in job.apart:
+        return _shard_by_accelerate(model, job, given)
+    for layer in _apart(model, job):
+        fully_shard(layer, **given)
     if job.wrap == "block":
         for block in _units(model):
-            fully_shard(
-                block, mesh=mesh, mp_policy=policy, offload_policy=offload,
-                reshard_after_forward=job.reshard_after_forward, ignored_params=ignored,
-            )  # fmt: skip
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=ignored)
+            fully_shard(block, **given)
+    if not job.reshard_root:
+        del given["reshard_after_forward"]
+    fully_shard(model, **given)
     return model
+
+
+def _apart(model: Any, job: Job) -> list[Any]:
+    """What LLaMA-Factory v1 and axolotl wrap by themselves: untied embeddings, LoRA's matrices."""
+    layers = []
+    if "adapters" in job.apart:
+        adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
+        pairs = [(module.lora_A["default"], module.lora_B["default"]) for module in adapted]
+        layers += [matrix for pair in pairs for matrix in pair]
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if "embeddings" in job.apart and table.weight is not head.weight:
+        layers.append(table)
+    return layers
+
+
+def _shard_by_accelerate(model: Any, job: Job, given: dict[str, Any]) -> Any:
+    """accelerate's own wrapping, which makes units of embeddings and head too."""
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    plugin = SimpleNamespace(
+        reshard_after_forward=given["reshard_after_forward"],
+        cpu_offload=given["offload_policy"],
+        mixed_precision_policy=given["mp_policy"],
+        auto_wrap_policy=transformer_auto_wrap_policy if job.wrap == "block" else None,
+        transformer_cls_names_to_wrap=None,
+        cpu_ram_efficient_loading=False,
+        ignored_modules=None,
+        set_auto_wrap_policy=lambda _model: None,
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision=job.mixed,
+        is_main_process=False,
+        torch_device_mesh={("all",): given["mesh"]},
+        parallelism_config=SimpleNamespace(fsdp_dim_names=["all"]),
+    )
+    return fsdp2_prepare_model(accelerator, model)
 
 
 def _shard_experts(model: Any, job: Job, mesh: Any, **policies: Any) -> set[Any] | None:

@@ -235,6 +235,9 @@ class Draft:
             self.assume("precision.weights", stack.weights_dtype, source["weights_dtype"])
         self.values.pop("precision.auto", None)
         self.assume("optimizer.name", stack.optimizer, source["optimizer"])
+        if self.get("sharding.kind") == "fsdp" and self.get("sharding.version") != 1:
+            for name in ("apart", "reshard_root"):
+                self.assume(f"sharding.{name}", getattr(stack, name) or None, source.get(name, ""))
         sharded = (self.get("hardware.count") or 1) * (self.get("hardware.nodes") or 1) > 1
         key = (
             "checkpointing_sharded" if sharded and stack.checkpointing_sharded else "checkpointing"

@@ -14,7 +14,17 @@ from typing import Any
 from ftplan.memory.families.native.base import Native
 from ftplan.memory.job import Job
 
-__all__ = ["TASKS", "Native", "checkpoints", "native", "parallel", "runs", "shards", "shows", "wraps"]
+__all__ = [
+    "TASKS",
+    "Native",
+    "checkpoints",
+    "native",
+    "parallel",
+    "runs",
+    "shards",
+    "shows",
+    "wraps",
+]
 
 TASKS = ("sft", "pt")
 """Tasks whose loop and loss are walked, where the trainer's file names no others."""

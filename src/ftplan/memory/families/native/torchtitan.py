@@ -7,7 +7,7 @@ torchtitan/trainer.py, 0.3.0. Norms are PyTorch's fused one, attention is compil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ftplan.memory import ops
@@ -30,7 +30,16 @@ from ftplan.memory.tape import (
     backward,
 )
 
-__all__ = ["ATTENTION", "CHECKPOINTS", "METHODS", "WEIGHTS", "build", "losses", "model_types", "wraps"]
+__all__ = [
+    "ATTENTION",
+    "CHECKPOINTS",
+    "METHODS",
+    "WEIGHTS",
+    "build",
+    "losses",
+    "model_types",
+    "wraps",
+]
 
 Config = Mapping[str, Any]
 
@@ -52,10 +61,10 @@ def losses(_modules: str, _method: str) -> tuple[str, ...]:
 
 
 def wraps(sharding: Any) -> bool:
-    """``fully_shard`` of every block, on one GPU too."""
-    version, wrap = sharding.version or 2, sharding.wrap or "block"
+    """``fully_shard`` of every block, of the embeddings, and of norm and head; on one GPU too."""
+    apart = set(sharding.apart or ()) == {"embeddings", "head"}
     offloads = sharding.offload not in (None, "none")
-    return (sharding.kind, version, wrap) == ("fsdp", 2, "block") and not offloads
+    return bool((sharding.kind, sharding.version or 2) == ("fsdp", 2) and apart and not offloads)
 
 
 class RMSNorm(Module):
@@ -189,11 +198,13 @@ class Decoder(Native):
         self.norm = RMSNorm(hidden)
         self.lm_head = Linear(hidden, vocabulary)
         self.embedding_names = ("tok_embeddings",)
-        self.is_tied = bool(config.get("tie_word_embeddings"))
-        if self.is_tied:
-            self.tie("tok_embeddings.weight", "lm_head.weight")
+        self.frees_head = chunked  # from the first step on: ``set_reshard_after_forward(True)``
+        if config.get("tie_word_embeddings"):
+            self.tie("lm_head.weight", "tok_embeddings.weight")
             self.lm_head.weight.twice = chunked
-        stack = Stack("layers", config["num_hidden_layers"], lambda _layer: TransformerBlock(config))
+        stack = Stack(
+            "layers", config["num_hidden_layers"], lambda _layer: TransformerBlock(config)
+        )
         self.stages = [Stage(stack, self._enter, self._leave)]
         attention: Attention = stack.kinds[0].attention  # type: ignore[attr-defined]
         self.row_width = attention.heads.size * (2 if attention.normed else 1)
@@ -212,50 +223,26 @@ class Decoder(Native):
         """Each layer's own table of rotary positions, as long as the sequence."""
         return [tape.tensor(SEQ, self.row_width * self.stages[0].stack.count, "fp32", "rope")]
 
-    def shard(self, fsdp: Fsdp) -> list[Unit]:
-        """``apply_fsdp_to_decoder``: embeddings by themselves, norm and head together; all three
-        are one unit where they share a weight."""
+    def sharded(self, fsdp: Fsdp, units: Sequence[Unit]) -> None:
+        """The trainer sums the loss over all tokens and scales no gradient."""
         self.fsdp, fsdp.divides = fsdp, True
-        last = [*self.norm.parameters.values(), *self.lm_head.parameters.values()]
-        self.last = Unit("last", last)
-        first = list(self.tok_embeddings.parameters.values())
-        self.first = self.last if self.is_tied else Unit("first", first)
-        return [self.last] if self.is_tied else [self.first, self.last]
+        self.last = next(unit for unit in units if unit.name == "head")
 
     def _enter(self, tape: Tape, _shared: Shared) -> Tensor:
-        if self.fsdp is None:
-            return self.tok_embeddings.forward(tape)
-        self.fsdp.begin_forward(self.first)
-        x = self.tok_embeddings.forward(tape)
-        if self.is_tied:
-            return x
-        self.fsdp.end_forward(self.first)
-        return self.fsdp.leave(self.first, x)
+        x: Tensor = self.tok_embeddings.forward(tape)
+        return x
 
     def _leave(self, x: Tensor, _shared: Shared) -> Tensor:
-        if self.fsdp is not None:
-            self.fsdp.begin_forward(self.last)
-            if not self.is_tied:
-                x = self.fsdp.enter(self.last, x)[0]
-        return self.norm.forward(x)
+        out: Tensor = self.norm.forward(x)
+        return out
 
     def head(self, x: Tensor) -> Tensor:
-        return self.lm_head.forward(x)
+        logits: Tensor = self.lm_head.forward(x)
+        return logits
 
     def outputs(self, x: Tensor) -> list[Tensor]:
-        """All logits; or the states, for a loss that has the head.
-
-        The last unit stays gathered, but where the head has not run when the model returns.
-        """
-        made = x if self.chunked else self.head(x)
-        del x
-        if self.fsdp is None:
-            return [made]
-        self.fsdp.order.append(self.last)
-        made = self.fsdp.leave(self.last, made)
-        if self.chunked:
-            self.last.gathered = []
-        return [made]
+        """All logits; or the states, for a loss that has the head."""
+        return [x if self.chunked else self.head(x)]
 
     def loss(self, held: list[Tensor]) -> Tensor:
         """``loss_fn``, while the trainer names what the model returned."""
@@ -267,7 +254,8 @@ class Decoder(Native):
         return loss
 
     def _chunked(self, x: Tensor) -> Tensor:
-        """``ChunkedLossWrapper``: each chunk runs forward and at once backward.
+        """``ChunkedLossWrapper``: each chunk runs forward and at once backward, while the head's
+        unit stays gathered.
 
         Two chunks are played; the others are like the second.
         """
@@ -298,9 +286,9 @@ class Decoder(Native):
         leaf = Parameter("", (1, chunks.width), chunks.dtype, True)
         h = chunks.alias(rows=CHUNK)
         h.requires_grad, h.node = True, leaf
-        made = self.head(h)
-        logits[:] = [made]
-        del made
+        # its unit is gathered, and waits for the norm of another forward
+        run: Callable[[Tensor], Tensor] = getattr(self.lm_head.forward, "bare", self.head)
+        logits[:] = [run(h)]
         loss = _entropy(logits[0])
         backward(loss, h.tape.tensor(ONE, 1, "fp32", "output gradient"))
         if self.fsdp is not None:
