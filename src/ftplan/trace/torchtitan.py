@@ -58,7 +58,7 @@ def _job(
     """``arguments`` are the user's beside those that say what the plan's own keys do."""
     micro, seq_len = shape
     command = [
-        "--module", module, "--config", _CONFIGS[module],
+        "--module", module, "--config", _CONFIGS.get(flavor, _CONFIGS[module]),
         "--training.local_batch_size", str(micro), "--training.seq_len", str(seq_len),
         "--training.global_batch_size", str(micro * batches * world),
         "--parallelism.spmd_backend", "partial_dtensor",  # the other one asks for a later torch
@@ -77,11 +77,12 @@ def _job(
     return {**line, "command": shlex.join(command), "plan": means}
 
 
-_CONFIGS = {"llama3": "llama3_8b", "qwen3": "qwen3_14b"}
+_CONFIGS = {"llama3": "llama3_8b", "qwen3": "qwen3_14b", "30B-A3B": "qwen3_30b_a3b"}
+"""Configurations of the trainer by module, or by flavor."""
 _MODELS = {
     "1B": "llama-3.2-1b", "3B": "llama-3.2-3b", "8B": "llama-3.1-8b", "70B": "llama-3.1-70b",
     "0.6B": "qwen3-0.6b", "1.7B": "qwen3-1.7b", "4B": "qwen3-4b", "14B": "qwen3-14b",
-    "32B": "qwen3-32b",
+    "32B": "qwen3-32b", "30B-A3B": "qwen3-30b-a3b",
 }  # fmt: skip
 """Flavors by the names of the catalogue."""
 _NEVER = "--parallelism.fsdp_reshard_after_forward never"
@@ -122,6 +123,10 @@ JOBS: tuple[Job, ...] = (
          shape=(2, 4096), precision={"weights": "bf16", "mixed": "bf16"}, checkpointing="none"),
     _job("hybrid-tied", "qwen3", "0.6B", 4, "--parallelism.data_parallel_replicate_degree", "4",
          shape=(8, 2048), sharding={"dp_replicate": 4}, loss="full", checkpointing="full"),
+    _job("experts", "qwen3", "30B-A3B", 2, shape=(2, 1024)),
+    _job("experts-full", "qwen3", "30B-A3B", 3, shape=(4, 2048), checkpointing="full", world=32),
+    _job("experts-none", "qwen3", "30B-A3B", 2, shape=(2, 2048), checkpointing="none", world=2),
+    _job("experts-one-gpu", "qwen3", "30B-A3B", 1, shape=(1, 4096), loss="full", world=1),
     _job("wide", "llama3", "70B", 2, shape=(1, 4096), world=128, checkpointing="full"),
 )  # fmt: skip
 
@@ -251,6 +256,26 @@ def _rms_norm(original: Any, ledger: Ledger) -> Callable[..., Any]:
         return _RMSNorm.apply(input, weight, ledger)
 
     return rms_norm
+
+
+def _autocast(original: Any) -> Callable[..., Any]:
+    """``torch.autocast`` to fp32, which CUDA does (a router's gate) and a CPU refuses."""
+
+    @contextlib.contextmanager
+    def upwards() -> Iterator[None]:
+        enabled, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        torch.set_autocast_dtype("cpu", torch.float32)
+        torch.set_autocast_enabled("cpu", True)
+        try:
+            yield
+        finally:
+            torch.set_autocast_enabled("cpu", enabled)
+            torch.set_autocast_dtype("cpu", dtype)
+
+    def autocast(device_type: str, dtype: Any = None, **rest: Any) -> Any:
+        return upwards() if dtype == torch.float32 else original(device_type, dtype, **rest)
+
+    return autocast
 
 
 # --- one rank's steps -----------------------------------------------------------------------------
@@ -405,6 +430,7 @@ def _stood_in(ledger: Ledger) -> Iterator[None]:
             lambda self: keeps(self) | {torch.ops.ftplan.flex_attention.default},
         ),
         cuda.patched(F, "rms_norm", _rms_norm(F.rms_norm, ledger)),
+        cuda.patched(torch, "autocast", _autocast(torch.autocast)),
         cuda.patched(torch, "_assert_async", lambda *_: None),
         cuda.patched(metrics, "device_module", _Card()),
     ):  # fmt: skip

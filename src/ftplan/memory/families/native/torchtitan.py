@@ -1,4 +1,4 @@
-"""torchtitan's own modules: its decoder for Llama 3 and Qwen 3, and the losses of its trainer.
+"""torchtitan's own modules: its decoder for Llama 3 and Qwen 3 (with experts too), and the losses of its trainer.
 
 Source: pytorch/torchtitan torchtitan/models/common (decoder.py, attention.py, rope.py,
 feed_forward.py), torchtitan/components/loss.py, torchtitan/distributed/fsdp.py and
@@ -15,6 +15,7 @@ from ftplan.memory.attention import Heads, flex_attention
 from ftplan.memory.families import complete
 from ftplan.memory.families.llama import rotate
 from ftplan.memory.families.native.base import Native, settle
+from ftplan.memory.families.native.torchtitan_experts import MoE
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.job import Job
 from ftplan.memory.nn import Embedding, Linear, Module, Shared, Stack, Stage, activation
@@ -52,7 +53,7 @@ ATTENTION = ("sdpa", "flash")
 
 def model_types(_modules: str, _method: str) -> tuple[str, ...]:
     """Architectures of which its model classes are walked."""
-    return ("llama", "qwen3")
+    return ("llama", "qwen3", "qwen3_moe")
 
 
 def losses(_modules: str, _method: str) -> tuple[str, ...]:
@@ -100,7 +101,7 @@ class Attention(Module):
         self.heads = Heads(count=count, kv_count=kv_count, size=size, value_size=size)
         self.wqkv = Linear(hidden, sum(self.widths))
         self.wo = Linear(count * size, hidden)
-        self.normed = config["model_type"] == "qwen3"
+        self.normed = config["model_type"] != "llama"
         if self.normed:
             self.q_norm, self.k_norm = RMSNorm(size), RMSNorm(size)
 
@@ -178,7 +179,8 @@ class TransformerBlock(Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
+        mixed = config["model_type"] == "qwen3_moe"
+        self.feed_forward: Module = MoE(config) if mixed else FeedForward(config)
         self.attention_norm = RMSNorm(config["hidden_size"])
         self.ffn_norm = RMSNorm(config["hidden_size"])
 

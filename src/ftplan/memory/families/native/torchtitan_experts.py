@@ -1,0 +1,143 @@
+"""torchtitan's mixture of experts, all of whose experts a rank gathers (no expert parallelism).
+
+Source: pytorch/torchtitan torchtitan/models/common (moe.py, token_dispatcher.py) and
+torchtitan/ops/scatter_add.py, 0.3.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ftplan.memory import ops
+from ftplan.memory.experts import gather_rows, grouped_linear, topk
+from ftplan.memory.nn import Linear, Module, activation
+from ftplan.memory.tape import ONE, Grads, Size, Tensor
+
+__all__ = ["MoE"]
+
+
+class Router(Module):
+    """``TokenChoiceTopKRouter``: the gate in fp32, a softmax, the chosen scores over their sum."""
+
+    def __init__(self, hidden: int, experts: int, top_k: int) -> None:
+        super().__init__()
+        self.gate = Linear(hidden, experts)
+        self.top_k = top_k
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = ops.unary(self._gate(x), "softmax", "output")
+        biased = ops.shift(scores)  # by what balances the load, for the choice alone
+        index, values = _chosen(biased, self.top_k)
+        weights = gather_rows(scores, index, scores.rows, self.top_k, "gather")
+        weights = ops.scale(_normalised(weights))
+        del biased, values
+        return weights, index
+
+    def _gate(self, x: Tensor) -> Tensor:
+        """Autocast to fp32; selective checkpointing passes this product over."""
+        tape = x.tape
+        selected, tape.selected = tape.selected, None
+        weight = ops.to(tape.leaf(self.gate.weight), "fp32")
+        out = ops.linear(ops.to(x, "fp32"), weight)
+        tape.selected = selected
+        return out
+
+
+def _chosen(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``torch.topk``, whose outputs selective checkpointing keeps: indices and values."""
+    tape = scores.tape
+    if tape.selected is None:
+        values, index = topk(scores, k)
+        return index, values
+    values = tape.kept(scores.rows, k, scores.dtype, "topk")
+    return tape.kept(scores.rows, k, "int64", "topk indices"), values
+
+
+def _normalised(x: Tensor) -> Tensor:
+    """``x / (x.sum(-1) + 1e-20)``: keeps x and the sum."""
+    tape = x.tape
+    total = ops.shift(tape.tensor(x.rows, 1, x.dtype, "sum"))
+    out = tape.tensor(x.rows, x.width, x.dtype, "div")
+    saved = (x, total)
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved
+        return (make(grad),)
+
+    ops.record([out], "div", [x], apply)
+    return out
+
+
+class GroupedExperts(Module):
+    """Three 3D weights; ``w2(silu(w1(x)) * w3(x))`` of rows sorted by expert, in bf16."""
+
+    def __init__(self, hidden: int, inner: int, count: int) -> None:
+        super().__init__()
+        self.inner, self.count = inner, count
+        shapes = {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}
+        for name, shape in shapes.items():
+            self.parameter(name, count, *shape).expert = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        offsets = x.tape.tensor(ONE, self.count, "int32", "expert offsets")
+        h = activation(self._product(x, "w1", offsets), "silu")
+        h = ops.mul(h, self._product(x, "w3", offsets))
+        return ops.to(self._product(h, "w2", offsets), x.dtype)
+
+    def _product(self, x: Tensor, name: str, offsets: Tensor) -> Tensor:
+        parameter = self.parameters[name]
+        weight = ops.to(x.tape.leaf(parameter), "bf16")
+        return grouped_linear(ops.to(x, "bf16"), weight, offsets, parameter.shape[1])
+
+
+class MoE(Module):
+    """Tokens are copied to their experts, come back weighted in fp32, and are added up."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        hidden, count = config["hidden_size"], config["num_experts"]
+        self.top_k = config["num_experts_per_tok"]
+        self.router = Router(hidden, count, self.top_k)
+        self.experts = GroupedExperts(hidden, config["moe_intermediate_size"], count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, index = self.router.forward(x)
+        routed = x.tape.tensor(x.rows, self.experts.count, "bool", "routing map")
+        out = self._routed(x, weights, index)
+        del routed
+        return out
+
+    def _routed(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        """``RoutedExperts``: dispatch, experts, combine."""
+        tape, rows = x.tape, x.rows * self.top_k
+        tokens, weights = self._order(weights, rows)
+        picked = gather_rows(ops.view(x, x.rows, x.width), tokens, rows, x.width)
+        made = self.experts.forward(picked)
+        zeros = tape.tensor(x.rows, x.width, x.dtype, "sum over experts")
+        weighted = ops.to(ops.mul(ops.to(made, "fp32"), weights), made.dtype)
+        out = _scatter_add(weighted, tokens, x.rows)
+        del zeros, index
+        return out
+
+    def _order(self, weights: Tensor, rows: Size) -> tuple[Tensor, Tensor]:
+        """``_local_reorder``: which token each row of an expert is, and its weight."""
+        tape = weights.tape
+        order = tape.tensor(rows, 1, "int64", "sort order")
+        weights = gather_rows(ops.view(weights, rows, 1), order, rows, 1)
+        return tape.tensor(rows, 1, "int64", "token order"), weights
+
+
+def _scatter_add(x: Tensor, index: Tensor, rows: Size) -> Tensor:
+    """``deterministic_scatter_add``: a new tensor; the way back picks the rows again."""
+    out = x.tape.tensor(rows, x.width, x.dtype, "scatter_add")
+    make = ops.like(x.rows, x.width, x.dtype, x.requires_grad)
+    saved = index
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved
+        return (make(grad),)
+
+    ops.record([out], "scatter_add", [x], apply)
+    return out
