@@ -414,12 +414,26 @@ class _Phases:
         self.ledger.mark((local(t) for t in tensors), "optimizer")
 
 
+def _balanced(original: Any) -> Callable[..., Any]:
+    """Every rank is sent as many rows as every other one."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    def dispatch(self: Any, tokens: Any, scores: Any, *rest: Any) -> Any:
+        rows, ranks = scores.numel(), 1 if self.ep_mesh is None else self.ep_mesh.size()
+        even = [rows * (rank + 1) // ranks - rows * rank // ranks for rank in range(ranks)]
+        with cuda.patched(FakeTensor, "tolist", lambda _tensor: list(even)):
+            return original(self, tokens, scores, *rest)
+
+    return dispatch
+
+
 @contextlib.contextmanager
 def _stood_in(ledger: Ledger) -> Iterator[None]:
     """The compiled kernels, and what selective checkpointing keeps of them."""
     from torchtitan.components import metrics
     from torchtitan.distributed.activation_checkpoint import SelectiveAC
     from torchtitan.models.common import attention, decoder
+    from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher as Dispatcher
 
     keeps = SelectiveAC.get_save_ops
     with (
@@ -431,6 +445,7 @@ def _stood_in(ledger: Ledger) -> Iterator[None]:
         ),
         cuda.patched(F, "rms_norm", _rms_norm(F.rms_norm, ledger)),
         cuda.patched(torch, "autocast", _autocast(torch.autocast)),
+        cuda.patched(Dispatcher, "dispatch", _balanced(Dispatcher.dispatch)),
         cuda.patched(torch, "_assert_async", lambda *_: None),
         cuda.patched(metrics, "device_module", _Card()),
     ):  # fmt: skip

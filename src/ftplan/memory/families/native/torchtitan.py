@@ -1,4 +1,4 @@
-"""torchtitan's own modules: its decoder for Llama 3 and Qwen 3 (with experts too), and the losses of its trainer.
+"""torchtitan's own modules: its decoder for Llama 3 and Qwen 3, and the losses of its trainer.
 
 Source: pytorch/torchtitan torchtitan/models/common (decoder.py, attention.py, rope.py,
 feed_forward.py), torchtitan/components/loss.py, torchtitan/distributed/fsdp.py and
