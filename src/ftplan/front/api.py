@@ -363,7 +363,7 @@ def is_traced(resolved: Resolved) -> bool:
         return False
     from ftplan.memory.families.native import checkpoints, parallel, shards
 
-    if parallel(modules):
+    if parallel(modules) and not shards(modules):
         # traced on stand-ins for Transformer Engine and NCCL: published readings are 16 % above
         return False
     unsharded = (None, "none")

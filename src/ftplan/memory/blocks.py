@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from ftplan.memory import ops
 from ftplan.memory.adapters.lora import LoraLinear
@@ -13,7 +13,10 @@ from ftplan.memory.experts import Experts, Routing
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.nn import Module, Shared, Stack, Stage
 from ftplan.memory.record import BOUNDARY, HANDED, Recorder
-from ftplan.memory.tape import Node, Tape, Tensor
+from ftplan.memory.tape import Node, Parameter, Tape, Tensor
+
+if TYPE_CHECKING:
+    from ftplan.memory.families.native.torchtitan_spread import Grouped
 
 __all__ = ["ask_for_gradient", "run_stage"]
 
@@ -99,6 +102,8 @@ def _run_block(
     run = _checkpoint if checkpointed else _run
     if recorder.fsdp is None or recorder.fsdp.spec.wrap == "model":
         return run(block, x, shared)
+    if groups := recorder.fsdp.groups(block):
+        return _run_groups(recorder, groups, block, x, shared, run)
     apart = _spread(block) if recorder.fsdp.spec.ep > 1 else []
     hooked = recorder.tape.env.kernels.lora == "none"  # else a function gathers them by itself
     thin = _thin_layers(block) if hooked and "adapters" in recorder.fsdp.spec.apart else []
@@ -116,6 +121,26 @@ def _run_block(
     out = run(block, recorder.fsdp.enter(unit, x)[0], shared)
     recorder.fsdp.end_forward(unit)
     return recorder.fsdp.leave(unit, out)
+
+
+def _run_groups(
+    recorder: Recorder, groups: Sequence[list[Parameter]], block: Module, x: Tensor,
+    shared: Shared, run: Callable[[Module, Tensor, Shared], Tensor],
+) -> Tensor:  # fmt: skip
+    """A block whose experts are a group of their own."""
+    fsdp, (dense, spread) = cast("Grouped", recorder.fsdp), groups
+    units = [
+        Unit("block", dense, place=recorder.place, module=block),
+        Unit("experts", spread, place=recorder.place, module=block, experts=True),
+    ]
+    recorder.units += units
+    for unit in units:
+        fsdp.adopt(unit)
+    fsdp.begin_groups(units, block)
+    out = run(block, fsdp.enter_groups(units, x), shared)
+    for unit in units:
+        fsdp.end_forward(unit)
+    return fsdp.leave_groups(units, out)
 
 
 def _thin_layers(block: Module) -> list[Module]:

@@ -342,12 +342,20 @@ class Fsdp:
         for parameter in unit.parameters:
             parameter.grad = unit.scattered.pop(id(parameter), None) or parameter.grad
 
+    def _recycle(self, _unit: Unit) -> None:
+        """Flat gradients of units before go when the next one's are reduced."""
+        self.scattered.clear()
+
+    def groups(self, _block: Module) -> list[list[Parameter]]:
+        """Groups of weights that a block is gathered in, where they are more than one."""
+        return []
+
     def _reduce(self, unit: Unit) -> None:
         trained = [p for p in unit.parameters if p.grad is not None]
         grads = [parameter.grad for parameter in trained]
         for parameter in trained:
             parameter.grad = None
-        self.scattered.clear()
+        self._recycle(unit)
         if not grads:
             return
         ranks = self.ranks(unit)

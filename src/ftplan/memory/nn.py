@@ -443,6 +443,8 @@ class Network(Module):
         self.kept_in_fp32: tuple[str, ...] = ()
         """Modules and weights that are loaded in fp32 whatever dtype is asked for
         (``_keep_in_fp32_modules_strict``)."""
+        self.fsdp_kind: Any = None
+        """How FSDP2 runs it, where that is in a way of the trainer's own."""
         self.frees_head = False
         """FSDP2 frees a unit of norm and head after forward as others: somebody told it to."""
         self.virtual_tokens = 0

@@ -162,7 +162,7 @@ def _receive(recorder: Recorder, share: PipelineStage) -> None:
 
 def _sharded(network: Network, tape: Tape, spec: ShardingSpec, *, accumulated: bool) -> Fsdp:
     if spec.kind == "fsdp":
-        kind = Flat if spec.version == 1 else Fsdp
+        kind = Flat if spec.version == 1 else network.fsdp_kind or Fsdp
         return kind(tape, spec, accumulated=accumulated)
     return Zero(tape, spec, layout_of(network, spec), accumulated=accumulated)
 

@@ -88,6 +88,11 @@ _MODELS = {
 _NEVER = "--parallelism.fsdp_reshard_after_forward never"
 
 
+def _spread(ranks: int) -> tuple[str, ...]:
+    """Expert parallelism, which CUDA graphs do not take."""
+    return "--parallelism.expert_parallel_degree", str(ranks), "--training.disable_cuda_graphs"
+
+
 JOBS: tuple[Job, ...] = (
     _job("selective", "llama3", "8B", 2),
     _job("full", "llama3", "8B", 3, shape=(2, 2048), checkpointing="full"),
@@ -127,6 +132,14 @@ JOBS: tuple[Job, ...] = (
     _job("experts-full", "qwen3", "30B-A3B", 3, shape=(4, 2048), checkpointing="full", world=32),
     _job("experts-none", "qwen3", "30B-A3B", 2, shape=(2, 2048), checkpointing="none", world=2),
     _job("experts-one-gpu", "qwen3", "30B-A3B", 1, shape=(1, 4096), loss="full", world=1),
+    _job("spread", "qwen3", "30B-A3B", 3, *_spread(8), shape=(2, 1024), world=16,
+         sharding={"ep": 8}),
+    _job("spread-full", "qwen3", "30B-A3B", 4, *_spread(8), shape=(4, 2048), world=8,
+         sharding={"ep": 8}, checkpointing="full"),
+    _job("spread-none", "qwen3", "30B-A3B", 3, *_spread(4), shape=(1, 4096), world=32,
+         sharding={"ep": 4}, checkpointing="none", loss="full"),
+    _job("spread-accumulated", "qwen3", "30B-A3B", 3, *_spread(16), shape=(2, 2048), world=64,
+         sharding={"ep": 16}, batches=2),
     _job("wide", "llama3", "70B", 2, shape=(1, 4096), world=128, checkpointing="full"),
 )  # fmt: skip
 

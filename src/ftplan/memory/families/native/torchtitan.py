@@ -16,8 +16,9 @@ from ftplan.memory.families import complete
 from ftplan.memory.families.llama import rotate
 from ftplan.memory.families.native.base import Native, settle
 from ftplan.memory.families.native.torchtitan_experts import MoE
+from ftplan.memory.families.native.torchtitan_spread import Grouped
 from ftplan.memory.fsdp import Fsdp, Unit
-from ftplan.memory.job import Job
+from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.nn import Embedding, Linear, Module, Shared, Stack, Stage, activation
 from ftplan.memory.tape import (
     CHUNK,
@@ -45,6 +46,7 @@ __all__ = [
 Config = Mapping[str, Any]
 
 METHODS = ("full",)
+PARALLEL = ("ep",)
 WEIGHTS = ("bf16", "fp32")
 CHECKPOINTS = ("full", "selective")
 ATTENTION = ("sdpa", "flash")
@@ -176,11 +178,11 @@ class FeedForward(Module):
 class TransformerBlock(Module):
     """Attention and MLP, each behind a norm and beside the residual stream."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, spec: ShardingSpec) -> None:
         super().__init__()
         self.attention = Attention(config)
         mixed = config["model_type"] == "qwen3_moe"
-        self.feed_forward: Module = MoE(config) if mixed else FeedForward(config)
+        self.feed_forward: Module = MoE(config, spec) if mixed else FeedForward(config)
         self.attention_norm = RMSNorm(config["hidden_size"])
         self.ffn_norm = RMSNorm(config["hidden_size"])
 
@@ -192,8 +194,9 @@ class TransformerBlock(Module):
 class Decoder(Native):
     """The decoder, its units of FSDP2 beside the blocks, and the trainer's loss."""
 
-    def __init__(self, config: Config, *, chunked: bool, earlier: int) -> None:
+    def __init__(self, config: Config, spec: ShardingSpec, *, chunked: bool, earlier: int) -> None:
         super().__init__()
+        self.fsdp_kind = Grouped if spec.ep > 1 else None
         self.chunked, self.earlier = chunked, earlier
         hidden, vocabulary = config["hidden_size"], config["vocab_size"]
         self.tok_embeddings = Embedding(vocabulary, hidden)
@@ -205,7 +208,7 @@ class Decoder(Native):
             self.tie("lm_head.weight", "tok_embeddings.weight")
             self.lm_head.weight.twice = chunked
         stack = Stack(
-            "layers", config["num_hidden_layers"], lambda _layer: TransformerBlock(config)
+            "layers", config["num_hidden_layers"], lambda _layer: TransformerBlock(config, spec)
         )
         self.stages = [Stage(stack, self._enter, self._leave)]
         attention: Attention = stack.kinds[0].attention  # type: ignore[attr-defined]
@@ -229,6 +232,8 @@ class Decoder(Native):
         """The trainer sums the loss over all tokens and scales no gradient."""
         self.fsdp, fsdp.divides = fsdp, True
         self.last = next(unit for unit in units if unit.name == "head")
+        if isinstance(fsdp, Grouped):
+            fsdp.prepare(self.stages[0].stack.kinds[0], self.last)
 
     def _enter(self, tape: Tape, _shared: Shared) -> Tensor:
         x: Tensor = self.tok_embeddings.forward(tape)
@@ -308,6 +313,6 @@ def _entropy(logits: Tensor) -> Tensor:
 def build(job: Job) -> Native:
     """The network of a job."""
     chunked, earlier = job.environment.loss == "chunked", job.accumulation - 1
-    network = Decoder(complete(job.config), chunked=chunked, earlier=earlier)
+    network = Decoder(complete(job.config), job.sharding, chunked=chunked, earlier=earlier)
     settle(network, job, "")
     return network

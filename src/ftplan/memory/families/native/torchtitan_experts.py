@@ -1,4 +1,4 @@
-"""torchtitan's mixture of experts, all of whose experts a rank gathers (no expert parallelism).
+"""torchtitan's mixture of experts, which are all on a rank or spread over several.
 
 Source: pytorch/torchtitan torchtitan/models/common (moe.py, token_dispatcher.py) and
 torchtitan/ops/scatter_add.py, 0.3.0.
@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
 from ftplan.memory.experts import gather_rows, grouped_linear, topk
+from ftplan.memory.families.native.torchtitan_spread import send, send_back
+from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Linear, Module, activation
 from ftplan.memory.tape import ONE, Grads, Size, Tensor
 
@@ -95,16 +98,24 @@ class GroupedExperts(Module):
 class MoE(Module):
     """Tokens are copied to their experts, come back weighted in fp32, and are added up."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], spec: ShardingSpec) -> None:
         super().__init__()
         hidden, count = config["hidden_size"], config["num_experts"]
-        self.top_k = config["num_experts_per_tok"]
+        self.top_k, self.count, self.ranks = config["num_experts_per_tok"], count, spec.ep
+        if count % spec.ep:
+            raise UnsupportedError(
+                f"expert parallelism {spec.ep} of {count} experts",
+                remedy=f"use a degree that divides {count}",
+            )
         self.router = Router(hidden, count, self.top_k)
-        self.experts = GroupedExperts(hidden, config["moe_intermediate_size"], count)
+        inner, here = config["moe_intermediate_size"], count // spec.ep
+        self.experts = GroupedExperts(hidden, inner, here)
+        self.received = spec.ep * min(self.top_k, here) if spec.worst_routing else self.top_k
+        """Rows that this rank's experts run on, for each token of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         weights, index = self.router.forward(x)
-        routed = x.tape.tensor(x.rows, self.experts.count, "bool", "routing map")
+        routed = x.tape.tensor(x.rows, self.count, "bool", "routing map")
         out = self._routed(x, weights, index)
         del routed
         return out
@@ -113,13 +124,24 @@ class MoE(Module):
         """``RoutedExperts``: dispatch, experts, combine."""
         tape, rows = x.tape, x.rows * self.top_k
         tokens, weights = self._order(weights, rows)
-        picked = gather_rows(ops.view(x, x.rows, x.width), tokens, rows, x.width)
-        made = self.experts.forward(picked)
+        made, back = self._made(x, tokens, rows)
         zeros = tape.tensor(x.rows, x.width, x.dtype, "sum over experts")
-        weighted = ops.to(ops.mul(ops.to(made, "fp32"), weights), made.dtype)
+        weighted = ops.to(ops.mul(ops.to(back, "fp32"), weights), back.dtype)
+        del back
         out = _scatter_add(weighted, tokens, x.rows)
-        del zeros, index
+        del zeros, index, made
         return out
+
+    def _made(self, x: Tensor, tokens: Tensor, rows: Size) -> tuple[Tensor, Tensor]:
+        """What this rank's experts make, and what comes back to it: the same where all are here."""
+        picked = gather_rows(x, tokens, rows, x.width)
+        if self.ranks == 1:
+            made = self.experts.forward(picked)
+            return made, made
+        routed, order = send(picked, x.rows * self.received)
+        del picked
+        made = self.experts.forward(routed)
+        return made, send_back(made, order, rows)
 
     def _order(self, weights: Tensor, rows: Size) -> tuple[Tensor, Tensor]:
         """``_local_reorder``: which token each row of an expert is, and its weight."""
