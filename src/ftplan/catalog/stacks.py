@@ -167,6 +167,9 @@ class Stack:
     """Whether gradients are set to zero and stay, instead of going, when a step begins."""
     sharding: Literal["fsdp"] | None = None
     """What the model is sharded by when nothing is said, on one GPU too."""
+    sequence_parallel: bool = False
+    """Whether tensor parallel ranks share the tokens of norms and residuals when nothing is said.
+    """
     reduce_dtype: Literal["fp32"] | None = None
     """FSDP: dtype that gradients are reduced in when nothing is said; None: that of mixed
     precision."""

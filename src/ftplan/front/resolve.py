@@ -209,6 +209,10 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
     if sharding.kind is None and own is not None and own.sharding is not None:
         source = own.sources["sharding"]
         sharding = replace(sharding, kind=filler.fill("sharding.kind", None, own.sharding, source))
+    if (sharding.tp or 1) > 1 and own is not None and own.sequence_parallel:
+        source = own.sources["sequence_parallel"]
+        shares = filler.fill("sharding.sequence_parallel", sharding.sequence_parallel, True, source)
+        sharding = replace(sharding, sequence_parallel=shares)
     if sharding.kind == "fsdp" and own is not None and own.reduce_dtype is not None:
         source = own.sources["reduce_dtype"]
         reduced = filler.fill(

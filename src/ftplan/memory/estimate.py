@@ -293,7 +293,8 @@ class Structure:
         in_backward = job.optimizer.in_backward
         stepped = [entry for entry in learned if not entry[0].idle]
         self.step_bytes = 0 if in_backward else step_bytes(job.optimizer, stepped)
-        if job.sharding.tp > 1 and not job.sharding.megatron and self.step_bytes == 0:
+        views = not job.sharding.megatron and not job.modules  # transformers' plan makes them
+        if job.sharding.tp > 1 and views and self.step_bytes == 0:
             # a rank's rows of the table's gradient are a view, which is copied to be stepped with
             tables = [weight_bytes(p) for p, _, _ in learned if p.embedding]
             self.step_bytes = max(tables, default=0)

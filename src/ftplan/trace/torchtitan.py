@@ -57,10 +57,11 @@ def _job(
 ) -> Job:  # fmt: skip
     """``arguments`` are the user's beside those that say what the plan's own keys do."""
     micro, seq_len = shape
+    tp = plan.get("sharding", {}).get("tp", 1)
     command = [
         "--module", module, "--config", _CONFIGS.get(flavor, _CONFIGS[module]),
         "--training.local_batch_size", str(micro), "--training.seq_len", str(seq_len),
-        "--training.global_batch_size", str(micro * batches * world),
+        "--training.global_batch_size", str(micro * batches * world // tp),
         "--parallelism.spmd_backend", "partial_dtensor",  # the other one asks for a later torch
         *arguments, f"activation_checkpoint:{checkpointing}",
     ]  # fmt: skip
@@ -91,6 +92,11 @@ _NEVER = "--parallelism.fsdp_reshard_after_forward never"
 def _spread(ranks: int) -> tuple[str, ...]:
     """Expert parallelism, which CUDA graphs do not take."""
     return "--parallelism.expert_parallel_degree", str(ranks), "--training.disable_cuda_graphs"
+
+
+def _split(ranks: int) -> tuple[str, str]:
+    """Tensor parallelism, with the sequence split beside it."""
+    return "--parallelism.tensor_parallel_degree", str(ranks)
 
 
 JOBS: tuple[Job, ...] = (
@@ -140,6 +146,17 @@ JOBS: tuple[Job, ...] = (
          sharding={"ep": 4}, checkpointing="none", loss="full"),
     _job("spread-accumulated", "qwen3", "30B-A3B", 3, *_spread(16), shape=(2, 2048), world=64,
          sharding={"ep": 16}, batches=2),
+    _job("split", "llama3", "8B", 3, *_split(2), shape=(2, 2048), sharding={"tp": 2}),
+    _job("split-full", "llama3", "70B", 3, *_split(8), shape=(1, 8192), sharding={"tp": 8},
+         checkpointing="full", world=64),
+    _job("split-none", "qwen3", "14B", 3, *_split(4), shape=(4, 2048), sharding={"tp": 4},
+         checkpointing="none", loss="full"),
+    _job("split-tied", "llama3", "3B", 4, *_split(4), shape=(2, 4096), sharding={"tp": 4},
+         world=4),
+    _job("split-tied-full", "qwen3", "1.7B", 3, *_split(2), shape=(4, 2048), sharding={"tp": 2},
+         checkpointing="full", loss="full"),
+    _job("split-accumulated", "qwen3", "32B", 4, *_split(8), shape=(2, 4096), sharding={"tp": 8},
+         world=16, batches=2, loss="full", checkpointing="full"),
     _job("wide", "llama3", "70B", 2, shape=(1, 4096), world=128, checkpointing="full"),
 )  # fmt: skip
 
@@ -250,7 +267,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, input: Any, weight: Any, ledger: Ledger) -> Any:
         with ledger.named_op("_fused_rms_norm"):
             out = torch.empty_like(input)
-            rstd = torch.empty(*input.shape[:-1], 1, dtype=torch.float32)
+            rstd = torch.empty(*local(input).shape[:-1], 1, dtype=torch.float32)
         ctx.save_for_backward(input, weight, rstd)
         ctx.ledger = ledger
         return out
@@ -440,10 +457,23 @@ def _balanced(original: Any) -> Callable[..., Any]:
     return dispatch
 
 
+def _own_sums(original: Any, ledger: Ledger) -> Any:
+    """A backward in Python, whose sums are new tensors."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ledger.sums_in_place = False
+        try:
+            return original(ctx, *grads)
+        finally:
+            ledger.sums_in_place = True
+
+    return staticmethod(backward)
+
+
 @contextlib.contextmanager
 def _stood_in(ledger: Ledger) -> Iterator[None]:
     """The compiled kernels, and what selective checkpointing keeps of them."""
-    from torchtitan.components import metrics
+    from torchtitan.components import loss, metrics
     from torchtitan.distributed.activation_checkpoint import SelectiveAC
     from torchtitan.models.common import attention, decoder
     from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher as Dispatcher
@@ -459,6 +489,10 @@ def _stood_in(ledger: Ledger) -> Iterator[None]:
         cuda.patched(F, "rms_norm", _rms_norm(F.rms_norm, ledger)),
         cuda.patched(torch, "autocast", _autocast(torch.autocast)),
         cuda.patched(Dispatcher, "dispatch", _balanced(Dispatcher.dispatch)),
+        cuda.patched(
+            loss._LossParallelCrossEntropy, "backward",
+            _own_sums(loss._LossParallelCrossEntropy.backward, ledger),
+        ),
         cuda.patched(torch, "_assert_async", lambda *_: None),
         cuda.patched(metrics, "device_module", _Card()),
     ):  # fmt: skip

@@ -7,6 +7,7 @@ torchtitan/trainer.py, 0.3.0. Norms are PyTorch's fused one, attention is compil
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,12 @@ from ftplan.memory.families import complete
 from ftplan.memory.families.llama import rotate
 from ftplan.memory.families.native.base import Native, settle
 from ftplan.memory.families.native.torchtitan_experts import MoE
+from ftplan.memory.families.native.torchtitan_split import (
+    VocabParallelEmbedding,
+    gathered,
+    loss_parallel,
+    scattered,
+)
 from ftplan.memory.families.native.torchtitan_spread import Grouped
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.job import Job, ShardingSpec
@@ -46,7 +53,7 @@ __all__ = [
 Config = Mapping[str, Any]
 
 METHODS = ("full",)
-PARALLEL = ("ep",)
+PARALLEL = ("ep", "tp")
 WEIGHTS = ("bf16", "fp32")
 CHECKPOINTS = ("full", "selective")
 ATTENTION = ("sdpa", "flash")
@@ -67,14 +74,20 @@ def wraps(sharding: Any) -> bool:
     """``fully_shard`` of every block, of the embeddings, and of norm and head; on one GPU too."""
     apart = set(sharding.apart or ()) == {"embeddings", "head"}
     offloads = sharding.offload not in (None, "none")
+    if (sharding.tp or 1) > 1 and (not sharding.sequence_parallel or (sharding.ep or 1) > 1):
+        return False
     return bool((sharding.kind, sharding.version or 2) == ("fsdp", 2) and apart and not offloads)
 
 
 class RMSNorm(Module):
-    """``torch.nn.RMSNorm``, one kernel on CUDA: keeps its input and an fp32 number a row."""
+    """``torch.nn.RMSNorm``, one kernel on CUDA: keeps its input and an fp32 number a row.
 
-    def __init__(self, width: int) -> None:
+    ``gathers``: all tokens come out of it, of a part of them.
+    """
+
+    def __init__(self, width: int, *, gathers: bool = False) -> None:
         super().__init__()
+        self.gathers = gathers
         self.weight = self.parameter("weight", width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,14 +101,15 @@ class RMSNorm(Module):
             return tuple(make(grad) for make in makers)
 
         ops.record([out], "rms_norm", [x, weight], apply)
-        return out
+        return gathered(out) if self.gathers else out
 
 
 class Attention(Module):
     """``GQAttention``: one matrix makes queries, keys and values, which are laid apart."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, split: bool) -> None:
         super().__init__()
+        self.split = split
         hidden, count = config["hidden_size"], config["num_attention_heads"]
         kv_count = config.get("num_key_value_heads") or count
         size = config.get("head_dim") or hidden // count
@@ -108,14 +122,14 @@ class Attention(Module):
             self.q_norm, self.k_norm = RMSNorm(size), RMSNorm(size)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._project(x)
+        q, k, v = self._project(gathered(x) if self.split else x)
         if self.normed:
             q = self._by_head(self.q_norm, q)
             k = self._by_head(self.k_norm, k)
         turn = _rotate_halves if self.normed else _rotate_pairs
         q, k = turn(q, k, self.heads.size)
         out: Tensor = self.wo.forward(flex_attention(q, k, v, self.heads))
-        return out
+        return scattered(out) if self.split else out
 
     def _project(self, x: Tensor) -> list[Tensor]:
         qkv: Tensor = self.wqkv.forward(x)
@@ -164,13 +178,18 @@ def _rotate_halves(q: Tensor, k: Tensor, size: int) -> tuple[Tensor, Tensor]:
 class FeedForward(Module):
     """``w2(silu(w1(x)) * w3(x))``."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, split: bool) -> None:
         super().__init__()
+        self.split = split
         hidden, inner = config["hidden_size"], config["intermediate_size"]
         self.w1, self.w3 = Linear(hidden, inner), Linear(hidden, inner)
         self.w2 = Linear(inner, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        out = self._run(gathered(x) if self.split else x)
+        return scattered(out) if self.split else out
+
+    def _run(self, x: Tensor) -> Tensor:
         h = ops.mul(activation(self.w1.forward(x), "silu"), self.w3.forward(x))
         return self.w2.forward(h)
 
@@ -180,9 +199,10 @@ class TransformerBlock(Module):
 
     def __init__(self, config: Config, spec: ShardingSpec) -> None:
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = Attention(config, split=spec.tp > 1)
         mixed = config["model_type"] == "qwen3_moe"
-        self.feed_forward: Module = MoE(config, spec) if mixed else FeedForward(config)
+        dense = FeedForward(config, split=spec.tp > 1)
+        self.feed_forward: Module = MoE(config, spec) if mixed else dense
         self.attention_norm = RMSNorm(config["hidden_size"])
         self.ffn_norm = RMSNorm(config["hidden_size"])
 
@@ -198,15 +218,17 @@ class Decoder(Native):
         super().__init__()
         self.fsdp_kind = Grouped if spec.ep > 1 else None
         self.chunked, self.earlier = chunked, earlier
-        hidden, vocabulary = config["hidden_size"], config["vocab_size"]
-        self.tok_embeddings = Embedding(vocabulary, hidden)
-        self.norm = RMSNorm(hidden)
+        self.split = spec.tp > 1
+        hidden, vocabulary = config["hidden_size"], -(-config["vocab_size"] // spec.tp)
+        table = VocabParallelEmbedding if self.split else Embedding
+        self.tok_embeddings = table(vocabulary, hidden)
+        self.norm = RMSNorm(hidden, gathers=self.split)
         self.lm_head = Linear(hidden, vocabulary)
         self.embedding_names = ("tok_embeddings",)
         self.frees_head = chunked  # from the first step on: ``set_reshard_after_forward(True)``
         if config.get("tie_word_embeddings"):
             self.tie("lm_head.weight", "tok_embeddings.weight")
-            self.lm_head.weight.twice = chunked
+            self.lm_head.weight.twice = chunked or self.split
         stack = Stack(
             "layers", config["num_hidden_layers"], lambda _layer: TransformerBlock(config, spec)
         )
@@ -232,6 +254,10 @@ class Decoder(Native):
         """The trainer sums the loss over all tokens and scales no gradient."""
         self.fsdp, fsdp.divides = fsdp, True
         self.last = next(unit for unit in units if unit.name == "head")
+        if self.split and self.tied:  # ``parallelize`` makes two DTensors, and FSDP2 knows both
+            other = copy.deepcopy(self.lm_head.weight)
+            other.trainable = False
+            self.last.parameters.append(other)
         if isinstance(fsdp, Grouped):
             fsdp.prepare(self.stages[0].stack.kinds[0], self.last)
 
@@ -256,7 +282,7 @@ class Decoder(Native):
         if self.chunked:
             loss = self._chunked(held[0])
         else:
-            loss = _entropy(held[0])
+            loss = self._entropy(held[0])
         held.clear()
         return loss
 
@@ -296,18 +322,19 @@ class Decoder(Native):
         # its unit is gathered, and waits for the norm of another forward
         run: Callable[[Tensor], Tensor] = getattr(self.lm_head.forward, "bare", self.head)
         logits[:] = [run(h)]
-        loss = _entropy(logits[0])
+        loss = self._entropy(logits[0])
         backward(loss, h.tape.tensor(ONE, 1, "fp32", "output gradient"))
         if self.fsdp is not None:
             self.fsdp.accumulate(self.last, self.lm_head.weight, reduces=last)
         cast = ops.to(leaf.grad, "fp32") if leaf.grad is not None else None
         del cast, loss
 
-
-def _entropy(logits: Tensor) -> Tensor:
-    """``cross_entropy_loss``: in fp32, summed; the labels are the batch's own."""
-    labels = Tensor(logits.tape, None, logits.rows, 1, "int64")
-    return ops.cross_entropy(ops.to(logits, "fp32"), labels)
+    def _entropy(self, logits: Tensor) -> Tensor:
+        """``cross_entropy_loss``: in fp32, summed; the labels are the batch's own."""
+        if self.split:
+            return loss_parallel(logits)
+        labels = Tensor(logits.tape, None, logits.rows, 1, "int64")
+        return ops.cross_entropy(ops.to(logits, "fp32"), labels)
 
 
 def build(job: Job) -> Native:
