@@ -42,17 +42,20 @@ def shard_shape(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
     return (-(-shape[0] // ranks), *shape[1:])
 
 
-def wrapped_apart(network: Network, spec: ShardingSpec) -> list[tuple[str, list[Module]]]:
+def wrapped_apart(
+    network: Network, spec: ShardingSpec, *, adapted: bool
+) -> list[tuple[str, list[Module]]]:
     """What FSDP2 makes units of beside the blocks, as accelerate does since 1.14.
 
     The embeddings, and the final norm with the head: one unit where these two share a weight
-    (accelerate/utils/fsdp_utils.py 1.15, ``fsdp2_prepare_model``).
+    (accelerate/utils/fsdp_utils.py 1.15, ``fsdp2_prepare_model``). ``adapted``: PEFT is around it.
     """
     if not spec.apart:
         return []
     table = network.child(network.embedding_names[0])
     head = _output_embeddings(network)
-    tail = [module for module in (_final_norm(network), head) if module is not None]
+    norm = _final_norm(network, adapted=adapted)
+    tail = [module for module in (norm, head) if module is not None]
     if len(network.stages) > 1:
         raise UnsupportedError(
             "FSDP2 of an encoder-decoder whose embeddings are a unit of their own",
@@ -71,7 +74,7 @@ def stays_gathered(network: Network, spec: ShardingSpec) -> Callable[[Parameter,
     """Whether a forward leaves a weight gathered, by the weight and whether a block has it."""
     freed = {
         id(parameter)
-        for name, modules in wrapped_apart(network, spec)
+        for name, modules in wrapped_apart(network, spec, adapted=_is_adapted(network))
         for module in modules
         for _, parameter in module.named_parameters()
         if name != "head"
@@ -93,14 +96,17 @@ def _output_embeddings(network: Network) -> Module | None:
     return None if network.head_name == "score" else parent.children.get(name)
 
 
-def _final_norm(network: Network) -> Module | None:
+def _is_adapted(network: Network) -> bool:
+    return any(p.added for stage in network.stages for p in stage.stack.parameters())
+
+
+def _final_norm(network: Network, *, adapted: bool) -> Module | None:
     """``_find_final_norm``: the last norm among the base model's own children.
 
     With PEFT around a model whose base is called ``model`` it looks one module too high, and finds
     none.
     """
     base, inside, _ = network.embedding_names[0].partition(".")
-    adapted = any(p.added for stage in network.stages for p in stage.stack.parameters())
     if adapted and base == "model":
         return None
     children = (network.child(base) if inside else network).children.values()
@@ -155,6 +161,8 @@ class Fsdp:
         self.divides = False
         """The trainer sets what gradients are divided by (``set_gradient_divide_factor``)."""
         self.order: list[Unit] = []
+        self.ran_again = False
+        """Another pass of the same model came after the one that has a way back."""
         self.beside = False
         """Another network runs, which is sharded by itself."""
 
@@ -221,7 +229,7 @@ class Fsdp:
         """
         units: list[Unit] = []
         left = {id(p): p for _, p in network.named_parameters()}  # tied weights once
-        for name, modules in wrapped_apart(network, self.spec):
+        for name, modules in wrapped_apart(network, self.spec, adapted=_is_adapted(network)):
             own = [p for module in modules for _, p in module.named_parameters() if id(p) in left]
             unit = Unit(name, list({id(p): left.pop(id(p), p) for p in own}.values()))
             unit.stays = not network.frees_head if name == "head" else None
@@ -233,6 +241,12 @@ class Fsdp:
             if held and (stays or not self.spec.reshard_after_forward):
                 unit.parameters = []
         return units
+
+    def share_units(self, network: Network, like: Network, units: Sequence[Unit]) -> None:
+        """The modules of the same model with its adapters off are in the same units."""
+        named = {unit.name: unit for unit in units}
+        for name, modules in wrapped_apart(network, self.spec, adapted=_is_adapted(like)):
+            self.enclose(named[name], modules)
 
     def begin_model(self, root: Unit) -> None:
         """The root's ``pre_forward``."""
@@ -304,8 +318,10 @@ class Fsdp:
             self._copy_out(unit)
             unit.flat = None
         index = self.order.index(unit)
-        if index > 0 and not self.order[index - 1].gathered:
-            self._gather(self.order[index - 1])
+        if index > 0 or self.ran_again:  # then the pass before ended with the last of them
+            ahead = self.order[index - 1]
+            if not ahead.gathered:
+                self._gather(ahead)
 
     def unshard(self, unit: Unit) -> None:
         """``FSDPModule.unshard``, outside of a forward: nothing waits for the flat buffer."""

@@ -200,7 +200,12 @@ class Recorder:
         self.network = network
         if self.fsdp is not None:
             order = list(self.fsdp.order)
-            self.units = self.fsdp.outer_units(network, held=True) if beside else list(self.outer)
+            if beside:
+                self.units = self.fsdp.outer_units(network, held=True)
+            else:
+                self.fsdp.share_units(network, before[0], self.outer)
+                self.units = list(self.outer)
+                self.fsdp.ran_again = True
             self.fsdp.beside = beside
         yield
         self.network, self.units = before

@@ -276,6 +276,15 @@ EVALUATED_REGIMES: dict[str, Mapping] = {
     },
 }  # fmt: skip
 """Regimes with an evaluation between two steps."""
+PAIRED_REGIMES: dict[str, Mapping] = {
+    "fsdp2-full-dpo": {
+        "task": "dpo", "method": FULL, "precision": BF16, "gradient_checkpointing": True,
+    },
+    "fsdp2-lora-dpo": {
+        "task": "dpo", "method": LORA, "precision": BF16, "gradient_checkpointing": True,
+    },
+}  # fmt: skip
+"""Regimes with a reference: a model beside the trained one, or the same with its adapters off."""
 GATHERED = (
     "llama-3.1-8b", "qwen2.5-7b", "mistral-7b-v0.1", "pythia-1.4b", "opt-1.3b", "smollm2-1.7b",
     "qwen3-4b", "phi-3-mini", "olmo-2-7b", "granite-3.1-2b", "gpt2-xl", "gemma-2-2b",
@@ -394,6 +403,8 @@ def _in_one_root(name: str) -> Iterator[tuple[str, Mapping, int]]:
             "method": {**LORA, "targets": COLUMNS[name]},
         }
         yield from _jobs(name, {"tp-lora-columns": adapted}, 1)
+    if name in SPLIT:
+        yield from _jobs(name, PAIRED_REGIMES, 1)
     if name in PLANNED:
         yield from _jobs(name, PLANNED_REGIMES, 2)
     if name in RINGED:
@@ -438,7 +449,8 @@ def _jobs(name: str, known: dict[str, Mapping], count: int) -> Iterator[tuple[st
             }  # fmt: skip
         plan: Mapping = {
             "version": 1, "model": name, "stack": more.get("stack", "transformers"),
-            "task": "sft", "method": more["method"], "precision": more["precision"],
+            "task": more.get("task", "sft"), "method": more["method"],
+            "precision": more["precision"],
             "batch": {
                 "micro": micro, "seq_len": seq_len, "accumulation": 1, "padding": "none",
                 **more.get("batch", {}),

@@ -288,7 +288,7 @@ class Writer:
             words = [
                 "full_shard" if sharding.reshard_after_forward is not False else "shard_grad_op"
             ]
-            if sharding.wrap == "block":
+            if sharding.wrap != "model":
                 words.append("auto_wrap")
             if sharding.offload == "params":
                 words.append("offload")
@@ -330,9 +330,7 @@ class Writer:
                 f"{prefix}offload_params": sharding.offload == "params",
                 f"{prefix}auto_wrap_policy": "NO_WRAP"
                 if sharding.wrap == "model"
-                else "TRANSFORMER_BASED_WRAP"
-                if sharding.wrap == "block"
-                else None,
+                else "TRANSFORMER_BASED_WRAP",
                 f"{prefix}reshard_after_forward": sharding.reshard_after_forward,
                 f"{prefix}use_orig_params": sharding.use_orig_params
                 if sharding.version != 2
