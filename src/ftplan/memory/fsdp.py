@@ -31,6 +31,8 @@ BUFFERS = ("gptq", "awq")
 (``register_buffer("qweight", ...)`` in gptqmodel and autoawq)."""
 
 
+OUTER = ("root", "embeddings", "head")
+"""Units that are no blocks, nor in one."""
 ACCUMULATED = Label("gradients", "accumulated")
 """Gradients of earlier micro batches: static, but for what the last one frees of them."""
 
@@ -389,8 +391,11 @@ class Fsdp:
         if ranks == 1 and (unit.experts or self.divides):  # no collective divides them
             divided = self._allocate(flat, "divided gradients")
             del divided
-        if self.spec.dp_replicate > 1:
-            unit.across = shard  # ``AllReduceState``
+        if self.spec.dp_replicate > 1:  # ``AllReduceState``
+            if unit.name in OUTER:
+                unit.across = shard
+            else:  # of every layer that the block stands for
+                self.tape.cached.append(Tensor(self.tape, shard, ONE, 1, dtype))
         if dtype != orig:
             shard = self._allocate(
                 flat // ranks // ITEM_BYTES[dtype] * ITEM_BYTES[orig], "reduced gradients"
