@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ftplan.memory import ops
-from ftplan.memory.attention import Heads, flex_attention
+from ftplan.memory.attention import Heads
 from ftplan.memory.families import complete
 from ftplan.memory.families.llama import rotate
 from ftplan.memory.families.native.base import Native, settle
@@ -24,6 +24,7 @@ from ftplan.memory.families.native.torchtitan_split import (
     scattered,
 )
 from ftplan.memory.families.native.torchtitan_spread import Grouped
+from ftplan.memory.flex import flex_attention
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.nn import Embedding, Linear, Module, Shared, Stack, Stage, activation
