@@ -77,7 +77,8 @@ def run_stage(
         _name_parts(block, recorder.tape)
         entering = x.storage.index if x.storage is not None else 0
         # the caller's name for the input lives until the block returns
-        x = _run_block(recorder, block, x, shared, checkpointed=checkpointed)
+        idle = _switched_off(recorder, stage, layer)
+        x = _run_block(recorder, block, x, shared, checkpointed=checkpointed, idle=idle)
         x = recorder.network.after_block(layer, x)
         _name_boundary(x)
         picks.note(key)
@@ -95,10 +96,28 @@ def run_stage(
     return x
 
 
+def _switched_off(recorder: Recorder, stage: Stage, layer: int) -> list[Parameter]:
+    """The layer's adapters where they are off: a unit gathers them all the same."""
+    if recorder.adapted is None:
+        return []
+    stack = recorder.adapted.stages[recorder.network.stages.index(stage)].stack
+    block = stack.kinds[stack.pattern[layer]]
+    return [parameter for _, parameter in block.named_parameters() if parameter.added]
+
+
 def _run_block(
-    recorder: Recorder, block: Module, x: Tensor, shared: Shared, *, checkpointed: bool
+    recorder: Recorder,
+    block: Module,
+    x: Tensor,
+    shared: Shared,
+    *,
+    checkpointed: bool,
+    idle: Sequence[Parameter] = (),
 ) -> Tensor:
-    """A block's forward, as a unit of FSDP where the job is sharded."""
+    """A block's forward, as a unit of FSDP where the job is sharded.
+
+    ``idle``: what the unit has beside the block's weights.
+    """
     run = _checkpoint if checkpointed else _run
     if recorder.fsdp is None or recorder.fsdp.spec.wrap == "model":
         return run(block, x, shared)
@@ -110,6 +129,8 @@ def _run_block(
     own = {id(p) for module in (*apart, *thin) for _, p in module.named_parameters()}
     held = recorder.fsdp.beside and not recorder.fsdp.spec.reshard_after_forward
     weights = [p for _, p in block.named_parameters() if id(p) not in own and not held]
+    if "adapters" not in recorder.fsdp.spec.apart:
+        weights += idle
     unit = Unit("block", weights, place=recorder.place, module=block)
     recorder.units.append(unit)
     recorder.fsdp.adopt(unit)

@@ -164,6 +164,8 @@ class Recorder:
         """Those that are no blocks: the root first."""
         self.place: int | str | None = None
         """Of the block that is recorded next (:meth:`Fsdp.place`)."""
+        self.adapted: Network | None = None
+        """The trained network, while it runs with its adapters off."""
         self.blocks = 0
         """Blocks of the stages before: every n-th of all is checkpointed, not of a stage's."""
         self.states: States | None = None
@@ -203,13 +205,14 @@ class Recorder:
             if beside:
                 self.units = self.fsdp.outer_units(network, held=True)
             else:
+                self.adapted = before[0]
                 self.fsdp.share_units(network, before[0], self.outer)
                 self.units = list(self.outer)
                 self.fsdp.ran_again = True
             self.fsdp.beside = beside
         yield
         self.network, self.units = before
-        self.blocks = blocks
+        self.blocks, self.adapted = blocks, None
         if self.fsdp is not None:
             self.fsdp.order, self.fsdp.beside = order, False
 
