@@ -546,7 +546,7 @@ def _shard(parameter: Parameter, ranks: int) -> Parameter:
     shape = shard_shape(parameter.shape, ranks)
     part = Parameter(parameter.name, shape, parameter.dtype, parameter.trainable)
     part.added, part.embedding = parameter.added, parameter.embedding
-    part.idle, part.twice = parameter.idle, parameter.twice
+    part.idle, part.twice, part.crosswise = parameter.idle, parameter.twice, parameter.crosswise
     part.expert = parameter.expert
     part.whole = parameter.shape
     return part

@@ -213,12 +213,15 @@ class Fsdp:
 
     def _copy_out(self, unit: Unit) -> None:
         cast: Storage | None = None
+        chunks: list[Storage] = []  # to be joined in the second dimension
         for parameter in unit.parameters:
             size = self._total(unit, (parameter,))
             if self.ranks(unit) == 1 and parameter.stored != parameter.dtype:
                 cast = self._allocate(size, "shards")  # beside the cast of the one before
             unit.gathered.append(self._allocate(size, "weights"))
-        del cast
+            if parameter.crosswise and self.ranks(unit) > 1:
+                chunks.append(self._allocate(size, "chunks"))
+        del cast, chunks
 
     def place(self, layer: int, count: int) -> int | str | None:
         """Blocks that are recorded by themselves: the first and the last."""
@@ -381,6 +384,11 @@ class Fsdp:
         orig = trained[0].stored
         unit.across = None
         _last = grads[-1] if ranks > 1 else None  # ``foreach_reduce``: the variable of its loop
+        _chunks = None  # ... and what it cut last
+        for place, parameter in enumerate(trained):
+            if parameter.crosswise and ranks > 1:
+                _chunks = grads[place]
+                grads[place] = ops.copy(_chunks) if _chunks is not None else None
         if unit.accumulated:  # ``accumulate_unsharded_grad_if_needed``: added and gone before
             grads.clear()
         flat = self._total(unit, trained) // ITEM_BYTES[trained[0].dtype] * ITEM_BYTES[dtype]

@@ -152,6 +152,11 @@ JOBS: tuple[Job, ...] = (
     _job("spread-hybrid", "qwen3", "30B-A3B", 3, "--parallelism.data_parallel_replicate_degree",
          "2", *_spread(4), shape=(2, 2048), world=16, sharding={"ep": 4, "dp_replicate": 2},
          checkpointing="none"),
+    _job("experts-wide", "qwen3", "30B-A3B", 2, shape=(2, 1024), world=256, checkpointing="full"),
+    _job("spread-wide", "qwen3", "30B-A3B", 3, *_spread(8), shape=(2, 2048), world=256,
+         sharding={"ep": 8}, checkpointing="full"),
+    _job("spread-wide-none", "qwen3", "30B-A3B", 3, *_spread(64), shape=(1, 4096), world=256,
+         sharding={"ep": 64}, checkpointing="none", loss="full"),
     _job("wide", "llama3", "70B", 2, shape=(1, 4096), world=128, checkpointing="full"),
 )  # fmt: skip
 

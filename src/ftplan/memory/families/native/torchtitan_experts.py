@@ -74,14 +74,21 @@ def _normalised(x: Tensor) -> Tensor:
 
 
 class GroupedExperts(Module):
-    """Three 3D weights; ``w2(silu(w1(x)) * w3(x))`` of rows sorted by expert, in bf16."""
+    """Three 3D weights; ``w2(silu(w1(x)) * w3(x))`` of rows sorted by expert, in bf16.
 
-    def __init__(self, hidden: int, inner: int, count: int) -> None:
+    ``across``: FSDP2 shards them by their second dimension, where there are more ranks than
+    experts.
+    """
+
+    def __init__(self, hidden: int, inner: int, count: int, *, across: bool) -> None:
         super().__init__()
-        self.inner, self.count = inner, count
+        self.count = count
         shapes = {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}
-        for name, shape in shapes.items():
-            self.parameter(name, count, *shape).expert = True
+        for name, (rows, columns) in shapes.items():
+            first = (rows, count) if across else (count, rows)
+            weight = self.parameter(name, *first, columns)
+            weight.expert, weight.crosswise = True, across
+        self.features = {name: rows for name, (rows, _) in shapes.items()}
 
     def forward(self, x: Tensor) -> Tensor:
         offsets = x.tape.tensor(ONE, self.count, "int32", "expert offsets")
@@ -92,7 +99,7 @@ class GroupedExperts(Module):
     def _product(self, x: Tensor, name: str, offsets: Tensor) -> Tensor:
         parameter = self.parameters[name]
         weight = ops.to(x.tape.leaf(parameter), "bf16")
-        return grouped_linear(ops.to(x, "bf16"), weight, offsets, parameter.shape[1])
+        return grouped_linear(ops.to(x, "bf16"), weight, offsets, self.features[name])
 
 
 class MoE(Module):
@@ -109,7 +116,8 @@ class MoE(Module):
             )
         self.router = Router(hidden, count, self.top_k)
         inner, here = config["moe_intermediate_size"], count // spec.ep
-        self.experts = GroupedExperts(hidden, inner, here)
+        ranks = spec.ranks_of(True) * spec.ep if spec.ep > 1 else spec.data_ranks
+        self.experts = GroupedExperts(hidden, inner, here, across=ranks > count)
         self.received = spec.ep * min(self.top_k, here) if spec.worst_routing else self.top_k
         """Rows that this rank's experts run on, for each token of its own."""
 
