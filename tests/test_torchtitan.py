@@ -33,7 +33,7 @@ def structure(model: str = "llama-3.1-8b", world: int = 8, **changes: Any) -> St
 def test_phases_are_those_of_the_trainer() -> None:
     """Of every job of the trace not the peak alone but that of each phase is met, within 0.01 %."""
     lines = json.loads(TRACES.read_text("ascii"))["jobs"]
-    assert len(lines) >= 54
+    assert len(lines) >= 59
     for line in lines:
         job = job_of(resolve(plan_from(line["plan"])))
         cut = {**job.config, "num_hidden_layers": line["layers"]}
@@ -109,6 +109,9 @@ def test_tied_embeddings_are_one_unit_that_reduces_twice() -> None:
         ({"sharding": {"kind": "fsdp", "offload": "params"}}, ""),
         ({"attention": "eager"}, ""),
         ({"model": "gpt2-xl"}, ""),
+        ({"model": "deepseek-v3"}, "torchtitan"),
+        ({"model": "deepseek-v3", "sharding": {"tp": 2}}, ""),
+        ({"model": "qwen3-30b-a3b", "sharding": {"tp": 2, "ep": 2}}, ""),
     ],
 )
 def test_only_what_was_run_is_walked_in_its_modules(changes: dict[str, Any], modules: str) -> None:

@@ -166,7 +166,7 @@ def modules_of(resolved: Resolved) -> str:
         method.target_parameters, method.use_dora, method.fused_lora, method.options,
         plan.batch.images and unseen, split - {*parallel(modules)}, (plan.sharding.etp or 1) > 1,
         plan.batch.padding == "right", plan.kernels not in (None, "none"),
-        not wraps(modules, plan.sharding),
+        not wraps(modules, plan.sharding, resolved.config),
         weights.layout != "plain" and plan.precision.mixed != "no",
     )  # fmt: skip
     if any(others):

@@ -148,16 +148,16 @@ def _run_groups(
     recorder: Recorder, groups: Sequence[list[Parameter]], block: Module, x: Tensor,
     shared: Shared, run: Callable[[Module, Tensor, Shared], Tensor],
 ) -> Tensor:  # fmt: skip
-    """A block whose experts are a group of their own."""
-    fsdp, (dense, spread) = cast("Grouped", recorder.fsdp), groups
+    """A block whose experts, if it has any, are a group of their own."""
+    fsdp = cast("Grouped", recorder.fsdp)
     units = [
-        Unit("block", dense, place=recorder.place, module=block),
-        Unit("experts", spread, place=recorder.place, module=block, experts=True),
+        Unit("block", weights, place=recorder.place, module=block, experts=weights[0].expert)
+        for weights in groups
     ]
     recorder.units += units
     for unit in units:
         fsdp.adopt(unit)
-    fsdp.begin_groups(units, block)
+    fsdp.begin_groups(units)
     out = run(block, fsdp.enter_groups(units, x), shared)
     for unit in units:
         fsdp.end_forward(unit)

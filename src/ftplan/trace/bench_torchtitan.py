@@ -38,7 +38,7 @@ def _job(
         "--training.local_batch_size", str(micro), "--training.seq_len", str(seq_len),
         "--training.global_batch_size", str(micro * batches * world // tp),
         "--parallelism.spmd_backend", "partial_dtensor",  # the other one asks for a later torch
-        *arguments, f"activation_checkpoint:{checkpointing}",
+        *_UNLIKE.get(module, ()), *arguments, f"activation_checkpoint:{checkpointing}",
     ]  # fmt: skip
     sharding = {"kind": "fsdp", "version": 2, "reduce_dtype": "fp32", **plan.pop("sharding", {})}
     means = {
@@ -53,12 +53,25 @@ def _job(
     return {**line, "command": shlex.join(command), "plan": means}
 
 
-_CONFIGS = {"llama3": "llama3_8b", "qwen3": "qwen3_14b", "30B-A3B": "qwen3_30b_a3b"}
+_CONFIGS = {
+    "llama3": "llama3_8b",
+    "qwen3": "qwen3_14b",
+    "30B-A3B": "qwen3_30b_a3b",
+    "deepseek_v3": "deepseek_v3_16b",
+}
 """Configurations of the trainer by module, or by flavor."""
+_UNLIKE = {
+    "deepseek_v3": (
+        "--compile.no-enable", "--training.no-disable_cuda_graphs",
+        "--parallelism.expert_parallel_degree", "1",
+    ),
+}  # fmt: skip
+"""What its configuration says otherwise than the others."""
 _MODELS = {
     "1B": "llama-3.2-1b", "3B": "llama-3.2-3b", "8B": "llama-3.1-8b", "70B": "llama-3.1-70b",
     "0.6B": "qwen3-0.6b", "1.7B": "qwen3-1.7b", "4B": "qwen3-4b", "14B": "qwen3-14b",
-    "32B": "qwen3-32b", "30B-A3B": "qwen3-30b-a3b",
+    "32B": "qwen3-32b", "30B-A3B": "qwen3-30b-a3b", "16B": "deepseek-v2-lite",
+    "671B": "deepseek-v3",
 }  # fmt: skip
 """Flavors by the names of the catalogue."""
 _NEVER = "--parallelism.fsdp_reshard_after_forward never"
@@ -157,6 +170,14 @@ JOBS: tuple[Job, ...] = (
          sharding={"ep": 8}, checkpointing="full"),
     _job("spread-wide-none", "qwen3", "30B-A3B", 3, *_spread(64), shape=(1, 4096), world=256,
          sharding={"ep": 64}, checkpointing="none", loss="full"),
+    _job("latent", "deepseek_v3", "16B", 3, shape=(2, 1024)),
+    _job("latent-full", "deepseek_v3", "671B", 4, shape=(1, 2048), world=64, checkpointing="full"),
+    _job("latent-none", "deepseek_v3", "16B", 3, shape=(2, 2048), world=2, checkpointing="none",
+         loss="full"),
+    _job("latent-spread", "deepseek_v3", "16B", 4, *_spread(8), shape=(2, 2048), world=16,
+         sharding={"ep": 8}),
+    _job("latent-spread-full", "deepseek_v3", "671B", 5, *_spread(32), shape=(1, 4096), world=64,
+         sharding={"ep": 32}, checkpointing="full"),
     _job("wide", "llama3", "70B", 2, shape=(1, 4096), world=128, checkpointing="full"),
 )  # fmt: skip
 

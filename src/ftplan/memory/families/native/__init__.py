@@ -62,10 +62,10 @@ def parallel(modules: str) -> tuple[str, ...]:
     return degrees
 
 
-def wraps(modules: str, sharding: Any) -> bool:
+def wraps(modules: str, sharding: Any, config: Mapping[str, Any]) -> bool:
     """Whether the trainer's code is walked under what shards the plan's model."""
     asked = getattr(_file(modules), "wraps", None)
-    return asked is None or bool(asked(sharding))
+    return asked is None or bool(asked(sharding, config))
 
 
 def shards(modules: str) -> bool:

@@ -1,4 +1,4 @@
-"""torchtitan's own modules: its decoder for Llama 3 and Qwen 3, and the losses of its trainer.
+"""torchtitan's own modules: its decoders, and the losses of its trainer.
 
 Source: pytorch/torchtitan torchtitan/models/common (decoder.py, attention.py, rope.py,
 feed_forward.py), torchtitan/components/loss.py, torchtitan/distributed/fsdp.py and
@@ -17,13 +17,14 @@ from ftplan.memory.families import complete
 from ftplan.memory.families.llama import rotate
 from ftplan.memory.families.native.base import Native, settle
 from ftplan.memory.families.native.torchtitan_experts import MoE
+from ftplan.memory.families.native.torchtitan_latent import LatentAttention
 from ftplan.memory.families.native.torchtitan_split import (
     VocabParallelEmbedding,
     gathered,
     loss_parallel,
     scattered,
 )
-from ftplan.memory.families.native.torchtitan_spread import Grouped
+from ftplan.memory.families.native.torchtitan_spread import Grouped, Mixed
 from ftplan.memory.flex import flex_attention
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.job import Job, ShardingSpec
@@ -63,7 +64,7 @@ ATTENTION = ("sdpa", "flash")
 
 def model_types(_modules: str, _method: str) -> tuple[str, ...]:
     """Architectures of which its model classes are walked."""
-    return ("llama", "qwen3", "qwen3_moe")
+    return ("llama", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3")
 
 
 def losses(_modules: str, _method: str) -> tuple[str, ...]:
@@ -71,13 +72,19 @@ def losses(_modules: str, _method: str) -> tuple[str, ...]:
     return ("full", "chunked")
 
 
-def wraps(sharding: Any) -> bool:
-    """``fully_shard`` of every block, of the embeddings, and of norm and head; on one GPU too."""
-    apart = set(sharding.apart or ()) == {"embeddings", "head"}
-    offloads = sharding.offload not in (None, "none")
-    if (sharding.tp or 1) > 1 and (not sharding.sequence_parallel or (sharding.ep or 1) > 1):
+def wraps(sharding: Any, config: Config) -> bool:
+    """``fully_shard`` of every block, of the embeddings, and of norm and head; on one GPU too.
+
+    Tensor parallelism is walked of models without experts, their sequence split beside it.
+    """
+    tp, apart = (sharding.tp or 1) > 1, set(sharding.apart or ())
+    if tp and (
+        config.get("model_type") not in ("llama", "qwen3") or not sharding.sequence_parallel
+    ):
         return False
-    return bool((sharding.kind, sharding.version or 2) == ("fsdp", 2) and apart and not offloads)
+    offloads = sharding.offload not in (None, "none")
+    units = apart == {"embeddings", "head"} and not offloads
+    return bool((sharding.kind, sharding.version or 2) == ("fsdp", 2) and units)
 
 
 class RMSNorm(Module):
@@ -195,15 +202,26 @@ class FeedForward(Module):
         return self.w2.forward(h)
 
 
+def _moe(config: Config, spec: ShardingSpec) -> MoE:
+    """Experts, and beside them as many more that all tokens go through."""
+    count = config.get("n_shared_experts") or 0
+    width = {**config, "intermediate_size": config["moe_intermediate_size"] * count}
+    return MoE(config, spec, FeedForward(width, split=False) if count else None)
+
+
 class TransformerBlock(Module):
     """Attention and MLP, each behind a norm and beside the residual stream."""
 
-    def __init__(self, config: Config, spec: ShardingSpec) -> None:
+    def __init__(self, config: Config, spec: ShardingSpec, *, mixed: bool) -> None:
         super().__init__()
-        self.attention = Attention(config, split=spec.tp > 1)
-        mixed = config["model_type"] == "qwen3_moe"
-        dense = FeedForward(config, split=spec.tp > 1)
-        self.feed_forward: Module = MoE(config, spec) if mixed else dense
+        split = spec.tp > 1
+        if config.get("kv_lora_rank"):
+            self.attention: Module = LatentAttention(config, norm=RMSNorm, rotate=_rotate_pairs)
+        else:
+            self.attention = Attention(config, split=split)
+        self.feed_forward: Module = (
+            _moe(config, spec) if mixed else FeedForward(config, split=split)
+        )
         self.attention_norm = RMSNorm(config["hidden_size"])
         self.ffn_norm = RMSNorm(config["hidden_size"])
 
@@ -217,7 +235,7 @@ class Decoder(Native):
 
     def __init__(self, config: Config, spec: ShardingSpec, *, chunked: bool, earlier: int) -> None:
         super().__init__()
-        self.fsdp_kind = Grouped if spec.ep > 1 else None
+        self.fsdp_kind = Grouped if spec.ep > 1 else Mixed
         self.chunked, self.earlier = chunked, earlier
         self.split = spec.tp > 1
         hidden, vocabulary = config["hidden_size"], -(-config["vocab_size"] // spec.tp)
@@ -230,12 +248,13 @@ class Decoder(Native):
         if config.get("tie_word_embeddings"):
             self.tie("lm_head.weight", "tok_embeddings.weight")
             self.lm_head.weight.twice = chunked or self.split
+        mixed = _mixed(config)
         stack = Stack(
-            "layers", config["num_hidden_layers"], lambda _layer: TransformerBlock(config, spec)
-        )
+            "layers", config["num_hidden_layers"],
+            lambda layer: TransformerBlock(config, spec, mixed=mixed(layer)), mixed,
+        )  # fmt: skip
         self.stages = [Stage(stack, self._enter, self._leave)]
-        attention: Attention = stack.kinds[0].attention  # type: ignore[attr-defined]
-        self.row_width = attention.heads.size * (2 if attention.normed else 1)
+        self.row_width = _row_width(config)
         self.fsdp: Fsdp | None = None
 
     def inputs(self, tape: Tape) -> list[Tensor]:
@@ -259,8 +278,8 @@ class Decoder(Native):
             other = copy.deepcopy(self.lm_head.weight)
             other.trainable = False
             self.last.parameters.append(other)
-        if isinstance(fsdp, Grouped):
-            fsdp.prepare(self.stages[0].stack.kinds[0], self.last)
+        if isinstance(fsdp, Mixed):
+            fsdp.prepare(self.stages[0].stack, self.last)
 
     def _enter(self, tape: Tape, _shared: Shared) -> Tensor:
         x: Tensor = self.tok_embeddings.forward(tape)
@@ -336,6 +355,21 @@ class Decoder(Native):
             return loss_parallel(logits)
         labels = Tensor(logits.tape, None, logits.rows, 1, "int64")
         return ops.cross_entropy(ops.to(logits, "fp32"), labels)
+
+
+def _mixed(config: Config) -> Callable[[int], bool]:
+    """Whether a layer has experts: none has, all have, or all after the first ones."""
+    experts = config.get("n_routed_experts") or config.get("num_experts") or 0
+    first = config.get("first_k_dense_replace") or 0
+    return lambda layer: bool(experts) and layer >= first
+
+
+def _row_width(config: Config) -> int:
+    """Numbers in a layer's table of positions for each token: complex, or cosines and sines."""
+    if config.get("kv_lora_rank"):
+        return int(config["qk_rope_head_dim"])
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return int(size) * (1 if config["model_type"] == "llama" else 2)
 
 
 def build(job: Job) -> Native:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
-from ftplan.memory.experts import gather_rows, grouped_linear, topk
+from ftplan.memory.experts import gather_rows, grouped_linear, masked, topk
 from ftplan.memory.families.native.torchtitan_spread import send, send_back
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Linear, Module, activation
@@ -21,21 +21,39 @@ __all__ = ["MoE"]
 
 
 class Router(Module):
-    """``TokenChoiceTopKRouter``: the gate in fp32, a softmax, the chosen scores over their sum."""
+    """``TokenChoiceTopKRouter``: the gate in fp32, scores of it, the chosen ones over their sum."""
 
-    def __init__(self, hidden: int, experts: int, top_k: int) -> None:
+    def __init__(self, config: Mapping[str, Any], count: int) -> None:
         super().__init__()
-        self.gate = Linear(hidden, experts)
-        self.top_k = top_k
+        self.gate = Linear(config["hidden_size"], count)
+        self.top_k = config["num_experts_per_tok"]
+        latent = config["model_type"].startswith("deepseek")
+        self.scoring = "sigmoid" if config["model_type"] == "deepseek_v3" else "softmax"
+        self.normalises = not latent or self.scoring == "sigmoid"
+        groups = (config.get("n_group") or 1) if latent else 1
+        self.groups = groups if groups > 1 else 0
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scores = ops.unary(self._gate(x), "softmax", "output")
-        biased = ops.shift(scores)  # by what balances the load, for the choice alone
-        index, values = _chosen(biased, self.top_k)
+        scores = ops.unary(self._gate(x), self.scoring, "output")
+        choice = ops.shift(scores)  # by what balances the load, for the choice alone
+        if self.groups:
+            choice = self._limited(choice)
+        index, values = _chosen(choice, self.top_k)
         weights = gather_rows(scores, index, scores.rows, self.top_k, "gather")
-        weights = ops.scale(_normalised(weights))
-        del biased, values
+        weights = ops.scale(_normalised(weights) if self.normalises else weights)
+        del choice, values
         return weights, index
+
+    def _limited(self, scores: Tensor) -> Tensor:
+        """Scores of the best groups of experts: those of two make a group's."""
+        tape = scores.tape
+        _, best = _chosen(ops.view(scores, scores.rows * self.groups, 1), 2)
+        sums = tape.tensor(scores.rows, self.groups, scores.dtype, "sum")
+        picked = _chosen(sums, self.groups // 2)
+        mask = tape.tensor(scores.rows, self.groups, "bool", "groups left out")
+        out = masked(scores, mask)
+        del best, sums, picked
+        return out
 
     def _gate(self, x: Tensor) -> Tensor:
         """Autocast to fp32; selective checkpointing passes this product over."""
@@ -105,19 +123,23 @@ class GroupedExperts(Module):
 class MoE(Module):
     """Tokens are copied to their experts, come back weighted in fp32, and are added up."""
 
-    def __init__(self, config: Mapping[str, Any], spec: ShardingSpec) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], spec: ShardingSpec, shared: Module | None = None
+    ) -> None:
         super().__init__()
-        hidden, count = config["hidden_size"], config["num_experts"]
+        hidden, inner = config["hidden_size"], config["moe_intermediate_size"]
+        count = config.get("n_routed_experts") or config["num_experts"]
         self.top_k, self.count, self.ranks = config["num_experts_per_tok"], count, spec.ep
         if count % spec.ep:
             raise UnsupportedError(
                 f"expert parallelism {spec.ep} of {count} experts",
                 remedy=f"use a degree that divides {count}",
             )
-        self.router = Router(hidden, count, self.top_k)
-        inner, here = config["moe_intermediate_size"], count // spec.ep
+        self.router = Router(config, count)
+        here = count // spec.ep
         ranks = spec.ranks_of(True) * spec.ep if spec.ep > 1 else spec.data_ranks
         self.experts = GroupedExperts(hidden, inner, here, across=ranks > count)
+        self.shared = shared
         self.received = spec.ep * min(self.top_k, here) if spec.worst_routing else self.top_k
         """Rows that this rank's experts run on, for each token of its own."""
 
@@ -125,6 +147,8 @@ class MoE(Module):
         weights, index = self.router.forward(x)
         routed = x.tape.tensor(x.rows, self.count, "bool", "routing map")
         out = self._routed(x, weights, index)
+        if self.shared is not None:
+            out = ops.add(out, self.shared.forward(x))
         del routed
         return out
 
@@ -132,24 +156,25 @@ class MoE(Module):
         """``RoutedExperts``: dispatch, experts, combine."""
         tape, rows = x.tape, x.rows * self.top_k
         tokens, weights = self._order(weights, rows)
-        made, back = self._made(x, tokens, rows)
+        given, made, back = self._made(x, tokens, rows)
         zeros = tape.tensor(x.rows, x.width, x.dtype, "sum over experts")
         weighted = ops.to(ops.mul(ops.to(back, "fp32"), weights), back.dtype)
         del back
         out = _scatter_add(weighted, tokens, x.rows)
-        del zeros, index, made
+        del zeros, index, given, made
         return out
 
-    def _made(self, x: Tensor, tokens: Tensor, rows: Size) -> tuple[Tensor, Tensor]:
-        """What this rank's experts make, and what comes back to it: the same where all are here."""
+    def _made(self, x: Tensor, tokens: Tensor, rows: Size) -> tuple[Tensor, Tensor, Tensor]:
+        """What this rank's experts are given and make, which keep their names, and what comes back
+        to it: the same where all experts are here."""
         picked = gather_rows(x, tokens, rows, x.width)
         if self.ranks == 1:
             made = self.experts.forward(picked)
-            return made, made
+            return picked, made, made
         routed, order = send(picked, x.rows * self.received)
         del picked
         made = self.experts.forward(routed)
-        return made, send_back(made, order, rows)
+        return routed, made, send_back(made, order, rows)
 
     def _order(self, weights: Tensor, rows: Size) -> tuple[Tensor, Tensor]:
         """``_local_reorder``: which token each row of an expert is, and its weight."""

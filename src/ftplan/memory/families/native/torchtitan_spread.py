@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from ftplan.memory import ops
 from ftplan.memory.experts import gather_rows
 from ftplan.memory.fsdp import Fsdp, Unit
-from ftplan.memory.nn import Module
+from ftplan.memory.nn import Module, Stack
 from ftplan.memory.tape import Grads, Parameter, Size, Storage, Tensor
 
-__all__ = ["Grouped", "send", "send_back"]
+__all__ = ["Grouped", "Mixed", "send", "send_back"]
 
 
 def send(x: Tensor, received: Size) -> tuple[Tensor, Tensor]:
@@ -51,51 +51,64 @@ def _travel(x: Tensor, rows: Size) -> Tensor:
     return out
 
 
-class Grouped(Fsdp):
-    """FSDP2 of blocks that are two groups each, gathered ahead as the trainer says."""
+class Mixed(Fsdp):
+    """FSDP2 of blocks that are not all as large as each other."""
 
-    block: Module
-    """The first one: the others are like it."""
+    stack: Stack
     last: Unit
     """What follows the blocks."""
-    ends = False
-    """The block that runs next is the last one."""
+    layer = 0
+    """Of the block that runs next."""
 
-    def prepare(self, block: Module, last: Unit) -> None:
-        """Say what is to be gathered ahead by the embeddings, and by the last block."""
-        self.block, self.last = block, last
-        self.ahead: list[Storage] = []
+    def prepare(self, stack: Stack, last: Unit) -> None:
+        """Say which blocks there are, and what comes after them."""
+        self.stack, self.last = stack, last
+
+    def place(self, layer: int, count: int) -> int | str | None:
+        """A block is one by itself where the one before or after it is of another kind, too: what
+        it frees is theirs."""
+        self.layer, pattern = layer, self.stack.pattern
+        changes = len(set(pattern[max(0, layer - 1) : layer + 2])) > 1
+        return layer if changes else super().place(layer, count)
+
+
+class Grouped(Mixed):
+    """FSDP2 of blocks that are two groups each, gathered ahead as the trainer says."""
+
+    ahead: list[Storage]
+    """Flat weights of the block that runs next."""
+
+    def prepare(self, stack: Stack, last: Unit) -> None:
+        super().prepare(stack, last)
+        self.ahead = []
 
     def groups(self, block: Module) -> list[list[Parameter]]:
         """What is gathered together: all but the experts, then those."""
         weights = [parameter for _, parameter in block.named_parameters()]
-        return [[p for p in weights if p.expert is spread] for spread in (False, True)]
-
-    def place(self, layer: int, count: int) -> int | str | None:
-        self.ends = layer == count - 1
-        return super().place(layer, count)
+        both = ([p for p in weights if p.expert is spread] for spread in (False, True))
+        return [group for group in both if group]
 
     def begin_forward(self, unit: Unit) -> None:
         fresh = not unit.gathered
         super().begin_forward(unit)
         if fresh and unit.name == "embeddings":
-            self._gather_ahead(self.block)
+            self._gather_ahead(0)
 
-    def begin_groups(self, units: Sequence[Unit], block: Module) -> None:
+    def begin_groups(self, units: Sequence[Unit]) -> None:
         """A block's ``pre_forward``: each group in turn is copied out; then the next block."""
         for unit in units:
             unit.flat = self.ahead.pop(0) if self.ranks(unit) > 1 else None
             self._copy_out(unit)
             self.previous = [] if unit.flat is None else [unit.flat]
             unit.flat = None
-        if self.ends:
+        if self.layer == self.stack.count - 1:
             self._gather(self.last)
         else:
-            self._gather_ahead(block)
+            self._gather_ahead(self.layer + 1)
 
-    def _gather_ahead(self, block: Module) -> None:
-        for parameters, spread in zip(self.groups(block), (False, True), strict=True):
-            unit = Unit("ahead", parameters, experts=spread)
+    def _gather_ahead(self, layer: int) -> None:
+        for parameters in self.groups(self.stack.kinds[self.stack.pattern[layer]]):
+            unit = Unit("ahead", parameters, experts=parameters[0].expert)
             self._gather(unit)
             if unit.flat is not None:
                 self.ahead.append(unit.flat)
@@ -148,5 +161,8 @@ class Grouped(Fsdp):
 
     def _recycle(self, unit: Unit) -> None:
         """Flat gradients of the modules before go when a module's last group is reduced."""
-        if unit.name != "block":
+        if (
+            unit.module is None
+            or [other for other in self.order if other.module is unit.module][-1] is unit
+        ):
             super()._recycle(unit)
