@@ -256,10 +256,10 @@ class Sharding:
     """FSDP's version."""
     wrap: Literal["block", "model"] | None = None
     """FSDP: what is one unit. None: what the stack wraps, which may be more than blocks."""
-    apart: tuple[Literal["embeddings", "head", "adapters"], ...] | None = None
+    apart: tuple[Literal["embeddings", "head", "output", "adapters"], ...] | None = None
     """FSDP2: what is a unit of its own beside the blocks: `embeddings`; `head`, which has the final
-    norm too, and tied embeddings, and is not freed between forward and backward; `adapters`, each
-    of LoRA's matrices by itself."""
+    norm too, and tied embeddings, and is not freed between forward and backward; `output`, the
+    head's layer alone; `adapters`, each of LoRA's matrices by itself."""
     param_dtype: str | None = None
     """FSDP: what is gathered and computed in."""
     reduce_dtype: str | None = None

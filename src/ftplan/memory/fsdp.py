@@ -51,6 +51,7 @@ def wrapped_apart(
 
     The embeddings, and the final norm with the head: one unit where these two share a weight
     (accelerate/utils/fsdp_utils.py 1.15, ``fsdp2_prepare_model``). ``adapted``: PEFT is around it.
+    Or the output layer alone (torchtune's ``custom_sharded_layers``).
     """
     if not spec.apart:
         return []
@@ -66,10 +67,16 @@ def wrapped_apart(
             remedy="use sharding: {kind: fsdp, version: 2, wrap: block}, as accelerate had it "
             "until 1.13",
         )
-    both = [("embeddings", [table]), ("head", tail)]
+    units = [("embeddings", [table]), ("head", tail), ("output", [head] if head else [])]
     if f"{network.head_name}.weight" in network.tied:
-        both = [("head", [table, *tail])]
-    return [(name, modules) for name, modules in both if name in spec.apart and modules]
+        if "output" in spec.apart:
+            raise UnsupportedError(
+                "an output layer as a unit of FSDP2 whose weight is the embeddings'",
+                because="torchtune multiplies by a sharded table then, and fails",
+                remedy="leave output out of sharding.apart (custom_sharded_layers)",
+            )
+        units = [("head", [table, *tail])]
+    return [(name, modules) for name, modules in units if name in spec.apart and modules]
 
 
 def stays_gathered(network: Network, spec: ShardingSpec) -> Callable[[Parameter, bool], bool]:
@@ -146,6 +153,10 @@ class Unit:
     """Which of its modules (by id) have not run yet in this pass."""
     entered: bool = False
     """One of its modules has run in this pass."""
+    turns: int = 0
+    """How many of its calls the way back has come to."""
+    shards: dict[int, Tensor] = field(default_factory=dict)
+    """Reduced gradients of later calls, by parameter."""
 
 
 class Fsdp:
@@ -163,6 +174,8 @@ class Fsdp:
         self.divides = False
         """The trainer sets what gradients are divided by (``set_gradient_divide_factor``)."""
         self.order: list[Unit] = []
+        self.ended = False
+        """The model has returned: what runs now is called by the trainer."""
         self.ran_again = False
         """Another pass of the same model came after the one that has a way back."""
         self.beside = False
@@ -255,6 +268,7 @@ class Fsdp:
 
     def begin_model(self, root: Unit) -> None:
         """The root's ``pre_forward``."""
+        self.ended = False
         self.begin_forward(root)
 
     def adopt(self, unit: Unit) -> None:
@@ -300,6 +314,8 @@ class Fsdp:
         unit.waiting.clear()
         if self.tape.rerun is None:  # ``post_forward`` does nothing on the way back
             self.end_forward(unit)
+        if self.ended:  # it has a forward of its own, whose end frees the flat buffer
+            self.previous.clear()
         return self.leave(unit, out)
 
     def end_model(self, root: Unit) -> None:
@@ -312,17 +328,22 @@ class Fsdp:
             self.order.append(root)
         if self.spec.reshard_root and self.spec.reshard_after_forward:
             root.gathered = []
+        self.ended = True
         self.previous.clear()
 
     def begin_backward(self, unit: Unit) -> None:
         """``pre_backward``: gather (unless that was done ahead), then gather the next one."""
         if not unit.parameters:
             return
+        if unit.reduced:
+            self._begin_again(unit)
         if not unit.gathered:
             self._gather(unit)
             self._copy_out(unit)
             unit.flat = None
-        index = self.order.index(unit)
+        calls = [index for index, each in enumerate(self.order) if each is unit]
+        unit.turns += 1
+        index = calls[-min(unit.turns, len(calls))]
         if index > 0 or self.ran_again:  # then the pass before ended with the last of them
             ahead = self.order[index - 1]
             if not ahead.gathered:
@@ -352,6 +373,13 @@ class Fsdp:
         self._reduce(unit)
         unit.scattered[id(parameter)] = parameter.grad
         parameter.grad = None
+
+    def _begin_again(self, unit: Unit) -> None:
+        """An earlier call of its modules has a way back of its own: to what is reduced it adds."""
+        unit.reduced = False
+        unit.shards = {id(p): p.grad for p in unit.parameters if p.grad is not None}
+        for parameter in unit.parameters:
+            parameter.grad = None
 
     def end_backward(self, unit: Unit) -> None:
         """``post_backward``: free the weights, reduce and scatter the gradients."""
@@ -415,7 +443,7 @@ class Fsdp:
             return
         held = Tensor(self.tape, shard, ONE, 1, orig)
         for parameter in trained:
-            parameter.grad = held
+            parameter.grad = unit.shards.pop(id(parameter), held)
 
     def finish(self, units: Sequence[Unit]) -> None:
         """The callback at the end: the root, and units whose input asked for no gradient."""

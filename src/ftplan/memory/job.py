@@ -58,7 +58,7 @@ class ShardingSpec:
     """Gradients are reduced with the last micro batch alone."""
     wrap: Literal["block", "model"] = "block"
     apart: tuple[str, ...] = ()
-    """FSDP2: what is a unit of its own beside the blocks: `embeddings`, `head`, `adapters`."""
+    """FSDP2: what is a unit by itself beside blocks: `embeddings`, `head`, `output`, `adapters`."""
     reshard_root: bool = False
     """FSDP2: what belongs to no unit is freed between forward and backward too."""
     adapters_apart: bool = True

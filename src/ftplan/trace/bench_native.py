@@ -86,13 +86,57 @@ OLDER: dict[str, tuple[str, ...]] = {
     "torchtune-0.1": ("llama-2-7b", "llama-3-8b", "mistral-7b-v0.1", "llama-2-13b"),
 }  # fmt: skip
 """What a version of its time could be given."""
+UNTIED = ("llama-3.1-8b", "mistral-7b-v0.1")
 SHAPES = ((2, 512), (1, 1024), (4, 256), (1, 2048), (2, 1024), (4, 512))
 """(micro batch, sequence length) that the jobs go through in turn."""
 WAYS_PER_MODEL = 4
 
 
+SHARDED = ("llama-3.1-8b", "qwen2.5-1.5b", "gemma-2-2b", "mistral-7b-v0.1", "qwen3-1.7b")
+"""Models of torchtune's distributed recipes."""
+APART: Mapping = {"apart": ["embeddings", "output"]}
+DISTRIBUTED: dict[str, Mapping] = {
+    "full-fsdp": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
+    "full-fsdp-apart": {
+        "method": FULL, "precision": BF16, "gradient_checkpointing": True, "sharding": APART,
+    },
+    "lora-fsdp": {"method": EVERYWHERE, "precision": BF16},
+    "lora-fsdp-apart-checkpointed": {
+        "method": EVERYWHERE, "precision": BF16, "gradient_checkpointing": True, "sharding": APART,
+    },
+    "full-fsdp-kept": {
+        "method": FULL, "precision": BF16, "sharding": {"reshard_after_forward": False},
+    },
+    "full-fsdp-fp32-apart-accumulated": {
+        "method": FULL, "precision": FP32, "batch": {"accumulation": 2}, "sharding": APART,
+    },
+}  # fmt: skip
+"""Ways of its distributed recipes: FSDP2 over eight GPUs."""
+
+
 def jobs(stack: str) -> Iterator[Mapping]:
     """Every job of a stack, always the same ones."""
+    yield from _on_one_gpu(stack)
+    if stack in ("torchtune", "torchtune-0.6"):
+        yield from _distributed(stack)
+
+
+def _distributed(stack: str) -> Iterator[Mapping]:
+    ways = list(DISTRIBUTED.items())
+    models = [model for model in OLDER.get(stack, TORCHTUNE_MODELS) if model in SHARDED]
+    for row, model in enumerate(models):
+        for column in range(WAYS_PER_MODEL):
+            name, way = ways[(row * WAYS_PER_MODEL + column) % len(ways)]
+            if model not in UNTIED and "apart" in way.get("sharding", ()):
+                continue  # a tied output layer multiplies by a sharded table then, and fails
+            plan = _plan(stack, model, way, SHAPES[(row + column) % len(SHAPES)])
+            plan["hardware"] = {"gpu": "a100-80gb", "count": 8}
+            plan["sharding"] = {"kind": "fsdp", "version": 2, **way.get("sharding", {})}
+            plan.setdefault("loss", "chunked")
+            yield {"name": f"{stack} {name}", "trainer": stack, "layers": 3, "plan": plan}
+
+
+def _on_one_gpu(stack: str) -> Iterator[Mapping]:
     own = stack.startswith("litgpt")
     ways = LITGPT if own else TORCHTUNE
     models = OLDER.get(stack, LITGPT_MODELS if own else TORCHTUNE_MODELS)

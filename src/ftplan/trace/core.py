@@ -208,7 +208,10 @@ def trace_job(
                 trainable = _count(model, trained=True)
                 if loop is not None:
                     trainable = sum(p.numel() for p in loop.optimised())
-                model = shard(model, job, mesh)
+                if loop is not None and mesh is not None:
+                    model = loop.shard(mesh)
+                else:
+                    model = shard(model, job, mesh)
                 if reference is not None and job.sharding == "fsdp":
                     reference = shard(reference, job, mesh)
                 gc.collect()

@@ -132,8 +132,8 @@ def _refuse(plan: Plan) -> None:
         )
     if find_stack(stack).modules and _beyond_its_loop(plan):
         raise UnsupportedError(
-            f"tracing {stack} but for supervised finetuning on one GPU",
-            remedy="trace the task sft without sharding, images, padding or packing",
+            f"tracing {stack} but for supervised finetuning on one GPU, or with torchtune's FSDP2,",
+            remedy="trace the task sft without other sharding, images, padding or packing",
         )
     ring = (sharding.cp or 1) > 1
     if ring and (sharding.kind != "fsdp" or (sharding.version or 2) != 2 or (sharding.tp or 1) > 1):
@@ -171,10 +171,15 @@ def _refuse(plan: Plan) -> None:
 
 def _beyond_its_loop(plan: Plan) -> bool:
     """Whether a job asks for more than the walked loop of a trainer with modules of its own."""
-    sharded = plan.sharding.kind not in (None, "none") or (plan.sharding.tp or 1) > 1
-    batch = plan.batch
+    sharding, batch = plan.sharding, plan.batch
+    fsdp2 = sharding.kind == "fsdp" and sharding.version == 2
+    shards = (
+        fsdp2 and sharding.offload in (None, "none") and (plan.stack or "").startswith("torchtune")
+    )
+    sharded = sharding.kind not in (None, "none") and not shards
+    split = (sharding.tp or 1) > 1
     other = batch.images or batch.packing or (batch.padding or "none") != "none"
-    return bool(sharded or other or plan.task not in (None, *TASKS))
+    return bool(sharded or split or other or plan.task not in (None, *TASKS))
 
 
 _IMPLEMENTATIONS = {

@@ -50,6 +50,12 @@ class Loop:
         """What the script does with the model once it has weights."""
         raise NotImplementedError
 
+    def shard(self, mesh: Any) -> Any:
+        """The model as its distributed recipe shards it."""
+        raise UnsupportedError(
+            f"tracing {self.job.stack} on many GPUs", remedy="trace it on one GPU"
+        )
+
     def optimised(self) -> Sequence[Any]:
         """The parameters that the optimizer is given."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -121,6 +122,25 @@ class Torchtune(Loop):
 
             self.entropy = CEWithChunkedOutputLoss(num_output_chunks=CHUNKS)
             model.set_num_output_chunks(CHUNKS)
+
+    def shard(self, mesh: Any) -> Any:
+        """``setup_model`` of the distributed recipes: FSDP2 of layers, and of what is named."""
+        from torchtune.training import _distributed
+
+        job = self.job
+        names = {"embeddings": "tok_embeddings", "output": "output"}
+        condition = functools.partial(
+            _distributed.get_shard_conditions, names_to_match=[names[name] for name in job.apart]
+        )
+        copied = hasattr(_distributed, "deepcopy")  # 0.7: a fake mesh cannot be copied deep
+        with cuda.patched(_distributed, "deepcopy", dict) if copied else nullcontext():
+            _distributed.shard_model(
+                model=self.model, shard_conditions=[condition], dp_mesh=mesh, cpu_offload=False,
+                reshard_after_forward=job.reshard_after_forward,
+            )  # fmt: skip
+        # with the torch of its time, until 2.7, a root was never freed
+        self.model._get_fsdp_state()._auto_reshard_after_forward = True
+        return self.model
 
     def _checkpoint(self) -> None:
         from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapper

@@ -350,6 +350,7 @@ def _sharding(draft: Draft, keys: Keys, recipe: str | None) -> None:
     )
     draft.put("sharding.version", 2)
     draft.put("sharding.wrap", "block")
+    _apart(keys, draft)
     reshard = keys.flag("fsdp_reshard_after_forward")
     draft.put("sharding.reshard_after_forward", reshard, keys.at("fsdp_reshard_after_forward"))
     if cpu:
@@ -364,12 +365,27 @@ def _sharding(draft: Draft, keys: Keys, recipe: str | None) -> None:
             keys.at("data_parallel_shard_dim"),
         )
     for key in (
-        "custom_sharded_layers",
         "tensor_parallel_plan",
         "fsdp",
         "memory_efficient_fsdp_wrap",
     ):
         keys.raw(key)
+
+
+_APART = {"tok_embeddings": "embeddings", "output": "output"}
+
+
+def _apart(keys: Keys, draft: Draft) -> None:
+    """``custom_sharded_layers``: modules beside the layers that FSDP2 wraps by themselves."""
+    names = keys.words("custom_sharded_layers") or ()
+    if not names:
+        return
+    known = tuple(apart for name, apart in _APART.items() if name in names)
+    draft.put("sharding.apart", known, keys.at("custom_sharded_layers"))
+    if others := [name for name in names if name not in _APART]:
+        draft.not_modelled(
+            keys, ("custom_sharded_layers",), f"{', '.join(others)} as a unit of its own"
+        )
 
 
 def export(plan: Plan) -> writing.Exported:
@@ -433,6 +449,8 @@ def export(plan: Plan) -> writing.Exported:
     if plan.sharding.kind == "fsdp":
         out.line("fsdp_cpu_offload", plan.sharding.offload == "params")
         out.line("fsdp_reshard_after_forward", plan.sharding.reshard_after_forward)
+        apart = [name for name, unit in _APART.items() if unit in (plan.sharding.apart or ())]
+        out.line("custom_sharded_layers", apart or None)
         out.degrees(
             tp="tensor_parallel_dim",
             cp="context_parallel_dim",

@@ -370,8 +370,7 @@ class TransformerDecoder(Native):
         hidden = ops.gather(x)
         loss = _head_and_entropy(self, ops.rows_slice(hidden, TOKENS + CHUNK * -2))
         for _ in range(2):
-            logits = self.head(ops.rows_slice(hidden, CHUNK))
-            loss = ops.add(loss, _entropy(logits))
+            loss = ops.add(loss, _entropy(self.head(ops.rows_slice(hidden, CHUNK))))
         return loss
 
 
