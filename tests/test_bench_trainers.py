@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 from test_bench import accuracy
 
-LEAST_TRAINED, LEAST_SHOWN = 445, 84
+LEAST_TRAINED, LEAST_SHOWN = 555, 84
+ALLOWED = {"zero2-": 0.05, "distillation zero3-": 0.02, "llama-adapter-v2-fsdp": 0.07}
+"""Errors that are allowed where it is more than 1 %, by what a regime has in its name: ZeRO-2 is
+played for the worst of all ranks in each respect, which need not be one rank; LLaMA-Adapter v2 in
+one flat parameter scales the head's logits chunk by chunk, which are played as one."""
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +38,32 @@ def test_every_job_of_a_real_trainer_is_answered(trained: list[Any]) -> None:
 
 def test_real_trainers_peak_where_the_walk_says(trained: list[Any]) -> None:
     """Each task's median is within 0.1 %, and each trainer's with modules of its own, every job
-    within 1 %: the trainer adds nothing else."""
+    within 1 %, but for some under DeepSpeed: the trainer adds nothing else."""
     tasks = defaultdict(list)
     for row in trained:
         tasks[row.case.regime.split()[0]].append(row)
     assert {"transformers", "sft", "dpo", "kto", "reward", "orpo", "grpo", "ppo"} <= set(tasks)
-    assert {"litgpt", "litgpt-2023", "torchtune", "torchtune-0.1"} <= set(tasks)
-    assert {"megatron", "torchtitan"} <= set(tasks)
-    assert {"llamafactory", "ms-swift", "axolotl"} <= set(tasks)
+    assert {"litgpt", "litgpt-2023", "torchtune", "torchtune-0.1", "megatron", "torchtitan"} <= set(
+        tasks
+    )
+    assert {"llamafactory", "ms-swift", "axolotl", "nemo-automodel"} <= set(tasks)
     for task, rows in tasks.items():
         assert accuracy.summary(row.error for row in rows).median <= 0.001, task
-    far = [row for row in trained if abs(row.error) > 0.01]
+    far = [row for row in trained if abs(row.error) > _allowed(row.case.regime)]
+    assert not far, "\n".join(f"{100 * row.error:+.2f} % {row.name}" for row in far)
+
+
+def _allowed(regime: str) -> float:
+    return max([0.01, *(most for name, most in ALLOWED.items() if name in regime)])
+
+
+def test_trainers_under_zero_3_are_played_engine_by_engine(trained: list[Any]) -> None:
+    """References, teachers, critics, scorers and adapters that are off: half of the jobs to
+    0.001 %, of all tasks but distillation every one to 0.6 %."""
+    mine = [row for row in trained if " zero3-" in row.case.regime]
+    assert len(mine) >= 30
+    assert accuracy.summary(row.error for row in mine).median <= 1e-5
+    far = [row for row in mine if abs(row.error) > 0.006 and "distillation" not in row.name]
     assert not far, "\n".join(f"{100 * row.error:+.2f} % {row.name}" for row in far)
 
 

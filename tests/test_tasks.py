@@ -188,15 +188,26 @@ def test_ppo_keeps_the_scores_of_its_rollout() -> None:
 @pytest.mark.parametrize(
     ("kind", "method", "why"),
     [
-        ("zero3", {"kind": "full"}, "one engine"),
         ("fsdp", {"kind": "full"}, "outside of the wrapper"),
         ("ddp", LORA, "model.policy"),
     ],
 )
 def test_ppo_sharded_is_refused_by_name(kind: str, method: dict[str, Any], why: str) -> None:
-    """What TRL's own loop cannot run, or is not modelled, is said, never sized as another job."""
+    """What TRL's own loop cannot run is said, never sized as another job."""
     with pytest.raises(UnsupportedError, match=why):
         sized(**PPO, method=method, sharding={"kind": kind}, hardware={"gpu": "h100", "count": 2})
+
+
+def test_where_a_head_on_the_policy_is_the_critic_no_second_model_is_trained() -> None:
+    """LLaMA-Factory's PPO: TRL 0.9's, which was not traced; the answer says so."""
+    head: dict[str, Any] = {**PPO, "stack": "llamafactory"}
+    plan = plan_of(**head)
+    own = {term.name: term.bytes for term in sized(**head).static}
+    tuned = sized(stack="llamafactory", without=("loss",)).static
+    alone = {term.name: term.bytes for term in tuned}
+    assert own["optimizer/states"] == alone["optimizer/states"]
+    assert {"weights/reference", "weights/reward"} <= set(own)
+    assert not api.is_traced(resolve(plan)) and api.is_traced(resolve(plan_of(**PPO)))
 
 
 def test_ppo_runs_on_several_gpus_where_its_trainer_does() -> None:

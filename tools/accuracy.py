@@ -147,11 +147,12 @@ def plan_of(mapping: Mapping[str, Any]) -> Plan:
 
 
 def _plan(case: Case) -> Plan:
-    """The plan of a case: its own, or what a reader makes of a trainer's file, on one A100."""
+    """The plan of a case: its own, or what a reader makes of a trainer's file, on A100s."""
     if case.plan:
         return plan_of(case.plan)
     plan = import_text(case.file, file="job").plan
-    return replace(plan, hardware=replace(plan.hardware, gpu="a100-80gb", count=1))
+    count = plan.hardware.count or 1
+    return replace(plan, hardware=replace(plan.hardware, gpu="a100-80gb", count=count))
 
 
 def predict(case: Case) -> Row:

@@ -256,10 +256,11 @@ class Sharding:
     """FSDP's version."""
     wrap: Literal["block", "model"] | None = None
     """FSDP: what is one unit. None: what the stack wraps, which may be more than blocks."""
-    apart: tuple[Literal["embeddings", "head", "output", "adapters"], ...] | None = None
+    apart: tuple[Literal["embeddings", "head", "output", "adapters", "untied"], ...] | None = None
     """FSDP2: what is a unit of its own beside the blocks: `embeddings`; `head`, which has the final
     norm too, and tied embeddings, and is not freed between forward and backward; `output`, the
-    head's layer alone; `adapters`, each of LoRA's matrices by itself."""
+    head's layer alone; `adapters`, each of LoRA's matrices by itself; `untied`, the embeddings and
+    the head's layer where both are trained and share no weight."""
     param_dtype: str | None = None
     """FSDP: what is gathered and computed in."""
     reduce_dtype: str | None = None
@@ -366,8 +367,9 @@ class Plan:
     """Attention implementation."""
     loss: Loss | None = None
     """Loss implementation."""
-    kernels: Literal["none", "liger", "unsloth", "foak"] | None = None
-    """Fused kernels that replace the model's own; `foak`: fms-acceleration's."""
+    kernels: Literal["none", "liger", "unsloth", "foak", "automodel"] | None = None
+    """Fused kernels that replace the model's own; `foak`: fms-acceleration's; `automodel`: NeMo
+    AutoModel's model code."""
     hardware: Hardware = field(default_factory=Hardware)
     """GPUs and host."""
     sharding: Sharding = field(default_factory=Sharding)

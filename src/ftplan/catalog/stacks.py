@@ -48,6 +48,7 @@ ALIASES = {
     "lit-gpt": "litgpt",
     "swift": "ms-swift",
     "automodel": "nemo",
+    "nemo-automodel": "nemo",
     "megatron-lm": "megatron",
 }
 
@@ -95,6 +96,8 @@ class Stack:
     """Whether checkpointing is PyTorch's reentrant implementation."""
     reentrant_but_for: tuple[str, ...] = ()
     """Tasks and model types for which it is the other implementation."""
+    reentrant_adapted: tuple[str, ...] = ()
+    """Sharding under which that of a model with adapters is reentrant, whatever is asked for."""
     loss: Literal["full", "chunked", "fused"]
     """How the loss meets the logits."""
     loss_chunk: int | None
@@ -115,6 +118,10 @@ class Stack:
     """Who casts logits to fp32: a model that does so has let go of the first copy."""
     loss_twice: bool = False
     """Whether the trainer takes the loss out of the logits itself, beside the model's own one."""
+    leaves_cache_on: bool = False
+    """Whether every layer copies keys and values into a cache, unless it is checkpointed."""
+    loss_outside: bool = False
+    """Whether the loop takes the loss out of what the model has returned."""
     caching_models: tuple[str, ...] = ()
     """Model types that fill a key-value cache in training, even when they are checkpointed."""
     repeating_attention: tuple[str, ...] = ()
@@ -141,7 +148,7 @@ class Stack:
     """Whether the model's outputs stay alive until backward has ended."""
     attention: Literal["eager", "sdpa", "flash"]
     """Attention when nothing is said."""
-    kernels: Literal["none", "liger", "unsloth", "foak"]
+    kernels: Literal["none", "liger", "unsloth", "foak", "automodel"]
     """Fused kernels when nothing is said."""
     rank: int
     """Adapter rank of the trainer's own configuration."""
@@ -170,14 +177,15 @@ class Stack:
     sequence_parallel: bool = False
     """Whether tensor parallel ranks share the tokens of norms and residuals when nothing is said.
     """
-    reduce_dtype: Literal["fp32"] | None = None
-    """FSDP: dtype that gradients are reduced in when nothing is said; None: that of mixed
-    precision."""
     early_stop: bool = True
     """Whether a checkpointed block that runs again stops when the last saved tensor is there."""
+    param_dtype: Literal["bf16"] | None = None
+    """What FSDP's policy gathers weights in; None: what mixed precision computes in."""
+    reduce_dtype: Literal["fp32"] | None = None
+    """What it reduces gradients in."""
     no_sync: bool = False
     """Whether FSDP reduces gradients with the last micro batch alone; whole ones until then."""
-    apart: tuple[Literal["embeddings", "head", "adapters"], ...] = ()
+    apart: tuple[Literal["embeddings", "head", "adapters", "untied"], ...] = ()
     """What FSDP2 wraps apart from blocks: embeddings, the final norm with the head, adapters."""
     reshard_root: bool = False
     """Whether FSDP2 frees what belongs to no unit between forward and backward."""

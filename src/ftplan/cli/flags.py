@@ -168,7 +168,7 @@ class JobFlags:
         _option("--loss", "How the loss meets the logits.", _STEP),
     ] = None
     kernels: Annotated[
-        Literal["none", "liger", "unsloth", "foak"] | None,
+        Literal["none", "liger", "unsloth", "foak", "automodel"] | None,
         _option("--kernels", "Fused kernels.", _STEP),
     ] = None
     gpu: Annotated[

@@ -354,8 +354,12 @@ def _report(
 def is_traced(resolved: Resolved) -> bool:
     """Whether the stack's modules are those that the walk was held against."""
     plan = resolved.plan
+    if plan.task == "ppo" and resolved.stack.reward_head == "value":
+        return False  # LLaMA-Factory's is that of TRL 0.9, which was not traced
     if not resolved.stack.own_modules or plan.method is None:
         return True
+    if resolved.stack.name == "nemo":
+        return _is_traced_recipe(resolved)
     from ftplan.front.assembling import modules_of
 
     modules, checkpointing = modules_of(resolved), plan.gradient_checkpointing
@@ -375,6 +379,27 @@ def is_traced(resolved: Resolved) -> bool:
     if checkpointing is None or checkpointing.kind == "none":
         return True
     return checkpointing.kind in checkpoints(modules) and checkpointing.every == 1
+
+
+def _is_traced_recipe(resolved: Resolved) -> bool:
+    """Whether jobs of this kind are among those that AutoModel's recipe ran."""
+    from ftplan.memory.kernels import LIBRARIES
+
+    plan, sharding, config = resolved.plan, resolved.plan.sharding, resolved.config or {}
+    checkpointing = plan.gradient_checkpointing
+    others = (
+        config.get("model_type") not in (*LIBRARIES["automodel"], "mistral"),
+        plan.task not in (None, "sft", "pt"),
+        plan.method is None or plan.method.kind not in ("full", "lora", "qlora", "dora"),
+        sharding.kind not in (None, "none", "fsdp") or sharding.offload not in (None, "none"),
+        any((getattr(sharding, degree) or 1) > 1 for degree in ("tp", "pp", "cp", "ep")),
+        (sharding.dp_replicate or 1) > 1,
+        checkpointing is not None and checkpointing.kind not in ("none", "full"),
+        plan.batch.packing,
+        plan.batch.eval_micro,
+        plan.batch.padding == "right",
+    )
+    return not any(others)
 
 
 def capability_of(resolved: Resolved) -> tuple[int, int] | None:

@@ -52,20 +52,25 @@ def job_of(resolved: Resolved) -> Job:
     autocast = None if policy or around or engine is not None else mixed
     sharding = replace(
         _sharding(plan, resolved.config),
-        adapters_apart=stack.name != "pytorch",
+        adapters_apart=stack.name != "pytorch" and not stack.own_modules,
         megatron=stack.name == "megatron",
         own_plan=stack.name not in PLANNED,
         deep_ep=stack.name == "axolotl",
         own_spread=stack.name == "nemo" or _is_titan(stack),
+        keeps_last=stack.name == "nemo" and plan.sharding.reshard_after_forward is None,
     )
+    kernels = _kernels(resolved, storage)
+    if kernels.lora == "automodel" and checkpointing.kind == "selective":
+        _refuse_selective(method)
     environment = Environment(
         autocast=autocast,
         attention=plan.attention or "sdpa",
         repeats_heads=_repeats_heads(plan, stack, resolved.config),
         fills_cache=resolved.config.get("model_type") in stack.caching_models,
+        copies_to_cache=stack.leaves_cache_on and checkpointing.kind == "none",
         capability=_capability(gpu),
         padding_mask=batch.padding == "right",
-        kernels=_kernels(resolved, storage),
+        kernels=kernels,
         loss=plan.loss.kind,
         loss_by=fused_loss(plan),
         loss_shifts=stack.loss_shifts,
@@ -77,7 +82,9 @@ def job_of(resolved: Resolved) -> Job:
         log_probs=stack.log_probs,
         offload_checkpoints=_offloads(checkpointing.kind, sharding),
         checkpoint_attention=_core_alone(checkpointing, stack),
-        keeps_products=checkpointing.kind == "selective" and _is_titan(stack),
+        checkpoint_parts=kernels.in_parts and checkpointing.kind == "full",
+        keeps_products=checkpointing.kind == "selective"
+        and (stack.name == "nemo" or _is_titan(stack)),
         packed=bool(batch.packing),
         hooks_hold_inputs=_hooks_hold_inputs(plan),
         keep_outputs=stack.keeps_outputs,
@@ -120,6 +127,7 @@ def job_of(resolved: Resolved) -> Job:
         trainable_dtype=_trained(plan, stack) if engine is None else None,
         asks_input_grads=stack.asks_input_grads and method.kind not in ("full", "partial"),
         loss_twice=stack.loss_twice,
+        loss_outside=stack.loss_outside,
         value_head=stack.reward_head == "value",
         norm_dtype=plan.precision.norms if engine is None else None,
         embedding_dtype=plan.precision.embeddings if engine is None else None,
@@ -132,7 +140,10 @@ def job_of(resolved: Resolved) -> Job:
         fetches_ahead=stack.fetches_ahead,
         eval_micro=batch.eval_micro or 0,
         checkpoint_every=0
-        if checkpointing.kind == "none" or environment.checkpoint_attention or plan.task == "ppo"
+        if checkpointing.kind == "none"
+        or environment.checkpoint_attention
+        or environment.checkpoint_parts
+        or plan.task == "ppo"
         else checkpointing.every,
         loss_chunk=plan.loss.chunk or (stack.loss_chunk if modules else None) or 0,
         card_bytes=gpu.usable_bytes if gpu is not None else 0,
@@ -224,13 +235,43 @@ def _kernels(resolved: Resolved, storage: Format) -> Kernels:
         lora = "unsloth"
     elif library == "foak" and storage.layout != "plain":
         lora = "foak"
+    elif plan.stack == "nemo" and method is not None and method.fused_lora is not False:
+        lora = "automodel"
     elif method is not None and method.fused_lora:
         lora = "axolotl"
     text = config.get("text_config")
     kind = config.get("model_type", "")
     inner = text.get("model_type", kind) if isinstance(text, Mapping) else kind
+    if library == "automodel" and storage.layout != "plain":
+        library = "none"  # quantised models are transformers'
     known = LIBRARIES[library]
-    return kernels_of(library, str(kind if kind in known else inner), lora=lora)
+    model_type = str(kind if kind in known else inner)
+    whole = lora != "automodel" or _fuses_mlp(plan, config, own=model_type in known)
+    return kernels_of(library, model_type, lora=lora, lora_mlp=whole)
+
+
+def _fuses_mlp(plan: Plan, config: Mapping[str, Any], *, own: bool) -> bool:
+    """Whether AutoModel joins the projections of an adapted MLP.
+
+    It leaves alone what is on the meta device yet: its own models, and all that FSDP2 will shard
+    (components/_peft/lora_mlp.py 0.7.0, ``install_fused_lora_mlp``).
+    """
+    alone = (plan.hardware.count or 1) * (plan.hardware.nodes or 1) == 1
+    loaded = plan.sharding.kind == "ddp" or (alone and not own)
+    return loaded and config.get("hidden_act", "silu") in ("silu", "swish")
+
+
+def _refuse_selective(method: Method) -> None:
+    """AutoModel adds the base's result to LoRA's product in place, unless dropout has copied it."""
+    plain = method.kind in ("lora", "qlora") and not method.use_dora and not method.dropout
+    if plain:
+        raise UnsupportedError(
+            "selective checkpointing of NeMo AutoModel's LoRA",
+            because="the checkpoint keeps a product that is then added to, and torch 2.13 refuses "
+            "that",
+            remedy="use gradient_checkpointing: full, or method.fused_lora: false "
+            "(peft.use_memory_efficient_lora)",
+        )
 
 
 def _repeats_heads(plan: Plan, stack: Stack, config: Mapping[str, Any]) -> bool:
@@ -269,7 +310,7 @@ def _core_alone(checkpointing: Checkpointing, stack: Stack) -> bool:
     torchtitan's of every block, by operation."""
     selective = checkpointing.kind == "selective" and checkpointing.every == 1
     own = (stack.modules or stack.name).partition("-")[0]
-    return selective and own != "torchtune" and not _is_titan(stack)
+    return selective and own not in ("torchtune", "nemo") and not _is_titan(stack)
 
 
 def _is_titan(stack: Stack) -> bool:
@@ -431,6 +472,10 @@ def _sharding(plan: Plan, config: Mapping[str, Any]) -> ShardingSpec:
         for name in ShardingSpec.__dataclass_fields__
         if name not in ("world",) and getattr(sharding, name, None) is not None
     }
+    world = (hardware.count or 1) * (hardware.nodes or 1)
+    if plan.stack == "nemo" and world == 1 and sharding.kind == "fsdp":
+        # components/distributed/fsdp2.py 0.7.0: one rank is not wrapped, nor cast by a policy
+        given["kind"] = "none"
     _refuse_offload(plan)
     _refuse_flat(plan)
     mixed = plan.precision.mixed
@@ -438,7 +483,7 @@ def _sharding(plan: Plan, config: Mapping[str, Any]) -> ShardingSpec:
         # accelerate's policy: everything in the dtype of mixed precision
         given.setdefault("param_dtype", mixed)
         given.setdefault("reduce_dtype", given["param_dtype"])
-    return ShardingSpec(world=(hardware.count or 1) * (hardware.nodes or 1), **given)
+    return ShardingSpec(world=world, **given)
 
 
 _MOVERS = {

@@ -241,6 +241,8 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
             filler.fill("sharding.kind", None, kind)
     if kind == "fsdp" and sharding.version != 1 and sharding.wrap is None and plan.method:
         sharding = _units(sharding, find_stack(plan.stack or "transformers"), filler)
+    if kind == "fsdp" and plan.method:
+        sharding = _policy(sharding, find_stack(plan.stack or "transformers"), filler)
     budget = replace(
         plan.budget, headroom=filler.fill("budget.headroom", plan.budget.headroom, 0.0)
     )
@@ -250,6 +252,19 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
         sharding=replace(sharding, kind=kind),
         budget=budget,
     )
+
+
+def _policy(sharding: Sharding, stack: Stack, filler: _Filler) -> Sharding:
+    """The dtypes of the stack's own policy; without one it follows mixed precision."""
+    given = {
+        name: filler.fill(f"sharding.{name}", getattr(sharding, name), value, source)
+        for name, value, source in (
+            ("param_dtype", stack.param_dtype, stack.sources.get("param_dtype", CONTRACT)),
+            ("reduce_dtype", stack.reduce_dtype, stack.sources.get("reduce_dtype", CONTRACT)),
+        )
+        if value is not None
+    }
+    return replace(sharding, **given)
 
 
 def _units(sharding: Sharding, stack: Stack, filler: _Filler) -> Sharding:
@@ -299,6 +314,11 @@ def _check_kernels(plan: Plan, stack: Stack, config: Mapping[str, Any] | None) -
         raise InputError(
             f"unsloth's kernels do not come with {stack.title}",
             remedy="use stack: unsloth, or kernels: liger",
+        )
+    if plan.kernels == "automodel" and stack.name != "nemo":
+        raise InputError(
+            f"NeMo AutoModel's model code does not come with {stack.title}",
+            remedy="use stack: nemo, or kernels: none",
         )
 
 
@@ -359,6 +379,11 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
         kind = str((config or {}).get("model_type"))
         reentrant = stack.reenters(plan.task or "sft", kind)
         checkpointing = replace(checkpointing, reentrant=reentrant)
+    adapts = method.kind not in ("full", "partial", "bitfit")
+    if adapts and plan.sharding.kind in stack.reentrant_adapted and checkpointing.kind != "none":
+        name = "gradient_checkpointing.reentrant"
+        reentrant = filler.fill(name, None, True, own("reentrant_adapted"))
+        checkpointing = replace(checkpointing, reentrant=reentrant)
     loss = plan.loss
     if loss is None:
         kind = stack.loss_kind(method=method.kind, task=plan.task or "sft")
@@ -416,9 +441,11 @@ def _training(plan: Plan, stack: Stack, config: Mapping[str, Any] | None, filler
     return replace(plan, precision=_cast_in_part(plan, stack, filler, own("whole_in_fp32")))
 
 
-def fused_loss(plan: Plan) -> Literal["liger", "unsloth", "cut", "foak"]:
-    """Whose function a fused loss is."""
+def fused_loss(plan: Plan) -> Literal["liger", "unsloth", "cut", "foak", "automodel"]:
+    """Whose function a fused loss is, or one in chunks."""
     assert plan.loss is not None
+    if plan.stack == "nemo":
+        return "automodel"
     if plan.loss.by is not None:
         return plan.loss.by
     if plan.kernels in ("unsloth", "foak"):

@@ -140,6 +140,8 @@ def attend(
     seen = (window, reach)
     if heads.causal:
         k, v, mask = with_prefix(k, v, mask)
+        if env.copies_to_cache:  # joined to what is not there yet
+            k, v = ops.cat((k,)), ops.cat((v,))
     if env.repeats_heads and not eager and env.attention != "eager":
         full = heads.count * heads.size
         k, v = (ops.expand_heads(t, full // t.width) for t in (k, v))

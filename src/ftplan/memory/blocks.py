@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ftplan.memory import ops
 from ftplan.memory.adapters.lora import LoraLinear
-from ftplan.memory.checkpointing import checkpoint_all
+from ftplan.memory.checkpointing import checkpoint, checkpoint_all
 from ftplan.memory.experts import Experts, Routing
 from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.nn import Module, Shared, Stack, Stage
@@ -119,6 +119,8 @@ def _run_block(
     ``idle``: what the unit has beside the block's weights.
     """
     run = _checkpoint if checkpointed else _run
+    if recorder.tape.env.checkpoint_parts:
+        run = _checkpoint_parts
     if recorder.fsdp is None or recorder.fsdp.spec.wrap == "model":
         return run(block, x, shared)
     if groups := recorder.fsdp.groups(block):
@@ -129,9 +131,10 @@ def _run_block(
     own = {id(p) for module in (*apart, *thin) for _, p in module.named_parameters()}
     held = recorder.fsdp.beside and not recorder.fsdp.spec.reshard_after_forward
     weights = [p for _, p in block.named_parameters() if id(p) not in own and not held]
-    if "adapters" not in recorder.fsdp.spec.apart:
+    if "adapters" not in recorder.fsdp.spec.apart and not recorder.fsdp.by_module:
         weights += idle
     unit = Unit("block", weights, place=recorder.place, module=block)
+    unit.stays = recorder.fsdp.keeps(recorder.place) or None
     recorder.units.append(unit)
     recorder.fsdp.adopt(unit)
     for experts in apart:
@@ -162,6 +165,39 @@ def _run_groups(
     for unit in units:
         fsdp.end_forward(unit)
     return fsdp.leave_groups(units, out)
+
+
+_PARTS = (
+    ("mlp", "feed_forward", "ffn"),
+    ("self_attn", "attention", "attn", "linear_attn"),
+    ("input_layernorm", "attention_norm", "layer_norm1", "norm1"),
+    ("post_attention_layernorm", "ffn_norm", "layer_norm2", "norm2"),
+)
+"""Of each the first name that a block has is checkpointed (nemo_automodel/components/distributed/
+activation_checkpointing.py 0.7.0, ``apply_submodule_checkpointing``)."""
+
+
+def _checkpoint_parts(block: Module, x: Tensor, shared: Shared) -> Tensor:
+    """The block with parts that keep their input alone."""
+    found = [next((name for name in names if name in block.children), "") for names in _PARTS]
+    parts = [block.children[name] for name in found if name]
+    plain = [part.forward for part in parts]
+    for part in parts:
+        part.forward = _checkpointed(part)
+    out = _run(block, x, copy.copy(shared))
+    for part, forward in zip(parts, plain, strict=True):
+        part.forward = forward
+    return out
+
+
+def _checkpointed(part: Module) -> Callable[..., Tensor]:
+    forward: Callable[..., Tensor] = part.forward
+    trains = any(parameter.trainable for _, parameter in part.named_parameters())
+
+    def run(x: Tensor, *rest: Any) -> Tensor:
+        return checkpoint(lambda x: forward(x, *rest), x, trains=trains)
+
+    return run
 
 
 def _thin_layers(block: Module) -> list[Module]:

@@ -9,13 +9,19 @@ needed; the buffer stays until the last one has been
 (deepspeed/runtime/zero/partitioned_param_coordinator.py and partition_parameters.py, 0.19.8:
 ``fetch_sub_module``, ``release_sub_module``, ``reset_step``, ``all_gather_coalesced``,
 ``AllGatherCoalescedHandle.wait``).
+
+An iteration begins with each forward of the model, with a graph or without. Where one goes another
+way than the one that was recorded, the record is thrown away (``trace_prologue``): until the second
+forward after that nothing is fetched ahead, and weights go as soon as their module has run, small
+ones too. A trainer that asks the same engine for log-probabilities first, or with the adapters
+off, may never have a record that lasts until backward.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 from ftplan.memory.job import ShardingSpec
@@ -62,8 +68,8 @@ class Weight:
         """The copies of which the graph keeps views, the latest last."""
 
     def restart(self) -> None:
-        """``_partition_all_parameters``: before a step nothing is gathered."""
-        self.here, self.flight, self.copy = False, None, 0
+        """Nothing has been gathered yet."""
+        self.here, self.flight, self.copy, self.fetched = False, None, 0, -1
         for held in (self.active, self.uses, self.views):
             held.clear()
 
@@ -94,31 +100,44 @@ class Running:
 
 
 class Coordinator:
-    """``PartitionedParameterCoordinator`` with a complete trace.
+    """``PartitionedParameterCoordinator``.
 
-    ``events`` fills with births and deaths. What has one size has one number: which of two such
-    storages dies makes no difference.
+    ``trace``: the order in which modules run, as an earlier iteration recorded it; None: nothing
+    has run yet. ``events`` fills with births and deaths. What has one size has one number: which of
+    two such storages dies makes no difference.
     """
 
-    def __init__(self, tape: Tape, spec: ShardingSpec, trace: Sequence[Running]) -> None:
+    def __init__(
+        self, tape: Tape, spec: ShardingSpec, trace: Sequence[Running] | None = None
+    ) -> None:
         self._tape = tape
         self._spec = spec
         self._numbers: dict[tuple[int, str], int] = {}
         self.events: list[int] = []
         self.alive: Counter[int] = Counter()
-        self._queue = [(w, step) for step, running in enumerate(trace) for w in running.weights]
-        self._passed = list(accumulate((sum(w.numel for w in r.weights) for r in trace), initial=0))
-        self._weights = list(dict.fromkeys(w for w, _ in self._queue))
-        for weight in self._weights:
-            weight.restart()
-        for weight, step in self._queue:
-            weight.uses.append(step)
+        self._order: list[Running] = []
+        self._queue: list[tuple[Weight, int]] = []
+        self._passed: list[int] = []
+        self._complete, self._recording = trace is not None, False
         self._flying: dict[Weight, Flight] = {}
         self._backward: dict[Running, None] = {}
         """Modules that run backward."""
         self._goes: dict[tuple[Running, int], list[Weight]] = {}
         self._next = self._step = self._live = 0
         self.in_backward = False
+        if trace is not None:
+            self._learn(trace)
+
+    def _learn(self, trace: Sequence[Running]) -> None:
+        """``construct_parameter_trace_from_module_trace``."""
+        self._order = list(trace)
+        self._queue = [(w, step) for step, running in enumerate(trace) for w in running.weights]
+        self._passed = list(accumulate((sum(w.numel for w in r.weights) for r in trace), initial=0))
+        for weight, _ in self._queue:
+            weight.uses.clear()
+        for weight, step in self._queue:
+            weight.uses.append(step)
+        self._complete, self._recording = True, False
 
     def number(self, size: int, label: Label = LIVE) -> int:
         """What stands for storages of a size."""
@@ -139,22 +158,49 @@ class Coordinator:
         self.alive[number] -= 1
         self.events.append(-number)
 
-    def gather_small(self) -> None:
+    def gather_small(self, weights: Iterable[Weight]) -> None:
         """``_post_step``: all that stays is gathered."""
-        for weight in self._weights:
-            if weight.stays:
+        for weight in weights:
+            if weight.stays and not weight.here:
                 weight.here = True
                 self._born(weight.size)
 
+    def part_all(self, weights: Iterable[Weight]) -> None:
+        """``_partition_all_parameters``: before an optimizer step nothing is gathered."""
+        self._land()
+        for weight in weights:
+            weight.active.clear()
+            self._release(weight)
+
     def reset(self) -> None:
         """``reset_step``: a forward begins. What is still there is no longer counted."""
-        for weight in list(self._flying):
-            self._wait(weight)
-            self._release(weight)
-        for weight in self._weights:
+        self._land()
+        if self._recording:
+            self._learn(self._order)
+        elif not self._complete:
+            self._recording, self._order = True, []
+        for weight, _ in self._queue:
             weight.fetched = -1
         self._next = self._step = self._live = 0
         self.in_backward = False
+
+    def _land(self) -> None:
+        """``_clean_inflight_param_registry``."""
+        for weight in list(self._flying):
+            self._wait(weight)
+            self._release(weight)
+
+    def _follow(self, running: Running) -> None:
+        """``trace_prologue``, ``record_module``: whether this one is expected now."""
+        step = self._step
+        if self._complete and (step >= len(self._order) or self._order[step] is not running):
+            self._complete = False
+            for weight, _ in self._queue:
+                weight.fetched = -1
+            self._queue = []
+            self._land()
+        if self._recording:
+            self._order.append(running)
 
     def leftovers(self) -> None:
         """``release_backward_leftovers``: modules whose input asked for no gradient."""
@@ -164,11 +210,12 @@ class Coordinator:
 
     def fetch(self, running: Running, forward: bool) -> None:
         """``fetch_sub_module``."""
+        self._follow(running)
         if not forward:
             self._backward[running] = None
         if running.weights:
             self._fetch(running, forward)
-        if self._next < len(self._queue):
+        if self._complete and self._next < len(self._queue):
             self._ahead()
         self._step += 1
 
@@ -183,7 +230,8 @@ class Coordinator:
                 weight.active.add(owner)
             if weight.flight is not None:
                 self._wait(weight)
-        self._skip({w for w in running.weights if w.fetched < self._step})
+        if self._complete:
+            self._skip({w for w in running.weights if w.fetched < self._step})
 
     def release(self, running: Running, forward: bool) -> None:
         """``release_sub_module``."""
@@ -205,7 +253,9 @@ class Coordinator:
             self._release(weight)
 
     def _released(self, running: Running) -> list[Weight]:
-        """``__params_to_release``, which remembers what it said."""
+        """``__params_to_release``, which remembers what it said; without a record everything."""
+        if not self._complete:
+            return running.weights
         key = (running, self._step)
         if key not in self._goes:
             self._goes[key] = [

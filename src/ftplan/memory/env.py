@@ -26,14 +26,17 @@ class Environment:
     """Keys and values are copied to all query heads before any kernel (transformers until 4.48)."""
     fills_cache: bool = False
     """Keys and values stay in a cache until the model returns, even when it is checkpointed."""
+    copies_to_cache: bool = False
+    """Nobody turns the model's cache off: every layer copies keys and values into it."""
     attention_dropout: bool = False
     """Dropout inside attention is active."""
     kernels: Kernels = NONE
     """Fused kernels that replace the model's own operations."""
     loss: Literal["full", "chunked", "fused"] = "full"
     """How the loss meets the logits."""
-    loss_by: Literal["liger", "unsloth", "cut", "foak"] = "liger"
-    """Whose function a fused loss is."""
+    loss_by: Literal["liger", "unsloth", "cut", "foak", "automodel"] = "liger"
+    """Whose function a fused loss is, or one in chunks; ``automodel``: NeMo's, which is cut cross
+    entropy where it is fused."""
     loss_shifts: Literal["labels", "logits"] = "labels"
     """What the loss moves by one token; moving the logits copies them."""
     loss_upcasts: bool = True
@@ -51,6 +54,8 @@ class Environment:
     keeps_products: bool = False
     """Checkpointed blocks keep every second product of matrices and what fused attention returns
     (torchtitan's selective checkpointing by operation)."""
+    checkpoint_parts: bool = False
+    """Attention, MLP and the norms before them are checkpointed each by itself."""
     checkpoint_attention: bool = False
     """The core of attention alone is checkpointed (Megatron's selective recomputation)."""
     packed: bool = False

@@ -11,6 +11,7 @@ from ftplan.dataclass import dataclass
 from ftplan.errors import UnsupportedError
 from ftplan.memory.families.native import Native
 from ftplan.memory.fsdp import BUFFERS, shard_shape, stays_gathered
+from ftplan.memory.gathering import stored
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.loss import chunk_tokens, head_weight
 from ftplan.memory.nn import Network
@@ -23,7 +24,7 @@ from ftplan.memory.statics import Counted, StaticTerm, weight_bytes, weights_ter
 from ftplan.memory.steps import record_evaluation, record_step
 from ftplan.memory.tape import ITEM_BYTES, Label, Parameter, Played
 from ftplan.memory.tasks import Objective, Resident, objective_of
-from ftplan.memory.zero import Layout, layout_of, live_bytes, partition, step_temporaries
+from ftplan.memory.zero import Layout, layout_of, partition, step_temporaries
 from ftplan.units import MIB
 
 __all__ = ["Estimate", "StaticTerm", "Structure", "estimate", "structure_of"]
@@ -179,7 +180,9 @@ def resident_terms(model: Resident, sharding: ShardingSpec) -> list[StaticTerm]:
     whole = counted_parameters(model.network)
     terms = [weights_term(_sharded(whole, sharding), model.name, model.why)]
     if sharding.kind == "zero3":
-        terms.append(_live(sharding, whole, f"{model.name}_gathered"))
+        small = [entry for entry in whole if stored(entry[0])[0] <= sharding.persistence_elements]
+        why = "DeepSpeed: stage3_param_persistence_threshold; nothing parts what is never stepped"
+        terms.append(weights_term(small, f"{model.name}_gathered", why))
     if sharding.kind == "fsdp" and sharding.version == 2:
         stays = stays_gathered(model.network, sharding)
         left = [
@@ -199,15 +202,6 @@ def _gathered(parameter: Parameter, dtype: str | None) -> Parameter:
     plain = parameter.dtype in ITEM_BYTES
     return Parameter(
         parameter.name, parameter.shape, dtype if plain and dtype else parameter.dtype, False
-    )
-
-
-def _live(spec: ShardingSpec, whole: Counted, name: str) -> StaticTerm:
-    return StaticTerm(
-        name=name,
-        bytes=live_bytes(spec, whole),
-        formula=f"{spec.max_live_elements:,} live + {spec.prefetch_elements:,} ahead",
-        source="DeepSpeed: stage3_max_live_parameters, stage3_prefetch_bucket_size",
     )
 
 
@@ -254,7 +248,9 @@ class Structure:
         own = counted_parameters(network)
         counted = own + (counted_parameters(objective.critic) if objective.critic else [])
         local = _sharded(counted, job.sharding)
-        layout = layout_of(network, job.sharding) if job.sharding.is_zero else None
+        layout = None
+        if job.sharding.is_zero:
+            layout = layout_of(network, job.sharding, objective.critic)
         if job.stage is not None:
             one_chunk(network, job.stage)
         self.program = program_of(job, network, objective)
@@ -488,7 +484,8 @@ def estimate(job: Job) -> Estimate:
 def _accumulated(job: Job, whole: Counted, learned: Counted, layout: Layout | None) -> Counted:
     """Gradients between micro batches: under ZeRO each rank keeps those that it owns.
 
-    FSDP keeps shards too, or the host does, or whole gradients where it waits for the last batch.
+    FSDP keeps shards too, or the host does, or whole gradients where it waits for the last batch;
+    of a flat parameter all of it.
     """
     spec = job.sharding
     if layout is not None and (spec.kind != "zero1" or spec.overlap_comm):
@@ -500,12 +497,15 @@ def _accumulated(job: Job, whole: Counted, learned: Counted, layout: Layout | No
         ]
     if spec.kind != "fsdp":
         return learned
+    joined = spec.version == 1 and not spec.adapters_apart
+    trains = {inside for p, _, inside in whole if p.trainable}
+    parts = [entry for entry in whole if entry[0].trainable or (joined and entry[2] in trains)]
     if not spec.no_sync:
-        return [] if spec.offload == "params" else [*learned, *(e for e in learned if e[0].twice)]
+        shards = _sharded(parts, spec) if joined else learned
+        return [] if spec.offload == "params" else [*shards, *(e for e in shards if e[0].twice)]
     return [
-        (_as(p, spec.reduce_dtype or spec.param_dtype or p.dtype), times, matrix)
-        for p, times, matrix in whole
-        if p.trainable
+        (_as(p, spec.reduce_dtype or spec.param_dtype or p.dtype), times, inside)
+        for p, times, inside in parts
     ]
 
 

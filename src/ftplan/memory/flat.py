@@ -72,6 +72,9 @@ class Flat(Fsdp):
             if self._apart(unit) and parameter.added and parameter.trainable:
                 self._last_adapter[id(parameter)] = unit
                 break
+        if not self.spec.adapters_apart and any(p.trainable for p in unit.parameters):
+            for parameter in unit.parameters:
+                parameter.joined = parameter.dtype in ITEM_BYTES
         if self.accumulated and self.spec.no_sync:
             trained = self._joined(unit)
             if trained:

@@ -57,6 +57,8 @@ def wrapped_apart(
         return []
     table = network.child(network.embedding_names[0])
     head = _output_embeddings(network)
+    if "untied" in spec.apart:
+        return _untied(network, table, head)
     norm = _final_norm(network, adapted=adapted)
     tail = [module for module in (norm, head) if module is not None]
     if len(network.stages) > 1:
@@ -77,6 +79,22 @@ def wrapped_apart(
             )
         units = [("head", [table, *tail])]
     return [(name, modules) for name, modules in units if name in spec.apart and modules]
+
+
+def _untied(network: Network, table: Module, head: Module | None) -> list[tuple[str, list[Module]]]:
+    """AutoModel's: tables that are trained, and share no weight.
+
+    nemo_automodel/components/distributed/parallelizer.py 0.7.0,
+    ``_fully_shard_untied_input_output_embeddings``.
+    """
+    if f"{network.head_name}.weight" in network.tied:
+        return []
+    both = (("embeddings", table), ("head", head))
+    return [
+        (name, [module])
+        for name, module in both
+        if module is not None and any(p.trainable for _, p in module.named_parameters())
+    ]
 
 
 def stays_gathered(network: Network, spec: ShardingSpec) -> Callable[[Parameter, bool], bool]:
@@ -162,6 +180,9 @@ class Unit:
 class Fsdp:
     """The state of FSDP while one micro batch is recorded."""
 
+    by_module = False
+    """Weights are gathered a module at a time, not by unit."""
+
     def __init__(self, tape: Tape, spec: ShardingSpec, *, accumulated: bool) -> None:
         self.tape = tape
         self.spec = spec
@@ -174,12 +195,18 @@ class Fsdp:
         self.divides = False
         """The trainer sets what gradients are divided by (``set_gradient_divide_factor``)."""
         self.order: list[Unit] = []
+        self.last = 0
+        """Which block comes last."""
         self.ended = False
         """The model has returned: what runs now is called by the trainer."""
         self.ran_again = False
         """Another pass of the same model came after the one that has a way back."""
         self.beside = False
         """Another network runs, which is sharded by itself."""
+        self.again = False
+        """The network runs again with its adapters off."""
+        self.second = False
+        """A second network runs that is trained with the first, in one wrapper around both."""
 
     def played(self, trained: Played | None = None) -> Played | None:
         """All is recorded: what comes between its segments at full depth, if anything.
@@ -238,7 +265,12 @@ class Fsdp:
 
     def place(self, layer: int, count: int) -> int | str | None:
         """Blocks that are recorded by themselves: the first and the last."""
+        self.last = count - 1
         return layer if layer in (0, count - 1) else None
+
+    def keeps(self, place: int | str | None) -> bool:
+        """Whether a block's weights stay until its way back."""
+        return self.spec.keeps_last and place == self.last
 
     def outer_units(self, network: Network, *, held: bool = False) -> list[Unit]:
         """The root, and before it in turn what is wrapped apart (:attr:`ShardingSpec.apart`).

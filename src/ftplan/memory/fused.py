@@ -16,6 +16,8 @@ __all__ = ["cross_entropy", "gate", "rms_norm"]
 def rms_norm(x: Tensor, weight: Tensor | None) -> Tensor:
     """Keeps its input and an fp32 number a row; see :class:`ftplan.memory.kernels.Kernels`."""
     tape, kernels = x.tape, x.tape.env.kernels
+    if kernels.norm_wide and weight is not None:
+        return _wide_rms_norm(x, weight)
     out = tape.tensor(x.rows, x.width, x.dtype, "rms norm")
     saved = (x, tape.tensor(x.rows, 1, "fp32", "rms norm statistics"))
     trains = weight is not None and weight.requires_grad and kernels.norm_trains
@@ -35,6 +37,28 @@ def rms_norm(x: Tensor, weight: Tensor | None) -> Tensor:
         return tuple(grads)
 
     ops.record([out], "rms norm", inputs, apply)
+    return out
+
+
+def _wide_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """AutoModel's: the input is cast, normed and cast back; its way back is one compiled kernel."""
+    with x.tape.no_grad():
+        wide = ops.to(x, "fp32")
+        _scale = ops.to(weight, "fp32")
+        normed = x.tape.tensor(x.rows, x.width, "fp32", "rms norm")
+        rows = x.tape.tensor(x.rows, 1, "fp32", "rms norm statistics")
+        del wide, _scale, rows
+        out = ops.to(normed, x.dtype)
+        del normed
+    saved = (x.alias(), weight)
+    makers = [ops.like(t.rows, t.width, t.dtype, t.requires_grad) for t in (x, weight)]
+
+    def apply(grad: Tensor) -> Grads:
+        kept, _ = saved
+        _rows = grad.tape.tensor(kept.rows, 1, "fp32", "rms norm statistics")
+        return tuple(make(grad) for make in makers)
+
+    ops.record([out], "rms norm", [x, weight], apply)
     return out
 
 

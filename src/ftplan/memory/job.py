@@ -61,6 +61,8 @@ class ShardingSpec:
     """FSDP2: what is a unit by itself beside blocks: `embeddings`, `head`, `output`, `adapters`."""
     reshard_root: bool = False
     """FSDP2: what belongs to no unit is freed between forward and backward too."""
+    keeps_last: bool = False
+    """FSDP2: the last block is not freed between forward and backward (NeMo AutoModel)."""
     adapters_apart: bool = True
     """FSDP1: adapters are units of their own (PEFT's wrapping policy, which Trainer asks for)."""
     offload: Literal["none", "optimizer", "params", "activations", "nvme"] = "none"
@@ -200,6 +202,8 @@ class Job:
     """What the embedding returns asks for a gradient even where nothing is checkpointed."""
     loss_twice: bool = False
     """A language model's own loss is computed and left: the trainer takes one out of the logits."""
+    loss_outside: bool = False
+    """A language model's loss is the loop's own, of what the model has returned."""
     value_head: bool = False
     """A reward model's head lies beside the language model's, which runs too."""
     norm_dtype: str | None = None

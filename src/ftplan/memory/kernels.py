@@ -13,7 +13,7 @@ from ftplan.dataclass import dataclass
 
 __all__ = ["LIBRARIES", "NONE", "Kernels", "Lora", "kernels_of"]
 
-Lora = Literal["none", "unsloth", "axolotl", "foak"]
+Lora = Literal["none", "unsloth", "axolotl", "foak", "automodel"]
 """Whose autograd functions run the projections of LoRA: each keeps its input once."""
 
 
@@ -28,8 +28,14 @@ class Kernels:
     """The norm's weight gets a gradient; Unsloth's kernel of before 2026.10 makes none."""
     norm_partials: int = 0
     """Rows of fp32 partial sums of which that gradient is made; 0: it is summed in place."""
+    norm_wide: bool = False
+    """The norm is one opaque step that makes fp32 copies of its input and output."""
     rope: bool = False
     """Queries and keys are rotated where they are, forward and backward."""
+    rope_wide: bool = False
+    """They are rotated in fp32, out of tables that stay from batch to batch."""
+    in_parts: bool = False
+    """Checkpointing is of attention, MLP and norms, each by itself."""
     gate: bool = False
     """``act(gate) * up`` in one kernel."""
     loss: bool = False
@@ -37,6 +43,8 @@ class Kernels:
     loss_in_place: bool = True
     """It writes the gradient over them; else it keeps the losses too and makes a new tensor."""
     lora: Lora = "none"
+    lora_mlp: bool = True
+    """They run gate, up and down as one."""
 
 
 NONE = Kernels()
@@ -92,11 +100,22 @@ _FOAK: Mapping[str, Kernels] = {
 """fms_acceleration_foak/models 0.7.4, Unsloth's kernels of early 2024: ``fast_rms_layernorm``,
 ``fast_rope_embeddings``, ``fast_loss``."""
 
+_AUTOMODEL: Mapping[str, Kernels] = {
+    **dict.fromkeys(
+        ("llama", "qwen2"), Kernels(norm=True, norm_wide=True, rope_wide=True, in_parts=True)
+    ),
+    "qwen3": Kernels(rope_wide=True, in_parts=True),
+}
+"""nemo_automodel/components/models 0.7.0: dense models of its own, with ``Float32RMSNorm`` (Qwen 3
+has transformers' norms) and llama/rope_utils.py. Any other dense model is transformers'."""
+
 LIBRARIES: Mapping[str, Mapping[str, Kernels]] = {
-    "none": {}, "liger": _LIGER, "unsloth": _UNSLOTH, "foak": _FOAK,
+    "none": {}, "liger": _LIGER, "unsloth": _UNSLOTH, "foak": _FOAK, "automodel": _AUTOMODEL,
 }  # fmt: skip
 
 
-def kernels_of(library: str, model_type: str, *, lora: Lora = "none") -> Kernels:
+def kernels_of(
+    library: str, model_type: str, *, lora: Lora = "none", lora_mlp: bool = True
+) -> Kernels:
     """What ``library`` fuses in a model of this type; ``lora``: whose functions adapters run in."""
-    return replace(LIBRARIES[library].get(model_type, NONE), lora=lora)
+    return replace(LIBRARIES[library].get(model_type, NONE), lora=lora, lora_mlp=lora_mlp)

@@ -13,6 +13,7 @@ __all__ = [
     "compute_loss",
     "head_weight",
     "model_outputs",
+    "outside_loss",
     "tiled_divergence",
 ]
 
@@ -33,7 +34,7 @@ def chunk_tokens(by: str, tokens: int, vocabulary: int, hidden: int, free: int) 
     known) are one (unsloth_zoo/fused_losses/fused_linear.py 2026.10.9, ``fused_linear_rows``; of
     more than 4096 tokens and a frozen head it makes tiles of 256 MiB instead, which is as much).
     """
-    if by == "cut":
+    if by in ("cut", "automodel"):
         return 0
     if by == "unsloth":
         budget = min(UNSLOTH_BUDGET, free // 2) if free > 0 else UNSLOTH_BUDGET
@@ -42,6 +43,10 @@ def chunk_tokens(by: str, tokens: int, vocabulary: int, hidden: int, free: int) 
         return min(rows, UNSLOTH_ROWS, max(budget // (4 * vocabulary), 2), tokens)
     parts = -(-vocabulary // hidden)
     return min(1 << (-(-tokens // parts) - 1).bit_length(), tokens)
+
+
+_CUT = ("cut", "automodel")
+"""Cut cross entropy, which makes gradients on the way back."""
 
 
 def _power_below(count: int) -> int:
@@ -65,6 +70,14 @@ def compute_loss(network: Network, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if env.logits_cast == "model" and env.loss_upcasts and network.loss_in_fp32:
         logits = ops.to(logits, "fp32")
     return _full(network, logits), logits
+
+
+def outside_loss(network: Network, outputs: Tensor) -> Tensor:
+    """A loop's own loss of what the model has returned: logits, or states that meet the head."""
+    kind = outputs.tape.env.loss
+    if kind == "full":
+        return _full(network, outputs)
+    return _remade_chunks(network, outputs) if kind == "chunked" else _fused(network, outputs)
 
 
 def model_outputs(
@@ -138,6 +151,50 @@ def _chunked(network: Network, x: Tensor) -> Tensor:
         loss = part if loss is None else ops.add(loss, part)
     assert loss is not None
     return loss
+
+
+def _remade_chunks(network: Network, x: Tensor) -> Tensor:
+    """AutoModel's: a chunk's logits at a time, made again backward; the head's gradient in fp32.
+
+    nemo_automodel/components/loss/chunked_ce.py 0.7.0, ``_ChunkedLinearCE``. Compiled, as it comes:
+    neither fp32 logits nor probabilities exist, and their gradient is written over the logits.
+    """
+    tape = x.tape
+    parameter, trained = head_weight(network)
+    weight = tape.leaf(parameter)
+    vocabulary, width = parameter.shape
+    rows, dtype, wants = x.rows, x.dtype, x.requires_grad
+
+    def piece(like: Tensor) -> Tensor:
+        return like.tape.tensor(CHUNK, vocabulary, weight_dtype, "chunk of logits")
+
+    tape.chunks_played = 0
+    weight_dtype = weight.dtype
+    losses = tape.tensor(rows, 1, "fp32", "loss per token")
+    tape.multiply(rows, width, vocabulary)
+    made = piece(x)
+    del made
+    kept = [x.alias()]
+
+    def apply(grad: Tensor) -> Grads:
+        tape, _kept = grad.tape, kept
+        tape.multiply(rows, width, vocabulary, again=True)
+        tape.multiply(rows, width, vocabulary, times=wants + trained)
+        states = tape.tensor(rows, width, dtype, "gradient") if wants else None
+        if not trained:
+            logits = piece(grad)
+            part = tape.tensor(CHUNK, width, dtype, "gradient of a chunk")
+            del logits, part
+            return states, None
+        total = tape.tensor(ONE * vocabulary, width, "fp32", "weight gradient")
+        logits = piece(grad)
+        part = tape.tensor(CHUNK, width, dtype, "gradient of a chunk")
+        own = tape.tensor(ONE * vocabulary, width, weight_dtype, "weight gradient of a chunk")
+        del logits, part, own
+        return states, ops.to(total, weight_dtype)
+
+    ops.record([losses], "loss in chunks", [x, weight], apply)
+    return scalar(losses)
 
 
 def scalar(values: Tensor) -> Tensor:
@@ -359,11 +416,11 @@ def _fused(network: Network, x: Tensor) -> Tensor:
 
     rows, (vocabulary, width) = x.rows, head_weight(network)[0].shape
     tape.multiply(rows, width, vocabulary)
-    if by != "cut" and wants:
+    if by not in _CUT and wants:
         tape.multiply(rows, width, vocabulary, times=len(shapes))
         saved += gradients()
     losses = tape.tensor(x.rows, 1, "fp32", "loss per token")
-    if by == "cut":
+    if by in _CUT:
         saved += [x.alias(), tape.tensor(x.rows, 1, "fp32", "log-sum-exp")]
     else:
         _chunk_of_logits(network, x, backward=wants)
@@ -371,9 +428,14 @@ def _fused(network: Network, x: Tensor) -> Tensor:
     del losses
 
     def apply(_grad: Tensor) -> Grads:
-        if by == "cut":
+        if by in _CUT:
             tape.multiply(rows, width, vocabulary, again=True)
             tape.multiply(rows, width, vocabulary, times=len(shapes))
+        if by == "automodel":  # accum_e_fp32
+            summed = tape.tensor(*shapes[0][:2], "fp32", "gradient of the fused loss")
+            made = [tape.tensor(*shape, "gradient of the fused loss") for shape in shapes[1:]]
+            saved.clear()
+            return (ops.to(summed, shapes[0][2]), *made)
         made = list(saved) if by in ("liger", "foak") else gradients()  # Unsloth scales a copy
         saved.clear()
         return tuple(made)

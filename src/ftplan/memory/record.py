@@ -190,31 +190,34 @@ class Recorder:
             fsdp.adopt(unit)
 
     @contextmanager
-    def apart(self, network: Network, *, beside: bool) -> Iterator[None]:
-        """Run another network without a graph, sharded like the first.
+    def apart(self, network: Network, *, beside: bool, trained: bool = False) -> Iterator[None]:
+        """Run another network, sharded like the first.
 
-        ``beside``: it is a model of its own, whose root was gathered once and has stayed so (its
-        bytes are static): FSDP2 reshards a root in backward, and it runs none. Else it is the
-        first one with its adapters off, whose root may still be gathered.
+        ``beside``: it is a model of its own. Else it is the first one with its adapters off, whose
+        root may still be gathered. ``trained``: with the first, in one wrapper around both.
         """
         before = (self.network, self.units)
         blocks, self.blocks = self.blocks, 0
         self.network = network
         if self.fsdp is not None:
             order = list(self.fsdp.order)
+            fsdp = self.fsdp
+            fsdp.beside, fsdp.again, fsdp.second = beside and not trained, not beside, trained
             if beside:
-                self.units = self.fsdp.outer_units(network, held=True)
+                self.units = fsdp.outer_units(network, held=True)
             else:
                 self.adapted = before[0]
-                self.fsdp.share_units(network, before[0], self.outer)
+                fsdp.share_units(network, before[0], self.outer)
                 self.units = list(self.outer)
-                self.fsdp.ran_again = True
-            self.fsdp.beside = beside
+                fsdp.ran_again = True
+            if trained:
+                fsdp.adopt(self.units[0])
         yield
         self.network, self.units = before
         self.blocks, self.adapted = blocks, None
         if self.fsdp is not None:
-            self.fsdp.order, self.fsdp.beside = order, False
+            self.fsdp.order = order
+            self.fsdp.beside = self.fsdp.again = self.fsdp.second = False
 
     def begin_root(self) -> None:
         """Gather what belongs to no block."""

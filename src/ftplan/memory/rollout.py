@@ -67,9 +67,16 @@ class Rollout:
         self._scorers: list[Program] = []
         if objective.kind == "clipped":  # whose trainer calls the bare modules, without autocast
             plain = replace(environment, autocast=None, outputs_to_fp32=False)
+            sharding = job.sharding if job.sharding.kind == "zero3" else None
             for scorer in objective.scorers:
-                recording = record_scoring(scorer, plain, job.completion_tokens)
+                # TRL calls the engine around a reference; of the others what is inside
+                whole = scorer is objective.other and objective.beside
+                recording = record_scoring(
+                    scorer, plain, job.completion_tokens, sharding=sharding, whole=whole
+                )
                 self._scorers.append(Program(recording, recording.phases()))
+            if objective.critic is not None:  # in one wrapper with the policy, which is gathered
+                self._gathered += _gathered_to_generate(job.sharding, objective.critic)
 
     def worst(self, micro: int, seq_len: int) -> list[Stage]:
         """The worst stage of each phase."""
@@ -90,11 +97,12 @@ class Rollout:
         once = min(count, AT_ONCE)
         cache = self._cache(once, seq_len)
         kept = self._scores(count, 1, "of the rollout before, kept until this one is there")
-        yield Stage("rollout", (kept, cache), self._prompts, (once, prompt[1]))
+        held = (*self._gathered, kept)
+        yield Stage("rollout", (*held, cache), self._prompts, (once, prompt[1]))
         stacked = self._scores(once, 2, "of each token, in a list and stacked")
-        yield Stage("rollout", (kept, cache, stacked))
+        yield Stage("rollout", (*held, cache, stacked))
         padded = self._scores(count, 2, "of each token, stacked and padded")
-        yield Stage("rollout", (kept, padded))
+        yield Stage("rollout", (*held, padded))
         for program in self._scorers:
             yield Stage("scoring", (self._scores(count, 1, "of each token"),), program,
                         (once, seq_len))  # fmt: skip

@@ -59,7 +59,10 @@ def record_step(
         _ask_for_input_grads(network)
     input_grads = input_grads or received
     if sharding is not None:
-        recorder.shard(_sharded(network, tape, sharding, accumulated=accumulated))
+        sharded = _sharded(network, tape, sharding, accumulated=accumulated, objective=objective)
+        if isinstance(sharded, Zero):
+            sharded.input_grads = input_grads
+        recorder.shard(sharded)
     elif isinstance(network, Native) or accumulated:
         _hold_gradients(network, tape, idle=not accumulated)
     if objective is not None and objective.before:
@@ -160,11 +163,20 @@ def _receive(recorder: Recorder, share: PipelineStage) -> None:
     recorder.recording.once.append(recorder.cut("receive buffers"))
 
 
-def _sharded(network: Network, tape: Tape, spec: ShardingSpec, *, accumulated: bool) -> Fsdp:
+def _sharded(
+    network: Network,
+    tape: Tape,
+    spec: ShardingSpec,
+    *,
+    accumulated: bool,
+    objective: Objective | None = None,
+) -> Fsdp:
     if spec.kind == "fsdp":
         kind = Flat if spec.version == 1 else network.fsdp_kind or Fsdp
         return kind(tape, spec, accumulated=accumulated)
-    return Zero(tape, spec, layout_of(network, spec), accumulated=accumulated)
+    layout = layout_of(network, spec, objective.critic if objective is not None else None)
+    unseen = objective is not None and objective.unseen
+    return Zero(tape, spec, layout, accumulated=accumulated, unseen=unseen)
 
 
 def record_serving(network: Network, env: Environment) -> Recording:
@@ -192,17 +204,29 @@ def record_serving(network: Network, env: Environment) -> Recording:
     return recorder.recording
 
 
-def record_scoring(network: Network, env: Environment, completion: int) -> Recording:
+def record_scoring(
+    network: Network,
+    env: Environment,
+    completion: int,
+    *,
+    sharding: ShardingSpec | None = None,
+    whole: bool = False,
+) -> Recording:
     """A batch through a model without a graph, its hidden states kept; then log-probabilities.
 
     As PPO scores a rollout: with all logits of the reference, or a head of one number a token.
+    ``sharding``: by ZeRO-3. ``whole``: the engine is called, not the modules in it.
     """
     recorder = Recorder(network, env)
     tape = recorder.tape
+    if sharding is not None:
+        recorder.shard(_sharded(network, tape, sharding, accumulated=False))
     recorder.states = States(recorder)
     _fill_cache(tape)
     with tape.no_grad():
         inputs = _inputs(tape)
+        if whole:
+            recorder.begin_root()
         recorder.order.append(recorder.cut("inputs"))
         shared = Shared()
         x: Tensor | None = None
@@ -218,6 +242,8 @@ def record_scoring(network: Network, env: Environment, completion: int) -> Recor
     recorder.end_autocast()
     recorder.recording.saved = _alive(tape)
     del inputs
+    if recorder.fsdp is not None:
+        recorder.recording.gathered = recorder.fsdp.played()
     return recorder.recording
 
 
@@ -356,17 +382,18 @@ def _run_critic(recorder: Recorder, objective: Objective, accumulated: bool) -> 
     critic = objective.critic
     if critic is None:
         return []
-    if accumulated:
+    if accumulated and recorder.fsdp is None:
         _hold_gradients(critic, recorder.tape)
     shared = Shared()
     x: Tensor | None = None
     states = recorder.states = States(recorder)
     _fill_cache(recorder.tape)
-    with recorder.apart(critic, beside=True):
+    with recorder.apart(critic, beside=True, trained=True):
+        recorder.begin_root()
         for stage in critic.stages:
             x = run_stage(recorder, stage, shared, 0, False)
         assert x is not None
-        values = critic.head(x)
+        values = recorder.end_root(critic.head(x))
     del x
     recorder.critic_states = states
     recorder.order.append(recorder.cut("values"))
@@ -461,32 +488,45 @@ def _task_loss(recorder: Recorder, held: list[Tensor], objective: Objective) -> 
 
 def _run_again(recorder: Recorder, network: Network, objective: Objective) -> Tensor:
     """Another network's outputs on the same batch; the caller has turned the graph off."""
-    shared = Shared()
-    x: Tensor | None = None
     with recorder.apart(network, beside=objective.beside):
-        with recorder.tape.scoped("activations"):
-            recorder.begin_root()
-            for stage in network.stages:
-                if x is not None:
-                    shared.memory = x
-                x = run_stage(recorder, stage, shared, 0, False)
-        assert x is not None
-        outputs = model_outputs(network, x, objective.completion, states=objective.states)
-        del x
-        outputs = recorder.end_root(outputs)
+        outputs = _run_forward(recorder, network, objective)
     if recorder.tape.env.outputs_to_fp32:
         outputs = ops.to(outputs, "fp32")
     recorder.order.append(recorder.cut("the other model's logits"))
     return outputs
 
 
+def _run_forward(recorder: Recorder, network: Network, objective: Objective) -> Tensor:
+    """A network's outputs, as the loss takes them."""
+    shared = Shared()
+    x: Tensor | None = None
+    with recorder.tape.scoped("activations"):
+        recorder.begin_root()
+        for stage in network.stages:
+            if x is not None:
+                shared.memory = x
+            x = run_stage(recorder, stage, shared, 0, False)
+    assert x is not None
+    outputs = model_outputs(network, x, objective.completion, states=objective.states)
+    del x
+    return recorder.end_root(outputs)
+
+
 def _score_before(recorder: Recorder, objective: Objective) -> None:
-    """Log-probabilities that are made before the step: a forward with nothing else alive."""
-    if objective.other is None:
-        return
+    """Log-probabilities that are made before the step: a forward with nothing else alive.
+
+    The policy's own need more than its forward in the step under ZeRO-3 alone, where an earlier
+    step's record says what is kept for a way back.
+    """
     recorder.order = recorder.recording.before_order
     with recorder.tape.no_grad(), recorder.tape.scoped("logits"):
-        held = [_run_again(recorder, objective.other, objective)]
-        objective.scores(held.pop())
-    recorder.order.append(recorder.cut("log-probabilities"))
+        if objective.scores_itself and isinstance(recorder.fsdp, Zero) and recorder.fsdp.gathers:
+            held = [_run_forward(recorder, recorder.network, objective)]
+            recorder.order.append(recorder.cut("logits"))
+            objective.scores(held.pop())
+            recorder.order.append(recorder.cut("log-probabilities"))
+        if objective.other is not None:
+            held = [_run_again(recorder, objective.other, objective)]
+            objective.scores(held.pop())
+            recorder.order.append(recorder.cut("log-probabilities"))
     recorder.order = recorder.recording.forward_order

@@ -322,8 +322,8 @@ class Tape:
         for extent in lead:
             rows *= extent
         tensor = Tensor(self, None, ONE * rows, width, parameter.dtype)
-        tensor.requires_grad = parameter.trainable
-        tensor.node = parameter if parameter.trainable else None
+        tensor.requires_grad = parameter.trainable or parameter.joined
+        tensor.node = parameter if tensor.requires_grad else None
         return tensor
 
     def runs(self, x: Tensor | None, forward: Callable[[Any], Any]) -> Any:
@@ -443,6 +443,7 @@ class Parameter:
         "fixed",
         "grad",
         "idle",
+        "joined",
         "name",
         "pending",
         "reached",
@@ -485,6 +486,8 @@ class Parameter:
         the second sum, and holds all of it."""
         self.idle = False
         """It takes gradients that no optimizer uses and nothing clears."""
+        self.joined = False
+        """It is not trained, but part of a flat parameter that asks for a gradient (FSDP1)."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> Parameter:
         twin = object.__new__(Parameter)

@@ -22,7 +22,8 @@ trainers that people run; the file and version that each mirrors:
               generalised Jensen-Shannon divergence over all logits; in tiles where the loss is
               chunked (trl/trainer/distillation_trainer.py 1.16)
     ppo       trl/experimental/ppo/ppo_trainer.py 1.12 (in no later version): policy and critic in
-              one wrapper, all hidden states returned; logits divided in place
+              one wrapper, all hidden states returned; logits divided in place. LLaMA-Factory's is
+              that of TRL 0.9, where a head on the policy is the critic: not traced
     embed     sentence_transformers MultipleNegativesRankingLoss: anchors and positives, pooled
 """
 
@@ -44,7 +45,7 @@ from ftplan.memory.log_probs import (
     log_probs,
     scalar,
 )
-from ftplan.memory.loss import tiled_divergence
+from ftplan.memory.loss import outside_loss, tiled_divergence
 from ftplan.memory.nn import Network
 from ftplan.memory.prepare import prepare
 from ftplan.memory.tape import BATCH, TOKENS, Tensor
@@ -60,7 +61,7 @@ __all__ = [
 ]
 
 Kind = Literal["tokens", "labels", "rewards", "pairs", "unpaired", "odds", "policy", "teacher",
-               "contrast", "clipped", "values", "weighted", "native"]  # fmt: skip
+               "contrast", "clipped", "values", "weighted", "outside", "native"]  # fmt: skip
 
 _KINDS: dict[str, Kind] = {
     "sft": "tokens", "pt": "tokens", "classify": "labels", "rm": "rewards", "dpo": "pairs",
@@ -108,6 +109,12 @@ class Objective:
     """Tokens of each sequence that the loss looks at; 0: all."""
     resident: tuple[Resident, ...] = ()
     """Frozen models that the job holds."""
+    unseen: bool = False
+    """The policy runs once more before each batch, without a graph, and needs less than with one;
+    with its adapters off once more behind the reference: KTO's mismatched pairs."""
+    scores_itself: bool = False
+    """The policy's own log-probabilities are made before the step: GRPO's, where vLLM samples and
+    TRL corrects what it says (``vllm_importance_sampling_correction``)."""
     critic: Network | None = None
     """A second network that is trained, whose forward runs first on the same batch (PPO)."""
     scorers: tuple[Network, ...] = ()
@@ -140,6 +147,8 @@ class Objective:
         outputs = held[0]
         if self.kind == "weighted":
             return _weighted(held)
+        if self.kind == "outside":
+            return outside_loss(network, outputs)
         if self.kind in ("rewards", "values"):
             return scalar([outputs])
         if self.kind == "contrast":
@@ -251,11 +260,15 @@ def objective_of(job: Job) -> Objective:
         _refuse_sharded_ppo(job)
         assert other is not None
         # both are what TRL's script loads: the policy's own architecture with a head of one number
-        critic, reward = (prepare(_scoring(job, method)) for method in ("full", "partial"))
+        reward = prepare(_scoring(job, "partial"))
+        if not job.value_head:  # else a head on the policy is all that there is of a critic
+            critic = prepare(_scoring(job, "full"))
         why = "a frozen model scores what was sampled"
         resident += (Resident(name="weights/reward", network=reward, why=why),)
-        scorers = (other, critic, reward)
+        scorers = tuple(filter(None, (other, critic, reward)))
     tiled = job.environment.loss == "chunked"
+    if kind == "tokens" and job.loss_outside:
+        return Objective(kind="outside", states=job.environment.loss != "full")
     if kind == "rewards" and job.value_head:
         kind = "values"
     if kind == "tokens" and job.loss_twice:
@@ -265,6 +278,8 @@ def objective_of(job: Job) -> Objective:
         sequences=sequences_of(job.task),
         other=other,
         before=job.task == "grpo",
+        unseen=job.task == "kto",
+        scores_itself=job.task == "grpo" and not job.generates,
         states=kind == "teacher" and tiled,
         completion=0 if kind == "teacher" and not tiled else job.completion_tokens,
         resident=resident,
@@ -283,25 +298,24 @@ def _reference(job: Job) -> tuple[Resident, ...]:
 
 
 def _refuse_sharded_ppo(job: Job) -> None:
-    """What TRL's loop cannot run, by its own code (trl/experimental/ppo/ppo_trainer.py 1.12)."""
+    """What TRL's loop cannot run, by its own code (trl/experimental/ppo/ppo_trainer.py 1.12).
+
+    LLaMA-Factory's (train/ppo/trainer.py 0.9.5, on TRL 0.9) generates with the bare model too.
+    """
     kind, world = job.sharding.kind, job.sharding.world
     if kind == "fsdp":
         raise UnsupportedError(
-            "ppo under fsdp: TRL generates with the bare policy and scores with the bare critic, "
-            "outside of the wrapper whose forward gathers their weights",
-            remedy="size it with sharding: ddp; TRL's own launch files for ppo use DeepSpeed",
+            "ppo under fsdp",
+            because="TRL generates with the bare policy and scores with the bare critic, outside "
+            "of the wrapper whose forward gathers their weights",
+            remedy="use zero2 or zero3, as TRL's own launch files for ppo do, or ddp",
         )
-    if kind == "ddp" and world > 1 and job.reference == "adapter":
+    if kind == "ddp" and world > 1 and job.reference == "adapter" and not job.value_head:
         raise UnsupportedError(
-            "ppo under ddp with the policy's adapters off as the reference: TRL asks the wrapper "
-            "for `model.policy`, which DistributedDataParallel does not have",
-            remedy="give TRL a ref_model (reference: model), or use one GPU",
-        )
-    if kind not in ("none", "ddp"):
-        raise UnsupportedError(
-            f"ppo sharded by {kind}",
-            because="one engine would be around a policy and a critic",
-            remedy="size it on one GPU or with sharding: ddp",
+            "ppo under ddp with the policy's adapters off as the reference",
+            because="TRL asks the wrapper for `model.policy`, which DistributedDataParallel does "
+            "not have",
+            remedy="give TRL a ref_model (reference: model), use zero2 or zero3, or one GPU",
         )
 
 

@@ -20,14 +20,14 @@ from itertools import accumulate
 
 from ftplan.dataclass import dataclass
 from ftplan.memory.fsdp import ACCUMULATED, Fsdp, Unit
-from ftplan.memory.gathering import Gathering, stored
-from ftplan.memory.hooks import Hooks, Visit
+from ftplan.memory.gathering import Gathering
+from ftplan.memory.hooks import BESIDE, SECOND, Hooks, Visit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Network
 from ftplan.memory.statics import weight_bytes
 from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Played, Storage, Tape
 
-__all__ = ["Layout", "Zero", "layout_of", "live_bytes", "partition", "step_temporaries"]
+__all__ = ["Layout", "Zero", "layout_of", "partition", "step_temporaries"]
 
 GRADIENTS = Label("gradients", "parameters")
 
@@ -76,9 +76,14 @@ def trained_in_order(network: Network) -> list[Parameter]:
     return [*tables, *blocks, *(p for p in found if id(p) in own and not p.embedding)]
 
 
-def layout_of(network: Network, spec: ShardingSpec) -> Layout:
-    """The cut: weights of two dimensions and the others are groups of their own (Trainer)."""
+def layout_of(network: Network, spec: ShardingSpec, second: Network | None = None) -> Layout:
+    """The cut: weights of two dimensions and the others are groups of their own (Trainer).
+
+    ``second``: what is trained with the first, in one wrapper around both.
+    """
     trained = trained_in_order(network)
+    if second is not None:
+        trained += trained_in_order(second)
     ranks = spec.data_ranks
     kinds = [
         [p for p in trained if len(p.shape) > 1],
@@ -160,8 +165,16 @@ class Zero(Fsdp):
     Stage 1 does it at the end unless ``overlap_comm`` is on, and then keeps its own part alone too.
     """
 
+    by_module = True
+
     def __init__(
-        self, tape: Tape, spec: ShardingSpec, layout: Layout, *, accumulated: bool
+        self,
+        tape: Tape,
+        spec: ShardingSpec,
+        layout: Layout,
+        *,
+        accumulated: bool,
+        unseen: bool = False,
     ) -> None:
         super().__init__(tape, spec, accumulated=accumulated)
         self.layout = layout
@@ -173,6 +186,11 @@ class Zero(Fsdp):
         self._parts: list[Storage] = []
         self._filled = 0
         self._turn = self._quiet = 0
+        self._begun = False
+        self.unseen = unseen
+        """There is a forward without a graph before each batch, which is not recorded."""
+        self.input_grads = False
+        """What the embedding returns asks for a gradient (``enable_input_require_grads``)."""
         self._hooks = Hooks(tape) if spec.kind == "zero3" else None
         self._whole: dict[int, Visit] = {}
         """Units as modules, which have others in them."""
@@ -181,11 +199,18 @@ class Zero(Fsdp):
         tape.step_of = self._arrive
         tape.own_linear = spec.kind == "zero3"
 
+    @property
+    def gathers(self) -> bool:
+        """Weights are gathered as modules ask for them."""
+        return self._hooks is not None
+
     def place(self, layer: int, count: int) -> int | str | None:
         """Blocks that are recorded by themselves: the first, the last, that of the first bucket.
 
         Those after it are ``quiet``: no bucket is reduced while they run backward.
         """
+        if self.second:  # its gradients come when the bucket has begun
+            return layer if layer in (0, count - 1) else None
         self._turn = max(0, count - 2 - self.layout.quiet)
         self._quiet = count - 2 - self._turn
         if layer in (0, self._turn, count - 1):
@@ -195,8 +220,8 @@ class Zero(Fsdp):
     def adopt(self, unit: Unit) -> None:
         """Know the unit of each gradient; stage 1 adds to those of earlier micro batches."""
         self.units.append(unit)
-        if self._hooks is not None and unit.name == "block" and not self.beside:
-            self._whole[id(unit)] = self._hooks.watch(unit)
+        if unit.name == "block":
+            self._watch(unit, adapted=not self.again)
         for parameter in unit.parameters:
             self._unit_of[id(parameter)] = unit
             if self.waits and self.accumulated and parameter.trainable:
@@ -204,36 +229,65 @@ class Zero(Fsdp):
 
     def begin_forward(self, unit: Unit) -> None:
         """Stage 3 fetches weights as modules ask for them; a block is one that has none."""
+        if self._hooks is not None and id(unit) in self._whole:
+            asked = self.again and self.input_grads and unit.place == 0
+            self._hooks.enter(self._whole[id(unit)], 1, asked=asked)
         self._mark(unit, fetches=True, forward=True)
 
     def end_forward(self, unit: Unit) -> None:
         """The module has ended."""
         self._mark(unit, fetches=False, forward=True)
 
+    def _watch(self, unit: Unit, *, adapted: bool = True) -> None:
+        if self._hooks is None:
+            return
+        model = BESIDE if self.beside else SECOND if self.second else 0
+        self._hooks.run(model, adapted=not self.again)
+        if id(unit) not in self._whole:
+            self._whole[id(unit)] = self._hooks.watch(unit, model, adapted=adapted)
+
+    def outer_units(self, network: Network, *, held: bool = False) -> list[Unit]:
+        """The root alone: an engine gathers any model a module at a time."""
+        own = {id(p): p for _, p in network.named_parameters()}  # tied weights once
+        unit = Unit("root", list(own.values()), module=network)
+        unit.place = -1 if held else None  # of no other
+        return [unit]
+
+    def share_units(self, network: Network, like: Network, units: Sequence[Unit]) -> None:
+        """The layers around the blocks of the model with its adapters off have hooks too."""
+        self._watch(self.outer_units(network, held=True)[0], adapted=False)
+
     def begin_model(self, root: Unit) -> None:
         """``_start_of_forward_hook``: the model is the first module, inside PEFT's if need be."""
-        if self._hooks is not None and not self.beside and id(root) not in self._whole:
-            self._whole[id(root)] = self._hooks.watch(root)
-        added = any(p.added for unit in (root, *self.units) for p in unit.parameters)
-        for _ in range(3 if added else 1):
-            self._mark(root, fetches=True, forward=True)
+        self._watch(root)
+        if self._hooks is None:
+            return
+        if not self._begun:
+            self._hooks.begin(self._whole[id(root)])
+        self._begun = self.second  # the wrapper around both has one forward
+        if not self.beside and any(p.added for p in self.layout.gradients):
+            for _ in ("PeftModel", "LoraModel"):
+                self._hooks.mark(self._hooks.nameless(), fetches=True, forward=True)
+        self._mark(root, fetches=True, forward=True)
 
     def end_model(self, root: Unit) -> None:
-        """Nor at the end of the model."""
+        """The model has ended, and with it what it looked at of the modules inside."""
+        self._mark(root, fetches=False, forward=True)
 
     def begin_backward(self, unit: Unit) -> None:
         """A gradient of its output wakes the module."""
         self._mark(unit, fetches=True, forward=False)
 
     def _mark(self, unit: Unit, *, fetches: bool, forward: bool) -> None:
-        if self._hooks is not None and not self.beside and id(unit) in self._whole:
+        if self._hooks is not None and id(unit) in self._whole:
             self._hooks.mark(self._whole[id(unit)], fetches=fetches, forward=forward)
 
     def end_backward(self, unit: Unit) -> None:
         """Gradients have gone as they arrived, and weights with the last use of them."""
         if unit.place == self._turn > 0 and not self.waits:
             self._own_part()
-        if unit.name == "block":
+        whole = self._whole.get(id(unit))
+        if unit.name == "block" and self._hooks and whole and self._hooks.ends(whole):
             self._mark(unit, fetches=False, forward=False)
 
     def played(self, trained: Played | None = None) -> Played | None:
@@ -242,7 +296,8 @@ class Zero(Fsdp):
             return None
         self._hooks.unhook()
         before = trained if isinstance(trained, Gathering) else None
-        return Gathering(self._hooks, self.spec, 2 if self.accumulated or before else 1, before)
+        batches = 2 if self.accumulated or before else 1
+        return Gathering(self._hooks, self.spec, batches, self.unseen, before)
 
     def _arrive(self, parameter: Parameter) -> int | None:
         """A gradient is there: bytes needed to reduce a bucket now; None: it stays as it is."""
@@ -366,25 +421,6 @@ def partition(parameter: Parameter, ranks: int) -> Parameter:
     part = Parameter(parameter.name, (-(-parameter.numel // ranks),), "fp32", True)
     part.embedding = parameter.embedding
     return part
-
-
-def live_bytes(spec: ShardingSpec, counted: Sequence[tuple[Parameter, int, bool]]) -> int:
-    """Stage 3: weights that are gathered at once, with those fetched ahead.
-
-    Each module that runs fetches ``stage3_prefetch_bucket_size`` elements more, so that there are
-    soon as many as ``stage3_max_live_parameters`` lets there be.
-    """
-    elements = total = stay = 0
-    for parameter, times, _ in counted:
-        count, item = stored(parameter)
-        elements += count * times
-        total += count * times * item
-        if count <= spec.persistence_elements:  # gathered once, to stay
-            stay += count * times
-    if not elements:
-        return 0
-    live = stay + min(elements - stay, spec.max_live_elements + spec.prefetch_elements)
-    return total * live // elements
 
 
 def step_temporaries(spec: ShardingSpec, layout: Layout, optimizer_bytes: int) -> int:

@@ -206,11 +206,99 @@ _AXOLOTL: dict[str, Settings] = {
     "simpo lora": {"rl": "simpo"},
     "rm lora": {"reward_model": True},
 }
+_COMPONENTS = "nemo_automodel.components"
+_AM: Settings = {
+    "recipe": "TrainFinetuneRecipeForNextTokenPrediction",
+    "step_scheduler": {"global_batch_size": 2, "local_batch_size": 2, "max_steps": 4},
+    "model": {"_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained"},
+    "distributed": {"strategy": "fsdp2"},
+    "loss_fn": {"_target_": f"{_COMPONENTS}.loss.masked_ce.MaskedCrossEntropy"},
+    "dataset": {
+        "_target_": f"{_COMPONENTS}.datasets.llm.nanogpt_dataset.NanogptDataset",
+        "file_pattern": "tokens.bin", "seq_len": 512,
+    },
+    "dataloader": {
+        "_target_": "torchdata.stateful_dataloader.StatefulDataLoader", "shuffle": False,
+        "collate_fn": f"{_COMPONENTS}.datasets.utils.default_collater",
+    },
+    "optimizer": {"_target_": "torch.optim.AdamW", "lr": 1e-5},
+}  # fmt: skip
+_PEFT: Settings = {
+    "_target_": f"{_COMPONENTS}._peft.lora.PeftConfig", "target_modules": "*_proj", "dim": 16,
+}  # fmt: skip
+_ADAPTED: Settings = {"peft": _PEFT}
+_RECOMPUTED: Settings = {"distributed": {"activation_checkpointing": True}}
+_IN_CHUNKS: Settings = {
+    "loss_fn": {"_target_": f"{_COMPONENTS}.loss.chunked_ce.ChunkedCrossEntropy"}
+}
+_CUT: Settings = {"loss_fn": {"_target_": f"{_COMPONENTS}.loss.linear_ce.FusedLinearCrossEntropy"}}
+_FP32: Settings = {"model": {"torch_dtype": "float32"}}
+_HF: Settings = {"model": {"force_hf": True}}
+_NF4: Settings = {
+    "quantization": {
+        "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "bfloat16",
+        "bnb_4bit_use_double_quant": True,
+    },
+    "peft": _PEFT,
+}  # fmt: skip
+_ON_2: Settings = {"nproc_per_node": 2, "step_scheduler": {"global_batch_size": 4}}
+_ON_8: Settings = {"nproc_per_node": 8, "step_scheduler": {"global_batch_size": 16}}
+_LONG: Settings = {"dataset": {"seq_len": 4096}}
+_MORE: Settings = {"step_scheduler": {"global_batch_size": 8}}
+_NEMO: dict[str, Settings] = {
+    "sft full": {},
+    "sft full checkpointed": _RECOMPUTED,
+    "sft full chunked": _IN_CHUNKS,
+    "sft full fused": _CUT,
+    "sft full hf": {},
+    "sft full accumulated": _MORE,
+    "sft full fp32": _FP32,
+    "sft full selective": {"distributed": {"activation_checkpointing": "selective"}},
+    "sft full single": {"step_scheduler": {"global_batch_size": 1, "local_batch_size": 1}},
+    "sft full fused adam": {"optimizer": {"_target_": "torch.optim.Adam", "fused": True}, **_CUT},
+    "sft lora": _ADAPTED,
+    "sft lora checkpointed": {**_ADAPTED, **_RECOMPUTED},
+    "sft lora dropout": {"peft": {**_PEFT, "dropout": 0.1}},
+    "sft lora targets": {"peft": {**_PEFT, "target_modules": ["*.q_proj", "*.v_proj"]}},
+    "sft lora mlp": _ADAPTED,
+    "sft lora chunked": {**_ADAPTED, **_IN_CHUNKS},
+    "sft lora fused": {**_ADAPTED, **_CUT},
+    "sft lora accumulated": {**_ADAPTED, **_MORE},
+    "sft lora plain": {"peft": {**_PEFT, "use_memory_efficient_lora": False}},
+    "sft lora mlp checkpointed": {**_ADAPTED, **_RECOMPUTED},
+    "sft lora triton": {"peft": {**_PEFT, "use_triton": True}},
+    "sft lora hf": {**_ADAPTED, **_HF},
+    "sft dora": {"peft": {**_PEFT, "use_dora": True}},
+    "sft lora fp32": {"peft": {**_PEFT, "lora_dtype": "float32"}},
+    "sft lora mlp fused": {**_ADAPTED, **_CUT},
+    "sft qlora": _NF4,
+    "sft qlora checkpointed": {**_NF4, **_RECOMPUTED},
+    "sft full fused long": {**_CUT, **_LONG},
+    "sft full fused long checkpointed": {**_CUT, **_LONG, **_RECOMPUTED},
+    "sft lora mlp fused long": {**_ADAPTED, **_CUT, **_LONG},
+    "sft lora fused long checkpointed": {**_ADAPTED, **_CUT, **_LONG, **_RECOMPUTED},
+    "sft full chunked long checkpointed": {**_IN_CHUNKS, **_LONG, **_RECOMPUTED},
+    "sft full 2": _ON_2,
+    "sft full 8 checkpointed": {**_ON_8, **_RECOMPUTED},
+    "sft full 8 hf": _ON_8,
+    "sft full 8 fp32": {**_ON_8, **_FP32},
+    "sft lora 8": {**_ON_8, **_ADAPTED},
+    "sft lora 2 checkpointed": {**_ON_2, **_ADAPTED, **_RECOMPUTED},
+    "sft full 8 fused": {**_ON_8, **_CUT},
+    "sft full 2 hf": _ON_2,
+    "sft full 8 chunked": {**_ON_8, **_IN_CHUNKS},
+    "sft full 8 accumulated": {
+        "nproc_per_node": 8, "step_scheduler": {"global_batch_size": 64},
+    },
+    "sft lora 8 fp32": {**_ON_8, **_ADAPTED, **_FP32},
+}  # fmt: skip
 JOBS: dict[str, tuple[Settings, str, dict[str, Settings]]] = {
     "llamafactory": (_LF, "model_name_or_path", _LLAMAFACTORY),
     "llamafactory-v1": (_V1, "model", _LLAMAFACTORY_V1),
     "ms-swift": (_SWIFT, "model", _MS_SWIFT),
     "axolotl": (_AX, "base_model", _AXOLOTL),
+    "nemo-automodel": (_AM, "model.pretrained_model_name_or_path", _NEMO),
 }
 """By trainer: what every file says, the key of the model, what each job's file says beside it."""
 SEQ_LEN = 512
@@ -222,13 +310,25 @@ def jobs(trainer: str) -> Iterator[Mapping[str, Any]]:
     models = [name for name in MODELS if name not in _UNKNOWN.get(trainer, ())]
     for number, (name, settings) in enumerate(each.items()):
         model = models[number % len(models)]
-        said = {key: find_model(model).hub_ids[0], **common, **settings}
+        section, _, name_of_model = key.rpartition(".")
+        hub = {name_of_model: find_model(model).hub_ids[0]}
+        said = _merged({section: hub} if section else hub, common, settings)
         yield {
             "name": f"{trainer.removesuffix('-v1')} {name}",
             "model": model,
             "layers": (2, 3)[number % 2],
             "settings": {"command": _command(said)} if trainer == "ms-swift" else said,
         }
+
+
+def _merged(*parts: Settings) -> dict[str, Any]:
+    """Mappings with the keys of all, of which a later one wins; one level down too."""
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+            merged[key] = {**merged[key], **value} if both else value
+    return merged
 
 
 def _command(settings: Settings) -> str:

@@ -93,7 +93,7 @@ WAYS_PER_MODEL = 4
 
 
 SHARDED = ("llama-3.1-8b", "qwen2.5-1.5b", "gemma-2-2b", "mistral-7b-v0.1", "qwen3-1.7b")
-"""Models of torchtune's distributed recipes."""
+"""Models that are traced on many GPUs."""
 APART: Mapping = {"apart": ["embeddings", "output"]}
 DISTRIBUTED: dict[str, Mapping] = {
     "full-fsdp": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
@@ -112,18 +112,38 @@ DISTRIBUTED: dict[str, Mapping] = {
     },
 }  # fmt: skip
 """Ways of its distributed recipes: FSDP2 over eight GPUs."""
+FLAT: dict[str, Mapping] = {
+    "full-fsdp": {"method": FULL, "precision": BF16, "gradient_checkpointing": True},
+    "lora-fsdp": {"method": LORA, "precision": BF16, "gradient_checkpointing": True},
+    "lora-everywhere-fsdp-accumulated": {
+        "method": EVERYWHERE, "precision": BF16, "gradient_checkpointing": True,
+        "batch": {"accumulation": 4}, "sharding": {"no_sync": True},
+    },
+    "full-fsdp-mixed-accumulated": {
+        "method": FULL, "precision": MIXED, "gradient_checkpointing": True,
+        "batch": {"accumulation": 2}, "sharding": {"no_sync": True},
+    },
+    "llama-adapter-v2-fsdp": {
+        "method": {"kind": "llama_adapter_v2"}, "precision": BF16, "gradient_checkpointing": True,
+    },
+}  # fmt: skip
+"""Ways of LitGPT on many GPUs: FSDP1 around each block, which is checkpointed."""
 
 
 def jobs(stack: str) -> Iterator[Mapping]:
     """Every job of a stack, always the same ones."""
     yield from _on_one_gpu(stack)
     if stack in ("torchtune", "torchtune-0.6"):
-        yield from _distributed(stack)
+        yield from _distributed(stack, DISTRIBUTED, {"version": 2})
+    if stack in ("litgpt", "litgpt-0.4"):
+        yield from _distributed(stack, FLAT, {"version": 1, "use_orig_params": True})
 
 
-def _distributed(stack: str) -> Iterator[Mapping]:
-    ways = list(DISTRIBUTED.items())
-    models = [model for model in OLDER.get(stack, TORCHTUNE_MODELS) if model in SHARDED]
+def _distributed(stack: str, known: dict[str, Mapping], fsdp: Mapping) -> Iterator[Mapping]:
+    ways = list(known.items())
+    tune = stack.startswith("torchtune")
+    models = OLDER.get(stack, TORCHTUNE_MODELS if tune else LITGPT_MODELS)
+    models = tuple(model for model in models if model in SHARDED)
     for row, model in enumerate(models):
         for column in range(WAYS_PER_MODEL):
             name, way = ways[(row * WAYS_PER_MODEL + column) % len(ways)]
@@ -131,8 +151,9 @@ def _distributed(stack: str) -> Iterator[Mapping]:
                 continue  # a tied output layer multiplies by a sharded table then, and fails
             plan = _plan(stack, model, way, SHAPES[(row + column) % len(SHAPES)])
             plan["hardware"] = {"gpu": "a100-80gb", "count": 8}
-            plan["sharding"] = {"kind": "fsdp", "version": 2, **way.get("sharding", {})}
-            plan.setdefault("loss", "chunked")
+            plan["sharding"] = {"kind": "fsdp", **fsdp, **way.get("sharding", {})}
+            if tune:
+                plan.setdefault("loss", "chunked")
             yield {"name": f"{stack} {name}", "trainer": stack, "layers": 3, "plan": plan}
 
 

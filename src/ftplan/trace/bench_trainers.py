@@ -3,7 +3,8 @@
     python -m ftplan.trace.bench_trainers [--out validation/trainers] [--only NAME ...]
 
 One file for each version of TRL that jobs were run with (PPO is in none after 1.12: run it again
-with that version first on the path). A job that is there already is not run again (``--fresh``).
+with that version first on the path), and one for those that DeepSpeed ran, which has to be
+installed. A job that is there already is not run again (``--fresh``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from ftplan.trace.bench import AMP, BF16, BF16_AMP, FULL, Mapping, catalogue
@@ -95,6 +98,52 @@ TASKS: dict[str, tuple[str, Mapping, Mapping, Sequence[str]]] = {
     ),
 }  # fmt: skip
 """Task: the trainer, the plan's own keys, the trainer's own arguments, the ways of training."""
+REENTRANT: Mapping = {
+    "method": {**LORA, "adapter_dtype": "bf16"}, "precision": BF16_AMP,
+    "gradient_checkpointing": {"kind": "full", "reentrant": True},
+}  # fmt: skip
+"""What TRL makes of any other checkpointing of an adapted model under ZeRO-3."""
+ZERO_WAYS: dict[str, tuple[str, Mapping]] = {
+    "zero3-full-checkpointed": ("zero3", WAYS["full-autocast-checkpointed"]),
+    "zero3-full": ("zero3", WAYS["full-autocast"]),
+    "zero3-full-accumulated": (
+        "zero3", {**WAYS["full-autocast-checkpointed"], "batch": {"accumulation": 2}},
+    ),
+    "zero3-lora-checkpointed": ("zero3", REENTRANT),
+    "zero3-lora": ("zero3", {**REENTRANT, "gradient_checkpointing": False}),
+    "zero2-full-checkpointed": ("zero2", WAYS["full-autocast-checkpointed"]),
+    "zero2-lora-checkpointed": ("zero2", REENTRANT),
+}  # fmt: skip
+SAMPLED_ELSEWHERE = "trl.GRPOTrainer, vLLM"
+ZERO_TASKS: dict[str, tuple[str, Mapping, Mapping, Sequence[str]]] = {
+    "sft": ("trl.SFTTrainer", {}, {}, tuple(ZERO_WAYS)),
+    "dpo": ("trl.DPOTrainer", {"task": "dpo"}, {}, tuple(ZERO_WAYS)),
+    "kto": ("trl.KTOTrainer", {"task": "kto"}, {}, tuple(ZERO_WAYS)),
+    "reward": (
+        "trl.RewardTrainer", {"task": "rm"}, {},
+        ("zero3-full-checkpointed", "zero2-lora-checkpointed"),
+    ),
+    "grpo": (
+        SAMPLED_ELSEWHERE, {"task": "grpo", "rollout": ROLLOUT, "reference": "none"}, {},
+        tuple(ZERO_WAYS),
+    ),
+    "grpo-reference": (
+        SAMPLED_ELSEWHERE, {"task": "grpo", "rollout": ROLLOUT}, {"beta": 0.04},
+        ("zero3-full-checkpointed", "zero3-full-accumulated", "zero3-lora-checkpointed",
+         "zero2-full-checkpointed"),
+    ),
+    "distillation": (
+        "trl.DistillationTrainer", {"task": "distill", "rollout": ROLLOUT}, {},
+        ("zero3-full-checkpointed", "zero2-full-checkpointed"),
+    ),
+    "ppo": (
+        "trl.experimental.PPOTrainer",
+        {"task": "ppo", "rollout": {**ROLLOUT, "sampler": "trainer"}}, {"num_ppo_epochs": 2},
+        tuple(ZERO_WAYS),
+    ),
+}  # fmt: skip
+"""The same under DeepSpeed."""
+ZERO_MODELS = ("llama-3.1-8b", "qwen2.5-7b", "mistral-7b-v0.1", "qwen3-4b")
 _REFERRED = ("dpo", "kto", "grpo", "ppo")
 
 
@@ -109,6 +158,19 @@ def jobs() -> Iterator[Mapping]:
                 "arguments": dict(arguments),
                 "layers": (2, 3)[(row + column) % 2],
                 "plan": _plan(model, keys, WAYS[way]),
+            }
+    for row, (task, (trainer, keys, arguments, ways)) in enumerate(ZERO_TASKS.items()):
+        for column, way in enumerate(ways):
+            kind, how = ZERO_WAYS[way]
+            plan = _plan(ZERO_MODELS[(row + column) % len(ZERO_MODELS)], keys, how)
+            plan["hardware"] = {"gpu": "a100-80gb", "count": (8, 4, 16)[(row + column) % 3]}
+            plan["sharding"] = {"kind": kind}
+            yield {
+                "name": f"{task} {way}",
+                "trainer": trainer,
+                "arguments": dict(arguments),
+                "layers": (6, 4)[(row + column) % 2],
+                "plan": plan,
             }
 
 
@@ -169,10 +231,28 @@ def write(out: Path, only: Sequence[str], *, fresh: bool) -> int:
     from ftplan.trace.trainers import trainer_versions
 
     versions = trainer_versions()
-    path = out / f"trl-{versions['trl']}.json"
-    out.mkdir(parents=True, exist_ok=True)
+    single = [job for job in jobs() if job["plan"]["sharding"]["kind"] == "none"]
+    path = out / f"trl-{versions['trl']}"
+    count = _write(path.with_name(f"{path.name}.json"), single, versions, only, fresh=fresh)
+    if find_spec("deepspeed") is None:
+        return count
+    versions["deepspeed"] = version("deepspeed")
+    sharded = [job for job in jobs() if job["plan"]["sharding"]["kind"] != "none"]
+    path = path.with_name(f"{path.name}-deepspeed-{versions['deepspeed']}.json")
+    return count + _write(path, sharded, versions, only, fresh=fresh)
+
+
+def _write(
+    path: Path,
+    wanted: Sequence[Mapping],
+    versions: Mapping,
+    only: Sequence[str],
+    *,
+    fresh: bool,
+) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
     kept = {} if fresh or not path.exists() else _kept(path)
-    for job in jobs():
+    for job in wanted:
         key = json.dumps(job)
         if key in kept or (only and not any(word in job["name"] for word in only)):
             continue
@@ -183,9 +263,10 @@ def write(out: Path, only: Sequence[str], *, fresh: bool) -> int:
             print(f"{job['name']}: {error!r}"[:300], file=sys.stderr, flush=True)
             continue
         print(f"{job['name']} {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
-    ordered = [kept[key] for key in map(json.dumps, jobs()) if key in kept]
+    ordered = [kept[key] for key in map(json.dumps, wanted) if key in kept]
     lines = ",\n".join("  " + json.dumps(job) for job in ordered)
-    path.write_text(f'{{"versions": {json.dumps(versions)}, "jobs": [\n{lines}\n]}}\n', "ascii")
+    if ordered:
+        path.write_text(f'{{"versions": {json.dumps(versions)}, "jobs": [\n{lines}\n]}}\n', "ascii")
     return len(ordered)
 
 

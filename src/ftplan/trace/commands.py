@@ -32,9 +32,10 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ftplan.dataclass import dataclass
-from ftplan.trace import build, core, cuda, llamafactory_v1, trainers
+from ftplan.trace import automodel, build, core, cuda, llamafactory_v1, trainers
 from ftplan.trace.job import Job, plan_from, resolve
 from ftplan.trace.quantized import emulated, quantize
+from ftplan.trace.shard import distributed
 from ftplan.trace.triton import importable, stand_in
 
 __all__ = ["COMMANDS", "Command", "command_versions", "run_command"]
@@ -72,6 +73,8 @@ class Command:
     """Packages that it imports and never calls in these jobs, where they are not installed."""
     loop: tuple[str, str] = ("transformers:Trainer", "train")
     """Its training loop, by class and method."""
+    world: Callable[[Mapping[str, Any]], int] = lambda _settings: 1
+    """Ranks that the file's job has; of more than one, weights are sharded by FSDP2."""
     steps: Callable[[_Run, Any, Callable[..., Any]], None] | None = None
     """Two steps of the loop, watched; None: transformers' (:func:`_trainer_steps`)."""
 
@@ -151,7 +154,8 @@ def _loaded(run: _Run) -> Callable[..., Any]:
             for module in made.modules():
                 if hasattr(module, "config"):
                     module.config._attn_implementation_internal = asked
-        build.materialize(made)
+        if run.job.world == 1:  # else it is sharded first
+            build.materialize(made)
         made.eval()
         settings = given.get("quantization_config") or getattr(config, "quantization_config", None)
         if settings is not None:
@@ -221,6 +225,13 @@ def _v1_steps(run: _Run, trainer: Any, inner: Callable[..., Any]) -> None:
     """Of LLaMA-Factory's ``BaseTrainer.fit``, whose AdamW is PyTorch's as it comes: foreach."""
     job = _with_optimizer(run.job, "adamw_torch")
     _finish(run, trainer.model, lambda: llamafactory_v1.fit(trainer, job, run.ledger, inner))
+
+
+def _automodel_steps(run: _Run, recipe: Any, inner: Callable[..., Any]) -> None:
+    """Of a recipe of AutoModel, whose Adam is PyTorch's: foreach on a GPU, unless it is fused."""
+    fused = recipe.optimizer[0].defaults.get("fused")
+    job = _with_optimizer(run.job, "adamw_torch_fused" if fused else "adamw_torch")
+    _finish(run, recipe.model_parts[0], lambda: automodel.fit(recipe, job, run.ledger, inner))
 
 
 def _finish(run: _Run, model: Any, train: Callable[[], int]) -> None:
@@ -295,7 +306,9 @@ def run_command(
     torch.set_num_threads(1)
     ledger = trainers.TrainerLedger(seq_len, 1)
     job = replace(resolve(plan_from({"model": "x", "method": {"kind": "full"}})), seq_len=seq_len)
-    job = replace(job, stack=name)
+    world = command.world(settings)
+    job = replace(job, stack=name, world=world, sharding="fsdp" if world > 1 else "none")
+    ledger.sharded = world > 1
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(core._quiet())
@@ -320,6 +333,7 @@ def run_command(
         for module, function in command.yes:
             home = _home(module)
             enter(cuda.patched(home, function, lambda *_args, **_kwargs: True))
+        enter(distributed(job, ledger))
         gc.freeze()
         stack.callback(gc.unfreeze)
         enter(FakeTensorMode(allow_non_fake_inputs=True))
@@ -551,6 +565,34 @@ COMMANDS: dict[str, Command] = {
         loop=("llamafactory.v1.core.base_trainer:BaseTrainer", "fit"),
         steps=_v1_steps,
     ),
+    "nemo-automodel": Command(
+        package="nemo_automodel",
+        beside=("bitsandbytes", "cut_cross_entropy"),
+        write=automodel.write,
+        run=automodel.run,
+        on_host=(
+            ("nemo_automodel.recipes.llm.train_ft", "create_distributed_setup_from_config"),
+            ("torch.distributed.device_mesh:DeviceMesh", "__getitem__"),
+            ("torch.distributed.device_mesh:DeviceMesh", "_flatten"),
+            ("nemo_automodel.recipes.llm.train_ft", "_count_label_tokens"),
+            ("nemo_automodel.recipes.llm.train_ft", "count_tail_padding"),
+            ("nemo_automodel.components._peft.lora_mlp", "_is_silu"),
+        ),
+        idle=(
+            ("nemo_automodel.components.training.rng", "_get_rng_state"),
+            ("nemo_automodel.components.training.rng", "_restore_rng_state"),
+            (automodel.RECIPE, "log_train_metrics"),
+            (automodel.RECIPE, "_update_progress_bar"),
+        ),
+        yes=(
+            ("nemo_automodel.components._peft.lora_mlp", "_use_triton"),
+            ("cut_cross_entropy.cce_backward", "is_triton_greater_or_equal_3_2_0"),
+        ),
+        triton=True,
+        world=lambda settings: int(settings.get("nproc_per_node", 1)),
+        loop=(automodel.RECIPE, "run_train_validation_loop"),
+        steps=_automodel_steps,
+    ),
     "ms-swift": Command(
         package="ms_swift",
         beside=("trl", "bitsandbytes", "liger_kernel"),
@@ -581,4 +623,4 @@ COMMANDS: dict[str, Command] = {
         triton=True,
     ),
 }
-"""By the name of the stack."""
+"""By the name of the trainer."""

@@ -132,7 +132,7 @@ def _refuse(plan: Plan) -> None:
         )
     if find_stack(stack).modules and _beyond_its_loop(plan):
         raise UnsupportedError(
-            f"tracing {stack} but for supervised finetuning on one GPU, or with torchtune's FSDP2,",
+            f"tracing {stack} but for supervised finetuning on one GPU, or with its own FSDP,",
             remedy="trace the task sft without other sharding, images, padding or packing",
         )
     ring = (sharding.cp or 1) > 1
@@ -172,10 +172,9 @@ def _refuse(plan: Plan) -> None:
 def _beyond_its_loop(plan: Plan) -> bool:
     """Whether a job asks for more than the walked loop of a trainer with modules of its own."""
     sharding, batch = plan.sharding, plan.batch
-    fsdp2 = sharding.kind == "fsdp" and sharding.version == 2
-    shards = (
-        fsdp2 and sharding.offload in (None, "none") and (plan.stack or "").startswith("torchtune")
-    )
+    version = {"torchtune": 2, "litgpt": 1}.get((plan.stack or "").partition("-")[0])
+    shards = sharding.kind == "fsdp" and sharding.version == version
+    shards = shards and sharding.offload in (None, "none")
     sharded = sharding.kind not in (None, "none") and not shards
     split = (sharding.tp or 1) > 1
     other = batch.images or batch.packing or (batch.padding or "none") != "none"

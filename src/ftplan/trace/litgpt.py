@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -124,6 +125,33 @@ class LitGPT(Loop):
             for name, old in list(part._parameters.items()):
                 part._parameters[name] = nn.Parameter(torch.empty(old.shape, dtype=self.dtype))
         self.model.transformer.wte = new
+
+    def shard(self, mesh: Any) -> Any:
+        """Fabric's ``FSDPStrategy(auto_wrap_policy={Block})``, and its checkpoints inside."""
+        from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapper
+        from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+        job = self.job
+        computed = self.dtype if job.mixed == "no" else getattr(torch, job.mixed)
+        policy = ModuleWrapPolicy({type(self.model.transformer.h[0])})
+        self.model = FullyShardedDataParallel(
+            self.model, process_group=torch.distributed.group.WORLD, auto_wrap_policy=policy,
+            mixed_precision=MixedPrecision(
+                param_dtype=computed, reduce_dtype=computed, buffer_dtype=computed
+            ),
+            use_orig_params=True, limit_all_gathers=True, device_id=torch.device("cpu"),
+        )  # fmt: skip
+        if job.checkpointing == "full":
+            wrap = functools.partial(
+                wrapper.checkpoint_wrapper, preserve_rng_state=False,
+                checkpoint_impl=wrapper.CheckpointImpl.NO_REENTRANT,
+            )  # fmt: skip
+            wrapper.apply_activation_checkpointing(
+                self.model, checkpoint_wrapper_fn=wrap, auto_wrap_policy=policy
+            )
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        return self.model
 
     def optimised(self) -> Sequence[Any]:
         """What asked for gradients before the embedding was replaced."""

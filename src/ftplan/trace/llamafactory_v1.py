@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ftplan.trace import build, core, cuda, trainers
 
-__all__ = ["fit", "run", "write"]
+__all__ = ["fit", "hosted", "run", "write"]
 
 
 def write(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def fit(
     """Two steps of ``BaseTrainer.fit``; the clock at the end of the last forward."""
     with _disable_current_modes():
         steps = list(itertools.islice(iter(trainer.train_batch_generator), trainers.BATCHES))
-    trainer.train_batch_generator = _Steps([[_hosted(b, ledger) for b in s] for s in steps])
+    trainer.train_batch_generator = _Steps([[hosted(b, ledger) for b in s] for s in steps])
     trainer.optimizer = build.build_optimizer(job, trainer.model)
     trainer._init_lr_scheduler()
     core._mark_model(ledger, trainer.model)
@@ -127,7 +127,7 @@ class _Steps:
         """Nothing is shuffled again."""
 
 
-def _hosted(batch: Mapping[str, Any], ledger: trainers.TrainerLedger) -> dict[str, Any]:
+def hosted(batch: Mapping[str, Any], ledger: trainers.TrainerLedger) -> dict[str, Any]:
     """A batch in host memory: each time that it is moved, there is a new tensor on the GPU."""
 
     def moved(tensor: Any) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import json
 import os
 import sys
 import tempfile
@@ -29,7 +30,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ftplan.dataclass import dataclass
-from ftplan.trace import build, core, cuda
+from ftplan.trace import build, core, cuda, zero
 from ftplan.trace.job import Job
 from ftplan.trace.ledger import Ledger
 from ftplan.trace.quantized import emulated, quantize
@@ -121,7 +122,7 @@ class Run:
             "per_device_train_batch_size": job.micro,
             "gradient_accumulation_steps": job.accumulation,
             "max_steps": BATCHES,
-            "use_cpu": True,
+            "use_cpu": not self.zero,
             "report_to": [],
             "save_strategy": "no",
             "logging_steps": 1000,
@@ -130,8 +131,19 @@ class Run:
             "bf16": job.mixed == "bfloat16",
             "gradient_checkpointing": checkpointed,
             "gradient_checkpointing_kwargs": kwargs if checkpointed else None,
+            **({"deepspeed": zero.settings_of(job)} if self.zero else {}),
             **self.arguments,
         }
+
+    @property
+    def zero(self) -> bool:
+        """DeepSpeed runs the trainer's steps."""
+        return self.job.sharding.startswith("zero")
+
+    def optimizer(self) -> Any:
+        """Of what is trained, in the dtype that it is trained in."""
+        model = self.trainer.model
+        return build.build_optimizer(self.job, zero.cast(self.job, model) if self.zero else model)
 
     @property
     def count(self) -> int:
@@ -214,7 +226,7 @@ def _trl(run: Run, name: str, rows: Sequence[Mapping[str, Any]], **more: Any) ->
         model=run.model, args=arguments, train_dataset=_dataset(rows),
         processing_class=tokenizer(), peft_config=run.peft_config(), **more,
     )  # fmt: skip
-    run.trainer.optimizer = build.build_optimizer(run.job, run.trainer.model)
+    run.trainer.optimizer = run.optimizer()
     if not run.batches:
         run.collate(run.trainer.data_collator, run.trainer.train_dataset)
 
@@ -316,7 +328,8 @@ def _sampled(run: Run, prompts: list[Any]) -> tuple[list[list[int]], list[list[i
     return [[3] * run.prompt_tokens for _ in prompts], [[4] * length for _ in prompts]
 
 
-def _grpo(run: Run, name: str = "grpo") -> None:
+def _grpo(run: Run, name: str = "grpo", *, vllm: bool = False) -> None:
+    """``vllm``: log-probabilities come with the completions, and are corrected by the policy's."""
     job = run.job
     generations = job.micro * job.accumulation
     length = job.seq_len - run.prompt_tokens
@@ -332,15 +345,17 @@ def _grpo(run: Run, name: str = "grpo") -> None:
             processing_class=tokenizer(), peft_config=run.peft_config(),
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
         )  # fmt: skip
-    run.trainer.optimizer = build.build_optimizer(job, run.trainer.model)
+    run.trainer.optimizer = run.optimizer()
     run.batches = _prompts(run, generations)
 
     def generate(prompts: list[Any]) -> Any:
         texts = ["w4"] * len(prompts)
         if name == "rloo":
             return (*_sampled(run, prompts), texts)
-        return (*_sampled(run, prompts), None, texts, None, {}, None, [None] * len(prompts))
+        sampled = [[0.0] * length for _ in prompts] if vllm else None
+        return (*_sampled(run, prompts), None, texts, sampled, {}, None, [None] * len(prompts))
 
+    run.trainer.use_vllm = vllm
     run.trainer._generate = generate
 
 
@@ -353,11 +368,25 @@ def _ppo(run: Run) -> None:
     # its Accelerator asks the launcher alone
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if job.mixed == "bfloat16" else "no"
     AcceleratorState._reset_state(reset_partial_state=True)
-    given = {key: value for key, value in run.common.items() if key != "max_steps"}
+    given = {"num_ppo_epochs": 1, **run.common}
+    given = {key: given[key] for key in given if key not in ("max_steps", "deepspeed")}
+    if run.zero:  # its own arguments stand in the way of ``deepspeed``: its scripts are launched so
+        settings = Path(run.folder) / "deepspeed.json"
+        settings.write_text(json.dumps(zero.settings_of(job)), encoding="ascii")
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(settings)
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     arguments = PPOConfig(
-        **given, total_episodes=batch * BATCHES, num_ppo_epochs=1, num_sample_generations=0,
+        **given, total_episodes=batch * BATCHES, num_sample_generations=0,
         response_length=job.seq_len - run.prompt_tokens, optim="adamw_torch_fused",
     )  # fmt: skip
+    if run.zero:
+        create = PPOTrainer.create_optimizer_and_scheduler
+
+        def of_what_is_trained(trainer: Any, *args: Any, **kwargs: Any) -> None:
+            zero.cast(job, trainer.model)
+            create(trainer, *args, **kwargs)
+
+        cast = cuda.patched(PPOTrainer, "create_optimizer_and_scheduler", of_what_is_trained)
     value, reward = run.beside
     reward.requires_grad_(False)
     for model in (run.model, run.other, value, reward):
@@ -365,11 +394,12 @@ def _ppo(run: Run) -> None:
             model.config.use_cache = True  # nobody turns it off in this trainer
     adapter = run.peft_config()
     reference = None if adapter else run.other
-    run.trainer = PPOTrainer(
-        args=arguments, processing_class=tokenizer(), model=run.model, ref_model=reference,
-        reward_model=reward, value_model=value, peft_config=adapter,
-        train_dataset=_dataset([{"input_ids": [3]}] * batch),
-    )  # fmt: skip
+    with cast if run.zero else contextlib.nullcontext():
+        run.trainer = PPOTrainer(
+            args=arguments, processing_class=tokenizer(), model=run.model, ref_model=reference,
+            reward_model=reward, value_model=value, peft_config=adapter,
+            train_dataset=_dataset([{"input_ids": [3]}] * batch),
+        )  # fmt: skip
     query = torch.full((batch, run.prompt_tokens), 3, device="meta")
     run.batches = [{"input_ids": query}] * BATCHES
     run.trainer.dataloader = _Loader(run)
@@ -404,6 +434,7 @@ TRAINERS: dict[str, Callable[[Run], None]] = {
     "trl.KTOTrainer": _kto,
     "trl.RewardTrainer": _reward,
     "trl.GRPOTrainer": _grpo,
+    "trl.GRPOTrainer, vLLM": lambda run: _grpo(run, vllm=True),
     "trl.RLOOTrainer": lambda run: _grpo(run, "rloo"),
     "trl.DistillationTrainer": _distillation,
     "trl.experimental.ORPOTrainer": _orpo,
@@ -424,7 +455,39 @@ def run_trainer(
     prompt_tokens: int = 1,
     evaluates: bool = False,
 ) -> core.TraceResult:
-    """Two steps of a real trainer; the peak of the second. ``arguments`` are its own, by name."""
+    """Two steps of a real trainer; the peak of the second. ``arguments`` are its own, by name.
+
+    Under ZeRO-1 and 2 the worst of the first, the last and the rank that owns the most gradients.
+    """
+    ranks = sorted({0, 1, job.world - 1}) if job.sharding in ("zero1", "zero2") else [0]
+    results = [
+        _run_rank(
+            name,
+            replace(job, traced_rank=rank),
+            config,
+            layers=layers,
+            arguments=arguments,
+            teacher=teacher,
+            prompt_tokens=prompt_tokens,
+            evaluates=evaluates,
+        )
+        for rank in ranks
+    ]
+    return max(results, key=lambda result: result.allocated_bytes)
+
+
+def _run_rank(
+    name: str,
+    job: Job,
+    config: dict[str, Any],
+    *,
+    layers: int | None,
+    arguments: Mapping[str, Any] | None,
+    teacher: dict[str, Any] | None,
+    prompt_tokens: int,
+    evaluates: bool,
+) -> core.TraceResult:
+    """One rank of a job, or the only one."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     os.environ |= _QUIET
@@ -451,6 +514,8 @@ def run_trainer(
         total = core._count(model)
         enter(cuda.as_on_cuda(ledger, job.capability))
         ledger.scalar_answer = _answer(job)
+        if job.sharding.startswith("zero"):
+            enter(zero.launched(job, model, ledger))
         enter(emulated(job, ledger))
         enter(cuda.patched(torch.nn.Module, "_apply", build.apply_to_tensors))
         enter(cuda.patched(torch.Tensor, "__deepcopy__", build.copy_tensor))
@@ -488,8 +553,13 @@ def _other(
 
 
 def _answer(job: Job) -> Callable[[Any, str], Any]:
-    """``item()`` without values: as in :mod:`cuda`."""
-    return functools.partial(cuda._scalar, padded=job.padding != "none")
+    """``item()`` without values: as in :mod:`cuda`, and numbers of DeepSpeed's as it needs them."""
+    known = functools.partial(cuda._scalar, padded=job.padding != "none")
+    if not job.sharding.startswith("zero"):
+        return known
+    return lambda tensor, phase: (
+        known(tensor, phase) if tensor.dtype == torch.bool else zero.some_value(tensor)
+    )
 
 
 def _project(
@@ -568,7 +638,8 @@ def train(run: Run) -> int:
     else:
         clock.watch(trainer, "training_step", "forward", first=True)
         trainer.get_train_dataloader = lambda: _Loader(run)
-        trainer.create_optimizer = lambda *_: trainer.optimizer
+        optimizer = trainer.optimizer  # DeepSpeed's way of making one forgets it first
+        trainer.create_optimizer = lambda *_: optimizer
     with _silent():
         trainer.train()
         if run.evaluates:
@@ -584,6 +655,7 @@ class _Phases:
 
     def __init__(self, run: Run) -> None:
         self._ledger, self._accumulation = run.ledger, 1 if run.own_loop else run.job.accumulation
+        self._accelerator = run.trainer.accelerator
         self._begun = 0
         self.forward_end = 0
 
@@ -610,8 +682,16 @@ class _Phases:
         gc.collect()
         self.forward_end = self._ledger.clock - 1
         self._ledger.enter("backward", self.step)
-        core._backward(loss)
+        wrapper = getattr(self._accelerator, "deepspeed_engine_wrapped", None)
+        if wrapper is None:
+            core._backward(loss)
+        else:  # ``DeepSpeedEngineWrapper.backward``, which takes the step too
+            last = self._accelerator.sync_gradients
+            wrapper.engine.set_gradient_accumulation_boundary(is_boundary=last)
+            wrapper.engine.backward(loss)
         self._ledger.enter("step", self.step)
+        if wrapper is not None and last:
+            wrapper.engine.step()
 
 
 @contextlib.contextmanager

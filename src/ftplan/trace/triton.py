@@ -21,7 +21,7 @@ __all__ = ["importable", "stand_in"]
 
 _SUBMODULES = (
     "language", "language.extra", "language.extra.libdevice", "language.extra.cuda",
-    "language.extra.cuda.libdevice", "language.math", "runtime",
+    "language.extra.cuda.libdevice", "language.math", "runtime", "runtime.autotuner", "testing",
 )  # fmt: skip
 
 
@@ -36,6 +36,17 @@ class _Kernel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         return None
+
+
+class _Config:
+    """``triton.Config``: how a kernel would be launched."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    def all_kwargs(self) -> dict[str, Any]:
+        """What it says of a launch."""
+        return {}
 
 
 class _Constant(int):
@@ -79,6 +90,7 @@ def _stand_in() -> dict[str, ModuleType]:
     names: dict[str, Any] = {
         "jit": _jit,
         "autotune": _as_it_is,
+        "Config": _Config,
         "heuristics": _as_it_is,
         "cdiv": lambda a, b: -(-a // b),
         "next_power_of_2": lambda n: 1 << (n - 1).bit_length(),
@@ -86,8 +98,13 @@ def _stand_in() -> dict[str, ModuleType]:
     modules: dict[str, ModuleType] = {"triton": triton}
     modules |= {f"triton.{name}": _Module(f"triton.{name}") for name in _SUBMODULES}
     modules["triton.language"].constexpr = _Constant  # type: ignore[attr-defined]
-    names["language"] = modules["triton.language"]
     vars(triton).update(names)
+    tuner = modules["triton.runtime.autotuner"]
+    tuner.Autotuner = tuner.Heuristics = _Kernel  # type: ignore[attr-defined]
+    for name, module in modules.items():
+        parent, _, last = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], last, module)
     return modules
 
 

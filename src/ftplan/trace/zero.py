@@ -25,7 +25,7 @@ from ftplan.trace.cuda import patched
 from ftplan.trace.job import Job
 from ftplan.trace.ledger import Ledger
 
-__all__ = ["run_steps"]
+__all__ = ["cast", "launched", "run_steps", "settings_of", "some_value"]
 
 
 def _deepspeed() -> Any:
@@ -47,7 +47,10 @@ def _group(job: Job, rank: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     deepspeed = _deepspeed()
-    where = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(job.world)}
+    where = {
+        "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(job.world),
+        "LOCAL_WORLD_SIZE": str(job.world), "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
+    }  # fmt: skip
     before = {name: os.environ.get(name) for name in where}
     os.environ.update(where)
     dist.init_process_group("fake", rank=rank, world_size=job.world, store=FakeStore())
@@ -74,12 +77,16 @@ def _without_values() -> Iterator[None]:
     def no(*_args: Any, **_kwargs: Any) -> bool:
         return False
 
+    def everybody_alike(gathered: list[Any], given: Any, **_kwargs: Any) -> None:
+        gathered[:] = [given] * len(gathered)
+
     def address(_tensor: Any) -> int:
         return 0
 
     accelerator = type(get_accelerator())
     with (
         patched(torch.Tensor, "data_ptr", address),
+        patched(torch.distributed, "all_gather_object", everybody_alike),
         patched(accelerator, "is_fp16_supported", lambda _self: True),
         patched(stage_1_and_2, "is_invalid_grad_norm", no),
         patched(stage3, "is_invalid_grad_norm", no),
@@ -93,13 +100,10 @@ def _without_values() -> Iterator[None]:
         yield
 
 
-def run_steps(job: Job, model: Any, ledger: Ledger, mark: Callable[[Any], None]) -> int:
-    """Two steps of DeepSpeed's engine; the clock at the end of the second step's last forward."""
-    from ftplan.trace.core import batch_of, evaluate
-
-    ledger.scalar_answer = lambda tensor, _phase: _some_value(tensor)
+def settings_of(job: Job) -> dict[str, Any]:
+    """DeepSpeed's configuration of a job."""
     dtype = {"bfloat16": "bf16", "float16": "fp16"}.get(_dtype(job))
-    settings = {
+    return {
         "train_micro_batch_size_per_gpu": job.micro,
         "gradient_accumulation_steps": job.accumulation,
         "zero_optimization": job.zero,
@@ -108,16 +112,42 @@ def run_steps(job: Job, model: Any, ledger: Ledger, mark: Callable[[Any], None])
         "gradient_clipping": 1.0,
         **({dtype: {"enabled": True}} if dtype else {}),
     }
+
+
+@contextlib.contextmanager
+def launched(job: Job, model: Any, ledger: Ledger) -> Iterator[None]:
+    """One rank of many, as a launcher would have started it: DeepSpeed finds its process group,
+    and accelerate, which asks for it with a trainer's arguments, finds DeepSpeed."""
+    from accelerate.state import AcceleratorState
+    from transformers import training_args
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    bf16 = patched(training_args, "is_torch_bf16_gpu_available", lambda: True)
+    with _group(job, _rank(job, model)), _without_values(), _apart(job, ledger), bf16:
+        try:
+            yield
+        finally:
+            for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+                os.environ.pop(name, None)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            unset_hf_deepspeed_config()  # else the next model would be made under ZeRO-3
+
+
+def run_steps(job: Job, model: Any, ledger: Ledger, mark: Callable[[Any], None]) -> int:
+    """Two steps of DeepSpeed's engine; the clock at the end of the second step's last forward."""
+    from ftplan.trace.core import batch_of, evaluate
+
+    ledger.scalar_answer = lambda tensor, _phase: some_value(tensor)
     forward_end = 0
-    with _group(job, _rank(job, model)), _without_values(), _apart(job, ledger):
+    with launched(job, model, ledger):
         with (
             patched(torch.nn.Module, "_apply", build.apply_to_tensors),
             patched(torch.Tensor, "__deepcopy__", build.copy_tensor),
         ):
             engine, _, _, _ = _deepspeed().initialize(
-                model=_cast(model, _dtype(job)),
+                model=cast(job, model),
                 optimizer=build.build_optimizer(job, model),
-                config=settings,
+                config=settings_of(job),
             )
         mark(model)
         ledger.watch_modules(model)
@@ -171,9 +201,9 @@ def _dtype(job: Job) -> str:
     return job.compute_dtype if job.quantized else job.weights
 
 
-def _cast(model: Any, dtype: str) -> Any:
+def cast(job: Job, model: Any) -> Any:
     """``module.bfloat16()``: here, so that the optimizer is made of what is trained."""
-    wanted = getattr(torch, dtype)
+    wanted = getattr(torch, _dtype(job))
     swapped: dict[int, Any] = {}
     for module in model.modules():
         for name, old in module._parameters.items():
@@ -186,7 +216,7 @@ def _cast(model: Any, dtype: str) -> Any:
     return model
 
 
-def _some_value(tensor: Any) -> Any:
+def some_value(tensor: Any) -> Any:
     if tensor.dtype == torch.bool:
         return False
     return 0.5 if tensor.dtype.is_floating_point else 1

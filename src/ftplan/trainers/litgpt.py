@@ -181,7 +181,8 @@ def _batch(context: Context, keys: Keys, verb: str | None) -> None:
         draft.retract("sharding.kind")
         draft.put("sharding.kind", "fsdp", keys.at("devices"))
         draft.put("sharding.wrap", "block")
-        draft.put("sharding.version", 2 if draft.get("method.kind") != "full" else 1)
+        draft.put("sharding.version", 1)
+        draft.put("sharding.use_orig_params", True)  # lightning/fabric/strategies/fsdp.py
         draft.put("sharding.reshard_after_forward", True)
     batch = keys.count("train", "global_batch_size")
     if batch is not None:

@@ -1,7 +1,7 @@
 """NeMo Automodel: recipe YAML and ``automodel`` command lines.
 
 Keys and defaults read from NVIDIA-NeMo/Automodel nemo_automodel/recipes/llm/train_ft.py,
-components/_peft/lora.py and components/distributed/config.py, 0.5.0 (commit 36044ad3d).
+components/_peft/lora.py and components/distributed/config.py, 0.7.0.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from ftplan.trainers.draft import Draft
 from ftplan.trainers.keys import Keys
 from ftplan.trainers.launch import Context, surroundings
 from ftplan.trainers.transformers import put_attention, put_dtype
-from ftplan.trainers.words import glob_pattern, model_name, optimizer_name
+from ftplan.trainers.words import dtype, glob_pattern, model_name, optimizer_name
 
 __all__ = ["NAME", "matches", "read", "refuse"]
 
 NAME = "nemo"
-SOURCE = "NVIDIA-NeMo/Automodel nemo_automodel/%s, 0.5.0"
+SOURCE = "NVIDIA-NeMo/Automodel nemo_automodel/%s, 0.7.0"
 
 _RECIPES = {
     "TrainFinetuneRecipeForSequenceClassification": "classify", "TrainBiEncoderRecipe": "embed",
@@ -142,6 +142,8 @@ def _model(draft: Draft, keys: Keys) -> None:
         put_attention(draft, keys, "model", "backend", "attn")
     if keys.flag("model", "use_liger_kernel"):
         draft.put("kernels", "liger", keys.at("model", "use_liger_kernel"))
+    elif keys.flag("model", "force_hf"):
+        draft.put("kernels", "none", keys.at("model", "force_hf"))
     layers = keys.count("model", "config", "num_hidden_layers") or keys.count(
         "model", "num_hidden_layers"
     )
@@ -175,6 +177,9 @@ def _method(draft: Draft, keys: Keys) -> None:
             "peft.exclude_modules is not applied: a few more modules are sized",
             keys.at(*peft, "exclude_modules"),
         )
+    if keys.flag(*peft, "use_memory_efficient_lora") is False:
+        draft.put("method.fused_lora", False, keys.at(*peft, "use_memory_efficient_lora"))
+    draft.put("method.adapter_dtype", dtype(keys.text(*peft, "lora_dtype")), keys.at(*peft))
     if keys.flag(*peft, "use_dora"):
         draft.put("method.kind", "dora", keys.at(*peft, "use_dora"))
         draft.put("method.use_dora", True, keys.at(*peft, "use_dora"))
@@ -184,6 +189,8 @@ def _method(draft: Draft, keys: Keys) -> None:
         kind = keys.word(*quant, "bnb_4bit_quant_type") or "nf4"
         draft.put("precision.weights", kind if kind in ("nf4", "fp4") else "nf4", keys.at(*quant))
         draft.put("method.kind", "qlora", keys.at(*quant))
+        computed = dtype(keys.text(*quant, "bnb_4bit_compute_dtype"))
+        draft.put("method.compute_dtype", computed, keys.at(*quant, "bnb_4bit_compute_dtype"))
         double = keys.flag(*quant, "bnb_4bit_use_double_quant")
         draft.put("method.double_quant", double, keys.at(*quant, "bnb_4bit_use_double_quant"))
     elif keys.flag(*quant, "load_in_8bit"):
@@ -203,8 +210,6 @@ def _precision(draft: Draft, keys: Keys) -> None:
         SOURCE % "recipes/llm/train_ft.py: parameters in torch_dtype, no autocast",
     )
     for name in ("param_dtype", "reduce_dtype"):
-        from ftplan.trainers.words import dtype
-
         path: tuple[Key, ...] = ("distributed", "mp_policy", name)
         found = dtype(keys.text(*path))
         draft.put(f"sharding.{name}", found, keys.at(*path))
@@ -282,7 +287,7 @@ def _loss(draft: Draft, keys: Keys) -> None:
         draft.put("loss.kind", "fused", keys.at("loss_fn"))
     elif "Chunked" in name:
         draft.put("loss.kind", "chunked", keys.at("loss_fn"))
-        draft.put("loss.chunk", keys.count("loss_fn", "chunk_len") or 32, keys.at("loss_fn"))
+        draft.put("loss.chunk", keys.count("loss_fn", "chunk_len"), keys.at("loss_fn"))
     keys.mapping("loss_fn")
 
 
@@ -317,7 +322,7 @@ def _sharding(draft: Draft, keys: Keys) -> None:
     ):
         draft.put("gradient_checkpointing.kind", "full", keys.at("parallelizer"))
     _hardware(draft, keys)
-    batch = keys.count("step_scheduler", "global_batch_size")
+    batch = keys.count("step_scheduler", "global_batch_size") or _GLOBAL_BATCH
     size = keys.word(dist, "dp_size")
     count = (draft.get("hardware.count") or 0) * (draft.get("hardware.nodes") or 1)
     if size is not None and size.isdigit() and int(size) > 0 and not count:
@@ -326,12 +331,11 @@ def _sharding(draft: Draft, keys: Keys) -> None:
             total *= draft.get(f"sharding.{name}") or 1
         draft.put("hardware.count", total, keys.at(dist, "dp_size"))
         count = total
-    if batch is not None and count:
-        split = 1
-        for name in ("tp", "cp", "pp"):
-            split *= draft.get(f"sharding.{name}") or 1
-        steps = max(batch // max(count // split, 1) // draft.get("batch.micro"), 1)
-        draft.put("batch.accumulation", steps, keys.at("step_scheduler", "global_batch_size"))
+    split = 1
+    for name in ("tp", "cp", "pp"):
+        split *= draft.get(f"sharding.{name}") or 1
+    steps = max(batch // max(count // split, 1) // draft.get("batch.micro"), 1)
+    draft.put("batch.accumulation", steps, keys.at("step_scheduler", "global_batch_size"))
     if strategy == "ddp" or "ddp" in strategy:
         draft.put("sharding.kind", "ddp", keys.at(dist))
     elif strategy or keys.section(dist):
@@ -339,11 +343,40 @@ def _sharding(draft: Draft, keys: Keys) -> None:
         draft.put("sharding.kind", "fsdp" if count != 1 else "none", keys.at(dist, "strategy"))
         if count != 1:
             draft.put("sharding.version", 2)
-            draft.put("sharding.wrap", "block")
+            for name, value in _POLICY.items():
+                draft.put(f"sharding.{name}", draft.get(f"sharding.{name}") or value, keys.at(dist))
+    if "ddp" not in strategy:
+        _cast_adapters(draft, keys, alone=count <= 1)
     if keys.flag(dist, "offload") or keys.has(dist, "offload_policy"):
         draft.put("sharding.offload", "params", keys.at(dist, "offload_policy"))
     reshard = keys.flag(dist, "reshard_after_forward")
     draft.put("sharding.reshard_after_forward", reshard, keys.at(dist, "reshard_after_forward"))
+
+
+_GLOBAL_BATCH = 32
+"""components/training/step_scheduler.py 0.7.0, where the file gives none."""
+_POLICY = {"param_dtype": "bf16", "reduce_dtype": "fp32"}
+"""components/distributed/config.py 0.7.0, ``FSDP2Config``."""
+
+
+def _cast_adapters(draft: Draft, keys: Keys, *, alone: bool) -> None:
+    """Frozen weights are stored as they are computed with, whatever ``torch_dtype`` says.
+
+    On one rank nothing is wrapped, and adapters are cast with what they lie beside
+    (components/models/common/utils.py 0.7.0, ``prepare_frozen_parameters_for_sharding``,
+    ``cast_frozen_modules_to_compute_dtype``).
+    """
+    where = keys.at("peft")
+    computed = draft.get("sharding.param_dtype") or _POLICY["param_dtype"]
+    stored = draft.get("precision.weights")
+    if draft.get("method.kind") == "full" or stored not in ("fp32", "bf16", "fp16", None):
+        return
+    own = draft.get("method.adapter_dtype") or (stored if stored == "fp32" else None)
+    draft.retract("method.adapter_dtype")
+    draft.put("method.adapter_dtype", computed if alone and own else own, where)
+    if stored == "fp32":
+        draft.retract("precision.weights")
+        draft.put("precision.weights", computed, keys.at("model", "torch_dtype"))
 
 
 def _hardware(draft: Draft, keys: Keys) -> None:

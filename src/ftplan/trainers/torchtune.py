@@ -442,7 +442,7 @@ def export(plan: Plan) -> writing.Exported:
     out.mapping("loss", {"_component_": task_loss or plain[kind]})
     if plan.attention not in (None, "sdpa"):
         out.refuse(f"attention: {plan.attention}")
-    if plan.kernels not in (None, "none"):
+    if out.plan.kernels not in (None, "none"):
         out.refuse(f"kernels: {plan.kernels}")
     if plan.precision.mixed not in (None, "no"):
         out.refuse(f"mixed precision {plan.precision.mixed}: torchtune's recipes are pure")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from ftplan.catalog.stacks import Stack
@@ -49,6 +50,9 @@ class Writer:
         if plan.method is None:
             self.refuse("a plan without a method (inference)")
         self._functions(plan, plan.method)
+        if plan.kernels == "automodel":
+            self.plan = replace(plan, kernels=None)
+            self.comment("kernels: automodel is not written: it is NeMo AutoModel's own model code")
 
     def refuse(self, what: str) -> NoReturn:
         """There is no key for this: the export stops and says so."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
+from ftplan.memory.adapters.automodel import automodel_gated, automodel_product
 from ftplan.memory.adapters.functions import lora_gated, lora_products
 from ftplan.memory.job import AdapterSpec
 from ftplan.memory.nn import Embedding, Linear, Module
@@ -87,6 +88,8 @@ class LoraLinear(Adapted):
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer
+        if x.tape.env.kernels.lora == "automodel" and not self.dora:
+            return automodel_product(x, self, base.forward(x))
         if isinstance(base, QuantizedLinear) and (base.bitsandbytes or x.tape.env.unpacks_gptq):
             return self._forward_bitsandbytes(x, copied=base.four_bit)
         result = self.base_layer.forward(x)
@@ -130,21 +133,31 @@ class LoraLinear(Adapted):
             return False
         if style == "foak":
             return packed
+        if style == "automodel":  # no model of its own, whose weights come later; plain, undropped
+            return not (packed or base.bias or self.dropout)
         return style == "axolotl" or base.bias is None
 
     def together(self, x: Tensor, layers: Sequence[Linear]) -> list[Tensor] | None:
         style = x.tape.env.kernels.lora
         adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
-        if len(adapted) < len(layers) or not all(layer._fuses(style) for layer in adapted):
+        if (
+            style == "automodel"
+            or len(adapted) < len(layers)
+            or not all(layer._fuses(style) for layer in adapted)
+        ):
             return None
         return lora_products(x, adapted)
 
     def gated(self, x: Tensor, gate: Linear, up: Linear) -> Tensor | None:
         style = x.tape.env.kernels.lora
         layers = (gate, up, self)
+        if not x.tape.env.kernels.lora_mlp:
+            return None
         if not all(isinstance(layer, LoraLinear) and layer._fuses(style) for layer in layers):
             return None
         assert isinstance(gate, LoraLinear) and isinstance(up, LoraLinear)
+        if style == "automodel":
+            return automodel_gated(x, (gate, up, self))
         return lora_gated(x, (gate, up, self))
 
     @property
@@ -172,6 +185,8 @@ class LoraLinear(Adapted):
 
     def _dora(self, x: Tensor, base_result: Tensor | None) -> Tensor:
         tape = x.tape
+        if tape.env.kernels.lora == "automodel":
+            return self._scaled(x, base_result, self._norm_of_update(tape))
         eye = tape.tensor(ONE * self.in_features, self.in_features, self._down.weight.dtype, "eye")
         lora_weight = self._thin(eye)
         held = [eye] if tape.env.dora_names_identity else []
@@ -185,17 +200,36 @@ class LoraLinear(Adapted):
             del scaled
             norm = tape.tensor(ONE, self.out_features, summed.dtype, "weight norm")
             del summed
+        out = self._scaled(x, base_result, norm, weight)
+        held.clear()
+        return out
+
+    def _norm_of_update(self, tape: Tape) -> Tensor:
+        """AutoModel multiplies the thin matrices themselves."""
+        rows, width, dtype = ONE * self.out_features, self.in_features, self.weight.dtype
+        with tape.no_grad():
+            update = tape.tensor(rows, width, self._down.weight.dtype, "update")
+            scaled = ops.scale(update)
+            summed = ops.add(tape.leaf(self.weight), scaled)
+            del scaled
+            norm = tape.tensor(ONE, self.out_features, dtype, "weight norm")
+            del summed, update
+        return norm
+
+    def _scaled(
+        self, x: Tensor, base_result: Tensor | None, norm: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
+        """What the magnitudes make of the update and the base's result (None: it is made anew)."""
+        tape = x.tape
         magnitude = tape.leaf(self.lora_magnitude_vector.default.parameters["weight"])
         ratio = ops.mul(magnitude, norm)
         lora_result = self._thin(x)
         if base_result is None:
-            base_result = ops.linear(x, weight)
+            base_result = ops.linear(x, tape.leaf(self.weight) if weight is None else weight)
         elif self.base_layer.bias is not None:
             base_result = subtract_bias(base_result, self.base_layer.bias)
         first = ops.mul(ops.shift(ratio), base_result)
-        out = ops.add(first, ops.scale(ops.mul(ratio, lora_result)))
-        held.clear()
-        return out
+        return ops.add(first, ops.scale(ops.mul(ratio, lora_result)))
 
 
 def subtract_bias(x: Tensor, bias: Parameter) -> Tensor:

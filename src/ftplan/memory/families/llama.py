@@ -424,6 +424,7 @@ class Attention(Module):
             return ops.view(q, q.rows, q.width), ops.view(k, k.rows, k.width)
         cos, sin = shared.rope[self.layer_type if self.traits.ropes_by_type else ""]
         dtype = q.dtype
+        kind = "fp32" if q.tape.env.kernels.rope_wide else kind
         if kind in ("pairs", "pairs_fp32"):
             tape = q.tape
             cos = tape.tensor(SEQ, cos.width, cos.dtype, "rope")
@@ -686,11 +687,17 @@ class Llama(Network):
             shared.masks[name] = make_mask(tape, x.dtype, window=window, eager=traits.no_sdpa)
         if traits.embedding_dropout:
             x = ops.dropout(x, config.get(traits.embedding_dropout) or 0.0)
-        dtype = "fp32" if traits.rotation in ("table_fp32", "pairs_fp32") else x.dtype
+        wide = traits.rotation in ("table_fp32", "pairs_fp32") or tape.env.kernels.rope_wide
+        dtype = "fp32" if wide else x.dtype
         for name in self.layer_types if traits.ropes_by_type else ("",):
             rows = TOKENS if traits.rope_per_sequence else SEQ
             shared.rope[name] = rope_table(tape, self.rope_width, dtype, rows)
         return x
+
+    def tables(self, tape: Tape) -> list[Tensor]:
+        """AutoModel's sines and cosines stay from batch to batch."""
+        count = 2 if tape.env.kernels.rope_wide else 0
+        return [tape.tensor(SEQ, self.rope_width, "fp32", "rope") for _ in range(count)]
 
     def _leave(self, x: Tensor, shared: Shared) -> Tensor:
         out: Tensor = self.model.norm.forward(x)

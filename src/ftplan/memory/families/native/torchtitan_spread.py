@@ -55,14 +55,14 @@ class Mixed(Fsdp):
     """FSDP2 of blocks that are not all as large as each other."""
 
     stack: Stack
-    last: Unit
+    latest: Unit
     """What follows the blocks."""
     layer = 0
     """Of the block that runs next."""
 
     def prepare(self, stack: Stack, last: Unit) -> None:
         """Say which blocks there are, and what comes after them."""
-        self.stack, self.last = stack, last
+        self.stack, self.latest = stack, last
 
     def place(self, layer: int, count: int) -> int | str | None:
         """A block is one by itself where the one before or after it is of another kind, too: what
@@ -102,7 +102,7 @@ class Grouped(Mixed):
             self.previous = [] if unit.flat is None else [unit.flat]
             unit.flat = None
         if self.layer == self.stack.count - 1:
-            self._gather(self.last)
+            self._gather(self.latest)
         else:
             self._gather_ahead(self.layer + 1)
 
