@@ -220,7 +220,7 @@ def test_checkpointing_by_operation_keeps_every_second_product() -> None:
         for layers in (2, 3):
             plan = plan_of(
                 model="llama-3.2-1b",
-                stack="torchtitan",
+                stack="torchtitan-2024",
                 method={"kind": "full"},
                 precision={"weights": "bf16", "mixed": "no"},
                 gradient_checkpointing={"kind": kind},

@@ -227,6 +227,8 @@ def test_the_witness_agreed() -> None:
 REFUSED: list[dict[str, Any]] = [
     {"method": None},
     {"stack": "nemo"},
+    {"stack": "torchtitan"},
+    {"stack": "megatron"},
     {"stack": "torchtune", "sharding": {"kind": "fsdp"}},
     {"stack": "litgpt", "task": "dpo"},
     {"kernels": "liger"},

@@ -327,7 +327,7 @@ def test_stack_profiles_cite_every_value() -> None:
         "pytorch", "transformers", "trl", "axolotl", "llamafactory", "torchtune", "litgpt",
         "unsloth", "deepspeed", "ms-swift", "nemo", "megatron", "transformers-4.46",
         "trl-1.10", "trl-0.20", "ms-swift-2", "llamafactory-v1", "llamafactory-0.9.3",
-        "transformers-4.45", "trl-0.13", "trl-0.11", "torchtitan",
+        "transformers-4.45", "trl-0.13", "trl-0.11", "torchtitan", "torchtitan-2024",
         "litgpt-0.4", "litgpt-0.3", "litgpt-2023", "torchtune-0.6", "torchtune-0.4",
         "torchtune-0.1",
     }  # fmt: skip

@@ -29,7 +29,9 @@ __all__ = [
 UNMODELLED = {"mlx": "training with MLX on Apple silicon (unified memory, no CUDA allocator)"}
 """Stacks that are recognised and refused, and what is not modelled."""
 
-OWN_MODULES = frozenset({"torchtune", "litgpt", "nemo", "megatron", "unsloth", "torchtitan"})
+OWN_MODULES = frozenset(
+    {"torchtune", "litgpt", "nemo", "megatron", "unsloth", "torchtitan", "torchtitan-2024"}
+)
 """Stacks that run their own model code, which the walk was not held against."""
 
 RINGS = ("transformers", "trl", "pytorch")
@@ -192,6 +194,15 @@ class Stack:
     """To what length a batch is padded."""
     modules: str | None = None
     """Model code of its own that is walked, and of which time; None: transformers' is."""
+    keeps_gradients: bool = False
+    """Whether gradients are set to zero and stay, instead of going, when a step begins."""
+    sharding: Literal["fsdp"] | None = None
+    """What the model is sharded by when nothing is said, on one GPU too."""
+    sequence_parallel: bool = False
+    """Whether tensor parallel ranks share the tokens of norms and residuals when nothing is said.
+    """
+    early_stop: bool = True
+    """Whether a checkpointed block that runs again stops when the last saved tensor is there."""
     param_dtype: Literal["bf16"] | None = None
     """What FSDP's policy gathers weights in; None: what mixed precision computes in."""
     reduce_dtype: Literal["fp32"] | None = None

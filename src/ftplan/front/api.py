@@ -365,15 +365,15 @@ def is_traced(resolved: Resolved) -> bool:
     modules, checkpointing = modules_of(resolved), plan.gradient_checkpointing
     if not modules or plan.batch.eval_micro:
         return False
-    from ftplan.memory.families.native import checkpoints, parallel
+    from ftplan.memory.families.native import checkpoints, parallel, shards
 
-    if parallel(modules):
+    if parallel(modules) and not shards(modules):
         # traced on stand-ins for Transformer Engine and NCCL: published readings are 16 % above
         return False
     unsharded = (None, "none")
     sharded = not {plan.sharding.kind, plan.sharding.offload} <= set(unsharded)
     in_backward = plan.optimizer is not None and plan.optimizer.in_backward
-    if sharded or in_backward or plan.batch.packing:
+    if (sharded and not shards(modules)) or in_backward or plan.batch.packing:
         return False
 
     if checkpointing is None or checkpointing.kind == "none":

@@ -56,7 +56,7 @@ def job_of(resolved: Resolved) -> Job:
         megatron=stack.name == "megatron",
         own_plan=stack.name not in PLANNED,
         deep_ep=stack.name == "axolotl",
-        own_spread=stack.name in ("nemo", "torchtitan"),
+        own_spread=stack.name == "nemo" or _is_titan(stack),
         keeps_last=stack.name == "nemo" and plan.sharding.reshard_after_forward is None,
     )
     kernels = _kernels(resolved, storage)
@@ -88,7 +88,8 @@ def job_of(resolved: Resolved) -> Job:
         offload_checkpoints=_offloads(checkpointing.kind, sharding),
         checkpoint_attention=_core_alone(checkpointing, stack),
         checkpoint_parts=kernels.in_parts and checkpointing.kind == "full",
-        keeps_products=checkpointing.kind == "selective" and stack.name in ("torchtitan", "nemo"),
+        keeps_products=checkpointing.kind == "selective"
+        and (stack.name == "nemo" or _is_titan(stack)),
         packed=bool(batch.packing),
         hooks_hold_inputs=_hooks_hold_inputs(plan),
         keep_outputs=stack.keeps_outputs,
@@ -101,6 +102,7 @@ def job_of(resolved: Resolved) -> Job:
         holds_4bit_inputs=stack.holds_4bit_inputs,
         unpacks_gptq=stack.unpacks_gptq,
         dora_names_identity=stack.dora_names_identity,
+        early_stop=stack.early_stop,
         reentrant=bool(checkpointing.reentrant),
         dropout=plan.task not in stack.dropout_off,
     )
@@ -144,6 +146,8 @@ def job_of(resolved: Resolved) -> Job:
         micro=batch.micro,
         seq_len=local_seq_len(batch.seq_len, sharding),
         accumulation=batch.accumulation,
+        # CUDA graphs, which keep them, take neither a pipeline nor experts on other ranks
+        keeps_gradients=stack.keeps_gradients and sharding.pp == sharding.ep == 1,
         fetches_ahead=stack.fetches_ahead,
         eval_micro=batch.eval_micro or 0,
         checkpoint_every=0
@@ -173,7 +177,7 @@ def modules_of(resolved: Resolved) -> str:
     plan, modules = resolved.plan, resolved.stack.modules
     if modules is None or plan.method is None or resolved.config is None:
         return ""
-    from ftplan.memory.families.native import parallel, runs, shows
+    from ftplan.memory.families.native import parallel, runs, shows, wraps
 
     method = plan.method
     weights = _stored(plan.precision.weights or "bf16", double_quant=bool(method.double_quant))
@@ -184,6 +188,7 @@ def modules_of(resolved: Resolved) -> str:
         method.target_parameters, method.use_dora, method.fused_lora, method.options,
         plan.batch.images and unseen, split - {*parallel(modules)}, (plan.sharding.etp or 1) > 1,
         plan.batch.padding == "right", plan.kernels not in (None, "none"),
+        not wraps(modules, plan.sharding, resolved.config),
         weights.layout != "plain" and plan.precision.mixed != "no",
     )  # fmt: skip
     if any(others):
@@ -322,7 +327,11 @@ def _core_alone(checkpointing: Checkpointing, stack: Stack) -> bool:
     torchtitan's of every block, by operation."""
     selective = checkpointing.kind == "selective" and checkpointing.every == 1
     own = (stack.modules or stack.name).partition("-")[0]
-    return selective and own not in ("torchtune", "torchtitan", "nemo")
+    return selective and own not in ("torchtune", "nemo") and not _is_titan(stack)
+
+
+def _is_titan(stack: Stack) -> bool:
+    return stack.name.partition("-")[0] == "torchtitan"
 
 
 def _labels(config: Mapping[str, Any]) -> int:

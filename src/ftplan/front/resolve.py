@@ -205,6 +205,20 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
     source = CONTRACT if least == 1 else "as many as the parallel degrees need"
     count = filler.fill("hardware.count", hardware.count, least, source)
     replicas = count * nodes // split
+    own = find_stack(plan.stack or "transformers") if plan.method is not None else None
+    if sharding.kind is None and own is not None and own.sharding is not None:
+        source = own.sources["sharding"]
+        sharding = replace(sharding, kind=filler.fill("sharding.kind", None, own.sharding, source))
+    if (sharding.tp or 1) > 1 and own is not None and own.sequence_parallel:
+        source = own.sources["sequence_parallel"]
+        shares = filler.fill("sharding.sequence_parallel", sharding.sequence_parallel, True, source)
+        sharding = replace(sharding, sequence_parallel=shares)
+    if sharding.kind == "fsdp" and own is not None and own.reduce_dtype is not None:
+        source = own.sources["reduce_dtype"]
+        reduced = filler.fill(
+            "sharding.reduce_dtype", sharding.reduce_dtype, own.reduce_dtype, source
+        )
+        sharding = replace(sharding, reduce_dtype=reduced)
     if (kind := sharding.kind) == "fsdp" and plan.method and (plan.batch.accumulation or 1) > 1:
         stack = find_stack(plan.stack or "transformers")
         no_sync = filler.fill(

@@ -32,6 +32,7 @@ __all__ = [
     "additive",
     "attend",
     "attend_broadcast",
+    "count_products",
     "kernel",
     "make_mask",
     "operand",
@@ -196,10 +197,10 @@ def _ring(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
 
     def back(tape: Tape, parts: int) -> None:
         if parts == 1:
-            _count(tape, every, hidden, heads, "ring", backward=True)
+            count_products(tape, every, hidden, heads, "ring", backward=True)
         _workspace(tape, rows, dtype, heads, "flash", parts)
 
-    _count(tape, every, hidden, heads, "ring", backward=False)
+    count_products(tape, every, hidden, heads, "ring", backward=False)
     return ring_attention(
         q, k, v, heads=heads.count, width=heads.count * heads.value_size, ranks=ranks, back=back
     )
@@ -268,7 +269,7 @@ def additive(mask: Tensor | None, tape: Tape, dtype: str) -> Tensor:
     return bias
 
 
-def _count(
+def count_products(
     tape: Tape, pairs: Size, hidden: Size, heads: Heads, name: str, *, backward: bool
 ) -> None:
     """Products of a fused kernel: scores and their product with the values; on the way back the
@@ -332,7 +333,7 @@ def _fused(
     every = q.rows * reach if reach else pairs(tape) if heads.causal else SCORES
     every = mask.rows if reach and mask is not None else every
     skipped = _hidden(tape, every, heads, window, masked=mask is not None)
-    _count(tape, every, skipped, heads, choice, backward=False)
+    count_products(tape, every, skipped, heads, choice, backward=False)
     out = tape.kept(q.rows, heads.count * heads.value_size, q.dtype, choice)
     rows = sequence_rows(tape, 32, q.rows) if choice == "efficient" else q.rows
     log_sum_exp = tape.kept(rows, heads.count, "fp32", f"{choice} log-sum-exp")
@@ -354,7 +355,7 @@ def _fused(
     def apply(grad: Tensor) -> Grads:
         _kept = saved
         tape = grad.tape
-        _count(tape, every, skipped, heads, choice, backward=True)
+        count_products(tape, every, skipped, heads, choice, backward=True)
         grads: list[Tensor | None] = [make(grad) for make in makers]
         _workspace(tape, queries, dtype, heads, choice)
         if len(grads) > 3 and shape is not None:  # one gradient for all sequences

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ftplan.memory import ops
 from ftplan.memory.adapters.lora import LoraLinear
@@ -14,6 +14,9 @@ from ftplan.memory.fsdp import Fsdp, Unit
 from ftplan.memory.nn import Module, Shared, Stack, Stage
 from ftplan.memory.record import BOUNDARY, HANDED, Recorder
 from ftplan.memory.tape import Node, Parameter, Tape, Tensor
+
+if TYPE_CHECKING:
+    from ftplan.memory.families.native.torchtitan_spread import Grouped
 
 __all__ = ["ask_for_gradient", "run_stage"]
 
@@ -124,6 +127,8 @@ def _run_block(
         run = _checkpoint_parts
     if recorder.fsdp is None or recorder.fsdp.spec.wrap == "model":
         return run(block, x, shared)
+    if groups := recorder.fsdp.groups(block):
+        return _run_groups(recorder, groups, block, x, shared, run)
     apart = _spread(block) if recorder.fsdp.spec.ep > 1 else []
     hooked = recorder.tape.env.kernels.lora == "none"  # else a function gathers them by itself
     thin = _thin_layers(block) if hooked and "adapters" in recorder.fsdp.spec.apart else []
@@ -133,7 +138,7 @@ def _run_block(
     if "adapters" not in recorder.fsdp.spec.apart and not recorder.fsdp.by_module:
         weights += idle
     unit = Unit("block", weights, place=recorder.place, module=block)
-    unit.stays = recorder.fsdp.keeps(recorder.place)
+    unit.stays = recorder.fsdp.keeps(recorder.place) or None
     recorder.units.append(unit)
     recorder.fsdp.adopt(unit)
     for experts in apart:
@@ -144,6 +149,26 @@ def _run_block(
     out = run(block, recorder.fsdp.enter(unit, x)[0], shared)
     recorder.fsdp.end_forward(unit)
     return recorder.fsdp.leave(unit, out)
+
+
+def _run_groups(
+    recorder: Recorder, groups: Sequence[list[Parameter]], block: Module, x: Tensor,
+    shared: Shared, run: Callable[[Module, Tensor, Shared], Tensor],
+) -> Tensor:  # fmt: skip
+    """A block whose experts, if it has any, are a group of their own."""
+    fsdp = cast("Grouped", recorder.fsdp)
+    units = [
+        Unit("block", weights, place=recorder.place, module=block, experts=weights[0].expert)
+        for weights in groups
+    ]
+    recorder.units += units
+    for unit in units:
+        fsdp.adopt(unit)
+    fsdp.begin_groups(units)
+    out = run(block, fsdp.enter_groups(units, x), shared)
+    for unit in units:
+        fsdp.end_forward(unit)
+    return fsdp.leave_groups(units, out)
 
 
 _PARTS = (

@@ -69,6 +69,8 @@ def checkpoint_all(
             graph, tape.attributes = tape.attributes, kept if tape.env.reentrant else []
             run.outputs = function(_entry(start, kept))
             tape.attributes = graph
+            if not tape.env.early_stop:
+                run.stop = len(tape.events)
             del start
             tape.recalled = tape.selected = None
         tape.weight_cache, tape.cached, tape.rerun = casts, cached, before

@@ -95,6 +95,8 @@ class Environment:
     """Models whose code returns keys and values as tensors do so: nothing is checkpointed."""
     one_sequence: bool = False
     """The micro batch is a single sequence: views that mix its heads and tokens need no copy."""
+    early_stop: bool = True
+    """A block that runs again stops when the last tensor that was saved is there."""
     reentrant: bool = False
     """Which implementation of checkpointing recomputes a block."""
     training: bool = True

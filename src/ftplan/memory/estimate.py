@@ -269,18 +269,14 @@ class Structure:
                 )
             )
         idle = [entry for entry in learned if entry[0].idle]
-        if idle and job.accumulation == 1:
+        if idle and not job.adds_up:
             why = "gradients that nothing clears"
             static.append(weights_term(idle, "gradients/idle", why))
         for model in objective.resident:
             static += resident_terms(model, job.sharding)
         if job.sampler_bytes:
             static.append(_sampler(job))
-        if (
-            job.accumulation > 1
-            and not job.main_weights
-            and not (job.stage is not None and job.stage.fresh)
-        ):
+        if job.adds_up and not job.main_weights and not (job.stage is not None and job.stage.fresh):
             static.append(
                 weights_term(
                     _accumulated(job, counted, learned, layout),
@@ -293,7 +289,8 @@ class Structure:
         in_backward = job.optimizer.in_backward
         stepped = [entry for entry in learned if not entry[0].idle]
         self.step_bytes = 0 if in_backward else step_bytes(job.optimizer, stepped)
-        if job.sharding.tp > 1 and not job.sharding.megatron and self.step_bytes == 0:
+        views = not job.sharding.megatron and not job.modules  # transformers' plan makes them
+        if job.sharding.tp > 1 and views and self.step_bytes == 0:
             # a rank's rows of the table's gradient are a view, which is copied to be stepped with
             tables = [weight_bytes(p) for p, _, _ in learned if p.embedding]
             self.step_bytes = max(tables, default=0)
@@ -505,7 +502,7 @@ def _accumulated(job: Job, whole: Counted, learned: Counted, layout: Layout | No
     parts = [entry for entry in whole if entry[0].trainable or (joined and entry[2] in trains)]
     if not spec.no_sync:
         shards = _sharded(parts, spec) if joined else learned
-        return [] if spec.offload == "params" else shards
+        return [] if spec.offload == "params" else [*shards, *(e for e in shards if e[0].twice)]
     return [
         (_as(p, spec.reduce_dtype or spec.param_dtype or p.dtype), times, inside)
         for p, times, inside in parts
@@ -549,7 +546,7 @@ def _shard(parameter: Parameter, ranks: int) -> Parameter:
     shape = shard_shape(parameter.shape, ranks)
     part = Parameter(parameter.name, shape, parameter.dtype, parameter.trainable)
     part.added, part.embedding = parameter.added, parameter.embedding
-    part.idle = parameter.idle
+    part.idle, part.twice, part.crosswise = parameter.idle, parameter.twice, parameter.crosswise
     part.expert = parameter.expert
     part.whole = parameter.shape
     return part
@@ -598,7 +595,7 @@ def program_of(job: Job, network: Network, objective: Objective) -> Program:
         and not job.modules
         and not environment.asks_at_blocks,
         share=stage,
-        accumulated=job.accumulation > 1 and not (stage is not None and stage.fresh),
+        accumulated=job.adds_up and not (stage is not None and stage.fresh),
         ahead=job.accumulation - 1 if job.fetches_ahead else 0,
         sharding=sharding,
         objective=objective,

@@ -31,6 +31,8 @@ BUFFERS = ("gptq", "awq")
 (``register_buffer("qweight", ...)`` in gptqmodel and autoawq)."""
 
 
+OUTER = ("root", "embeddings", "head")
+"""Units that are no blocks, nor in one."""
 ACCUMULATED = Label("gradients", "accumulated")
 """Gradients of earlier micro batches: static, but for what the last one frees of them."""
 
@@ -131,10 +133,10 @@ def _final_norm(network: Network, *, adapted: bool) -> Module | None:
     With PEFT around a model whose base is called ``model`` it looks one module too high, and finds
     none.
     """
-    base = network.embedding_names[0].partition(".")[0]
+    base, inside, _ = network.embedding_names[0].partition(".")
     if adapted and base == "model":
         return None
-    children = network.child(base).children.values()
+    children = (network.child(base) if inside else network).children.values()
     norms = [module for module in children if "Norm" in type(module).__name__]
     return norms[-1] if norms else None
 
@@ -148,17 +150,23 @@ class Unit:
     gathered: list[Storage] = field(default_factory=list)
     flat: Storage | None = None
     reduced: bool = False
+    across: Storage | None = None
+    """A shard of gradients while replicas sum it: kept until backward has ended."""
     accumulated: list[Storage] = field(default_factory=list)
     """Whole gradients of earlier micro batches, in the dtype that they will be reduced in."""
     place: int | str | None = None
     """The layer, where it is recorded by itself; else it stands for others too."""
     module: Module | None = None
+    part: Tensor | None = None
+    """A gradient of some of the tokens, before it is reduced with those of the others."""
+    scattered: dict[int, Tensor | None] = field(default_factory=dict)
+    """Shards of gradients (by id of the weight) that were reduced before the rest of the unit's."""
     times: dict[int, int] = field(default_factory=dict)
     """How many tensors of the model a parameter stands for, where that is not one."""
     experts: bool = False
     """Experts that are spread, and sharded over those ranks alone that have the same ones."""
-    stays: bool = False
-    """It is not freed between forward and backward."""
+    stays: bool | None = None
+    """Whether it is not freed between forward and backward; None: as the policy says."""
     waiting: set[int] = field(default_factory=set)
     """Which of its modules (by id) have not run yet in this pass."""
     entered: bool = False
@@ -184,8 +192,8 @@ class Fsdp:
         """The flat buffer of the unit before, until this one has been copied out."""
         self.scattered: list[Storage] = []
         """The flat gradients of the unit before."""
-        self.across: list[Storage] = []
-        """Shards of gradients while replicas sum them, kept until backward has ended."""
+        self.divides = False
+        """The trainer sets what gradients are divided by (``set_gradient_divide_factor``)."""
         self.order: list[Unit] = []
         self.last = 0
         """Which block comes last."""
@@ -227,11 +235,13 @@ class Fsdp:
     def _gather(self, unit: Unit) -> None:
         """``foreach_all_gather``: a cast copy of the shards, then the flat buffer.
 
-        On one rank there is nothing to gather: shards are copied out as they are.
+        On one rank there is nothing to gather: shards are cast and copied out one by one.
         """
         if unit.flat is not None or unit.gathered or self.ranks(unit) == 1:
             return
         total = self._total(unit, unit.parameters)
+        if not unit.parameters:
+            return
         casts = (
             self._allocate(total // self.ranks(unit), "shards") if self.spec.param_dtype else None
         )
@@ -242,9 +252,16 @@ class Fsdp:
         return sum(self._bytes(p, self.ranks(unit)) * unit.times.get(id(p), 1) for p in parameters)
 
     def _copy_out(self, unit: Unit) -> None:
-        unit.gathered = [
-            self._allocate(self._total(unit, (p,)), "weights") for p in unit.parameters
-        ]
+        cast: Storage | None = None
+        chunks: list[Storage] = []  # to be joined in the second dimension
+        for parameter in unit.parameters:
+            size = self._total(unit, (parameter,))
+            if self.ranks(unit) == 1 and parameter.stored != parameter.dtype:
+                cast = self._allocate(size, "shards")  # beside the cast of the one before
+            unit.gathered.append(self._allocate(size, "weights"))
+            if parameter.crosswise and self.ranks(unit) > 1:
+                chunks.append(self._allocate(size, "chunks"))
+        del cast, chunks
 
     def place(self, layer: int, count: int) -> int | str | None:
         """Blocks that are recorded by themselves: the first and the last."""
@@ -265,7 +282,7 @@ class Fsdp:
         for name, modules in wrapped_apart(network, self.spec, adapted=_is_adapted(network)):
             own = [p for module in modules for _, p in module.named_parameters() if id(p) in left]
             unit = Unit(name, list({id(p): left.pop(id(p), p) for p in own}.values()))
-            unit.stays = name == "head"
+            unit.stays = not network.frees_head if name == "head" else None
             units.append(unit)
             self.enclose(unit, modules)
         units.insert(0, Unit("root", list(left.values()), module=None if held else network))
@@ -317,7 +334,8 @@ class Fsdp:
 
     def end_forward(self, unit: Unit) -> None:
         """``post_forward``: free what was gathered, unless it is kept for backward."""
-        if self.spec.reshard_after_forward and not unit.stays:
+        kept = not self.spec.reshard_after_forward
+        if not (kept if unit.stays is None else unit.stays):
             unit.gathered = []
         self.order.append(unit)
 
@@ -363,6 +381,31 @@ class Fsdp:
             if not ahead.gathered:
                 self._gather(ahead)
 
+    def unshard(self, unit: Unit) -> None:
+        """``FSDPModule.unshard``, outside of a forward: nothing waits for the flat buffer."""
+        self._gather(unit)
+        self._copy_out(unit)
+        unit.flat = None
+
+    def accumulate(self, unit: Unit, parameter: Parameter, *, reduces: bool) -> None:
+        """A backward of a part of the unit: its gradient is added up in the dtype of the
+        reduction (``to_accumulated_grad_if_needed``), and reduced with the last such part.
+
+        The weights stay gathered; what was scattered waits for the rest of the unit's.
+        """
+        grad, parameter.grad = parameter.grad, None
+        if grad is None:
+            return
+        if unit.part is None:
+            unit.part = ops.to(grad, self.spec.reduce_dtype or grad.dtype)
+        del grad
+        if not reduces:
+            return
+        parameter.grad, unit.part = unit.part, None
+        self._reduce(unit)
+        unit.scattered[id(parameter)] = parameter.grad
+        parameter.grad = None
+
     def _begin_again(self, unit: Unit) -> None:
         """An earlier call of its modules has a way back of its own: to what is reduced it adds."""
         unit.reduced = False
@@ -375,18 +418,37 @@ class Fsdp:
         if unit.reduced or not unit.parameters:
             return
         unit.reduced = True
+        unit.gathered = []
+        self._reduce(unit)
+        for parameter in unit.parameters:
+            parameter.grad = unit.scattered.pop(id(parameter), None) or parameter.grad
+
+    def _recycle(self, _unit: Unit) -> None:
+        """Flat gradients of units before go when the next one's are reduced."""
+        self.scattered.clear()
+
+    def groups(self, _block: Module) -> list[list[Parameter]]:
+        """Groups of weights that a block is gathered in, where they are more than one."""
+        return []
+
+    def _reduce(self, unit: Unit) -> None:
         trained = [p for p in unit.parameters if p.grad is not None]
         grads = [parameter.grad for parameter in trained]
         for parameter in trained:
             parameter.grad = None
-        unit.gathered = []
-        self.scattered.clear()
+        self._recycle(unit)
         if not grads:
             return
         ranks = self.ranks(unit)
         dtype = self.spec.reduce_dtype or trained[0].dtype
         orig = trained[0].stored
+        unit.across = None
         _last = grads[-1] if ranks > 1 else None  # ``foreach_reduce``: the variable of its loop
+        _chunks = None  # ... and what it cut last
+        for place, parameter in enumerate(trained):
+            if parameter.crosswise and ranks > 1:
+                _chunks = grads[place]
+                grads[place] = ops.copy(_chunks) if _chunks is not None else None
         if unit.accumulated:  # ``accumulate_unsharded_grad_if_needed``: added and gone before
             grads.clear()
         flat = self._total(unit, trained) // ITEM_BYTES[trained[0].dtype] * ITEM_BYTES[dtype]
@@ -394,12 +456,15 @@ class Fsdp:
         del grads
         unit.accumulated.clear()
         shard = self._allocate(flat // ranks, "reduced gradients")
-        if ranks == 1 and unit.experts:  # no collective divides them
+        if ranks == 1 and (unit.experts or self.divides):  # no collective divides them
             divided = self._allocate(flat, "divided gradients")
             del divided
+        if self.spec.dp_replicate > 1:  # ``AllReduceState``
+            if unit.name in OUTER:
+                unit.across = shard
+            else:  # of every layer that the block stands for
+                self.tape.cached.append(Tensor(self.tape, shard, ONE, 1, dtype))
         if dtype != orig:
-            if self.spec.dp_replicate > 1:
-                self.across.append(shard)  # ``AllReduceState``
             shard = self._allocate(
                 flat // ranks // ITEM_BYTES[dtype] * ITEM_BYTES[orig], "reduced gradients"
             )
@@ -418,7 +483,8 @@ class Fsdp:
             self.end_backward(unit)
             unit.flat = None  # ``finalize_backward``: gathered ahead, and nobody came for it
         self.scattered.clear()
-        self.across.clear()
+        for unit in units:
+            unit.across = None
 
     def enclose(self, unit: Unit, modules: Sequence[Module]) -> None:
         """Make modules one unit: gathered before the first of them runs, left after the last.

@@ -219,6 +219,8 @@ class Job:
     """Tokens per sequence."""
     accumulation: int
     """Micro batches per optimizer step."""
+    keeps_gradients: bool = False
+    """Gradients of the step before are zeros that are added to, not gone."""
     fetches_ahead: bool = False
     """All of them are on the GPU before the first one's forward."""
     images: int = 0
@@ -255,3 +257,8 @@ class Job:
     """The rank of a pipeline that is sized; None: the model is whole."""
     sampler_bytes: int = 0
     """What a sampler that shares the GPU reserves."""
+
+    @property
+    def adds_up(self) -> bool:
+        """A micro batch meets gradients that are there already."""
+        return self.accumulation > 1 or self.keeps_gradients

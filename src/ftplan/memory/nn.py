@@ -443,6 +443,10 @@ class Network(Module):
         self.kept_in_fp32: tuple[str, ...] = ()
         """Modules and weights that are loaded in fp32 whatever dtype is asked for
         (``_keep_in_fp32_modules_strict``)."""
+        self.fsdp_kind: Any = None
+        """How FSDP2 runs it, where that is in a way of the trainer's own."""
+        self.frees_head = False
+        """FSDP2 frees a unit of norm and head after forward as others: somebody told it to."""
         self.virtual_tokens = 0
         """Learned tokens before each sequence, in tokens of a sequence (prompt tuning)."""
 
@@ -465,6 +469,9 @@ class Network(Module):
     def tables(self, tape: Tape) -> list[Tensor]:
         """What the model keeps from batch to batch, as long as the longest: none, usually."""
         return []
+
+    def sharded(self, fsdp: Any, units: Sequence[Any]) -> None:
+        """FSDP shards it: ``units`` are those that are no blocks."""
 
     def after_block(self, _layer: int, x: Tensor) -> Tensor:
         """What the model does to the hidden states between two blocks: nothing, but for images."""

@@ -179,6 +179,7 @@ class Recorder:
         """Make the root a unit, and what is wrapped apart; blocks become one as they run."""
         self.fsdp = fsdp
         self.outer = fsdp.outer_units(self.network)
+        self.network.sharded(fsdp, self.outer)
         root = self.outer[0]
         if fsdp.spec.wrap == "model":
             for stage in self.network.stages:

@@ -173,7 +173,7 @@ def _sharded(
     objective: Objective | None = None,
 ) -> Fsdp:
     if spec.kind == "fsdp":
-        kind = Flat if spec.version == 1 else Fsdp
+        kind = Flat if spec.version == 1 else network.fsdp_kind or Fsdp
         return kind(tape, spec, accumulated=accumulated)
     layout = layout_of(network, spec, objective.critic if objective is not None else None)
     unseen = objective is not None and objective.unseen

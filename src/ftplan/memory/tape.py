@@ -436,6 +436,7 @@ class Parameter:
 
     __slots__ = (
         "added",
+        "crosswise",
         "dtype",
         "embedding",
         "expert",
@@ -450,6 +451,7 @@ class Parameter:
         "stored",
         "sum",
         "trainable",
+        "twice",
         "whole",
     )
 
@@ -477,6 +479,11 @@ class Parameter:
         """Never trained, whatever the method: the real class asks for no gradient of it."""
         self.whole = shape
         """The shape before it was sharded."""
+        self.crosswise = False
+        """FSDP2 shards it by its second dimension, which comes first in ``shape``."""
+        self.twice = False
+        """FSDP2 reduces its gradient twice in a micro batch: another weight's gradient is a view of
+        the second sum, and holds all of it."""
         self.idle = False
         """It takes gradients that no optimizer uses and nothing clears."""
         self.joined = False

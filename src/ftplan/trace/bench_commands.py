@@ -310,7 +310,7 @@ _RECOMPUTED: Settings = {"distributed": {"activation_checkpointing": True}}
 _IN_CHUNKS: Settings = {
     "loss_fn": {"_target_": f"{_COMPONENTS}.loss.chunked_ce.ChunkedCrossEntropy"}
 }
-_CUT_HEAD: Settings = {
+_FUSED: Settings = {
     "loss_fn": {"_target_": f"{_COMPONENTS}.loss.linear_ce.FusedLinearCrossEntropy"}
 }
 _FP32: Settings = {"model": {"torch_dtype": "float32"}}
@@ -331,20 +331,20 @@ _NEMO: dict[str, Settings] = {
     "sft full": {},
     "sft full checkpointed": _RECOMPUTED,
     "sft full chunked": _IN_CHUNKS,
-    "sft full fused": _CUT_HEAD,
+    "sft full fused": _FUSED,
     "sft full hf": {},
     "sft full accumulated": _MORE,
     "sft full fp32": _FP32,
     "sft full selective": {"distributed": {"activation_checkpointing": "selective"}},
     "sft full single": {"step_scheduler": {"global_batch_size": 1, "local_batch_size": 1}},
-    "sft full fused adam": {"optimizer": {"_target_": "torch.optim.Adam", "fused": True}, **_CUT_HEAD},
+    "sft full fused adam": {"optimizer": {"_target_": "torch.optim.Adam", "fused": True}, **_FUSED},
     "sft lora": _ADAPTED,
     "sft lora checkpointed": {**_ADAPTED, **_RECOMPUTED},
     "sft lora dropout": {"peft": {**_PEFT, "dropout": 0.1}},
     "sft lora targets": {"peft": {**_PEFT, "target_modules": ["*.q_proj", "*.v_proj"]}},
     "sft lora mlp": _ADAPTED,
     "sft lora chunked": {**_ADAPTED, **_IN_CHUNKS},
-    "sft lora fused": {**_ADAPTED, **_CUT_HEAD},
+    "sft lora fused": {**_ADAPTED, **_FUSED},
     "sft lora accumulated": {**_ADAPTED, **_MORE},
     "sft lora plain": {"peft": {**_PEFT, "use_memory_efficient_lora": False}},
     "sft lora mlp checkpointed": {**_ADAPTED, **_RECOMPUTED},
@@ -352,13 +352,13 @@ _NEMO: dict[str, Settings] = {
     "sft lora hf": {**_ADAPTED, **_HF},
     "sft dora": {"peft": {**_PEFT, "use_dora": True}},
     "sft lora fp32": {"peft": {**_PEFT, "lora_dtype": "float32"}},
-    "sft lora mlp fused": {**_ADAPTED, **_CUT_HEAD},
+    "sft lora mlp fused": {**_ADAPTED, **_FUSED},
     "sft qlora": _NF4,
     "sft qlora checkpointed": {**_NF4, **_RECOMPUTED},
-    "sft full fused long": {**_CUT_HEAD, **_LONG},
-    "sft full fused long checkpointed": {**_CUT_HEAD, **_LONG, **_RECOMPUTED},
-    "sft lora mlp fused long": {**_ADAPTED, **_CUT_HEAD, **_LONG},
-    "sft lora fused long checkpointed": {**_ADAPTED, **_CUT_HEAD, **_LONG, **_RECOMPUTED},
+    "sft full fused long": {**_FUSED, **_LONG},
+    "sft full fused long checkpointed": {**_FUSED, **_LONG, **_RECOMPUTED},
+    "sft lora mlp fused long": {**_ADAPTED, **_FUSED, **_LONG},
+    "sft lora fused long checkpointed": {**_ADAPTED, **_FUSED, **_LONG, **_RECOMPUTED},
     "sft full chunked long checkpointed": {**_IN_CHUNKS, **_LONG, **_RECOMPUTED},
     "sft full 2": _ON_2,
     "sft full 8 checkpointed": {**_ON_8, **_RECOMPUTED},
@@ -366,7 +366,7 @@ _NEMO: dict[str, Settings] = {
     "sft full 8 fp32": {**_ON_8, **_FP32},
     "sft lora 8": {**_ON_8, **_ADAPTED},
     "sft lora 2 checkpointed": {**_ON_2, **_ADAPTED, **_RECOMPUTED},
-    "sft full 8 fused": {**_ON_8, **_CUT_HEAD},
+    "sft full 8 fused": {**_ON_8, **_FUSED},
     "sft full 2 hf": _ON_2,
     "sft full 8 chunked": {**_ON_8, **_IN_CHUNKS},
     "sft full 8 accumulated": {

@@ -117,15 +117,18 @@ def _capability(gpu: str | None) -> tuple[int, int]:
 HF_STACKS = ("transformers", "pytorch", "trl", "axolotl", "llamafactory", "ms-swift")
 """Stacks that run transformers' own model code, which is what a trace runs."""
 
+OWN_LOOPS = ("litgpt", "torchtune")
+"""Stacks whose own model and loop a plan is traced in (:mod:`ftplan.trace.native`)."""
+
 
 def _refuse(plan: Plan) -> None:
     """Name what the plan asks for and a trace cannot run."""
     sharding, choice = plan.sharding, plan.optimizer
     stack = plan.stack or "transformers"
-    if stack not in HF_STACKS and not find_stack(stack).modules:
+    if stack not in HF_STACKS and stack.partition("-")[0] not in OWN_LOOPS:
         raise UnsupportedError(
             f"tracing the stack {stack!r}, whose model code is its own,",
-            remedy=f"trace one of {', '.join(HF_STACKS)}",
+            remedy=f"trace one of {', '.join(HF_STACKS + OWN_LOOPS)}",
         )
     if find_stack(stack).modules and _beyond_its_loop(plan):
         raise UnsupportedError(

@@ -110,6 +110,8 @@ class Ledger(TorchDispatchMode):
         self._on_host = 0
         self.host_begets_host = False
         """What is made of host tensors alone is host memory."""
+        self.sums_in_place = True
+        """A sum of two gradients is autograd's own, not one that a function of Python makes."""
         self.sharded = False
         """The job runs on DTensors."""
         self._own_mode: Any = None
@@ -239,7 +241,8 @@ class Ledger(TorchDispatchMode):
                 return func(*args, **(kwargs or {}))  # DTensor asking for shapes
         if func is torch.ops.aten._local_scalar_dense.default and self.scalar_answer is not None:
             return self.scalar_answer(args[0], self.phase)
-        if func is torch.ops.aten.add.Tensor and not kwargs and _sums_in_place(*args):
+        summed = func is torch.ops.aten.add.Tensor and not kwargs and self.sums_in_place
+        if summed and _sums_in_place(*args):
             return args[0]
         if _writes_in_place(func):
             return args[0]

@@ -14,7 +14,17 @@ from typing import Any
 from ftplan.memory.families.native.base import Native
 from ftplan.memory.job import Job
 
-__all__ = ["TASKS", "Native", "checkpoints", "native", "parallel", "runs", "shows"]
+__all__ = [
+    "TASKS",
+    "Native",
+    "checkpoints",
+    "native",
+    "parallel",
+    "runs",
+    "shards",
+    "shows",
+    "wraps",
+]
 
 TASKS = ("sft", "pt")
 """Tasks whose loop and loss are walked, where the trainer's file names no others."""
@@ -50,6 +60,17 @@ def parallel(modules: str) -> tuple[str, ...]:
     """Degrees of parallelism of which the trainer's code is walked."""
     degrees: tuple[str, ...] = getattr(_file(modules), "PARALLEL", ())
     return degrees
+
+
+def wraps(modules: str, sharding: Any, config: Mapping[str, Any]) -> bool:
+    """Whether the trainer's code is walked under what shards the plan's model."""
+    asked = getattr(_file(modules), "wraps", None)
+    return asked is None or bool(asked(sharding, config))
+
+
+def shards(modules: str) -> bool:
+    """Whether that was traced, sharded as :func:`wraps` says."""
+    return hasattr(_file(modules), "wraps")
 
 
 def shows(modules: str, config: Mapping[str, Any]) -> bool:
