@@ -307,6 +307,8 @@ def test_batches_of_a_step_are_fetched_ahead() -> None:
         {"task": "dpo", "reference": "none"},
         {"task": "rm", "loss": "chunked"},
         {"task": "dpo", "loss": "fused"},
+        {"stack": "llamafactory-v1", "loss": "fused"},
+        {"stack": "llamafactory-v1", "loss": "chunked"},
         {"kernels": "unsloth"},
         {"kernels": "liger", "model": "gpt2"},
         {"batch": {"packing": True, "padding": "right"}},

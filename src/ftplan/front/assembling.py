@@ -62,6 +62,12 @@ def job_of(resolved: Resolved) -> Job:
     kernels = _kernels(resolved, storage)
     if kernels.lora == "automodel" and checkpointing.kind == "selective":
         _refuse_selective(method)
+    if stack.loss_twice and plan.loss.kind != "full" and plan.task in (None, "sft", "pt"):
+        raise UnsupportedError(
+            f"a {plan.loss.kind} loss on {stack.title}",
+            because="its trainer takes a second loss out of all logits",
+            remedy="use loss: full",
+        )
     environment = Environment(
         autocast=autocast,
         attention=plan.attention or "sdpa",

@@ -342,13 +342,14 @@ def _text(job: Job) -> dict[str, object]:
 
 def _hidden(job: Job) -> int:
     config = _text(job)
-    found = (config.get(name) for name in ("hidden_size", "n_embd", "d_model"))
+    found = (config.get(name) for name in ("hidden_size", "n_embd", "d_model", "dim"))
     return next((value for value in found if isinstance(value, int)), 0)
 
 
 def _kv_width(job: Job) -> int:
     config = _text(job)
-    heads = config.get("num_attention_heads") or config.get("n_head") or 1
+    named = map(config.get, ("num_attention_heads", "n_head", "n_heads"))
+    heads = next((count for count in named if count), 1)
     kv = config.get("num_key_value_heads") or heads
     width = config.get("head_dim")
     assert isinstance(heads, int) and isinstance(kv, int)
