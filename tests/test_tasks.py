@@ -309,6 +309,11 @@ def test_batches_of_a_step_are_fetched_ahead() -> None:
         {"task": "dpo", "loss": "fused"},
         {"stack": "llamafactory-v1", "loss": "fused"},
         {"stack": "llamafactory-v1", "loss": "chunked"},
+        {
+            "model": "llava-1.5-7b",
+            "method": {"kind": "ln_tuning"},
+            "precision": {"weights": "int8", "mixed": "no"},
+        },
         {"kernels": "unsloth"},
         {"kernels": "liger", "model": "gpt2"},
         {"batch": {"packing": True, "padding": "right"}},

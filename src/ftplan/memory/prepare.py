@@ -90,6 +90,8 @@ def prepare(job: Job) -> Network:
                 )  # fmt: skip
     if job.adapter is not None:
         adapt(network, job)
+        if quantized:
+            _refuse_packed(network, job.adapter.kind)
         if job.sharding.planned:
             refuse_adapters(network, job.config)
         if job.environment.kernels.lora == "unsloth":
@@ -103,6 +105,22 @@ def prepare(job: Job) -> Network:
             if parameter.trainable:
                 parameter.dtype = job.trainable_dtype
     return network
+
+
+def _refuse_packed(network: Network, kind: str) -> None:
+    """No gradient reaches a packed weight: PEFT's own targets may name one (a projector's)."""
+    packed = [
+        (name, parameter.dtype)
+        for name, parameter in _named(network)
+        if parameter.trainable and parameter.dtype not in ITEM_BYTES
+    ]
+    if packed:
+        name, dtype = packed[0]
+        raise UnsupportedError(
+            f"{kind} of {name}, which is stored in {dtype},",
+            because="it cannot be trained",
+            remedy="name other targets, or use a base that is not quantised",
+        )
 
 
 def _norms(network: Network) -> Iterator[Parameter]:
