@@ -10,10 +10,11 @@ from ftplan.memory import ops
 from ftplan.memory.adapters.lora import LoraLinear
 from ftplan.memory.checkpointing import checkpoint, checkpoint_all
 from ftplan.memory.experts import Experts, Routing
-from ftplan.memory.fsdp import Fsdp, Unit
+from ftplan.memory.fsdp import Fsdp
 from ftplan.memory.nn import Module, Shared, Stack, Stage
 from ftplan.memory.record import BOUNDARY, HANDED, Recorder
 from ftplan.memory.tape import Node, Parameter, Tape, Tensor
+from ftplan.memory.units import Unit
 
 if TYPE_CHECKING:
     from ftplan.memory.families.native.torchtitan_spread import Grouped

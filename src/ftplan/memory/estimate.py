@@ -10,7 +10,7 @@ from functools import cached_property
 from ftplan.dataclass import dataclass
 from ftplan.errors import UnsupportedError
 from ftplan.memory.families.native import Native
-from ftplan.memory.fsdp import BUFFERS, shard_shape, stays_gathered
+from ftplan.memory.fsdp import BUFFERS, shard_shape
 from ftplan.memory.gathering import stored
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.loss import chunk_tokens, head_weight
@@ -24,6 +24,7 @@ from ftplan.memory.statics import Counted, StaticTerm, weight_bytes, weights_ter
 from ftplan.memory.steps import record_evaluation, record_step
 from ftplan.memory.tape import ITEM_BYTES, Label, Parameter, Played
 from ftplan.memory.tasks import Objective, Resident, objective_of
+from ftplan.memory.units import stays_gathered
 from ftplan.memory.zero import Layout, layout_of, partition, step_temporaries
 from ftplan.units import MIB
 

@@ -11,9 +11,10 @@ _runtime_utils.py, torch 2.13, traced: ``_use_unsharded_views``, ``_pre_backward
 from __future__ import annotations
 
 from ftplan.errors import UnsupportedError
-from ftplan.memory.fsdp import ACCUMULATED, Fsdp, Unit
+from ftplan.memory.fsdp import ACCUMULATED, Fsdp
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Tape, Tensor
+from ftplan.memory.units import Unit
 
 __all__ = ["Flat"]
 

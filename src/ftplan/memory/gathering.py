@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 from ftplan.dataclass import dataclass
 from ftplan.dtypes import find_format
 from ftplan.memory.coordinator import REUSE_ELEMENTS, Coordinator, Running, Weight
-from ftplan.memory.fsdp import BUFFERS, Unit
+from ftplan.memory.fsdp import BUFFERS
 from ftplan.memory.hooks import BESIDE, Hooks, Mark, View, Visit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.tape import ITEM_BYTES, Parameter, Phases, Product, Segment
+from ftplan.memory.units import Unit
 
 __all__ = ["Gathering", "stored"]
 

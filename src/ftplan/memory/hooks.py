@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from ftplan.dataclass import dataclass
 from ftplan.memory import ops
 from ftplan.memory.experts import Routing
-from ftplan.memory.fsdp import Unit
 from ftplan.memory.nn import Module
 from ftplan.memory.tape import NOTHING, Parameter, Storage, Tape, Tensor
+from ftplan.memory.units import Unit
 
 __all__ = ["BESIDE", "SECOND", "Hooks", "Mark", "View", "Visit"]
 

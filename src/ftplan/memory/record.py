@@ -15,7 +15,7 @@ from ftplan.dataclass import dataclass
 from ftplan.memory import ops
 from ftplan.memory.env import Environment
 from ftplan.memory.families.native import Native
-from ftplan.memory.fsdp import Fsdp, Unit
+from ftplan.memory.fsdp import Fsdp
 from ftplan.memory.nn import Module, Network, Shared
 from ftplan.memory.tape import (
     Label,
@@ -28,6 +28,7 @@ from ftplan.memory.tape import (
     Tensor,
     backward,
 )  # fmt: skip
+from ftplan.memory.units import Unit
 
 __all__ = [
     "BORDER", "BOUNDARY", "HANDED", "PREVIOUS", "Recorder", "Recording", "Segment", "States",

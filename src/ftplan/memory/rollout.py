@@ -13,7 +13,6 @@ from ftplan.dataclass import dataclass
 from ftplan.dtypes import Format, find_format
 from ftplan.memory.cache import CacheLayer, cache_bytes, cache_layers
 from ftplan.memory.families import complete
-from ftplan.memory.fsdp import stays_gathered
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.nn import Network
 from ftplan.memory.optimizer import rounded
@@ -23,6 +22,7 @@ from ftplan.memory.statics import StaticTerm, weights_term
 from ftplan.memory.steps import record_scoring, record_serving
 from ftplan.memory.tape import Label
 from ftplan.memory.tasks import Objective
+from ftplan.memory.units import stays_gathered
 
 __all__ = ["Rollout", "Stage"]
 

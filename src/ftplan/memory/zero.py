@@ -19,13 +19,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from ftplan.dataclass import dataclass
-from ftplan.memory.fsdp import ACCUMULATED, Fsdp, Unit
+from ftplan.memory.fsdp import ACCUMULATED, Fsdp
 from ftplan.memory.gathering import Gathering
 from ftplan.memory.hooks import BESIDE, SECOND, Hooks, Visit
 from ftplan.memory.job import ShardingSpec
 from ftplan.memory.nn import Network
 from ftplan.memory.statics import weight_bytes
 from ftplan.memory.tape import ITEM_BYTES, ONE, Label, Parameter, Played, Storage, Tape
+from ftplan.memory.units import Unit
 
 __all__ = ["Layout", "Zero", "layout_of", "partition", "step_temporaries"]
 

@@ -26,7 +26,7 @@ from ftplan.memory.families.native.torchtitan_split import (
 )
 from ftplan.memory.families.native.torchtitan_spread import Grouped, Mixed
 from ftplan.memory.flex import flex_attention
-from ftplan.memory.fsdp import Fsdp, Unit
+from ftplan.memory.fsdp import Fsdp
 from ftplan.memory.job import Job, ShardingSpec
 from ftplan.memory.nn import Embedding, Linear, Module, Shared, Stack, Stage, activation
 from ftplan.memory.tape import (
@@ -40,6 +40,7 @@ from ftplan.memory.tape import (
     Tensor,
     backward,
 )
+from ftplan.memory.units import Unit
 
 __all__ = [
     "ATTENTION",

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 
 from ftplan.memory import ops
 from ftplan.memory.experts import gather_rows
-from ftplan.memory.fsdp import Fsdp, Unit
+from ftplan.memory.fsdp import Fsdp
 from ftplan.memory.nn import Module, Stack
 from ftplan.memory.tape import Grads, Parameter, Size, Storage, Tensor
+from ftplan.memory.units import Unit
 
 __all__ = ["Grouped", "Mixed", "send", "send_back"]
 
