@@ -365,7 +365,7 @@ def is_traced(resolved: Resolved) -> bool:
     modules, checkpointing = modules_of(resolved), plan.gradient_checkpointing
     if not modules or plan.batch.eval_micro:
         return False
-    from ftplan.memory.families.native import checkpoints, parallel, shards
+    from ftplan.memory.families.native import checkpoints, fsdp_version, parallel, shards
 
     if parallel(modules) and not shards(modules):
         # traced on stand-ins for Transformer Engine and NCCL: published readings are 16 % above
@@ -373,12 +373,15 @@ def is_traced(resolved: Resolved) -> bool:
     unsharded = (None, "none")
     sharded = not {plan.sharding.kind, plan.sharding.offload} <= set(unsharded)
     in_backward = plan.optimizer is not None and plan.optimizer.in_backward
-    if (sharded and not shards(modules)) or in_backward or plan.batch.packing:
+    own = plan.sharding.kind == "fsdp" and plan.sharding.offload in unsharded
+    own = own and fsdp_version(modules) == (plan.sharding.version or 2)
+    if (sharded and not (own or shards(modules))) or in_backward or plan.batch.packing:
         return False
 
     if checkpointing is None or checkpointing.kind == "none":
         return True
-    return checkpointing.kind in checkpoints(modules) and checkpointing.every == 1
+    kinds = (*checkpoints(modules), *(("full",) if own else ()))
+    return checkpointing.kind in kinds and checkpointing.every == 1
 
 
 def _is_traced_recipe(resolved: Resolved) -> bool:

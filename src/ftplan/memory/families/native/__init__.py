@@ -18,6 +18,7 @@ __all__ = [
     "TASKS",
     "Native",
     "checkpoints",
+    "fsdp_version",
     "native",
     "parallel",
     "runs",
@@ -71,6 +72,12 @@ def wraps(modules: str, sharding: Any, config: Mapping[str, Any]) -> bool:
 def shards(modules: str) -> bool:
     """Whether that was traced, sharded as :func:`wraps` says."""
     return hasattr(_file(modules), "wraps")
+
+
+def fsdp_version(modules: str) -> int | None:
+    """The version of FSDP under which the trainer was traced, nothing offloaded; None: neither."""
+    versions: Mapping[str, int] = getattr(_file(modules), "FSDP", {})
+    return versions.get(modules)
 
 
 def shows(modules: str, config: Mapping[str, Any]) -> bool:

@@ -62,6 +62,7 @@ HEAD_CHUNK = 128
 METHODS = ("full", "lora", "qlora", "llama_adapter", "llama_adapter_v2")
 WEIGHTS = ("bf16", "fp16", "fp32", "nf4", "nf4-dq", "fp4", "fp4-dq")
 CHECKPOINTS: tuple[str, ...] = ()
+FSDP = {"litgpt": 1, "litgpt-0.4": 1}
 
 
 _FIRST = ("llama", "mistral", "phi", "gpt_neox", "falcon", "stablelm")

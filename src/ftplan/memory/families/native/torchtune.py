@@ -62,6 +62,7 @@ Config = Mapping[str, Any]
 METHODS = ("full", "lora", "qlora")
 WEIGHTS = ("bf16", "fp32", "nf4-dq")
 CHECKPOINTS = ("full",)
+FSDP = {"torchtune": 2, "torchtune-0.6": 2}
 _KNOWN = {
     "torchtune-0.1": ("llama", "mistral"),
     "torchtune-0.4": ("llama", "mistral", "gemma", "phi3", "qwen2"),
