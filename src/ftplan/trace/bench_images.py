@@ -38,6 +38,8 @@ MODELS: dict[str, tuple[int, tuple[int, int] | None]] = {
     "llava-1.5-7b": (640, None),
     "gemma-3-4b": (512, None),
     "paligemma-3b": (512, None),
+    "gemma-4-e2b": (512, (480, 640)),
+    "gemma-4-31b": (512, (480, 640)),
     "internvl3-1b": (512, None),
     "qwen2-vl-2b": (512, (224, 336)),
     "qwen2.5-vl-3b": (512, (224, 336)),
@@ -65,7 +67,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
 VOCABULARY, BLOCKS, TOWER = 8192, 2, 3
 _TOKEN, _OTHER = 100, 101
 _OTHERS = (
-    "video_token_id", "vision_start_token_id", "vision_end_token_id", "boi_token_index",
+    "video_token_id", "audio_token_id", "vision_start_token_id", "vision_end_token_id", "boi_token_index",
     "eoi_token_index",
 )  # fmt: skip
 
@@ -79,6 +81,8 @@ def cut(config: Mapping) -> Mapping:
         types = text["layer_types"]
         mixed = "linear_attention" in types  # whose last two are one of each
         text["layer_types"] = types[-BLOCKS:] if mixed else types[:BLOCKS]
+    if "vocab_size_per_layer_input" in text:
+        text["vocab_size_per_layer_input"] = VOCABULARY
     if "cross_attention_layers" in text:
         text |= {"cross_attention_layers": [BLOCKS - 1], "pad_token_id": 0}
     vision |= {key: TOWER for key in ("depth", "num_hidden_layers") if key in vision}
@@ -89,8 +93,13 @@ def cut(config: Mapping) -> Mapping:
         vision["fullatt_block_indexes"] = [TOWER - 1]
     if "deepstack_visual_indexes" in vision:
         vision["deepstack_visual_indexes"] = [0, 1]
+    if config.get("audio_config"):
+        config["audio_config"] |= {"num_hidden_layers": TOWER}
+    if text.get("num_kv_shared_layers"):  # the last ones, of kinds that others are too
+        kinds = ["sliding_attention", "full_attention"]
+        text |= {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": kinds * 2}
     config |= {"image_token_id": _TOKEN, "image_token_index": _TOKEN}
-    if config["model_type"].startswith(("qwen", "gemma3")):
+    if config["model_type"].startswith(("qwen", "gemma")):
         config |= dict.fromkeys(_OTHERS, _OTHER)
     return config
 

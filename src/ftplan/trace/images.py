@@ -13,12 +13,35 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftplan.errors import UnsupportedError
 
-__all__ = ["image_batch", "is_vision_language"]
+__all__ = ["Unmultiplied", "image_batch", "is_vision_language"]
 
 Batch = dict[str, Any]
+
+
+class Unmultiplied(TorchDispatchMode):
+    """Real tensors, but what is slow and whose values nobody asks for is left undone.
+
+    Products are empty, the optimizer changes nothing. What a model does ask for (positions, masks,
+    which tokens are an image) are sums and comparisons of integers, and runs.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        if func in (aten.mm.default, aten.bmm.default):
+            left, right = args
+            return left.new_empty((*left.shape[:-1], right.shape[-1]))
+        if func is aten.addmm.default:
+            _, left, right = args
+            return left.new_empty((left.shape[0], right.shape[1]))
+        if func in (aten.gelu.default, aten.gelu_backward.default):
+            return torch.empty_like(args[-1])
+        if func is aten._fused_adamw_.default:
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def is_vision_language(config: Any) -> bool:
@@ -40,7 +63,7 @@ def image_batch(config: Any, ids: Any, images: int, size: tuple[int, int]) -> Ba
     token = config.image_token_index if token is None else token
     if tokens:
         ids[:, : images * tokens] = token
-    if config.model_type.startswith(("gemma3", "paligemma", "qwen")):
+    if config.model_type.startswith(("gemma", "paligemma", "qwen")):
         kind = "token_type_ids" if "gemma" in config.model_type else "mm_token_type_ids"
         batch[kind] = (ids == token).to(torch.int64)
     if config.model_type in ("idefics3", "smolvlm", "mllama"):
@@ -116,7 +139,22 @@ def _tiled(_config: Any, vision: Any, count: int, _size: tuple[int, int]) -> tup
     }
 
 
+def _padded(_config: Any, vision: Any, count: int, size: tuple[int, int]) -> tuple[int, Batch]:
+    """Gemma 4: as many patches as 280 tokens have, of the image's own shape and then of padding."""
+    most, pool = 280 * vision.pooling_kernel_size**2, vision.pooling_kernel_size
+    factor = (most / (size[0] * size[1])) ** 0.5
+    high, wide = (int(factor * extent) // pool * pool for extent in size)
+    positions = torch.full((count, most, 2), -1)
+    grid = torch.cartesian_prod(torch.arange(high), torch.arange(wide)).flip(-1)
+    positions[:, : high * wide] = grid
+    return high * wide // pool**2, {
+        "pixel_values": torch.zeros(count, most, 3 * vision.patch_size**2),
+        "image_position_ids": positions,
+    }
+
+
 _MAKERS = {
+    "gemma4": _padded,
     **dict.fromkeys(("gemma3", "paligemma", "internvl"), _fixed),
     **dict.fromkeys(("idefics3", "smolvlm"), _cropped),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"), _patched),
