@@ -59,15 +59,17 @@ class VisionBlock(Module):
     """A pre-norm transformer layer over patches. ``names`` of norms, attention and MLP parts."""
 
     def __init__(
-        self, hidden: int, inner: int, heads: int, *, norm: type[LayerNorm | RMSNorm] = LayerNorm,
+        self, hidden: int, inner: int, heads: int, *, norm: Callable[[int], Module] = LayerNorm,
         norms: tuple[str, str] = ("layer_norm1", "layer_norm2"), attn: str = "self_attn",
         fused: bool = False, qkv: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"),
         out: str = "out_proj", qkv_bias: bool = True, out_bias: bool = True, mlp: str = "mlp",
         mlp_names: tuple[str, ...] = ("fc1", "fc2"), mlp_bias: bool = True, act: str = "gelu",
-        scales: tuple[str, ...] = (), scale_width: int | None = None,
+        scales: tuple[str, ...] = (), scale_width: int | None = None, size: int | None = None,
+        kv_count: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        size = hidden // heads
+        size, kv_count = size or hidden // heads, kv_count or heads
+        wide, narrow = heads * size, kv_count * size
         self.turns: Literal["", "fp32", "own"] = ""
         """Queries and keys are rotated: in fp32 (Qwen-VL), or in their own dtype (Pixtral)."""
         self.pieces = False
@@ -77,15 +79,17 @@ class VisionBlock(Module):
         self.gated = len(scales) == 2 and scale_width == 1
         self.names_added = bool(scales) and not self.gated
         """What attention returned has a name until the block returns (InternVL)."""
-        self.heads = Heads(count=heads, kv_count=heads, size=size, value_size=size, causal=False)
+        self.heads = Heads(
+            count=heads, kv_count=kv_count, size=size, value_size=size, causal=False
+        )
         self.norms, self.act, self.fused, self.scales = norms, act, fused, scales
         for name in norms:
             setattr(self, name, norm(hidden))
         self.attn_paths = [f"{attn}.qkv"] if fused else [f"{attn}.{name}" for name in qkv]
-        for path in self.attn_paths:
-            plant(self, path, Linear(hidden, hidden * (3 if fused else 1), bias=qkv_bias))
+        for path, width in zip(self.attn_paths, (3 * wide,) if fused else (wide, narrow, narrow)):
+            plant(self, path, Linear(hidden, width, bias=qkv_bias))
         self.out_path = f"{attn}.{out}"
-        plant(self, self.out_path, Linear(hidden, hidden, bias=out_bias))
+        plant(self, self.out_path, Linear(wide, hidden, bias=out_bias))
         self.mlp_paths = [f"{mlp}.{name}" for name in mlp_names]
         for path in self.mlp_paths[:-1]:
             plant(self, path, Linear(hidden, inner, bias=mlp_bias))
@@ -100,6 +104,7 @@ class VisionBlock(Module):
         if q.tape.env.attention != "eager":
             out = attend(q, k, v, heads, mask, reach=self.reach, by_head=self.turns == "own")
             return ops.copy(out, "windows joined") if self.pieces else out
+        k, v = (ops.expand_heads(t, heads.groups) for t in (k, v))
         rows, width = q.rows, heads.count * self.reach
         if mask is not None:
             rows, width = mask.rows, heads.count

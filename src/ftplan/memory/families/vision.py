@@ -28,6 +28,7 @@ from ftplan.memory.families.mixture import act, qwen_kind, qwen_mixture
 from ftplan.memory.families.patches import Tower, divided, grouped, merged, plant, run_linear
 from ftplan.memory.families.projectors import pooled, projector, scattered, stacked
 from ftplan.memory.families.towers import llama4_tower, vision_tower
+from ftplan.memory.images import Image
 from ftplan.memory.nn import LayerNorm, Linear, Module, Network, Shared, Stage, activation
 from ftplan.memory.tape import BATCH, SCORES, Tape, Tensor
 
@@ -79,8 +80,7 @@ class VisionLanguage(Network):
     def enter(self, tape: Tape, shared: Shared) -> Tensor:
         """Embed the text; put projected image features in the places of image tokens."""
         x = self.text.stages[0].enter(tape, shared)
-        if self.caches and not shared.checkpointed and tape.prefix is None:
-            tape.prefix = KeptStates()
+        self.fill_cache(tape, shared)
         if not self.images:
             return x
         if self.bidirectional:
@@ -89,6 +89,11 @@ class VisionLanguage(Network):
         found = self.features(tape, x.dtype)
         shared.held += found
         return scattered(x, found[-1])
+
+    def fill_cache(self, tape: Tape, shared: Shared) -> None:
+        """The language model's cache, where it is not told to have none."""
+        if self.caches and not shared.checkpointed and tape.prefix is None:
+            tape.prefix = KeptStates()
 
     def features(self, tape: Tape, dtype: str) -> list[Tensor]:
         """What the tower makes of the images and ``forward`` has names for; the last is what takes
@@ -111,18 +116,18 @@ class VisionLanguage(Network):
         self.tower.stacked.clear()
         return x
 
-    def show(self, images: int, tokens: int, *, checkpointed: bool) -> None:
-        """Put ``images`` in each sequence, of ``tokens`` each where the config leaves it open."""
+    def show(self, images: int, image: Image, *, checkpointed: bool) -> None:
+        """Put ``images`` in each sequence; ``image``: of what size, where it is left open."""
         if not self.shows:
-            super().show(images, tokens, checkpointed=checkpointed)
+            super().show(images, image, checkpointed=checkpointed)
         self.images = images
         self.tower.checkpointed = checkpointed
         deep = len(self.tower.stacks)
         if deep:  # the first blocks are each followed by features of their own
             self.stages[0].stack.split(lambda layer: min(layer, deep))
         if not self.tower.patches:
-            self.tower.patches = tokens * self.tower.merge
-            self.image_tokens = tokens
+            self.tower.patches = image.tokens * self.tower.merge
+            self.image_tokens = image.tokens
 
     def after_block(self, layer: int, x: Tensor) -> Tensor:
         """Qwen3-VL's deep stack: features of a block of the tower onto the image tokens."""
