@@ -55,6 +55,8 @@ def image_of(config: Config, size: Sides | None, *, images: int, seq_len: int) -
     if size is None:
         assumed = f"any resolution: at most {MOST_TOKENS} tokens"
         return Image(tokens=min(MOST_TOKENS, seq_len // images), assumed=assumed)
+    if kind.startswith("glm4"):
+        return _between(unit, *size)
     count = ceil if vision.get("model_type") == "pixtral" else round
     high, wide = (max(1, count(extent / unit)) for extent in size)
     return Image(tokens=int(high * wide))
@@ -62,11 +64,31 @@ def image_of(config: Config, size: Sides | None, *, images: int, seq_len: int) -
 
 def _unit(kind: str, config: Config, vision: Config) -> int:
     """Pixels along one side of an image token, where any resolution is taken; 0: one size only."""
-    if kind.startswith("qwen"):
+    if kind.startswith(("qwen", "glm4")):
         return int(vision.get("patch_size") or 14) * int(vision.get("spatial_merge_size") or 2)
     if vision.get("model_type") == "pixtral":
         return int(vision.get("patch_size") or 16) * int(config.get("spatial_merge_size") or 1)
     return 0
+
+
+def _between(unit: int, high: int, wide: int) -> Image:
+    """GLM-4V's ``smart_resize``: whole tokens, neither too few nor too many (an image is shown in
+    two frames)."""
+    short = max(1.0, unit / min(high, wide))
+    high, wide = int(high * short), int(wide * short)
+    rows, columns = round(high / unit), round(wide / unit)
+    least, most = (pixels / 2 for pixels in _GLM_PIXELS)
+    if rows * columns * unit**2 > most:
+        factor = sqrt(2 * high * wide / _GLM_PIXELS[1])
+        rows, columns = (max(1, int(extent / factor / unit)) for extent in (high, wide))
+    elif rows * columns * unit**2 < least:
+        factor = sqrt(_GLM_PIXELS[0] / (2 * high * wide))
+        rows, columns = (ceil(extent * factor / unit) for extent in (high, wide))
+    return Image(tokens=rows * columns)
+
+
+_GLM_PIXELS = (112 * 112, 14 * 14 * 2 * 2 * 2 * 6144)
+"""Of both frames, at least and at most."""
 
 
 def _same_area(vision: Config, size: Sides | None) -> Image:

@@ -40,6 +40,9 @@ MODELS: dict[str, tuple[int, tuple[int, int] | None]] = {
     "llava-1.5-7b": (640, None),
     "gemma-3-4b": (512, None),
     "paligemma-3b": (512, None),
+    "llava-1.6-7b": (2048, (336, 500)),
+    "llava-onevision-0.5b": (3584, (600, 500)),
+    "glm-4.1v-9b": (512, (224, 336)),
     "gemma-4-e2b": (512, (480, 640)),
     "gemma-4-31b": (512, (480, 640)),
     "internvl3-1b": (512, None),
@@ -69,7 +72,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
 VOCABULARY, BLOCKS, TOWER = 8192, 2, 3
 _TOKEN, _OTHER = 100, 101
 _OTHERS = (
-    "video_token_id", "audio_token_id", "vision_start_token_id", "vision_end_token_id", "boi_token_index",
+    "video_token_id", "audio_token_id", "image_start_token_id", "image_end_token_id", "vision_start_token_id", "vision_end_token_id", "boi_token_index",
     "eoi_token_index",
 )  # fmt: skip
 
@@ -101,7 +104,7 @@ def cut(config: Mapping) -> Mapping:
         kinds = ["sliding_attention", "full_attention"]
         text |= {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": kinds * 2}
     config |= {"image_token_id": _TOKEN, "image_token_index": _TOKEN}
-    if config["model_type"].startswith(("qwen", "gemma")):
+    if config["model_type"].startswith(("qwen", "gemma", "glm4")):
         config |= dict.fromkeys(_OTHERS, _OTHER)
     return config
 

@@ -63,9 +63,9 @@ def image_batch(config: Any, ids: Any, images: int, size: tuple[int, int]) -> Ba
     token = config.image_token_index if token is None else token
     if tokens:
         ids[:, : images * tokens] = token
-    if config.model_type.startswith(("gemma", "paligemma", "qwen")):
-        kind = "token_type_ids" if "gemma" in config.model_type else "mm_token_type_ids"
-        batch[kind] = (ids == token).to(torch.int64)
+    if config.model_type.startswith(("gemma", "paligemma", "qwen", "glm4")):
+        old = config.model_type in ("gemma3", "paligemma")
+        batch["token_type_ids" if old else "mm_token_type_ids"] = (ids == token).to(torch.int64)
     if config.model_type in ("idefics3", "smolvlm", "mllama"):
         batch = {name: _by_sequence(value, images) for name, value in batch.items()}
     if config.model_type == "mllama":
@@ -153,11 +153,34 @@ def _padded(_config: Any, vision: Any, count: int, size: tuple[int, int]) -> tup
     }
 
 
+def _cut_up(config: Any, vision: Any, count: int, size: tuple[int, int]) -> tuple[int, Batch]:
+    """LLaVA-NeXT, LLaVA-OneVision: tiles, of which the model computes how many features are left."""
+    from transformers.models.llava_next import modeling_llava_next as source
+
+    side, pinpoints = vision.image_size, config.image_grid_pinpoints
+    tiles = source.image_size_to_num_patches(size, pinpoints, side)
+    down, across = source.get_anyres_image_grid_shape(size, pinpoints, side)
+    patches = side // vision.patch_size
+    grid = torch.empty(1, down * patches, across * patches)
+    _, rows, columns = source.unpad_image(grid, size).shape
+    if config.model_type == "llava_onevision":
+        most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        ratio = (rows * columns / (most * patches**2)) ** 0.5
+        rows, columns = (int(n // ratio) if ratio > 1.1 else n for n in (rows, columns))
+    return patches**2 + rows * (columns + 1), {
+        "pixel_values": torch.zeros(count, tiles, 3, side, side),
+        "image_sizes": torch.tensor([size] * count),
+    }
+
+
 _MAKERS = {
+    "llava_next": _cut_up,
+    "llava_onevision": _cut_up,
     "gemma4": _padded,
     **dict.fromkeys(("gemma3", "paligemma", "internvl"), _fixed),
     **dict.fromkeys(("idefics3", "smolvlm"), _cropped),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"), _patched),
+    **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe"), _patched),
     "llava": _llava,
     "mistral3": _sized,
     "mllama": _tiled,

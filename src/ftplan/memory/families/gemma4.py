@@ -15,7 +15,6 @@ from ftplan.memory.families.decoder import MLP, Config, Decoder, Rope, filled
 from ftplan.memory.families.gemma4_towers import ImageTower, Norm, sound_tower
 from ftplan.memory.families.llama import ScaledEmbedding, rotate
 from ftplan.memory.families.patches import plant
-from ftplan.memory.families.projectors import scattered
 from ftplan.memory.families.vision import VisionLanguage
 from ftplan.memory.images import Image
 from ftplan.memory.nn import Linear, Module, Shared, activation
@@ -268,7 +267,7 @@ class Gemma4WithTowers(VisionLanguage):
         )  # fmt: skip
         self.language, self.padded = [language], [tower]
         self.buffer_elements = language.buffer_elements
-        self.joins = True
+        self.joins, self.caches = True, False
         self.bidirectional = text.get("use_bidirectional_attention") == "vision"
         wide = text["hidden_size"]
         projection = Linear(vision["hidden_size"], wide)
@@ -294,12 +293,8 @@ class Gemma4WithTowers(VisionLanguage):
         if not self.images:
             return super().enter(tape, shared)
         language = self.language[0]
-        self.fill_cache(tape, shared)
         x, table = language.embedded(tape, shared)
-        found = self.features(tape, x.dtype)
-        shared.held += found
-        x = scattered(x, found[-1])
-        del found
+        x = self.placed(tape, shared, x)
         x = language.given(tape, shared, x, table)
         if self.bidirectional and tape.env.attention != "flash":  # within a window, no further
             dtype = x.dtype if tape.env.attention == "eager" else "bool"

@@ -8,7 +8,7 @@ Source: transformers 5.23.0, models/<type>/modeling_<type>.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftplan.errors import UnsupportedError
@@ -71,6 +71,8 @@ class VisionLanguage(Network):
         """The tower's forward is modelled."""
         self.joins = False
         """The features of all images are joined into one tensor."""
+        self.returns_features = True
+        """Features are among the outputs (``image_hidden_states``), and live as long."""
         self.caches = True
         """Keys and values fill a cache: the Trainer turns it off in the wrapper's config alone
         (``model.config.use_cache``), and the language model looks into its own."""
@@ -80,35 +82,45 @@ class VisionLanguage(Network):
     def enter(self, tape: Tape, shared: Shared) -> Tensor:
         """Embed the text; put projected image features in the places of image tokens."""
         x = self.text.stages[0].enter(tape, shared)
-        self.fill_cache(tape, shared)
+        if self.caches and not shared.checkpointed and tape.prefix is None:
+            tape.prefix = KeptStates()
         if not self.images:
             return x
         if self.bidirectional:
             for name in shared.masks:
                 shared.masks[name] = self._image_mask(tape, x.dtype)
+        return self.placed(tape, shared, x)
+
+    def placed(self, tape: Tape, shared: Shared, x: Tensor) -> Tensor:
+        """Image features in the places of image tokens."""
         found = self.features(tape, x.dtype)
         shared.held += found
+        if self.returns_features:
+            tape.cached.append(found[-1].alias())
         return scattered(x, found[-1])
-
-    def fill_cache(self, tape: Tape, shared: Shared) -> None:
-        """The language model's cache, where it is not told to have none."""
-        if self.caches and not shared.checkpointed and tape.prefix is None:
-            tape.prefix = KeptStates()
 
     def features(self, tape: Tape, dtype: str) -> list[Tensor]:
         """What the tower makes of the images and ``forward`` has names for; the last is what takes
         the places of image tokens."""
         tower = self.tower
-        picked = tower.picked(self.pixels or tower.pixel_values(tape, self.images))
+        picked = self.picked(self.pixels or tower.pixel_values(tape, self.images))
         self.pixels = []
         returned = tower.forward(picked[0], self.images)
-        features = self.project(tower.chosen[0] if tower.chosen else returned)
+        features = self.packed(self.project(tower.chosen[0] if tower.chosen else returned))
         del picked
         found = [returned, *tower.chosen, features, *tower.stacked]
         tower.chosen.clear()
         if self.joins:
             features = ops.copy(features, "cat")
         return [*found, ops.to(features, dtype)]
+
+    def picked(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """What the wrapper makes of the caller's tensors and holds until it has features."""
+        return self.tower.picked(pixels)
+
+    def packed(self, x: Tensor) -> Tensor:
+        """What becomes of projected features before the images are joined: nothing, usually."""
+        return x
 
     def leave(self, x: Tensor, shared: Shared) -> Tensor:
         """The text's final norm; the deep stack's features go with the model's forward."""
@@ -291,11 +303,12 @@ _ONEVISION = {
 """Of a LLaVA-OneVision without a vision_config."""
 _SHOWN = (
     "llava", "gemma3", "paligemma", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
-    "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "idefics3", "smolvlm", "mistral3",
+    "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "idefics3", "smolvlm", "mistral3", "llava_next",
+    "llava_onevision",
 )  # fmt: skip
 """Wrappers whose tower is run; the others' weights are counted."""
 _JOINED = (
-    "llava", "llava_next", "mistral3", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
+    "llava", "llava_next", "llava_onevision", "mistral3", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
     "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
 )  # fmt: skip
 """Wrappers that call ``torch.cat`` on the features of each image."""
@@ -304,7 +317,7 @@ _HANDED_DOWN = ("idefics3", "smolvlm", "mistral3", "llava_next", "llava_onevisio
 _TEXT_TIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "glm4v")
 
 
-def vision_language(raw: Config) -> Network:
+def vision_language(raw: Config, made: type[VisionLanguage] = VisionLanguage) -> Network:
     """A wrapper by its ``model_type``."""
     config = filled(raw)
     kind = config["model_type"]
@@ -316,7 +329,7 @@ def vision_language(raw: Config) -> Network:
     tied = bool(config.get("tie_word_embeddings"))
     if kind in _TEXT_TIES:
         tied = tied or bool(text.get("tie_word_embeddings"))
-    network = VisionLanguage(
+    network = made(
         _text_network({**text, "tie_word_embeddings": False}), vision_tower(vision), tied=tied,
         tower_name=tower_name, text_name=text_name,
     )  # fmt: skip
@@ -325,9 +338,11 @@ def vision_language(raw: Config) -> Network:
     network.caches = kind not in (*_HANDED_DOWN, "kimi_k25")
     network.bidirectional = kind in ("gemma3", "paligemma")
     network.shows = kind in _SHOWN
+    network.returns_features = not kind.startswith("qwen")
     network.image_tokens = _image_tokens(config, network.tower)
-    if kind in ("llava", "llava_next", "mistral3"):
-        layer = config.get("vision_feature_layer", -1 if kind == "mistral3" else -2)
+    if kind in ("llava", "llava_next", "llava_onevision", "mistral3"):
+        last = kind in ("llava_onevision", "mistral3")
+        layer = config.get("vision_feature_layer", -1 if last else -2)
         network.tower.layer = layer if isinstance(layer, int) else layer[-1]
     projector(network.model, config, text, vision)
     return network
@@ -383,4 +398,7 @@ class Llama4(Network):
         )
 
 
-MODEL_TYPES: dict[str, Any] = {**dict.fromkeys(_WRAPPERS, vision_language), "llama4": Llama4}
+MODEL_TYPES: dict[str, Any] = {
+    **dict.fromkeys(set(_WRAPPERS) - {"llava_next", "llava_onevision"}, vision_language),
+    "llama4": Llama4,
+}
