@@ -15,18 +15,19 @@ from ftplan.files.plan import parse_plan
 from ftplan.front.assembling import job_of
 from ftplan.front.resolve import resolve
 from ftplan.memory.attention import KeptStates
+from ftplan.memory.env import Environment
 from ftplan.memory.estimate import Structure
 from ftplan.memory.families.vision import VisionLanguage
 from ftplan.memory.images import image_of
 from ftplan.memory.tape import Tape
 
 SHOWN = {
-    "gemma3", "gemma4", "glm46v", "glm4v", "idefics3", "internvl", "llava", "llava_next",
+    "gemma3", "gemma4", "glm46v", "glm4v", "idefics3", "internvl", "llama4", "llava", "llava_next",
     "llava_onevision", "mistral3", "mllama", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5",
     "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
 }  # fmt: skip
 REFUSED = {
-    "ernie4_5_vl_moe", "gemma3n", "kimi_k25", "llama4", "qwen2_5_omni_thinker", "qwen2_audio",
+    "ernie4_5_vl_moe", "gemma3n", "kimi_k25", "qwen2_5_omni_thinker", "qwen2_audio",
     "qwen3_omni_moe_thinker", "voxtral",
 }  # fmt: skip
 SIZES: dict[str, Any] = json.loads((Path(__file__).parent / "cases/image_sizes.json").read_text())
@@ -132,7 +133,7 @@ def test_an_image_in_tiles_takes_the_tower_more_often() -> None:
     pixels = {}
     for side in (336, 672):
         made = structure("llava-1.6-7b", batch={"image_size": [side, side]})
-        (values,) = made.network.inputs(Tape(made.job.environment))
+        (values,) = made.network.inputs(Tape(Environment()))
         pixels[side] = values.numel.at((1,) * 9)
     assert pixels == {side: tiles * 3 * 336**2 for side, tiles in ((336, 3), (672, 5))}
 
@@ -159,8 +160,9 @@ def test_features_among_the_outputs_live_as_long(monkeypatch: pytest.MonkeyPatch
     """A wrapper that returns ``image_hidden_states`` holds them while the loss is computed."""
 
     def forward() -> int:
-        return dict(structure("llava-1.5-7b", images=1).phases(1, 4096))["forward"]
+        return dict(structure("llava-1.5-7b", method={"kind": "full"}).phases(1, 4096))["forward"]
 
     held = forward()
-    monkeypatch.setattr(VisionLanguage, "returns_features", property(lambda _: False, lambda *_: None))
+    nothing = property(lambda _: False, lambda *_: None)
+    monkeypatch.setattr(VisionLanguage, "returns_features", nothing, raising=False)
     assert held - forward() == 576 * 4096 * 2

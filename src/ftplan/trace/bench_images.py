@@ -43,6 +43,7 @@ MODELS: dict[str, tuple[int, tuple[int, int] | None]] = {
     "llava-1.6-7b": (2048, (336, 500)),
     "llava-onevision-0.5b": (3584, (600, 500)),
     "glm-4.1v-9b": (512, (224, 336)),
+    "llama-4-scout": (512, None),
     "gemma-4-e2b": (512, (480, 640)),
     "gemma-4-31b": (512, (480, 640)),
     "internvl3-1b": (512, None),
@@ -98,6 +99,8 @@ def cut(config: Mapping) -> Mapping:
         vision["fullatt_block_indexes"] = [TOWER - 1]
     if "deepstack_visual_indexes" in vision:
         vision["deepstack_visual_indexes"] = [0, 1]
+    if config["model_type"] == "llama4":
+        text["num_local_experts"] = 2
     if config.get("audio_config"):
         config["audio_config"] |= {"num_hidden_layers": TOWER}
     if text.get("num_kv_shared_layers"):  # the last ones, of kinds that others are too

@@ -409,7 +409,9 @@ def _fetched(job: Job, model: Any, ledger: Ledger) -> dict[str, Any]:
     """A micro batch on the device, where the loop holds it until the step has ended."""
     batch = batch_of(job)
     if job.images:
-        batch |= image_batch(model.config, batch["input_ids"], job.images, job.image_size)
+        dtype = model.dtype if job.mixed == "no" else torch.float32
+        ids = batch["input_ids"]
+        batch |= image_batch(model.config, ids, job.images, job.image_size, dtype)
     ledger.mark([t for t in batch.values() if t is not None], "inputs")
     return batch
 

@@ -49,10 +49,13 @@ def is_vision_language(config: Any) -> bool:
     return hasattr(config, "vision_config")
 
 
-def image_batch(config: Any, ids: Any, images: int, size: tuple[int, int]) -> Batch:
+def image_batch(
+    config: Any, ids: Any, images: int, size: tuple[int, int], dtype: Any = torch.float32
+) -> Batch:
     """Pixel values for ``images`` in each sequence of ``ids``, whose first tokens become theirs.
 
-    ``size``: height and width in pixels, where the model takes any resolution.
+    ``size``: height and width in pixels, where the model takes any resolution. ``dtype``: of
+    pixels, where the model does not cast them itself.
     """
     maker = _MAKERS.get(config.model_type)
     if maker is None:
@@ -66,6 +69,8 @@ def image_batch(config: Any, ids: Any, images: int, size: tuple[int, int]) -> Ba
     if config.model_type.startswith(("gemma", "paligemma", "qwen", "glm4")):
         old = config.model_type in ("gemma3", "paligemma")
         batch["token_type_ids" if old else "mm_token_type_ids"] = (ids == token).to(torch.int64)
+    if config.model_type == "llama4":
+        batch["pixel_values"] = batch["pixel_values"].to(dtype)
     if config.model_type in ("idefics3", "smolvlm", "mllama"):
         batch = {name: _by_sequence(value, images) for name, value in batch.items()}
     if config.model_type == "mllama":
@@ -89,6 +94,8 @@ def _fixed(config: Any, vision: Any, count: int, _size: tuple[int, int]) -> tupl
     tokens = (side // patch) ** 2
     if config.model_type == "gemma3":
         tokens = config.mm_tokens_per_image
+    if config.model_type == "llama4":
+        tokens = int(tokens * vision.pixel_shuffle_ratio**2)
     if config.model_type == "internvl":
         tokens = int(tokens * config.downsample_ratio**2)
     return tokens, {"pixel_values": torch.zeros(count, 3, side, side)}
@@ -177,7 +184,7 @@ _MAKERS = {
     "llava_next": _cut_up,
     "llava_onevision": _cut_up,
     "gemma4": _padded,
-    **dict.fromkeys(("gemma3", "paligemma", "internvl"), _fixed),
+    **dict.fromkeys(("gemma3", "paligemma", "internvl", "llama4"), _fixed),
     **dict.fromkeys(("idefics3", "smolvlm"), _cropped),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"), _patched),
     **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe"), _patched),

@@ -70,8 +70,9 @@ class VisionBlock(Module):
         super().__init__()
         size, kv_count = size or hidden // heads, kv_count or heads
         wide, narrow = heads * size, kv_count * size
-        self.turns: Literal["", "fp32", "own"] = ""
-        """Queries and keys are rotated: in fp32 (Qwen-VL), or in their own dtype (Pixtral)."""
+        self.turns: Literal["", "fp32", "own", "complex"] = ""
+        """Queries and keys are rotated: in fp32 (Qwen-VL), in their own dtype (Pixtral), as complex
+        numbers (Llama 4)."""
         self.pieces = False
         """Images or windows are attended to one by one, and joined again."""
         self.reach = 0
@@ -132,6 +133,8 @@ class VisionBlock(Module):
             q, k, v = (self.linear(path, x) for path in self.attn_paths)
         if self.turns == "fp32":
             q, k = _turned(q), _turned(k)
+        elif self.turns == "complex":
+            q, k = _multiplied(q, k)
         elif self.turns:
             assert beside.rope is not None
             q, k = rotate(q, *beside.rope), rotate(k, *beside.rope)
@@ -171,6 +174,14 @@ def _turned(x: Tensor) -> Tensor:
     x = ops.to(x, "fp32")
     half = ops.cat((ops.neg(ops.part(x, x.width // 2)), ops.part(x, x.width // 2)))
     return ops.to(ops.add(ops.scale(x), ops.scale(half)), dtype)
+
+
+def _multiplied(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """``vision_apply_rotary_emb``: both up to fp32, times complex numbers, and back."""
+    dtype = q.dtype
+    q, k = ops.to(q, "fp32"), ops.to(k, "fp32")
+    turned = ops.scale(q), ops.scale(k)
+    return ops.to(turned[0], dtype), ops.to(turned[1], dtype)
 
 
 class Conv(Module):

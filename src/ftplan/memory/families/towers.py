@@ -1,7 +1,7 @@
 """The towers of vision-language models, one function for each class of transformers.
 
-Source: transformers 5.23.0, models/{clip,siglip,pixtral,qwen2_vl,qwen2_5_vl,qwen3_vl,internvl,
-llama4}/modeling_*.py.
+Source: transformers 5.23.0, models/{clip,siglip,pixtral,qwen2_vl,qwen2_5_vl,qwen3_vl,
+internvl}/modeling_*.py.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ftplan.memory.families.patches import (
     stack_blocks,
     weight,
 )
-from ftplan.memory.nn import Embedding, LayerNorm, Linear, Module, RMSNorm
+from ftplan.memory.nn import Embedding, LayerNorm, Linear, RMSNorm
 
-__all__ = ["llama4_tower", "vision_tower"]
+__all__ = ["vision_tower"]
 
 
 def clip(config: Mapping[str, Any]) -> Tower:
@@ -248,24 +248,3 @@ def vision_tower(config: Config) -> Tower:
     if kind == "ernie4_5_vl_moe_vision":
         return ernie(config)
     return qwen_visual(config, kind.removesuffix("_vision"))
-
-
-def llama4_tower(config: Mapping[str, Any]) -> Module:
-    """``Llama4VisionModel``: names and shapes."""
-    root, hidden, patch = Module(), config["hidden_size"], config["patch_size"]
-    inner, mlp_out = config["intermediate_size"], config["projector_output_dim"]
-    count = (config["image_size"] // patch) ** 2 + 1
-    weight(root, "class_embedding", hidden)
-    weight(root, "positional_embedding_vlm", count, hidden)
-    plant(root, "patch_embedding.linear", Linear(config["num_channels"] * patch**2, hidden))
-    for name in ("layernorm_pre", "layernorm_post"):
-        plant(root, name, LayerNorm(hidden))
-    for layer in range(config["num_hidden_layers"]):
-        block = VisionBlock(
-            hidden, inner, config["num_attention_heads"], out="o_proj",
-            norms=("input_layernorm", "post_attention_layernorm"),
-        )  # fmt: skip
-        plant(root, f"model.layers.{layer}", block)
-    plant(root, "vision_adapter.mlp.fc1", Linear(inner, config["projector_input_dim"]))
-    plant(root, "vision_adapter.mlp.fc2", Linear(config["projector_input_dim"], mlp_out))
-    return root

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftplan.errors import UnsupportedError
 from ftplan.memory import families, ops
 from ftplan.memory.attention import KeptStates
 from ftplan.memory.families.decoder import (
@@ -25,11 +24,11 @@ from ftplan.memory.families.decoder import (
     head_size,
 )
 from ftplan.memory.families.mixture import act, qwen_kind, qwen_mixture
-from ftplan.memory.families.patches import Tower, divided, grouped, merged, plant, run_linear
+from ftplan.memory.families.patches import Tower, divided, grouped, merged, run_linear
 from ftplan.memory.families.projectors import pooled, projector, scattered, stacked
-from ftplan.memory.families.towers import llama4_tower, vision_tower
+from ftplan.memory.families.towers import vision_tower
 from ftplan.memory.images import Image
-from ftplan.memory.nn import LayerNorm, Linear, Module, Network, Shared, Stage, activation
+from ftplan.memory.nn import LayerNorm, Module, Network, Shared, Stage, activation
 from ftplan.memory.tape import BATCH, SCORES, Tape, Tensor
 
 __all__ = ["MODEL_TYPES", "VisionLanguage"]
@@ -363,42 +362,6 @@ def _image_tokens(config: Config, tower: Tower) -> int:
     return patches if tower.patches else 0
 
 
-class Llama4(Network):
-    """``Llama4ForConditionalGeneration``: a whole causal model beside the tower.
-
-    The tower's weights are counted; its forward is not modelled.
-    """
-
-    def __init__(self, raw: Config) -> None:
-        super().__init__()
-        config = filled(raw)
-        text = families.build(_text(raw, "llama4_text"))
-        vision = _sub(config, "vision_config", "llama4_vision_model")
-        self.vision_model = llama4_tower(vision)
-        wide = filled(_text(raw, "llama4_text"))["hidden_size"]
-        plant(
-            self, "multi_modal_projector.linear_1",
-            Linear(vision["vision_output_dim"], wide),
-        )  # fmt: skip
-        plant(self, "language_model.model", text.children["model"])
-        plant(self, "language_model.lm_head", text.children["lm_head"])
-        self.text = [text]
-        self.embedding_names = ("language_model.model.embed_tokens",)
-        self.head_name = "language_model.lm_head"
-        stage = text.stages[0]
-        stage.stack.name = "language_model.model.layers"
-        self.stages = [stage]
-
-    def head(self, x: Tensor) -> Tensor:
-        return self.text[0].head(x)
-
-    def classify(self, labels: int) -> None:
-        raise UnsupportedError(
-            f"Llama 4 with a head over {labels} labels", remedy="use its text model, llama4_text"
-        )
-
-
-MODEL_TYPES: dict[str, Any] = {
-    **dict.fromkeys(set(_WRAPPERS) - {"llava_next", "llava_onevision"}, vision_language),
-    "llama4": Llama4,
-}
+MODEL_TYPES: dict[str, Any] = dict.fromkeys(
+    set(_WRAPPERS) - {"llava_next", "llava_onevision"}, vision_language
+)
