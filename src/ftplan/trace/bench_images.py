@@ -26,7 +26,7 @@ __all__ = ["jobs", "main"]
 TEXT_ONLY: Mapping = {**LORA, "targets": ["gate_proj", "up_proj", "down_proj"]}
 """Targets that no tower here has: it stays frozen, whole."""
 TEXT_BY_PATH: Mapping = {**LORA, "targets": r".*language_model.*\.(gate|up|down)_proj"}
-"""The same where a tower has modules of these names, which PEFT does not adapt (Gemma 4)."""
+"""The same where a tower has modules of these names too; in Gemma 4 PEFT adapts none of them."""
 WAYS: dict[str, Mapping] = {
     "full": {"method": FULL, "precision": BF16},
     "full-autocast-checkpointed": {
@@ -143,7 +143,7 @@ def _plan(model: str, way: str, batch: Mapping) -> Mapping:
         "sharding": {"kind": "none"},
     }  # fmt: skip
     plan.setdefault("gradient_checkpointing", False)
-    if plan["method"] is TEXT_ONLY and model.startswith("gemma-4"):
+    if plan["method"] is TEXT_ONLY and model.startswith(("gemma-4", "glm-4")):
         plan["method"] = TEXT_BY_PATH
     return plan
 

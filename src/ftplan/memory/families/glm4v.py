@@ -105,7 +105,9 @@ class GlmTower(Tower):
         plant(merger, "post_projection_norm", LayerNorm(out))
         for name in ("post_conv_layernorm", "post_layernorm"):
             plant(self, name, RMSNorm(wide))
-        plant(self, "downsample", Conv(wide, out, merge, merge, bias=True))
+        down = Conv(wide, out, merge, merge, bias=True)
+        down.channels_last = True
+        plant(self, "downsample", down)
         self.merge = merge**2
 
     def picked(self, pixels: Sequence[Tensor]) -> list[Tensor]:
@@ -116,21 +118,17 @@ class GlmTower(Tower):
         """Features of all tokens, before the merger."""
         rows = BATCH * (images * self.patches)
         x = self.child("post_conv_layernorm").forward(self.patch.forward(pixels))
-        turns = self._table(x, rows)
+        size = self.in_order[0].heads.size
+        cos, sin = (x.tape.tensor(rows, size, "fp32", "rope") for _ in range(2))
+        beside = Beside((cos, sin))
         x = ops.add(x, self._positions(x, rows))
         for block in self.in_order:
             block.reach = self.patches
-            x = self._run(block, x, Beside())
-        del turns
+            x = self._run(block, x, beside)
         x = self.child("post_layernorm").forward(x)
         x = ops.view(x, divided(x.rows, self.merge), x.width * self.merge)
         out: Tensor = self.child("downsample").forward(x)
         return out
-
-    def _table(self, x: Tensor, rows: Size) -> list[Tensor]:
-        """Cosines and sines of each patch, in fp32."""
-        size = self.in_order[0].heads.size
-        return [x.tape.tensor(rows, size, "fp32", "rope") for _ in range(2)]
 
     def _positions(self, x: Tensor, rows: Size) -> Tensor:
         """Learned positions of a square, sampled for each patch in fp32 (``grid_sample``)."""

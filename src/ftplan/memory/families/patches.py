@@ -132,7 +132,7 @@ class VisionBlock(Module):
         else:
             q, k, v = (self.linear(path, x) for path in self.attn_paths)
         if self.turns == "fp32":
-            q, k = _turned(q), _turned(k)
+            q, k = _turned(q, beside.rope), _turned(k, beside.rope)
         elif self.turns == "complex":
             q, k = _multiplied(q, k)
         elif self.turns:
@@ -168,10 +168,12 @@ class VisionBlock(Module):
         return ops.mul(ops.unary(scale, "tanh", "output") if self.gated else scale, x)
 
 
-def _turned(x: Tensor) -> Tensor:
+def _turned(x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
     """``apply_rotary_pos_emb_vision``: up to fp32, rotated, and back."""
     dtype = x.dtype
     x = ops.to(x, "fp32")
+    if rope is not None:
+        return ops.to(rotate(x, *rope), dtype)
     half = ops.cat((ops.neg(ops.part(x, x.width // 2)), ops.part(x, x.width // 2)))
     return ops.to(ops.add(ops.scale(x), ops.scale(half)), dtype)
 
@@ -191,6 +193,9 @@ class Conv(Module):
     """
 
     transposed = False
+    channels_last = False
+    """Its input lies patch by patch, channels last, and so does its weight's gradient, which
+    autograd lays out anew (torch/csrc/autograd/functions/accumulate_grad.h)."""
 
     def __init__(self, channels: int, out: int, *window: int, bias: bool) -> None:
         super().__init__()
@@ -204,6 +209,7 @@ class Conv(Module):
     def forward(self, x: Tensor) -> Tensor:
         tape = x.tape
         flat = tape.leaf(self.weight)
+        flat = _laid_out(flat) if self.channels_last else flat
         matrix = flat.alias(ONE * self.out_features, self.in_features)
         matrix.requires_grad, matrix.node = flat.requires_grad, flat.node
         x, matrix = ops.autocast(x), ops.autocast(matrix)
@@ -224,6 +230,14 @@ class Conv(Module):
 
         ops.record([out], "convolution", inputs, apply)
         return out
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    """A weight whose gradient is copied into its own layout."""
+    out = weight.alias()
+    make = ops.like(weight.rows, weight.width, weight.dtype, weight.requires_grad)
+    ops.record([out], "layout", [weight], lambda grad: (make(grad),))
+    return out
 
 
 class Tower(Module):
