@@ -152,7 +152,7 @@ def test_gemma_4_pads_every_image_to_as_many_patches() -> None:
         tuple(size): structure("gemma-4-e2b", batch={"image_size": size})
         for size in ([768, 768], [672, 960])
     }
-    square, full = (each.network.tower for each in made.values())
+    square, full = (vars(each.network)["tower"] for each in made.values())
     assert (square.tokens, full.tokens) == (256, 280) and square.patches == full.patches == 2520
 
 

@@ -254,9 +254,7 @@ def pairs(tape: Tape) -> Size:
     return SCORES if tape.prefix is None else SCORES + TOKENS * tape.prefix.tokens
 
 
-def additive(
-    mask: Tensor | None, tape: Tape, dtype: str, rows: Size | None = None
-) -> Tensor:
+def additive(mask: Tensor | None, tape: Tape, dtype: str, rows: Size | None = None) -> Tensor:
     """SDPA turns a boolean mask into an additive one of (b, 1, s, s), in every layer anew.
 
     Source: aten/src/ATen/native/transformers/attention.cpp, ``convert_boolean_attn_mask``.

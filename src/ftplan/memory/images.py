@@ -112,9 +112,7 @@ _GRIDS = {
 """Tiles down and across of the resolutions that these take where a config lists none."""
 
 
-def _in_tiles(
-    config: Config, vision: Config, size: Sides | None, images: int
-) -> Image | None:
+def _in_tiles(config: Config, vision: Config, size: Sides | None, images: int) -> Image | None:
     """LLaVA-NeXT, LLaVA-OneVision: the whole in one tile, and the tiles of the resolution that
     fits best, without what is padding in them, each row with a token at its end. OneVision cuts
     up no image that is one of several."""

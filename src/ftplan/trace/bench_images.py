@@ -27,6 +27,8 @@ TEXT_ONLY: Mapping = {**LORA, "targets": ["gate_proj", "up_proj", "down_proj"]}
 """Targets that no tower here has: it stays frozen, whole."""
 TEXT_BY_PATH: Mapping = {**LORA, "targets": r".*language_model.*\.(gate|up|down)_proj"}
 """The same where a tower has modules of these names too; in Gemma 4 PEFT adapts none of them."""
+NO_ROUTER: Mapping = {**LORA, "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]}
+"""Linear layers of a tower and of attention: all-linear takes Llama 4's router too, and fails."""
 WAYS: dict[str, Mapping] = {
     "full": {"method": FULL, "precision": BF16},
     "full-autocast-checkpointed": {
@@ -73,8 +75,8 @@ TEXTS: dict[str, tuple[str, ...]] = {
 VOCABULARY, BLOCKS, TOWER = 8192, 2, 3
 _TOKEN, _OTHER = 100, 101
 _OTHERS = (
-    "video_token_id", "audio_token_id", "image_start_token_id", "image_end_token_id", "vision_start_token_id", "vision_end_token_id", "boi_token_index",
-    "eoi_token_index",
+    "video_token_id", "audio_token_id", "image_start_token_id", "image_end_token_id",
+    "vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index",
 )  # fmt: skip
 
 
@@ -143,6 +145,8 @@ def _plan(model: str, way: str, batch: Mapping) -> Mapping:
         "sharding": {"kind": "none"},
     }  # fmt: skip
     plan.setdefault("gradient_checkpointing", False)
+    if plan["method"] is LORA and model.startswith("llama-4"):
+        plan["method"] = NO_ROUTER
     if plan["method"] is TEXT_ONLY and model.startswith(("gemma-4", "glm-4")):
         plan["method"] = TEXT_BY_PATH
     return plan

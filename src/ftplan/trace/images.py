@@ -161,7 +161,7 @@ def _padded(_config: Any, vision: Any, count: int, size: tuple[int, int]) -> tup
 
 
 def _cut_up(config: Any, vision: Any, count: int, size: tuple[int, int]) -> tuple[int, Batch]:
-    """LLaVA-NeXT, LLaVA-OneVision: tiles, of which the model computes how many features are left."""
+    """LLaVA-NeXT, LLaVA-OneVision: tiles; the model's functions say how many features are left."""
     from transformers.models.llava_next import modeling_llava_next as source
 
     side, pinpoints = vision.image_size, config.image_grid_pinpoints

@@ -18,7 +18,7 @@ from ftplan.memory.families.patches import (
     stack_blocks,
     weight,
 )
-from ftplan.memory.nn import LayerNorm, Linear, Module, RMSNorm
+from ftplan.memory.nn import LayerNorm, Linear, Module
 from ftplan.memory.tape import BATCH, ONE, Grads, Size, Tape, Tensor
 
 __all__ = ["SOFT_TOKENS", "ImageTower", "Norm", "sound_tower"]
@@ -184,7 +184,10 @@ class ImageTower(Tower):
     def _beside(self, x: Tensor, images: int) -> Beside:
         """Cosines and sines of each patch; a mask that hides those of padding."""
         tape, size = x.tape, self.in_order[0].heads.size
-        rope = (tape.tensor(x.rows, size, x.dtype, "rope"), tape.tensor(x.rows, size, x.dtype, "rope"))
+        rope = (
+            tape.tensor(x.rows, size, x.dtype, "rope"),
+            tape.tensor(x.rows, size, x.dtype, "rope"),
+        )
         if self.tokens == SOFT_TOKENS:
             return Beside(rope)
         if tape.env.attention == "flash":

@@ -1,5 +1,4 @@
-"""Llama 4 with its tower: a whole causal model beside it. An image is tiles of one size, and each of
-them is what :attr:`Llama4.images` counts.
+"""Llama 4 with its tower, and a whole causal model beside it; an image is tiles of one size.
 
 Source: transformers 5.23.0, models/llama4/modeling_llama4.py.
 """
@@ -52,6 +51,8 @@ class Llama4(Network):
         stage = text.stages[0]
         stage.stack.name = "language_model.model.layers"
         self.stages = [Stage(stage.stack, self.enter, stage.leave)]
+        half = vision["hidden_size"] // vision["num_attention_heads"] // 2
+        self.buffer_bytes = tower.patches * half * 8  # a complex number for each pair of a head's
         self.images = 0
         """Tiles per sequence."""
         self.pixels: list[Tensor] = []
@@ -81,7 +82,7 @@ class Llama4(Network):
         projected = run_linear(self.child("multi_modal_projector.linear_1"), features)
         projected = ops.to(projected, x.dtype)
         x = scattered(x, projected)
-        tape.cached += [features.alias(), projected.alias(), x.alias()]
+        tape.cached += [features.alias(), projected.alias()]
         return x
 
     def head(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.families.llama import rotate
-from ftplan.memory.nn import LayerNorm, Linear, Module, RMSNorm, activation, rope_table
+from ftplan.memory.nn import LayerNorm, Linear, Module, activation, rope_table
 from ftplan.memory.tape import BATCH, CROSSED, ONE, Grads, Size, Tape, Tensor
 
 __all__ = [
@@ -80,14 +80,13 @@ class VisionBlock(Module):
         self.gated = len(scales) == 2 and scale_width == 1
         self.names_added = bool(scales) and not self.gated
         """What attention returned has a name until the block returns (InternVL)."""
-        self.heads = Heads(
-            count=heads, kv_count=kv_count, size=size, value_size=size, causal=False
-        )
+        self.heads = Heads(count=heads, kv_count=kv_count, size=size, value_size=size, causal=False)
         self.norms, self.act, self.fused, self.scales = norms, act, fused, scales
         for name in norms:
             setattr(self, name, norm(hidden))
         self.attn_paths = [f"{attn}.qkv"] if fused else [f"{attn}.{name}" for name in qkv]
-        for path, width in zip(self.attn_paths, (3 * wide,) if fused else (wide, narrow, narrow)):
+        widths = (3 * wide,) if fused else (wide, narrow, narrow)
+        for path, width in zip(self.attn_paths, widths, strict=True):
             plant(self, path, Linear(hidden, width, bias=qkv_bias))
         self.out_path = f"{attn}.{out}"
         plant(self, self.out_path, Linear(wide, hidden, bias=out_bias))

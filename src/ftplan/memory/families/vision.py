@@ -307,8 +307,8 @@ _SHOWN = (
 )  # fmt: skip
 """Wrappers whose tower is run; the others' weights are counted."""
 _JOINED = (
-    "llava", "llava_next", "llava_onevision", "mistral3", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
-    "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
+    "llava", "llava_next", "llava_onevision", "mistral3", "idefics3", "smolvlm", "qwen2_vl",
+    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
 )  # fmt: skip
 """Wrappers that call ``torch.cat`` on the features of each image."""
 _HANDED_DOWN = ("idefics3", "smolvlm", "mistral3", "llava_next", "llava_onevision")
