@@ -75,9 +75,10 @@ TEXTS: dict[str, tuple[str, ...]] = {
 VOCABULARY, BLOCKS, TOWER = 8192, 2, 3
 _TOKEN, _OTHER = 100, 101
 _OTHERS = (
-    "video_token_id", "audio_token_id", "image_start_token_id", "image_end_token_id",
-    "vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index",
+    "video_token_id", "vision_start_token_id", "vision_end_token_id", "boi_token_index",
+    "eoi_token_index",
 )  # fmt: skip
+_NEWER = (*_OTHERS, "audio_token_id", "image_start_token_id", "image_end_token_id")
 
 
 def cut(config: Mapping) -> Mapping:
@@ -109,8 +110,10 @@ def cut(config: Mapping) -> Mapping:
         kinds = ["sliding_attention", "full_attention"]
         text |= {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": kinds * 2}
     config |= {"image_token_id": _TOKEN, "image_token_index": _TOKEN}
-    if config["model_type"].startswith(("qwen", "gemma", "glm4")):
+    if config["model_type"].startswith(("qwen", "gemma3")):
         config |= dict.fromkeys(_OTHERS, _OTHER)
+    if config["model_type"].startswith(("gemma4", "glm4")):
+        config |= dict.fromkeys(_NEWER, _OTHER)
     return config
 
 

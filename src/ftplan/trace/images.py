@@ -52,7 +52,7 @@ def is_vision_language(config: Any) -> bool:
 def image_batch(
     config: Any, ids: Any, images: int, size: tuple[int, int], dtype: Any = torch.float32
 ) -> Batch:
-    """Pixel values for ``images`` in each sequence of ``ids``, whose first tokens become theirs.
+    """Pixel values for ``images`` in each sequence of ``ids``, among whose first tokens theirs are.
 
     ``size``: height and width in pixels, where the model takes any resolution. ``dtype``: of
     pixels, where the model does not cast them itself.
@@ -64,8 +64,8 @@ def image_batch(
     tokens, batch = maker(config, vision, int(ids.shape[0]) * images, size)
     token = getattr(config, "image_token_id", None)
     token = config.image_token_index if token is None else token
-    if tokens:
-        ids[:, : images * tokens] = token
+    for start in range(0, images * (tokens + 1) if tokens else 0, tokens + 1):
+        ids[:, start : start + tokens] = token  # and a token of text after each
     if config.model_type.startswith(("gemma", "paligemma", "qwen", "glm4")):
         old = config.model_type in ("gemma3", "paligemma")
         batch["token_type_ids" if old else "mm_token_type_ids"] = (ids == token).to(torch.int64)

@@ -111,7 +111,10 @@ class VisionBlock(Module):
         weights = ops.scale(ops.matmul(q, k, rows, width, "scores", inner=heads.size))
         if mask is not None:
             weights = ops.add(weights, mask)
-        weights = ops.to(ops.softmax(weights, "fp32"), q.dtype)
+        if self.turns == "complex":  # Llama 4's own: autocast decides
+            weights = ops.softmax(ops.autocast_fp32(weights))
+        else:
+            weights = ops.to(ops.softmax(weights, "fp32"), q.dtype)
         width = heads.count * heads.size
         out = ops.copy(ops.matmul(weights, v, q.rows, width, "attention", inner=self.reach))
         return ops.copy(out, "windows joined") if self.pieces else out
