@@ -22,13 +22,13 @@ from ftplan.memory.images import image_of
 from ftplan.memory.tape import Tape
 
 SHOWN = {
-    "gemma3", "gemma4", "glm46v", "glm4v", "idefics3", "internvl", "llama4", "llava", "llava_next",
-    "llava_onevision", "mistral3", "mllama", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5",
-    "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+    "gemma3", "gemma4", "glm46v", "glm4v", "idefics3", "internvl", "kimi_k25", "llama4", "llava",
+    "llava_next", "llava_onevision", "mistral3", "mllama", "paligemma", "qwen2_5_vl", "qwen2_vl",
+    "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
 }  # fmt: skip
 REFUSED = {
-    "ernie4_5_vl_moe", "gemma3n", "kimi_k25", "qwen2_5_omni_thinker", "qwen2_audio",
-    "qwen3_omni_moe_thinker", "voxtral",
+    "ernie4_5_vl_moe", "gemma3n", "qwen2_5_omni_thinker", "qwen2_audio", "qwen3_omni_moe_thinker",
+    "voxtral",
 }  # fmt: skip
 SIZES: dict[str, Any] = json.loads((Path(__file__).parent / "cases/image_sizes.json").read_text())
 

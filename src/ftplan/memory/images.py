@@ -57,7 +57,9 @@ def image_of(config: Config, size: Sides | None, *, images: int, seq_len: int) -
         return Image(tokens=min(MOST_TOKENS, seq_len // images), assumed=assumed)
     if kind.startswith("glm4"):
         return _between(unit, *size)
-    count = ceil if vision.get("model_type") == "pixtral" else round
+    if kind == "kimi_k25":
+        size = _at_most(unit // 2, *size)
+    count = ceil if vision.get("model_type") in ("pixtral", "kimi_k25_vision") else round
     high, wide = (max(1, count(extent / unit)) for extent in size)
     return Image(tokens=int(high * wide))
 
@@ -68,6 +70,8 @@ def _unit(kind: str, config: Config, vision: Config) -> int:
         return int(vision.get("patch_size") or 14) * int(vision.get("spatial_merge_size") or 2)
     if vision.get("model_type") == "pixtral":
         return int(vision.get("patch_size") or 16) * int(config.get("spatial_merge_size") or 1)
+    if kind == "kimi_k25":
+        return int(vision.get("patch_size") or 14) * 2
     return 0
 
 
@@ -89,6 +93,13 @@ def _between(unit: int, high: int, wide: int) -> Image:
 
 _GLM_PIXELS = (112 * 112, 14 * 14 * 2 * 2 * 2 * 6144)
 """Of both frames, at least and at most."""
+
+
+def _at_most(patch: int, high: int, wide: int) -> tuple[int, int]:
+    """Kimi's ``navit_resize``: pixels after scaling down to 16,384 patches, 512 along a side."""
+    patches = max(1, high // patch) * max(1, wide // patch)
+    factor = min(1.0, sqrt(16384 / patches), 512 * patch / high, 512 * patch / wide)
+    return max(1, int(high * factor)), max(1, int(wide * factor))
 
 
 def _same_area(vision: Config, size: Sides | None) -> Image:

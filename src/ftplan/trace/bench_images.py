@@ -46,6 +46,7 @@ MODELS: dict[str, tuple[int, tuple[int, int] | None]] = {
     "llava-onevision-0.5b": (3584, (600, 500)),
     "glm-4.1v-9b": (512, (224, 336)),
     "llama-4-scout": (512, None),
+    "kimi-k2.5": (512, (224, 336)),
     "gemma-4-e2b": (512, (480, 640)),
     "gemma-4-31b": (512, (480, 640)),
     "internvl3-1b": (512, None),
@@ -104,6 +105,8 @@ def cut(config: Mapping) -> Mapping:
         vision["deepstack_visual_indexes"] = [0, 1]
     if config["model_type"] == "llama4":
         text["num_local_experts"] = 2
+    if "n_routed_experts" in text:
+        text |= {"n_routed_experts": 4, "num_experts_per_tok": 2}
     if config.get("audio_config"):
         config["audio_config"] |= {"num_hidden_layers": TOWER}
     if text.get("num_kv_shared_layers"):  # the last ones, of kinds that others are too
@@ -112,7 +115,7 @@ def cut(config: Mapping) -> Mapping:
     config |= {"image_token_id": _TOKEN, "image_token_index": _TOKEN}
     if config["model_type"].startswith(("qwen", "gemma3")):
         config |= dict.fromkeys(_OTHERS, _OTHER)
-    if config["model_type"].startswith(("gemma4", "glm4")):
+    if config["model_type"].startswith(("gemma4", "glm4", "kimi")):
         config |= dict.fromkeys(_NEWER, _OTHER)
     return config
 

@@ -69,7 +69,7 @@ def image_batch(
     if config.model_type.startswith(("gemma", "paligemma", "qwen", "glm4")):
         old = config.model_type in ("gemma3", "paligemma")
         batch["token_type_ids" if old else "mm_token_type_ids"] = (ids == token).to(torch.int64)
-    if config.model_type == "llama4":
+    if config.model_type in ("llama4", "kimi_k25"):
         batch["pixel_values"] = batch["pixel_values"].to(dtype)
     if config.model_type in ("idefics3", "smolvlm", "mllama"):
         batch = {name: _by_sequence(value, images) for name, value in batch.items()}
@@ -118,6 +118,16 @@ def _patched(config: Any, vision: Any, count: int, size: tuple[int, int]) -> tup
     width = channels * vision.temporal_patch_size * patch * patch
     return high * wide // merge**2, {
         "pixel_values": torch.zeros(count * high * wide, width),
+        "image_grid_thw": torch.tensor([[1, high, wide]] * count),
+    }
+
+
+def _separate(_config: Any, vision: Any, count: int, size: tuple[int, int]) -> tuple[int, Batch]:
+    """Kimi: a tensor for each patch, and how many there are each way."""
+    patch = vision.patch_size
+    high, wide = (extent // (patch * 2) * 2 for extent in size)
+    return high * wide // 4, {
+        "pixel_values": torch.zeros(count * high * wide, 3, patch, patch),
         "image_grid_thw": torch.tensor([[1, high, wide]] * count),
     }
 
@@ -188,6 +198,7 @@ _MAKERS = {
     **dict.fromkeys(("idefics3", "smolvlm"), _cropped),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"), _patched),
     **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe"), _patched),
+    "kimi_k25": _separate,
     "llava": _llava,
     "mistral3": _sized,
     "mllama": _tiled,

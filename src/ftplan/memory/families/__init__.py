@@ -47,10 +47,11 @@ _FILES: dict[str, tuple[str, ...]] = {
     "vision": (
         "llava", "mistral3", "gemma3", "paligemma", "internvl", "idefics3", "smolvlm",
         "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
-        "kimi_k25", "ernie4_5_vl_moe",
+        "ernie4_5_vl_moe",
     ),
     "anyres": ("llava_next", "llava_onevision"),
     "llama4_vision": ("llama4",),
+    "kimi": ("kimi_k25",),
     "dbrx": ("dbrx",),
     "chunked": ("mamba2", "granitemoehybrid"),
     "recurrent": ("mamba", "falcon_mamba", "lfm2", "lfm2_moe"),

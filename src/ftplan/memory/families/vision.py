@@ -303,12 +303,12 @@ _ONEVISION = {
 _SHOWN = (
     "llava", "gemma3", "paligemma", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
     "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "idefics3", "smolvlm", "mistral3", "llava_next",
-    "llava_onevision",
+    "llava_onevision", "kimi_k25",
 )  # fmt: skip
 """Wrappers whose tower is run; the others' weights are counted."""
 _JOINED = (
     "llava", "llava_next", "llava_onevision", "mistral3", "idefics3", "smolvlm", "qwen2_vl",
-    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
+    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "kimi_k25",
 )  # fmt: skip
 """Wrappers that call ``torch.cat`` on the features of each image."""
 _HANDED_DOWN = ("idefics3", "smolvlm", "mistral3", "llava_next", "llava_onevision")
@@ -337,7 +337,7 @@ def vision_language(raw: Config, made: type[VisionLanguage] = VisionLanguage) ->
     network.caches = kind not in (*_HANDED_DOWN, "kimi_k25")
     network.bidirectional = kind in ("gemma3", "paligemma")
     network.shows = kind in _SHOWN
-    network.returns_features = not kind.startswith("qwen")
+    network.returns_features = not kind.startswith(("qwen", "kimi"))
     network.image_tokens = _image_tokens(config, network.tower)
     if kind in ("llava", "llava_next", "llava_onevision", "mistral3"):
         last = kind in ("llava_onevision", "mistral3")
@@ -363,5 +363,5 @@ def _image_tokens(config: Config, tower: Tower) -> int:
 
 
 MODEL_TYPES: dict[str, Any] = dict.fromkeys(
-    set(_WRAPPERS) - {"llava_next", "llava_onevision"}, vision_language
+    set(_WRAPPERS) - {"llava_next", "llava_onevision", "kimi_k25"}, vision_language
 )
