@@ -166,3 +166,11 @@ def test_features_among_the_outputs_live_as_long(monkeypatch: pytest.MonkeyPatch
     nothing = property(lambda _: False, lambda *_: None)
     monkeypatch.setattr(VisionLanguage, "returns_features", nothing, raising=False)
     assert held - forward() == 576 * 4096 * 2
+
+
+@pytest.mark.parametrize("model", ["gemma-4-e2b", "llama-4-scout"])
+def test_a_tower_whose_patches_go_through_a_linear_layer_may_be_quantised(model: str) -> None:
+    """Pixels are not cast to a dtype that is none of floating point."""
+    nf4 = {"method": {"kind": "qlora"}, "precision": {"weights": "nf4", "mixed": "bf16"}}
+    shown, blind = (structure(model, images=n, **nf4).at(1, 4096).peak_bytes for n in (1, 0))
+    assert shown > blind

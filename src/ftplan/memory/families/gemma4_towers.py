@@ -167,7 +167,9 @@ class ImageTower(Tower):
     def _embedded(self, pixels: Tensor, padding: Tensor) -> Tensor:
         linear = self.child("patch_embedder.input_proj")
         assert isinstance(linear, Linear)
-        pixels = ops.to(ops.scale(ops.shift(pixels)), linear.weight.dtype)
+        pixels = ops.scale(ops.shift(pixels))
+        if linear.weight.dtype in ("fp32", "bf16", "fp16"):  # not where it is quantised
+            pixels = ops.to(pixels, linear.weight.dtype)
         x = run_linear(linear, pixels)
         return ops.add(x, self._positions(x.tape, x.rows, padding))
 
