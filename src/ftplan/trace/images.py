@@ -58,6 +58,8 @@ def image_batch(
     pixels, where the model does not cast them itself.
     """
     maker = _MAKERS.get(config.model_type)
+    several = config.model_type == "llava_onevision" and images > 1
+    maker = _whole if several else maker
     if maker is None:
         raise UnsupportedError(f"tracing images of {config.model_type}")
     vision = config.vision_config
@@ -69,6 +71,8 @@ def image_batch(
     if config.model_type.startswith(("gemma", "paligemma", "qwen", "glm4")):
         old = config.model_type in ("gemma3", "paligemma")
         batch["token_type_ids" if old else "mm_token_type_ids"] = (ids == token).to(torch.int64)
+    if several:
+        batch["batch_num_images"] = torch.tensor([images] * int(ids.shape[0]))
     if config.model_type in ("llama4", "kimi_k25"):
         batch["pixel_values"] = batch["pixel_values"].to(dtype)
     if config.model_type in ("idefics3", "smolvlm", "mllama"):
@@ -186,6 +190,15 @@ def _cut_up(config: Any, vision: Any, count: int, size: tuple[int, int]) -> tupl
         rows, columns = (int(n // ratio) if ratio > 1.1 else n for n in (rows, columns))
     return patches**2 + rows * (columns + 1), {
         "pixel_values": torch.zeros(count, tiles, 3, side, side),
+        "image_sizes": torch.tensor([size] * count),
+    }
+
+
+def _whole(_config: Any, vision: Any, count: int, size: tuple[int, int]) -> tuple[int, Batch]:
+    """LLaVA-OneVision: images that are several are not cut up; a token ends each."""
+    side = vision.image_size
+    return (side // vision.patch_size) ** 2 + 1, {
+        "pixel_values": torch.zeros(count, 1, 3, side, side),
         "image_sizes": torch.tensor([size] * count),
     }
 
