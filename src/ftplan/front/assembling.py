@@ -16,8 +16,9 @@ from ftplan.catalog.optimizers import find_optimizer
 from ftplan.catalog.stacks import PLANNED, RINGS, Stack
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
-from ftplan.front.resolve import Resolved, fused_loss, image_tokens, native_dtype
+from ftplan.front.resolve import Resolved, fused_loss, image, native_dtype
 from ftplan.memory.env import Environment
+from ftplan.memory.images import Image
 from ftplan.memory.job import AdapterSpec, Job, ShardingSpec
 from ftplan.memory.kernels import LIBRARIES, Kernels, Lora, kernels_of
 from ftplan.memory.lengths import Lengths
@@ -165,7 +166,7 @@ def job_of(resolved: Resolved) -> Job:
         loss_chunk=plan.loss.chunk or (stack.loss_chunk if modules else None) or 0,
         card_bytes=gpu.usable_bytes if gpu is not None else 0,
         images=batch.images or 0,
-        image_tokens=image_tokens(batch, resolved.config),
+        image=image(batch, resolved.config) or Image(),
         optimizer=_optimizer(plan.optimizer, stack),
         main_weights=stack.main_weights and storage.name in ("bf16", "fp16"),
         sharding=sharding,

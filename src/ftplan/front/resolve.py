@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from ftplan.dataclass import dataclass
 from ftplan.dtypes import Format, find_format
 from ftplan.errors import InputError, UnsupportedError
 from ftplan.front.unused import idle_keys, sentence, shapeless_keys, without
+from ftplan.memory.images import Image, image_of
 from ftplan.report import Assumption, Finding
 from ftplan.spec import (
     Batch,
@@ -34,12 +34,9 @@ from ftplan.spec import (
     Sharding,
 )
 
-__all__ = ["Resolved", "fused_loss", "native_dtype", "resolve"]
+__all__ = ["Resolved", "fused_loss", "image", "native_dtype", "resolve"]
 
 CONTRACT = "ftplan's default"
-IMAGE_TOKENS = 1280
-"""Tokens of an image where a model takes any resolution (a square of about 1000 pixels in
-Qwen-VL), or fewer where the sequence has no room for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -492,55 +489,38 @@ def _attention(
     return "sdpa"
 
 
-def image_unit(config: Mapping[str, Any]) -> int:
-    """Pixels along one side of an image token, where any resolution is taken; 0: one size only."""
-    vision = config.get("vision_config")
-    if not isinstance(vision, Mapping):
-        return 0
-    kind = str(config.get("model_type"))
-    if kind.startswith("qwen"):
-        return int(vision.get("patch_size") or 14) * int(vision.get("spatial_merge_size") or 2)
-    if vision.get("model_type") == "pixtral":
-        return int(vision.get("patch_size") or 16) * int(config.get("spatial_merge_size") or 1)
-    return 0
-
-
-def image_tokens(batch: Batch, config: Mapping[str, Any]) -> int:
-    """Tokens of one image: by its size, or as many as are usual."""
-    unit = image_unit(config)
-    if unit and batch.image_size is not None:
-        vision = config.get("vision_config") or {}  # Pixtral's processor rounds up
-        count = ceil if vision.get("model_type") == "pixtral" else round
-        high, wide = (max(1, count(extent / unit)) for extent in batch.image_size)
-        return int(high * wide)
-    return min(IMAGE_TOKENS, (batch.seq_len or 1) // (batch.images or 1))
+def image(batch: Batch, config: Mapping[str, Any]) -> Image | None:
+    """What an image of the batch becomes; None where all have one size."""
+    images, seq_len = batch.images or 1, batch.seq_len or 1
+    return image_of(config, batch.image_size, images=images, seq_len=seq_len)
 
 
 def _image_size(batch: Batch, config: Mapping[str, Any], filler: _Filler) -> None:
     """How many tokens an image takes; a size is refused where the model has one of its own."""
-    unit = image_unit(config)
-    if batch.image_size is not None and (len(batch.image_size) != 2 or min(batch.image_size) < 1):
+    size = batch.image_size
+    if size is not None and (len(size) != 2 or min(size) < 1):
         raise InputError(
-            f"batch.image_size has {len(batch.image_size)} numbers, or none above zero",
+            f"batch.image_size has {len(size)} numbers, or none above zero",
             remedy="write height and width in pixels: image_size: [448, 672]",
         )
-    if batch.image_size is not None and not unit:
-        raise InputError(
-            "this model's images have one size, or are cut into crops of one",
-            remedy="leave image_size out; count the crops of an image as batch.images",
-        )
-    if not unit:
+    made = image(batch, config)
+    if made is None:
+        if size is not None:
+            raise InputError(
+                "this model's images have one size, or are cut into crops of one",
+                remedy="leave image_size out; count the crops of an image as batch.images",
+            )
         return
-    tokens = image_tokens(batch, config)
-    if tokens * (batch.images or 1) > (batch.seq_len or 1):
+    if made.tokens * (batch.images or 1) > (batch.seq_len or 1):
         raise InputError(
-            f"{batch.images} images of {tokens:,} tokens in a sequence of {batch.seq_len:,}",
-            remedy="image tokens are part of the sequence: raise batch.seq_len",
+            f"{batch.images} images of {made.tokens:,} tokens in a sequence of {batch.seq_len:,}",
+            remedy="image tokens are part of the sequence: raise batch.seq_len, or show smaller "
+            "images (batch.image_size)",
         )
-    if batch.image_size is None:
-        source = f"any resolution: at most {IMAGE_TOKENS} tokens; batch.image_size says it"
+    if made.assumed:
+        source = f"{made.assumed}; batch.image_size says it"
         filler.assumptions.append(
-            Assumption(key="batch.images", value=f"{tokens} tokens each", source=source)
+            Assumption(key="batch.images", value=f"{made.tokens} tokens each", source=source)
         )
 
 

@@ -181,7 +181,8 @@ def _attend(
     if choice == "flash" and masked:
         return _without_padding(q, k, v, heads, seen, by_head=by_head)
     if masked and choice == "efficient":
-        mask = _padded(ops.autocast(additive(mask, q.tape, q.dtype)), q.tape, seen[1])
+        rows = mask.rows if seen[1] and mask is not None else None  # of patches
+        mask = _padded(ops.autocast(additive(mask, q.tape, q.dtype, rows)), q.tape, seen[1])
     if env.ring > 1 and choice == "flash" and heads.causal:
         out = _ring(q, k, v, heads)
     else:
@@ -213,7 +214,7 @@ def _without_padding(
 
     All tokens are taken for such. Source: transformers, ``modeling_flash_attention_utils.py``.
     """
-    index = q.tape.tensor(TOKENS, 1, "int64", "token index")
+    index = q.tape.tensor(q.rows, 1, "int64", "token index")
     if by_head:
         q, k = ops.copy(q), ops.copy(k)
     q, k, v = (ops.gather(t, index=index) for t in (q, k, v))
@@ -256,15 +257,16 @@ def pairs(tape: Tape) -> Size:
     return SCORES if tape.prefix is None else SCORES + TOKENS * tape.prefix.tokens
 
 
-def additive(mask: Tensor | None, tape: Tape, dtype: str) -> Tensor:
+def additive(mask: Tensor | None, tape: Tape, dtype: str, rows: Size | None = None) -> Tensor:
     """SDPA turns a boolean mask into an additive one of (b, 1, s, s), in every layer anew.
 
     Source: aten/src/ATen/native/transformers/attention.cpp, ``convert_boolean_attn_mask``.
     """
     if mask is not None and mask.dtype != "bool":
         return mask
-    inverse = tape.tensor(pairs(tape), 1, "bool", "inverted mask")
-    bias = tape.tensor(pairs(tape), 1, dtype, "additive mask")
+    rows = pairs(tape) if rows is None else rows
+    inverse = tape.tensor(rows, 1, "bool", "inverted mask")
+    bias = tape.tensor(rows, 1, dtype, "additive mask")
     del inverse
     return bias
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ftplan.dataclass import dataclass
 from ftplan.dtypes import Format
 from ftplan.memory.env import Environment
+from ftplan.memory.images import Image
 from ftplan.memory.optimizer import OptimizerSpec
 
 if TYPE_CHECKING:
@@ -225,8 +226,8 @@ class Job:
     """All of them are on the GPU before the first one's forward."""
     images: int = 0
     """Images per sequence; their tokens are part of ``seq_len``."""
-    image_tokens: int = 0
-    """Tokens of one image where the model takes any resolution."""
+    image: Image = Image()
+    """What each of them becomes, where a model's images differ in size."""
     eval_micro: int = 0
     """Sequences per GPU in evaluation; 0: it is not sized."""
     checkpoint_every: int = 0

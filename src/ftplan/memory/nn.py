@@ -16,6 +16,7 @@ from typing import Any
 from ftplan.dataclass import dataclass
 from ftplan.errors import UnsupportedError
 from ftplan.memory import fused, ops
+from ftplan.memory.images import Image
 from ftplan.memory.tape import ONE, SEQ, TOKENS, Parameter, Size, Tape, Tensor
 
 __all__ = [
@@ -485,8 +486,8 @@ class Network(Module):
         """
         return []
 
-    def show(self, images: int, tokens: int, *, checkpointed: bool) -> None:
-        """Put ``images`` in each sequence, of ``tokens`` each where the config leaves it open."""
+    def show(self, images: int, image: Image, *, checkpointed: bool) -> None:
+        """Put ``images`` in each sequence; ``image``: of what size, where it is left open."""
         raise UnsupportedError(
             "images in the batch of this model",
             remedy="leave batch.images out: no tower of this model is run",

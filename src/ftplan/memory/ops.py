@@ -41,6 +41,7 @@ __all__ = [
     "fit",
     "layer_norm",
     "linear",
+    "masked_fill",
     "matmul",
     "mean",
     "mean_square",
@@ -446,6 +447,20 @@ def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return tuple(make(grad) for make in makers)
 
     record([out], "where", [a, b], apply)
+    return out
+
+
+def masked_fill(x: Tensor, mask: Tensor) -> Tensor:
+    """A number in place of some of a tensor's: keeps the mask."""
+    out = x.tape.tensor(x.rows, x.width, x.dtype, "masked_fill")
+    saved = mask
+    make = like(x.rows, x.width, x.dtype, x.requires_grad)
+
+    def apply(grad: Tensor) -> Grads:
+        _kept = saved
+        return (make(grad),)
+
+    record([out], "masked_fill", [x], apply)
     return out
 
 

@@ -38,7 +38,7 @@ def prepare(job: Job) -> Network:
     if job.sharding.tp > 1 and not job.sharding.planned:
         refuse_whole_attention(network, job.config)
     if job.images:
-        network.show(job.images, job.image_tokens, checkpointed=job.checkpoint_every > 0)
+        network.show(job.images, job.image, checkpointed=job.checkpoint_every > 0)
     if job.task == "embed":
         network.drop_head()
     if job.method == "partial":

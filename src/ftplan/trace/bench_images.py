@@ -25,6 +25,10 @@ __all__ = ["jobs", "main"]
 
 TEXT_ONLY: Mapping = {**LORA, "targets": ["gate_proj", "up_proj", "down_proj"]}
 """Targets that no tower here has: it stays frozen, whole."""
+TEXT_BY_PATH: Mapping = {**LORA, "targets": r".*language_model.*\.(gate|up|down)_proj"}
+"""The same where a tower has modules of these names too; in Gemma 4 PEFT adapts none of them."""
+NO_ROUTER: Mapping = {**LORA, "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]}
+"""Linear layers of a tower and of attention: all-linear takes Llama 4's router too, and fails."""
 WAYS: dict[str, Mapping] = {
     "full": {"method": FULL, "precision": BF16},
     "full-autocast-checkpointed": {
@@ -38,6 +42,13 @@ MODELS: dict[str, tuple[int, tuple[int, int] | None]] = {
     "llava-1.5-7b": (640, None),
     "gemma-3-4b": (512, None),
     "paligemma-3b": (512, None),
+    "llava-1.6-7b": (2048, (336, 500)),
+    "llava-onevision-0.5b": (3584, (600, 500)),
+    "glm-4.1v-9b": (512, (224, 336)),
+    "llama-4-scout": (512, None),
+    "kimi-k2.5": (512, (224, 336)),
+    "gemma-4-e2b": (512, (480, 640)),
+    "gemma-4-31b": (512, (480, 640)),
     "internvl3-1b": (512, None),
     "qwen2-vl-2b": (512, (224, 336)),
     "qwen2.5-vl-3b": (512, (224, 336)),
@@ -68,6 +79,7 @@ _OTHERS = (
     "video_token_id", "vision_start_token_id", "vision_end_token_id", "boi_token_index",
     "eoi_token_index",
 )  # fmt: skip
+_NEWER = (*_OTHERS, "audio_token_id", "image_start_token_id", "image_end_token_id")
 
 
 def cut(config: Mapping) -> Mapping:
@@ -79,6 +91,8 @@ def cut(config: Mapping) -> Mapping:
         types = text["layer_types"]
         mixed = "linear_attention" in types  # whose last two are one of each
         text["layer_types"] = types[-BLOCKS:] if mixed else types[:BLOCKS]
+    if "vocab_size_per_layer_input" in text:
+        text["vocab_size_per_layer_input"] = VOCABULARY
     if "cross_attention_layers" in text:
         text |= {"cross_attention_layers": [BLOCKS - 1], "pad_token_id": 0}
     vision |= {key: TOWER for key in ("depth", "num_hidden_layers") if key in vision}
@@ -89,9 +103,20 @@ def cut(config: Mapping) -> Mapping:
         vision["fullatt_block_indexes"] = [TOWER - 1]
     if "deepstack_visual_indexes" in vision:
         vision["deepstack_visual_indexes"] = [0, 1]
+    if config["model_type"] == "llama4":
+        text["num_local_experts"] = 2
+    if "n_routed_experts" in text:
+        text |= {"n_routed_experts": 4, "num_experts_per_tok": 2}
+    if config.get("audio_config"):
+        config["audio_config"] |= {"num_hidden_layers": TOWER}
+    if text.get("num_kv_shared_layers"):  # the last ones, of kinds that others are too
+        kinds = ["sliding_attention", "full_attention"]
+        text |= {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": kinds * 2}
     config |= {"image_token_id": _TOKEN, "image_token_index": _TOKEN}
     if config["model_type"].startswith(("qwen", "gemma3")):
         config |= dict.fromkeys(_OTHERS, _OTHER)
+    if config["model_type"].startswith(("gemma4", "glm4", "kimi")):
+        config |= dict.fromkeys(_NEWER, _OTHER)
     return config
 
 
@@ -126,6 +151,10 @@ def _plan(model: str, way: str, batch: Mapping) -> Mapping:
         "sharding": {"kind": "none"},
     }  # fmt: skip
     plan.setdefault("gradient_checkpointing", False)
+    if plan["method"] is LORA and model.startswith("llama-4"):
+        plan["method"] = NO_ROUTER
+    if plan["method"] is TEXT_ONLY and model.startswith(("gemma-4", "glm-4")):
+        plan["method"] = TEXT_BY_PATH
     return plan
 
 

@@ -37,7 +37,7 @@ from ftplan.dataclass import dataclass
 from ftplan.spec import Plan
 from ftplan.trace import build, cuda
 from ftplan.trace.experts import spread_experts
-from ftplan.trace.images import image_batch
+from ftplan.trace.images import Unmultiplied, image_batch
 from ftplan.trace.job import Job, resolve
 from ftplan.trace.ledger import Entry, Ledger
 from ftplan.trace.losses import loss_of
@@ -174,9 +174,7 @@ def trace_job(
             model = build.build_model(job, build.model_config(config, layers))
             reference = _reference(job, config, layers)
         # images ask for values: such a job runs on real tensors
-        mode = (
-            contextlib.nullcontext() if job.images else FakeTensorMode(allow_non_fake_inputs=True)
-        )
+        mode = Unmultiplied() if job.images else FakeTensorMode(allow_non_fake_inputs=True)
         with mode, ledger:
             build.materialize(model)
             if reference is not None:
@@ -416,7 +414,9 @@ def _fetched(job: Job, model: Any, ledger: Ledger) -> dict[str, Any]:
     """A micro batch on the device, where the loop holds it until the step has ended."""
     batch = batch_of(job)
     if job.images:
-        batch |= image_batch(model.config, batch["input_ids"], job.images, job.image_size)
+        dtype = model.dtype if job.mixed == "no" else torch.float32
+        ids = batch["input_ids"]
+        batch |= image_batch(model.config, ids, job.images, job.image_size, dtype)
     ledger.mark([t for t in batch.values() if t is not None], "inputs")
     return batch
 

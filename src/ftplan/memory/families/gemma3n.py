@@ -14,7 +14,8 @@ from typing import Any
 from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
 from ftplan.memory.families.decoder import MLP, Config, Decoder, Rope, filled
-from ftplan.memory.families.gemma4 import FULL, SLIDING, Attention, Norm, sharing
+from ftplan.memory.families.gemma4 import FULL, SLIDING, Attention, sharing
+from ftplan.memory.families.gemma4_towers import Norm
 from ftplan.memory.families.llama import ScaledEmbedding
 from ftplan.memory.families.patches import Conv, Tower, plant, weight
 from ftplan.memory.families.vision import VisionLanguage

@@ -1,43 +1,26 @@
 """Gemma 4: layers of two kinds of attention that may share keys and values, an input of its own for
 each layer, experts beside the MLP.
 
-Source: transformers 5.23.0, models/gemma4/modeling_gemma4.py. Towers of images and sound are
-counted; what is not there is not run.
+Source: transformers 5.23.0, models/gemma4/modeling_gemma4.py.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from ftplan.memory import fused, ops
+from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend
 from ftplan.memory.experts import Experts, Routing, gather_rows, normalize_, topk
 from ftplan.memory.families.decoder import MLP, Config, Decoder, Rope, filled
+from ftplan.memory.families.gemma4_towers import ImageTower, Norm, sound_tower
 from ftplan.memory.families.llama import ScaledEmbedding, rotate
-from ftplan.memory.families.patches import Conv, Tower, plant, weight
+from ftplan.memory.families.patches import plant
 from ftplan.memory.families.vision import VisionLanguage
-from ftplan.memory.nn import LayerNorm, Linear, Module, Network, Shared, activation
-from ftplan.memory.tape import Parameter, Tape, Tensor
+from ftplan.memory.images import Image
+from ftplan.memory.nn import Linear, Module, Shared, activation
+from ftplan.memory.tape import SCORES, Parameter, Tape, Tensor
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-
-
-class Norm(Module):
-    """RMSNorm in fp32, by a power of the mean square."""
-
-    def __init__(self, width: int, *, scaled: bool = True) -> None:
-        super().__init__()
-        self.weight = self.parameter("weight", width) if scaled else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = x.tape.leaf(self.weight) if self.weight else None
-        if x.tape.env.kernels.norm:
-            return fused.rms_norm(x, weight)
-        hidden = ops.to(x, "fp32")
-        hidden = ops.mul(hidden, ops.power(ops.shift(ops.mean_square(hidden))))
-        if weight is not None:
-            hidden = ops.mul(hidden, ops.to(weight, "fp32"))
-        return ops.to(hidden, x.dtype)
 
 
 def layer_types(config: Config) -> list[str]:
@@ -230,15 +213,25 @@ class Gemma4(Decoder):
 
     def enter(self, tape: Tape, shared: Shared) -> Tensor:
         """Embed, and make what each layer is given for itself."""
+        return self.given(tape, shared, *self.embedded(tape, shared))
+
+    def embedded(self, tape: Tape, shared: Shared) -> tuple[Tensor, Tensor | None]:
+        """Rows of the tables of all layers, and of what each layer has for itself."""
         x = self.body.embed(tape)
-        if self.own:
-            if self.wrapped:  # embeddings without images' places
-                shared.held.append(_without_images(x))
-            table = self.body.children["embed_tokens_per_layer"].forward(tape)
-            if self.wrapped:
-                shared.held.append(table)
+        if not self.own:
+            return x, None
+        if self.wrapped:  # embeddings without images' places
+            shared.held.append(_without_images(x))
+        table = self.body.children["embed_tokens_per_layer"].forward(tape)
+        if self.wrapped:
+            shared.held.append(table)
+        return x, table
+
+    def given(self, tape: Tape, shared: Shared, x: Tensor, table: Tensor | None) -> Tensor:
+        """What the blocks are handed, made of the embeddings."""
+        if table is not None:
             shared.layer_inputs = [self.layer_inputs(x, table)]
-            del table
+        del table
         self.prepare(tape, shared, x.dtype)
         return x
 
@@ -258,86 +251,61 @@ def _without_images(x: Tensor) -> Tensor:
     return ops.where(mask, x, x)
 
 
-def gemma4(raw: Config) -> Network:
-    """``Gemma4ForConditionalGeneration``: beside the text, towers that nothing is shown to."""
-    config = filled(raw)
-    text = filled(raw.get("text_config") or {}, "gemma4_text")
-    language = Gemma4({**text, "tie_word_embeddings": False})
-    language.wrapped = True
-    network = VisionLanguage(
-        language, Tower(), tied=bool(config.get("tie_word_embeddings", True)),
-        tower_name="vision_tower", text_name="language_model",
-    )  # fmt: skip
-    network.shows = False
-    network.buffer_elements = language.buffer_elements
-    wide = text["hidden_size"]
-    vision = filled(raw.get("vision_config") or {}, "gemma4_vision")
-    image_tower(network.tower, vision)
-    plant(network.model, "embed_vision.embedding_projection", Linear(vision["hidden_size"], wide))
-    if raw.get("audio_config"):
-        sound = filled(raw.get("audio_config") or {}, "gemma4_audio")
-        plant(network.model, "audio_tower", sound_tower(sound))
-        inner = sound["output_proj_dims"]
-        plant(network.model, "embed_audio.embedding_projection", Linear(inner, wide))
-    return network
+class Gemma4WithTowers(VisionLanguage):
+    """``Gemma4ForConditionalGeneration``; nothing is shown to the tower of sound."""
+
+    def __init__(self, raw: Config) -> None:
+        config = filled(raw)
+        text = filled(raw.get("text_config") or {}, "gemma4_text")
+        vision = filled(raw.get("vision_config") or {}, "gemma4_vision")
+        language = Gemma4({**text, "tie_word_embeddings": False})
+        language.wrapped = True
+        tower = ImageTower(vision)
+        super().__init__(
+            language, tower, tied=bool(config.get("tie_word_embeddings", True)),
+            tower_name="vision_tower", text_name="language_model",
+        )  # fmt: skip
+        self.language, self.padded = [language], [tower]
+        self.buffer_elements = language.buffer_elements
+        self.joins, self.caches = True, False
+        self.bidirectional = text.get("use_bidirectional_attention") == "vision"
+        wide = text["hidden_size"]
+        projection = Linear(vision["hidden_size"], wide)
+        plant(self.model, "embed_vision.embedding_projection", projection)
+        self.normed = [Norm(vision["hidden_size"], scaled=False)]
+        if raw.get("audio_config"):
+            sound = filled(raw.get("audio_config") or {}, "gemma4_audio")
+            plant(self.model, "audio_tower", sound_tower(sound))
+            inner = sound["output_proj_dims"]
+            plant(self.model, "embed_audio.embedding_projection", Linear(inner, wide))
+
+    def show(self, images: int, image: Image, *, checkpointed: bool) -> None:
+        """Put ``images`` in each sequence."""
+        super().show(images, image, checkpointed=checkpointed)
+        self.padded[0].tokens = image.tokens
+
+    def further_inputs(self) -> list[Module]:
+        """The tower's class tells nobody where its embeddings are."""
+        return []
+
+    def enter(self, tape: Tape, shared: Shared) -> Tensor:
+        """Embed; put image features in place; what each layer is given is made of both."""
+        if not self.images:
+            return super().enter(tape, shared)
+        language = self.language[0]
+        x, table = language.embedded(tape, shared)
+        x = self.placed(tape, shared, x)
+        x = language.given(tape, shared, x, table)
+        if self.bidirectional and tape.env.attention != "flash":  # within a window, no further
+            dtype = x.dtype if tape.env.attention == "eager" else "bool"
+            shared.masks[SLIDING] = tape.tensor(SCORES, 1, dtype, "mask")
+        return x
+
+    def project(self, x: Tensor) -> Tensor:
+        """``Gemma4MultimodalEmbedder``."""
+        linear = self.model.child("embed_vision.embedding_projection")
+        assert isinstance(linear, Linear)
+        return linear.forward(self.normed[0].forward(x))
 
 
-def image_tower(tower: Tower, config: Config) -> None:
-    """``Gemma4VisionModel``: names and shapes."""
-    hidden, inner, patch = config["hidden_size"], config["intermediate_size"], config["patch_size"]
-    size, bias = config["head_dim"], bool(config.get("attention_bias"))
-    wide, narrow = (config[f"num_{name}_heads"] * size for name in ("attention", "key_value"))
-    table = config["position_embedding_size"]
-    weight(tower, "patch_embedder.position_embedding_table", 2, table, hidden)
-    plant(tower, "patch_embedder.input_proj", Linear(3 * patch**2, hidden))
-    for layer in range(config["num_hidden_layers"]):
-        root = plant(tower, f"encoder.layers.{layer}", Module())
-        for name, (width_in, width_out) in {
-            "q": (hidden, wide), "k": (hidden, narrow), "v": (hidden, narrow), "o": (wide, hidden),
-        }.items():  # fmt: skip
-            linear = Linear(width_in, width_out, bias=bias)
-            plant(root, f"self_attn.{name}_proj.linear", linear)
-        plant(root, "self_attn.q_norm", Norm(size))
-        plant(root, "self_attn.k_norm", Norm(size))
-        plant(root, "mlp.gate_proj.linear", Linear(hidden, inner))
-        plant(root, "mlp.up_proj.linear", Linear(hidden, inner))
-        plant(root, "mlp.down_proj.linear", Linear(inner, hidden))
-        for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            plant(root, f"{name}_layernorm", Norm(hidden))
-
-
-def sound_tower(config: Config) -> Module:
-    """``Gemma4AudioModel``: names and shapes."""
-    tower, hidden = Module(), config["hidden_size"]
-    counts = config.get("subsampling_conv_channels") or (128, 32)
-    channels = 1
-    for number, count in enumerate(counts):
-        path = f"subsample_conv_projection.layer{number}"
-        plant(tower, f"{path}.conv", Conv(channels, count, 3, 3, bias=False))
-        plant(tower, f"{path}.norm", LayerNorm(count, bias=False))
-        channels = count
-    left = counts[0] // 4 * channels
-    plant(tower, "subsample_conv_projection.input_proj_linear", Linear(left, hidden))
-    for layer in range(config["num_hidden_layers"]):
-        root = plant(tower, f"layers.{layer}", Module())
-        for name in ("feed_forward1", "feed_forward2"):
-            plant(root, f"{name}.ffw_layer_1.linear", Linear(hidden, 4 * hidden))
-            plant(root, f"{name}.ffw_layer_2.linear", Linear(4 * hidden, hidden))
-            plant(root, f"{name}.pre_layer_norm", Norm(hidden))
-            plant(root, f"{name}.post_layer_norm", Norm(hidden))
-        weight(root, "self_attn.per_dim_scale", hidden // config["num_attention_heads"])
-        for name in ("q_proj", "k_proj", "v_proj", "post"):
-            plant(root, f"self_attn.{name}.linear", Linear(hidden, hidden))
-        plant(root, "self_attn.relative_k_proj", Linear(hidden, hidden))
-        plant(root, "lconv1d.linear_start.linear", Linear(hidden, 2 * hidden))
-        plant(root, "lconv1d.linear_end.linear", Linear(hidden, hidden))
-        weight(root, "lconv1d.depthwise_conv1d.weight", hidden, 1, config["conv_kernel_size"])
-        for name in ("lconv1d.pre_layer_norm", "lconv1d.conv_norm"):
-            plant(root, name, Norm(hidden))
-        for name in ("norm_pre_attn", "norm_post_attn", "norm_out"):
-            plant(root, name, Norm(hidden))
-    plant(tower, "output_proj", Linear(hidden, config["output_proj_dims"], bias=True))
-    return tower
-
-
-MODEL_TYPES: dict[str, Any] = {"gemma4_text": Gemma4, "gemma4": gemma4}
+MODEL_TYPES: dict[str, Any] = {"gemma4_text": Gemma4, "gemma4": Gemma4WithTowers}

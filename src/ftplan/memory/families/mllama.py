@@ -24,6 +24,7 @@ from ftplan.memory.families.patches import (
     with_class,
 )
 from ftplan.memory.families.vision import VisionLanguage
+from ftplan.memory.images import Image
 from ftplan.memory.nn import Embedding, LayerNorm, Linear, Module, RMSNorm, Shared
 from ftplan.memory.tape import BATCH, TOKENS, Size, Tape, Tensor
 
@@ -142,9 +143,9 @@ class Mllama(VisionLanguage):
         projector = Linear(vision["vision_output_dim"], text["hidden_size"], bias=True)
         plant(self, "model.multi_modal_projector", projector)
 
-    def show(self, images: int, tokens: int, *, checkpointed: bool) -> None:
+    def show(self, images: int, image: Image, *, checkpointed: bool) -> None:
         """Put ``images`` in each sequence: they take no tokens, and their blocks run."""
-        super().show(images, tokens, checkpointed=checkpointed)
+        super().show(images, image, checkpointed=checkpointed)
         self.language[0].sees = True
         stack = self.stages[0].stack
         stack.hands_on = True  # the last cross block is the first to have a gradient of the image

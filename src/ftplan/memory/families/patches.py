@@ -14,7 +14,7 @@ from ftplan.memory import ops
 from ftplan.memory.attention import Heads, attend
 from ftplan.memory.checkpointing import checkpoint
 from ftplan.memory.families.llama import rotate
-from ftplan.memory.nn import LayerNorm, Linear, Module, RMSNorm, activation, rope_table
+from ftplan.memory.nn import LayerNorm, Linear, Module, activation, rope_table
 from ftplan.memory.tape import BATCH, CROSSED, ONE, Grads, Size, Tape, Tensor
 
 __all__ = [
@@ -59,17 +59,20 @@ class VisionBlock(Module):
     """A pre-norm transformer layer over patches. ``names`` of norms, attention and MLP parts."""
 
     def __init__(
-        self, hidden: int, inner: int, heads: int, *, norm: type[LayerNorm | RMSNorm] = LayerNorm,
+        self, hidden: int, inner: int, heads: int, *, norm: Callable[[int], Module] = LayerNorm,
         norms: tuple[str, str] = ("layer_norm1", "layer_norm2"), attn: str = "self_attn",
         fused: bool = False, qkv: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"),
         out: str = "out_proj", qkv_bias: bool = True, out_bias: bool = True, mlp: str = "mlp",
         mlp_names: tuple[str, ...] = ("fc1", "fc2"), mlp_bias: bool = True, act: str = "gelu",
-        scales: tuple[str, ...] = (), scale_width: int | None = None,
+        scales: tuple[str, ...] = (), scale_width: int | None = None, size: int | None = None,
+        kv_count: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        size = hidden // heads
-        self.turns: Literal["", "fp32", "own"] = ""
-        """Queries and keys are rotated: in fp32 (Qwen-VL), or in their own dtype (Pixtral)."""
+        size, kv_count = size or hidden // heads, kv_count or heads
+        wide, narrow = heads * size, kv_count * size
+        self.turns: Literal["", "fp32", "own", "complex"] = ""
+        """Queries and keys are rotated: in fp32 (Qwen-VL), in their own dtype (Pixtral), as complex
+        numbers (Llama 4)."""
         self.pieces = False
         """Images or windows are attended to one by one, and joined again."""
         self.reach = 0
@@ -77,15 +80,16 @@ class VisionBlock(Module):
         self.gated = len(scales) == 2 and scale_width == 1
         self.names_added = bool(scales) and not self.gated
         """What attention returned has a name until the block returns (InternVL)."""
-        self.heads = Heads(count=heads, kv_count=heads, size=size, value_size=size, causal=False)
+        self.heads = Heads(count=heads, kv_count=kv_count, size=size, value_size=size, causal=False)
         self.norms, self.act, self.fused, self.scales = norms, act, fused, scales
         for name in norms:
             setattr(self, name, norm(hidden))
         self.attn_paths = [f"{attn}.qkv"] if fused else [f"{attn}.{name}" for name in qkv]
-        for path in self.attn_paths:
-            plant(self, path, Linear(hidden, hidden * (3 if fused else 1), bias=qkv_bias))
+        widths = (3 * wide,) if fused else (wide, narrow, narrow)
+        for path, width in zip(self.attn_paths, widths, strict=True):
+            plant(self, path, Linear(hidden, width, bias=qkv_bias))
         self.out_path = f"{attn}.{out}"
-        plant(self, self.out_path, Linear(hidden, hidden, bias=out_bias))
+        plant(self, self.out_path, Linear(wide, hidden, bias=out_bias))
         self.mlp_paths = [f"{mlp}.{name}" for name in mlp_names]
         for path in self.mlp_paths[:-1]:
             plant(self, path, Linear(hidden, inner, bias=mlp_bias))
@@ -100,13 +104,17 @@ class VisionBlock(Module):
         if q.tape.env.attention != "eager":
             out = attend(q, k, v, heads, mask, reach=self.reach, by_head=self.turns == "own")
             return ops.copy(out, "windows joined") if self.pieces else out
+        k, v = (ops.expand_heads(t, heads.groups) for t in (k, v))
         rows, width = q.rows, heads.count * self.reach
         if mask is not None:
             rows, width = mask.rows, heads.count
         weights = ops.scale(ops.matmul(q, k, rows, width, "scores", inner=heads.size))
         if mask is not None:
             weights = ops.add(weights, mask)
-        weights = ops.to(ops.softmax(weights, "fp32"), q.dtype)
+        if self.turns == "complex":  # Llama 4's own: autocast decides
+            weights = ops.softmax(ops.autocast_fp32(weights))
+        else:
+            weights = ops.to(ops.softmax(weights, "fp32"), q.dtype)
         width = heads.count * heads.size
         out = ops.copy(ops.matmul(weights, v, q.rows, width, "attention", inner=self.reach))
         return ops.copy(out, "windows joined") if self.pieces else out
@@ -126,7 +134,9 @@ class VisionBlock(Module):
         else:
             q, k, v = (self.linear(path, x) for path in self.attn_paths)
         if self.turns == "fp32":
-            q, k = _turned(q), _turned(k)
+            q, k = _turned(q, beside.rope), _turned(k, beside.rope)
+        elif self.turns == "complex":
+            q, k = _multiplied(q, k)
         elif self.turns:
             assert beside.rope is not None
             q, k = rotate(q, *beside.rope), rotate(k, *beside.rope)
@@ -160,12 +170,22 @@ class VisionBlock(Module):
         return ops.mul(ops.unary(scale, "tanh", "output") if self.gated else scale, x)
 
 
-def _turned(x: Tensor) -> Tensor:
+def _turned(x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
     """``apply_rotary_pos_emb_vision``: up to fp32, rotated, and back."""
     dtype = x.dtype
     x = ops.to(x, "fp32")
+    if rope is not None:
+        return ops.to(rotate(x, *rope), dtype)
     half = ops.cat((ops.neg(ops.part(x, x.width // 2)), ops.part(x, x.width // 2)))
     return ops.to(ops.add(ops.scale(x), ops.scale(half)), dtype)
+
+
+def _multiplied(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """``vision_apply_rotary_emb``: both up to fp32, times complex numbers, and back."""
+    dtype = q.dtype
+    q, k = ops.to(q, "fp32"), ops.to(k, "fp32")
+    turned = ops.scale(q), ops.scale(k)
+    return ops.to(turned[0], dtype), ops.to(turned[1], dtype)
 
 
 class Conv(Module):
@@ -175,6 +195,9 @@ class Conv(Module):
     """
 
     transposed = False
+    channels_last = False
+    """Its input lies patch by patch, channels last, and so does its weight's gradient, which
+    autograd lays out anew (torch/csrc/autograd/functions/accumulate_grad.h)."""
 
     def __init__(self, channels: int, out: int, *window: int, bias: bool) -> None:
         super().__init__()
@@ -188,6 +211,7 @@ class Conv(Module):
     def forward(self, x: Tensor) -> Tensor:
         tape = x.tape
         flat = tape.leaf(self.weight)
+        flat = _laid_out(flat) if self.channels_last else flat
         matrix = flat.alias(ONE * self.out_features, self.in_features)
         matrix.requires_grad, matrix.node = flat.requires_grad, flat.node
         x, matrix = ops.autocast(x), ops.autocast(matrix)
@@ -208,6 +232,14 @@ class Conv(Module):
 
         ops.record([out], "convolution", inputs, apply)
         return out
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    """A weight whose gradient is copied into its own layout."""
+    out = weight.alias()
+    make = ops.like(weight.rows, weight.width, weight.dtype, weight.requires_grad)
+    ops.record([out], "layout", [weight], lambda grad: (make(grad),))
+    return out
 
 
 class Tower(Module):

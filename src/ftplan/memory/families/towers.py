@@ -1,7 +1,7 @@
 """The towers of vision-language models, one function for each class of transformers.
 
-Source: transformers 5.23.0, models/{clip,siglip,pixtral,qwen2_vl,qwen2_5_vl,qwen3_vl,internvl,
-llama4}/modeling_*.py.
+Source: transformers 5.23.0, models/{clip,siglip,pixtral,qwen2_vl,qwen2_5_vl,qwen3_vl,
+internvl}/modeling_*.py.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ftplan.memory import ops
 from ftplan.memory.families.decoder import Config
 from ftplan.memory.families.mixture import act
 from ftplan.memory.families.patches import (
+    Beside,
     Crops,
     Tower,
     VisionBlock,
@@ -20,9 +22,10 @@ from ftplan.memory.families.patches import (
     stack_blocks,
     weight,
 )
-from ftplan.memory.nn import Embedding, LayerNorm, Linear, Module, RMSNorm
+from ftplan.memory.nn import Embedding, LayerNorm, Linear, RMSNorm
+from ftplan.memory.tape import BATCH, ONE, Grads, Size, Tape, Tensor
 
-__all__ = ["llama4_tower", "vision_tower"]
+__all__ = ["vision_tower"]
 
 
 def clip(config: Mapping[str, Any]) -> Tower:
@@ -195,23 +198,63 @@ def intern(config: Mapping[str, Any]) -> Tower:
     return tower
 
 
-def moon(config: Mapping[str, Any]) -> Tower:
-    """``Kimi_K25VisionModel``: names and shapes."""
-    tower, hidden, patch = Tower(), config["hidden_size"], config["patch_size"]
-    embed_patches(tower, "patch_embed.proj", 3, hidden, patch, patch, bias=True)
-    weight(
-        tower, "patch_embed.pos_emb.position_embeddings", config["pos_emb_height"],
-        config["pos_emb_width"], hidden,
-    )  # fmt: skip
-    stack_blocks(
-        tower, "layers", config["num_hidden_layers"],
-        lambda: VisionBlock(
-            hidden, config["intermediate_size"], config["num_attention_heads"],
-            norms=("norm1", "norm2"), attn="attn", out="proj", act=act(config),
-        ),
-    )  # fmt: skip
-    plant(tower, "final_layernorm", LayerNorm(hidden))
-    return tower
+class MoonTower(Tower):
+    """``Kimi_K25VisionModel``: images of any size, learned positions sampled for each patch."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.hidden, patch = config["hidden_size"], config["patch_size"]
+        high, wide = config["pos_emb_height"], config["pos_emb_width"]
+        self.positions = high * wide
+        embed_patches(self, "patch_embed.proj", 3, self.hidden, patch, patch, bias=True)
+        weight(self, "patch_embed.pos_emb.position_embeddings", high, wide, self.hidden)
+        stack_blocks(
+            self, "layers", config["num_hidden_layers"],
+            lambda: VisionBlock(
+                self.hidden, config["intermediate_size"], config["num_attention_heads"],
+                norms=("norm1", "norm2"), attn="attn", out="proj", act=act(config),
+            ),
+        )  # fmt: skip
+        for block in self.in_order:
+            block.turns, block.pieces = "fp32", True
+        self.final_layernorm = LayerNorm(self.hidden)
+        down, across = config.get("merge_kernel_size") or (2, 2)
+        self.merge = down * across
+
+    def pixel_values(self, tape: Tape, images: int) -> list[Tensor]:
+        """In fp32 under autocast; else somebody has cast them, for the model does not."""
+        dtype = "fp32" if tape.env.autocast else self.patch.weight.dtype
+        return [tape.tensor(BATCH * (images * self.patches), self.pixels, dtype, "pixel values")]
+
+    def forward(self, pixels: Tensor, images: int) -> Tensor:
+        """Features of all patches."""
+        rows = BATCH * (images * self.patches)
+        x = self.patch.forward(pixels)
+        x = ops.add(x, ops.to(self._positions(x.tape, rows), x.dtype))
+        size = self.in_order[0].heads.size
+        cos, sin = (x.tape.tensor(rows, size, "fp32", "rope") for _ in range(2))
+        beside = Beside((cos, sin))
+        for block in self.in_order:
+            block.reach = self.patches
+            x = self._run(block, x, beside)
+        return self.final_layernorm.forward(x)
+
+    def _positions(self, tape: Tape, rows: Size) -> Tensor:
+        """Sixteen rows of the table, weighted (``embedding_bag``), and a sinusoid of time."""
+        leaf = tape.leaf(self.child("patch_embed.pos_emb").parameters["position_embeddings"])
+        table = leaf.alias(ONE * self.positions, self.hidden)
+        table.requires_grad, table.node = leaf.requires_grad, leaf.node
+        taps = [tape.tensor(rows, 16, dtype, "taps") for dtype in ("int64", table.dtype)]
+        out = tape.tensor(rows, self.hidden, table.dtype, "embedding_bag")
+        bags = tape.tensor(rows, 16, "int64", "bags")
+        make = ops.like(table.rows, table.width, table.dtype, table.requires_grad)
+
+        def apply(grad: Tensor) -> Grads:
+            _kept = taps, bags
+            return (make(grad),)
+
+        ops.record([out], "embedding_bag", [table], apply)
+        return ops.add(out, tape.tensor(rows, self.hidden, "fp32", "time"))
 
 
 def ernie(config: Mapping[str, Any]) -> Tower:
@@ -244,28 +287,7 @@ def vision_tower(config: Config) -> Tower:
     if kind == "internvl_vision":
         return intern(config)
     if kind == "kimi_k25_vision":
-        return moon(config)
+        return MoonTower(config)
     if kind == "ernie4_5_vl_moe_vision":
         return ernie(config)
     return qwen_visual(config, kind.removesuffix("_vision"))
-
-
-def llama4_tower(config: Mapping[str, Any]) -> Module:
-    """``Llama4VisionModel``: names and shapes."""
-    root, hidden, patch = Module(), config["hidden_size"], config["patch_size"]
-    inner, mlp_out = config["intermediate_size"], config["projector_output_dim"]
-    count = (config["image_size"] // patch) ** 2 + 1
-    weight(root, "class_embedding", hidden)
-    weight(root, "positional_embedding_vlm", count, hidden)
-    plant(root, "patch_embedding.linear", Linear(config["num_channels"] * patch**2, hidden))
-    for name in ("layernorm_pre", "layernorm_post"):
-        plant(root, name, LayerNorm(hidden))
-    for layer in range(config["num_hidden_layers"]):
-        block = VisionBlock(
-            hidden, inner, config["num_attention_heads"], out="o_proj",
-            norms=("input_layernorm", "post_attention_layernorm"),
-        )  # fmt: skip
-        plant(root, f"model.layers.{layer}", block)
-    plant(root, "vision_adapter.mlp.fc1", Linear(inner, config["projector_input_dim"]))
-    plant(root, "vision_adapter.mlp.fc2", Linear(config["projector_input_dim"], mlp_out))
-    return root

@@ -8,10 +8,9 @@ Source: transformers 5.23.0, models/<type>/modeling_<type>.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftplan.errors import UnsupportedError
 from ftplan.memory import families, ops
 from ftplan.memory.attention import KeptStates
 from ftplan.memory.families.decoder import (
@@ -25,10 +24,11 @@ from ftplan.memory.families.decoder import (
     head_size,
 )
 from ftplan.memory.families.mixture import act, qwen_kind, qwen_mixture
-from ftplan.memory.families.patches import Tower, divided, grouped, merged, plant, run_linear
+from ftplan.memory.families.patches import Tower, divided, grouped, merged, run_linear
 from ftplan.memory.families.projectors import pooled, projector, scattered, stacked
-from ftplan.memory.families.towers import llama4_tower, vision_tower
-from ftplan.memory.nn import LayerNorm, Linear, Module, Network, Shared, Stage, activation
+from ftplan.memory.families.towers import vision_tower
+from ftplan.memory.images import Image
+from ftplan.memory.nn import LayerNorm, Module, Network, Shared, Stage, activation
 from ftplan.memory.tape import BATCH, SCORES, Tape, Tensor
 
 __all__ = ["MODEL_TYPES", "VisionLanguage"]
@@ -70,6 +70,8 @@ class VisionLanguage(Network):
         """The tower's forward is modelled."""
         self.joins = False
         """The features of all images are joined into one tensor."""
+        self.returns_features = True
+        """Features are among the outputs (``image_hidden_states``), and live as long."""
         self.caches = True
         """Keys and values fill a cache: the Trainer turns it off in the wrapper's config alone
         (``model.config.use_cache``), and the language model looks into its own."""
@@ -86,18 +88,24 @@ class VisionLanguage(Network):
         if self.bidirectional:
             for name in shared.masks:
                 shared.masks[name] = self._image_mask(tape, x.dtype)
+        return self.placed(tape, shared, x)
+
+    def placed(self, tape: Tape, shared: Shared, x: Tensor) -> Tensor:
+        """Image features in the places of image tokens."""
         found = self.features(tape, x.dtype)
         shared.held += found
+        if self.returns_features:
+            tape.cached.append(found[-1].alias())
         return scattered(x, found[-1])
 
     def features(self, tape: Tape, dtype: str) -> list[Tensor]:
         """What the tower makes of the images and ``forward`` has names for; the last is what takes
         the places of image tokens."""
         tower = self.tower
-        picked = tower.picked(self.pixels or tower.pixel_values(tape, self.images))
+        picked = self.picked(self.pixels or tower.pixel_values(tape, self.images))
         self.pixels = []
         returned = tower.forward(picked[0], self.images)
-        features = self.project(tower.chosen[0] if tower.chosen else returned)
+        features = self.packed(self.project(tower.chosen[0] if tower.chosen else returned))
         del picked
         found = [returned, *tower.chosen, features, *tower.stacked]
         tower.chosen.clear()
@@ -105,24 +113,32 @@ class VisionLanguage(Network):
             features = ops.copy(features, "cat")
         return [*found, ops.to(features, dtype)]
 
+    def picked(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """What the wrapper makes of the caller's tensors and holds until it has features."""
+        return self.tower.picked(pixels)
+
+    def packed(self, x: Tensor) -> Tensor:
+        """What becomes of projected features before the images are joined: nothing, usually."""
+        return x
+
     def leave(self, x: Tensor, shared: Shared) -> Tensor:
         """The text's final norm; the deep stack's features go with the model's forward."""
         x = self.text.stages[0].leave(x, shared)
         self.tower.stacked.clear()
         return x
 
-    def show(self, images: int, tokens: int, *, checkpointed: bool) -> None:
-        """Put ``images`` in each sequence, of ``tokens`` each where the config leaves it open."""
+    def show(self, images: int, image: Image, *, checkpointed: bool) -> None:
+        """Put ``images`` in each sequence; ``image``: of what size, where it is left open."""
         if not self.shows:
-            super().show(images, tokens, checkpointed=checkpointed)
+            super().show(images, image, checkpointed=checkpointed)
         self.images = images
         self.tower.checkpointed = checkpointed
         deep = len(self.tower.stacks)
         if deep:  # the first blocks are each followed by features of their own
             self.stages[0].stack.split(lambda layer: min(layer, deep))
         if not self.tower.patches:
-            self.tower.patches = tokens * self.tower.merge
-            self.image_tokens = tokens
+            self.tower.patches = image.tokens * self.tower.merge
+            self.image_tokens = image.tokens
 
     def after_block(self, layer: int, x: Tensor) -> Tensor:
         """Qwen3-VL's deep stack: features of a block of the tower onto the image tokens."""
@@ -286,12 +302,13 @@ _ONEVISION = {
 """Of a LLaVA-OneVision without a vision_config."""
 _SHOWN = (
     "llava", "gemma3", "paligemma", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
-    "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "idefics3", "smolvlm", "mistral3",
+    "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "idefics3", "smolvlm", "mistral3", "llava_next",
+    "llava_onevision", "kimi_k25",
 )  # fmt: skip
 """Wrappers whose tower is run; the others' weights are counted."""
 _JOINED = (
-    "llava", "llava_next", "mistral3", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
-    "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
+    "llava", "llava_next", "llava_onevision", "mistral3", "idefics3", "smolvlm", "qwen2_vl",
+    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "kimi_k25",
 )  # fmt: skip
 """Wrappers that call ``torch.cat`` on the features of each image."""
 _HANDED_DOWN = ("idefics3", "smolvlm", "mistral3", "llava_next", "llava_onevision")
@@ -299,7 +316,7 @@ _HANDED_DOWN = ("idefics3", "smolvlm", "mistral3", "llava_next", "llava_onevisio
 _TEXT_TIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "glm4v")
 
 
-def vision_language(raw: Config) -> Network:
+def vision_language(raw: Config, made: type[VisionLanguage] = VisionLanguage) -> Network:
     """A wrapper by its ``model_type``."""
     config = filled(raw)
     kind = config["model_type"]
@@ -311,7 +328,7 @@ def vision_language(raw: Config) -> Network:
     tied = bool(config.get("tie_word_embeddings"))
     if kind in _TEXT_TIES:
         tied = tied or bool(text.get("tie_word_embeddings"))
-    network = VisionLanguage(
+    network = made(
         _text_network({**text, "tie_word_embeddings": False}), vision_tower(vision), tied=tied,
         tower_name=tower_name, text_name=text_name,
     )  # fmt: skip
@@ -320,9 +337,11 @@ def vision_language(raw: Config) -> Network:
     network.caches = kind not in (*_HANDED_DOWN, "kimi_k25")
     network.bidirectional = kind in ("gemma3", "paligemma")
     network.shows = kind in _SHOWN
+    network.returns_features = not kind.startswith(("qwen", "kimi"))
     network.image_tokens = _image_tokens(config, network.tower)
-    if kind in ("llava", "llava_next", "mistral3"):
-        layer = config.get("vision_feature_layer", -1 if kind == "mistral3" else -2)
+    if kind in ("llava", "llava_next", "llava_onevision", "mistral3"):
+        last = kind in ("llava_onevision", "mistral3")
+        layer = config.get("vision_feature_layer", -1 if last else -2)
         network.tower.layer = layer if isinstance(layer, int) else layer[-1]
     projector(network.model, config, text, vision)
     return network
@@ -343,39 +362,6 @@ def _image_tokens(config: Config, tower: Tower) -> int:
     return patches if tower.patches else 0
 
 
-class Llama4(Network):
-    """``Llama4ForConditionalGeneration``: a whole causal model beside the tower.
-
-    The tower's weights are counted; its forward is not modelled.
-    """
-
-    def __init__(self, raw: Config) -> None:
-        super().__init__()
-        config = filled(raw)
-        text = families.build(_text(raw, "llama4_text"))
-        vision = _sub(config, "vision_config", "llama4_vision_model")
-        self.vision_model = llama4_tower(vision)
-        wide = filled(_text(raw, "llama4_text"))["hidden_size"]
-        plant(
-            self, "multi_modal_projector.linear_1",
-            Linear(vision["vision_output_dim"], wide),
-        )  # fmt: skip
-        plant(self, "language_model.model", text.children["model"])
-        plant(self, "language_model.lm_head", text.children["lm_head"])
-        self.text = [text]
-        self.embedding_names = ("language_model.model.embed_tokens",)
-        self.head_name = "language_model.lm_head"
-        stage = text.stages[0]
-        stage.stack.name = "language_model.model.layers"
-        self.stages = [stage]
-
-    def head(self, x: Tensor) -> Tensor:
-        return self.text[0].head(x)
-
-    def classify(self, labels: int) -> None:
-        raise UnsupportedError(
-            f"Llama 4 with a head over {labels} labels", remedy="use its text model, llama4_text"
-        )
-
-
-MODEL_TYPES: dict[str, Any] = {**dict.fromkeys(_WRAPPERS, vision_language), "llama4": Llama4}
+MODEL_TYPES: dict[str, Any] = dict.fromkeys(
+    set(_WRAPPERS) - {"llava_next", "llava_onevision", "kimi_k25"}, vision_language
+)

@@ -429,7 +429,7 @@ def _tower(network: GPTModel, job: Job) -> None:
         parameter.fixed = True
     if job.images:
         assert isinstance(whole, VisionLanguage)
-        whole.show(job.images, job.image_tokens, checkpointed=False)
+        whole.show(job.images, job.image, checkpointed=False)
         network.sight = whole
         del network.children["sight"]  # it is not a part of the model: its tower is
 
