@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ftplan.catalog.models import resolve_model
-from ftplan.errors import FtplanError
+from ftplan.errors import FtplanError, UnsupportedError
 from ftplan.front.assembling import job_of
 from ftplan.front.resolve import resolve
 from ftplan.memory.estimate import Structure, structure_of
@@ -123,3 +123,9 @@ def test_too_many_stages_are_refused() -> None:
     """A pipeline longer than the model is an error that says the most there can be."""
     with pytest.raises(FtplanError, match="for 8 layers"):
         structure_of(job("llama-3.1-8b", 8, micro_batches=8, pp=16))
+
+
+def test_a_stage_that_needs_what_another_one_picked_is_refused() -> None:
+    """GLM-5.2's layers look at the tokens that an earlier layer picked: no stage sends them on."""
+    with pytest.raises(UnsupportedError, match="another one's tokens"):
+        structure_of(job("glm-5.2", 8, micro_batches=8, pp=2))

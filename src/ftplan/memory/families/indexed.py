@@ -6,6 +6,7 @@ picked becomes a mask. Source: transformers 5.23.0, models/deepseek_v32, glm_moe
 
 from __future__ import annotations
 
+from ftplan.errors import UnsupportedError
 from ftplan.memory import ops
 from ftplan.memory.attention import attend, make_mask
 from ftplan.memory.families.decoder import MLP, Block, Config, Decoder, Rope, filled
@@ -100,7 +101,12 @@ class PickingAttention(LatentAttention):
         picked = shared.picked
         if "indexer" in self.children:
             picked = self.indexer.forward(x, low, self, shared)
-        assert picked is not None
+        if picked is None:
+            raise UnsupportedError(
+                "a pipeline stage that begins with layers which look at another one's tokens",
+                because="transformers hands on what a layer picked within one model alone",
+                remedy="use sharding.kind: fsdp, or zero3",
+            )
         if self.passes_on:
             shared.picked = picked
         mask: Tensor | None = None
