@@ -47,6 +47,14 @@ def test_selective_checkpointing_of_its_lora_is_refused_by_name() -> None:
         assert _allocated(replace(plan, method=replace(plan.method, **change))) > 0
 
 
+@pytest.mark.parametrize("weights", ["nf4", "int8"])
+def test_its_dora_on_a_quantised_base_is_refused_by_name(weights: str) -> None:
+    """It adds the update to the packed weight, which fails."""
+    plan = _plan(method={"kind": "dora"}, precision={"weights": weights, "mixed": "no"})
+    with pytest.raises(UnsupportedError, match="DoRA on a quantised base"):
+        _allocated(plan)
+
+
 def test_its_model_code_comes_with_no_other_stack() -> None:
     """``kernels: automodel`` is the stack's alone."""
     with pytest.raises(InputError, match="does not come with"):

@@ -206,6 +206,12 @@ class LoraLinear(Adapted):
 
     def _norm_of_update(self, tape: Tape) -> Tensor:
         """AutoModel multiplies the thin matrices themselves."""
+        if isinstance(self.base_layer, QuantizedLinear):
+            raise UnsupportedError(
+                "NeMo AutoModel's DoRA on a quantised base",
+                because="it adds the update to the packed weight (_dora_weight_norm, 0.7.0)",
+                remedy="use lora, or a base that is not quantised",
+            )
         rows, width, dtype = ONE * self.out_features, self.in_features, self.weight.dtype
         with tape.no_grad():
             update = tape.tensor(rows, width, self._down.weight.dtype, "update")
