@@ -170,3 +170,13 @@ def test_a_ring_needs_more_than_its_part() -> None:
         return report.allocated_bytes.expected
 
     assert peak(8192, None) < peak(32768, 4) < peak(32768, None)
+
+
+def test_blocks_whose_parts_are_not_known_are_refused() -> None:
+    """Granite's experts gather their tokens themselves: a refusal, not a failure."""
+    plan = job(
+        "granite-3.1-3b-a800m", 4, Sharding(kind="zero1", tp=2, ep=2, sequence_parallel=True)
+    )
+    plan = replace(plan, stack="torchtitan", gradient_checkpointing=Checkpointing(kind="none"))
+    with pytest.raises(UnsupportedError, match="sequence parallelism"):
+        estimate(plan)
