@@ -148,6 +148,7 @@ def test_an_evaluation_on_one_batch_masks_what_is_another_rank_s() -> None:
         (3, 6, {}, "of 8 experts"),
         (4, 6, {}, "on 6 GPUs"),
         (4, 8, {"kind": "zero3"}, "with zero3"),
+        (2, 2, {"kind": "zero3", "stack": "torchtitan"}, "with zero3"),
         (4, 8, {"kind": "ddp"}, "with ddp"),
         (4, 8, {"kind": "fsdp", "version": 1}, "with FSDP1"),
         (4, 8, {"kind": "none"}, "with none"),

@@ -49,6 +49,11 @@ def spread_experts(network: Network, spec: ShardingSpec) -> None:
 
 def _refuse(spec: ShardingSpec) -> None:
     """What expert parallelism is not run with (``DistributedConfig``, transformers 5.23)."""
+    if spec.kind == "zero3":
+        raise UnsupportedError(
+            f"expert parallelism of {spec.ep} with zero3",
+            remedy="use sharding: {kind: fsdp, version: 2}",
+        )
     if spec.own_spread:
         return
     kind = "ddp" if spec.deep_ep else "none"
