@@ -210,19 +210,12 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
         source = own.sources["sequence_parallel"]
         shares = filler.fill("sharding.sequence_parallel", sharding.sequence_parallel, True, source)
         sharding = replace(sharding, sequence_parallel=shares)
-    if sharding.kind == "fsdp" and own is not None and own.reduce_dtype is not None:
-        source = own.sources["reduce_dtype"]
-        reduced = filler.fill(
-            "sharding.reduce_dtype", sharding.reduce_dtype, own.reduce_dtype, source
-        )
-        sharding = replace(sharding, reduce_dtype=reduced)
-    if (kind := sharding.kind) == "fsdp" and plan.method and (plan.batch.accumulation or 1) > 1:
-        stack = find_stack(plan.stack or "transformers")
+    if (kind := sharding.kind) == "fsdp" and own and (plan.batch.accumulation or 1) > 1:
         no_sync = filler.fill(
             "sharding.no_sync",
             sharding.no_sync,
-            stack.no_sync,
-            stack.sources.get("no_sync", CONTRACT),
+            own.no_sync,
+            own.sources.get("no_sync", CONTRACT),
         )
         sharding = replace(sharding, no_sync=no_sync)
     if count * nodes % split:
@@ -236,10 +229,10 @@ def _placement(plan: Plan, filler: _Filler) -> Plan:
             kind = "fsdp"  # what transformers spreads experts with
         if count * nodes > 1:
             filler.fill("sharding.kind", None, kind)
-    if kind == "fsdp" and sharding.version != 1 and sharding.wrap is None and plan.method:
-        sharding = _units(sharding, find_stack(plan.stack or "transformers"), filler)
-    if kind == "fsdp" and plan.method:
-        sharding = _policy(sharding, find_stack(plan.stack or "transformers"), filler)
+    if kind == "fsdp" and own is not None:
+        if sharding.version != 1 and sharding.wrap is None:
+            sharding = _units(sharding, own, filler)
+        sharding = _policy(sharding, own, filler)
     budget = replace(
         plan.budget, headroom=filler.fill("budget.headroom", plan.budget.headroom, 0.0)
     )
